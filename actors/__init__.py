@@ -1,0 +1,1 @@
+"""The actors: writer, readers and supervisor, which make the engine a store for many threads."""

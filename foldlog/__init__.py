@@ -1,0 +1,70 @@
+"""foldlog: a local, always-hot, durable copy of shared state, fed by a stream of updates.
+
+    protocol <- storage <- actors <- foldlog        imports never run back
+"""
+
+from foldlog.protocol.errors import (
+    ArtifactInvalidError,
+    Backpressure,
+    CorruptLogError,
+    CursorExpired,
+    FoldlogError,
+    ForkedStore,
+    InvalidFormatError,
+    KeyExists,
+    Lagged,
+    LogChangedError,
+    LogPoisonedError,
+    LogRegressedError,
+    RequestTimeout,
+    StoreClosed,
+    StoreFailed,
+    StoreLocked,
+    VersionMismatch,
+    WriterCrashed,
+)
+from foldlog.protocol.store import SnapshotStore
+from foldlog.protocol.tokens import VersionToken, WatchCursor
+from foldlog.protocol.updates import Delete, KvEntry, Purge, Put, Update
+from foldlog.storage.append_log import AppendLogSnapshot
+from foldlog.storage.artifact import ArtifactFile, ExportManifest
+from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.replay import OpenReport
+from foldlog.version import __version__
+
+
+
+__all__ = [
+    "AppendLogSnapshot",
+    "ArtifactFile",
+    "ArtifactInvalidError",
+    "Backpressure",
+    "CorruptLogError",
+    "CursorExpired",
+    "Delete",
+    "ExportManifest",
+    "FoldSnapshot",
+    "FoldlogError",
+    "ForkedStore",
+    "InvalidFormatError",
+    "KeyExists",
+    "KvEntry",
+    "Lagged",
+    "LogChangedError",
+    "LogPoisonedError",
+    "LogRegressedError",
+    "OpenReport",
+    "Purge",
+    "Put",
+    "RequestTimeout",
+    "SnapshotStore",
+    "StoreClosed",
+    "StoreFailed",
+    "StoreLocked",
+    "Update",
+    "VersionMismatch",
+    "VersionToken",
+    "WatchCursor",
+    "WriterCrashed",
+    "__version__",
+]

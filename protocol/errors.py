@@ -1,0 +1,140 @@
+"""One family of errors, which differ by what the caller does next.
+
+Bad arguments are the built-in TypeError and ValueError. Everything else that foldlog raises on purpose is a
+`FoldlogError`. Paths, offsets and reasons are attributes; the message is made from them; every error pickles.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class FoldlogError(Exception):
+    """Above all errors of foldlog."""
+
+
+class _FileError(FoldlogError):
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = Path(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class _FrameError(FoldlogError):
+    def __init__(
+        self, path: Path | str, offset: int, reason: str, last_good_seq: int | None = None, last_good_cursor: bytes = b""
+    ) -> None:
+        super().__init__(path, offset, reason, last_good_seq, last_good_cursor)
+        self.path, self.offset, self.reason = Path(path), offset, reason
+        self.last_good_seq, self.last_good_cursor = last_good_seq, last_good_cursor
+
+    def __str__(self) -> str:
+        good = "" if self.last_good_seq is None else f" (good up to batch {self.last_good_seq})"
+        return f"{self.path}: byte {self.offset}: {self.reason}{good}"
+
+
+class CorruptLogError(_FrameError):
+    """Bytes that were written no longer verify. The file was left as it is.
+
+    Recover: replay from upstream into a new log, import an artifact, open with `on_damage="cut"` if upstream can
+    replay what follows the damage, or `foldlog salvage`.
+    """
+
+
+class InvalidFormatError(_FrameError):
+    """Not a foldlog log, or one of a format that this version does not read. The file was left as it is."""
+
+
+class LogChangedError(_FileError):
+    """The log's file was deleted, replaced, truncated or grown by someone else while it was open."""
+
+
+class LogRegressedError(_FileError):
+    """The log ends before a batch that its lock file remembers as synced: it was cut or restored from an older copy.
+
+    Accept the older state with `on_damage="cut"`.
+    """
+
+
+class LogPoisonedError(_FileError):
+    """An fsync or the undoing of a failed write failed: nothing is acknowledged through this file again.
+
+    The fold in memory is whole. `compact()` writes it to a new file, and only that clears the poison.
+    """
+
+
+class StoreLocked(FoldlogError):
+    """Another writer has the log open: `pid` is its process, or None if it left no note."""
+
+    def __init__(self, path: Path | str, pid: int | None) -> None:
+        super().__init__(path, pid)
+        self.path, self.pid = Path(path), pid
+
+    def __str__(self) -> str:
+        holder = "another writer" if self.pid is None else f"process {self.pid}"
+        return f"{self.path}: is open in {holder}"
+
+
+class ArtifactInvalidError(_FileError):
+    """An exported artifact does not verify. Nothing was written at the destination; fetch the artifact again."""
+
+
+class StoreClosed(FoldlogError):
+    """The store, or the thing asked of it, was closed."""
+
+
+class StoreFailed(FoldlogError):
+    """The supervisor gave up, for `reason`. Reads go on from the last snapshot; `store.reopen()` tries again."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class ForkedStore(FoldlogError):
+    """A store that was opened before a fork was written to in the child. Open a follower there, or open after the fork."""
+
+
+class CursorExpired(FoldlogError):
+    """Changes since this cursor are no longer in the log: it was compacted. Start again from the state."""
+
+
+class Lagged(FoldlogError):
+    """A subscriber fell behind its buffer and missed changes. Start again from the state, or take a difference."""
+
+
+class Backpressure(FoldlogError):
+    """The writer's mailbox is full: the batch was not taken. Retry later, or pass `timeout_s` to wait."""
+
+
+class RequestTimeout(FoldlogError, TimeoutError):
+    """No answer by the deadline. The request may still be carried out: its outcome is unknown."""
+
+
+class WriterCrashed(FoldlogError):
+    """The writer died while it held this request, and the replayed log shows that it was **not** applied."""
+
+
+class KeyExists(FoldlogError):
+    """`create` found the key taken. Nothing was written. `version` is what stands there."""
+
+    def __init__(self, key: str, version: bytes) -> None:
+        super().__init__(key, version)
+        self.key, self.version = key, version
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} exists, at version {bytes(self.version).hex() or 'unknown'}"
+
+
+class VersionMismatch(FoldlogError):
+    """The entry is not at the expected version. Nothing was written. `actual` is None if there is no entry."""
+
+    def __init__(self, key: str, expected: bytes, actual: bytes | None) -> None:
+        super().__init__(key, expected, actual)
+        self.key, self.expected, self.actual = key, expected, actual
+
+    def __str__(self) -> str:
+        found = "no entry" if self.actual is None else f"version {bytes(self.actual).hex() or 'unknown'}"
+        return f"key {self.key!r}: expected version {bytes(self.expected).hex() or 'unknown'}, found {found}"

@@ -1,0 +1,135 @@
+"""The bytes of a log: the file head, the frame head, the kinds of frame. This module owns the layout; `docs/format.md` tells it.
+
+    file  := head frame*                    little-endian throughout
+    head  := magic 8s | version u16 | flags u16 | head length u32 | log id 16s | generation u64 | base sequence u64 | crc u32
+    frame := frame head (48 bytes) | body | trailer A5 5A C3 3C
+    frame head := magic 4s | head crc u32 | body length u32 | body crc u32 | sequence u64 | synced sequence u64 |
+                  offset u64 | link u32 | kind u8 | flags u8 | batches u16
+
+Every checksum is CRC-32C. The head checksum covers the fields after it and is seeded with the log id and the generation, so
+that a frame of another file is junk here. `offset` is where the frame stands, `link` the head checksum of the frame before
+(of the file head, for the first). Together they find frames that are missing, repeated, moved or foreign.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+FORMAT_VERSION = 1
+FILE_MAGIC = b"\x89FLG\r\n\x1a\n"  # as PNG's: a non-ASCII byte and both line ends catch a transfer that mangles text
+FILE_HEAD = struct.Struct("<8sHHI16sQQI")
+
+FRAME_MAGIC = b"\xf5fr\xa7"  # no zero byte, so that a lost (zeroed) sector never looks like a frame's start
+FRAME_HEAD = struct.Struct("<4sIIIQQQIBBH")
+_CHECKED = struct.Struct("<IIQQQIBBH")  # the frame head after its checksum
+TRAILER = b"\xa5\x5a\xc3\x3c"  # no zero byte, so that the last sector of a whole frame is never all zero
+FRAME_OVERHEAD = FRAME_HEAD.size + len(TRAILER)
+
+KIND_OPEN = 1
+"""A writer opened the log. Body: msgpack {"boot": boot id, "writer": version}."""
+KIND_BATCHES = 2
+"""The batches of one commit group. Body: see `updates.py`."""
+KIND_LEAF = 3
+"""Up to 512 entries of the base, in key order. Body: see `storage/leaf.py`."""
+KIND_BASE_END = 4
+"""The base is whole. Body: msgpack {"cursor", "leaves", "entries", "digest"}."""
+KIND_SEAL = 5
+"""The writer closed the log cleanly, and everything before was synced. No body."""
+KINDS = frozenset((KIND_OPEN, KIND_BATCHES, KIND_LEAF, KIND_BASE_END, KIND_SEAL))
+
+FLAG_SYNC_EACH = 1
+"""The writer of this frame syncs each frame before it writes the next."""
+KNOWN_FLAGS = FLAG_SYNC_EACH
+
+MAX_GROUP = 65_535
+"""Batches in one frame: what its head can count."""
+
+
+class FileHead(NamedTuple):
+    """The head of a log file."""
+
+    log_id: bytes
+    """16 random bytes: the identity of a log, kept by compaction."""
+    generation: int
+    """A random u64, new at every rewrite of the file."""
+    base_seq: int
+    """The sequence that the base stands at."""
+
+    def pack(self) -> bytes:
+        """The 52 bytes of the head."""
+        body = FILE_HEAD.pack(
+            FILE_MAGIC, FORMAT_VERSION, 0, FILE_HEAD.size, self.log_id, self.generation, self.base_seq, 0
+        )[:-4]
+        return body + crc32c(body).to_bytes(4, "little")
+
+    @property
+    def seed(self) -> int:
+        """The seed of the frame heads' checksums."""
+        return crc32c(self.log_id + self.generation.to_bytes(8, "little"))
+
+    @property
+    def link(self) -> int:
+        """The link of the first frame: the checksum in the head."""
+        return int.from_bytes(self.pack()[-4:], "little")
+
+
+def parse_file_head(raw: bytes) -> FileHead:
+    """The head of a log from its first bytes. ValueError says what is wrong with it."""
+    if len(raw) < FILE_HEAD.size:
+        raise ValueError("not a foldlog log: shorter than a file head" if raw else "not a foldlog log: the file is empty")
+    magic, version, flags, length, log_id, generation, base_seq, crc = FILE_HEAD.unpack_from(raw)
+    if magic != FILE_MAGIC:
+        raise ValueError("not a foldlog log: wrong magic")
+    if crc32c(raw[: FILE_HEAD.size - 4]) != crc:
+        raise ValueError("the file head does not verify")
+    if version != FORMAT_VERSION or flags or length != FILE_HEAD.size:
+        raise ValueError(f"format version {version}, flags {flags:#x}: this foldlog reads version {FORMAT_VERSION}")
+    return FileHead(log_id, generation, base_seq)
+
+
+class FrameHead(NamedTuple):
+    """A frame's head whose checksum was right."""
+
+    crc: int
+    body_len: int
+    body_crc: int
+    seq: int
+    """The number of the last batch up to and with this frame."""
+    synced_seq: int
+    """The last batch whose fsync had returned when this frame was built."""
+    offset: int
+    link: int
+    kind: int
+    flags: int
+    batches: int
+    """Batches in this frame."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole frame."""
+        return FRAME_OVERHEAD + self.body_len
+
+
+def parse_frame_head(buffer: bytes | bytearray | memoryview, at: int, seed: int) -> FrameHead | None:
+    """The frame head at `buffer[at:]`, or None if there is none whose checksum is right."""
+    if len(buffer) - at < FRAME_HEAD.size:
+        return None
+    magic, *fields = FRAME_HEAD.unpack_from(buffer, at)
+    if magic != FRAME_MAGIC or crc32c(buffer[at + 8 : at + FRAME_HEAD.size], seed) != fields[0]:
+        return None
+    return FrameHead(*fields)
+
+
+def build_frame(
+    seed: int, kind: int, body: bytes, *, seq: int, synced_seq: int, offset: int, link: int, flags: int = 0, batches: int = 0,
+    body_crc: int | None = None,
+) -> tuple[bytes, int]:
+    """A whole frame, and its head checksum: the link of the frame after it."""
+    checked = _CHECKED.pack(
+        len(body), crc32c(body) if body_crc is None else body_crc, seq, synced_seq, offset, link, kind, flags, batches
+    )
+    crc = crc32c(checked, seed)
+    return b"".join((FRAME_MAGIC, crc.to_bytes(4, "little"), checked, body, TRAILER)), crc

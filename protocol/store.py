@@ -1,0 +1,38 @@
+"""The contract that every store keeps, as a typing protocol. Program against this, and take any of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import KvEntry, Update
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+
+@runtime_checkable
+class SnapshotStore(Protocol):
+    """A durable fold of a stream of updates: the last write of each key wins, deletes remove."""
+
+    def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
+        """Atomically fold the updates and advance the cursor. Returns the batch's sequence."""
+
+    def get(self, key: str) -> KvEntry | None:
+        """The live entry of `key`, or None if it is absent or deleted."""
+
+    def range(self, prefix: str) -> list[KvEntry]:
+        """All live entries under `prefix`, ascending by key."""
+
+    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
+        """`range`, streamed without buffering the match set. An error of `f` stops the scan and propagates."""
+
+    def cursor(self) -> WatchCursor:
+        """The last applied, persisted cursor; the none-cursor where nothing was applied."""
+
+    def export_to(self, dest_dir: StrPath) -> Any:
+        """Write a transferable artifact at `dest_dir`, which must not exist. Returns its manifest."""
+
+    def close(self) -> None:
+        """End the store. Closing twice is fine."""

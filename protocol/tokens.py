@@ -1,0 +1,100 @@
+"""Opaque tokens: the version of an entry, and a position in the stream that feeds a store.
+
+A token is at most 10 bytes that foldlog stores and returns unchanged. An 8-byte big-endian u64 (a stream revision) and
+a 10-byte FoundationDB versionstamp both fit. The empty token says "unknown" as a version and "none" as a cursor.
+
+A token *is* its bytes (a `bytes` subclass without a dictionary), because one is made for every entry that is read:
+hashing, comparing and slicing stay at the speed of `bytes`.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+MAX_TOKEN_BYTES = 10  # a FoundationDB versionstamp; the writer and the readers of a log both refuse more
+U64_BYTES = 8
+U64_MAX = 2**64 - 1
+
+
+class _Token(bytes):
+    __slots__ = ()
+
+    def __new__(cls, raw: bytes | bytearray | memoryview = b"") -> Self:
+        if not isinstance(raw, (bytes, bytearray, memoryview)):
+            raise TypeError(f"{cls.__name__} takes bytes, not {type(raw).__name__}")
+        token = super().__new__(cls, raw)
+        if len(token) > MAX_TOKEN_BYTES:
+            raise ValueError(f"{cls.__name__} takes at most {MAX_TOKEN_BYTES} bytes, got {len(token)}")
+        return token
+
+    @classmethod
+    def from_u64(cls, number: int) -> Self:
+        """The 8-byte big-endian token of `number`, 0 <= number < 2**64; else ValueError."""
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{cls.__name__}.from_u64 takes an int, not {type(number).__name__}")
+        if not 0 <= number <= U64_MAX:
+            raise ValueError(f"{cls.__name__}.from_u64 takes 0 to 2**64 - 1, got {number}")
+        return cls(number.to_bytes(U64_BYTES, "big"))
+
+    def as_u64(self) -> int | None:
+        """The number of an 8-byte token; None for a token of any other length."""
+        return int.from_bytes(self, "big") if len(self) == U64_BYTES else None
+
+    def __repr__(self) -> str:
+        number = self.as_u64()
+        return f"{type(self).__name__}({self.hex()!r})" if number is None else f"{type(self).__name__}.from_u64({number})"
+
+    __str__ = __repr__
+
+
+class VersionToken(_Token):
+    """The version of an entry, as its source names it: at most 10 bytes, else ValueError.
+
+    >>> VersionToken.from_u64(7).as_u64()
+    7
+    >>> VersionToken.unknown().is_unknown
+    True
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def unknown(cls) -> VersionToken:
+        """The empty token: the source names no version."""
+        return _UNKNOWN
+
+    @property
+    def is_unknown(self) -> bool:
+        return not self
+
+
+class WatchCursor(_Token):
+    """A position in the stream of updates: at most 10 bytes, else ValueError.
+
+    >>> bytes(WatchCursor.from_u64(258)).hex()
+    '0000000000000102'
+    >>> WatchCursor.none().is_none
+    True
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def none(cls) -> WatchCursor:
+        """The empty cursor: nothing was applied yet."""
+        return _NONE
+
+    @classmethod
+    def from_version(cls, version: VersionToken) -> WatchCursor:
+        """The position right after the update that carries `version`."""
+        if not isinstance(version, VersionToken):
+            raise TypeError(f"WatchCursor.from_version takes a VersionToken, not {type(version).__name__}")
+        return cls(version)
+
+    @property
+    def is_none(self) -> bool:
+        return not self
+
+
+_UNKNOWN = VersionToken()
+_NONE = WatchCursor()

@@ -1,0 +1,293 @@
+"""Updates, entries, and one batch in its encoded form.
+
+A batch crosses the system once, already encoded: the caller's thread checks and packs it (`encode_batch`), the writer
+puts it into a frame, and replay unpacks it (`decode_batches`). The encoding is columnar, so that one `msgpack` call serves
+a whole batch:
+
+    BATCHES body := msgpack [item, ...]
+    item         := [cursor, [key, ...], [value | nil = delete | false = purge, ...], [version, ...]]
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+import msgpack
+
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, VersionToken, WatchCursor
+
+MAX_KEY_BYTES = 65_535
+MAX_VALUE_BYTES = 16 * 1024 * 1024
+MAX_BODY_BYTES = 1024 * 1024 * 1024
+SLICE = 8192
+"""Updates that one C call packs or collects: a longer call would hold the interpreter lock for over a millisecond."""
+
+_SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # no key of so many characters can be over-long in UTF-8
+_SMALL_BATCH = 256
+
+
+def _same_kind(self: tuple[Any, ...], other: object) -> bool:
+    return type(self) is type(other) and tuple.__eq__(self, other)  # type: ignore[arg-type]
+
+
+def _other_kind(self: tuple[Any, ...], other: object) -> bool:
+    return not _same_kind(self, other)
+
+
+class KvEntry(NamedTuple):
+    """A live entry, as readers get it."""
+
+    key: str
+    value: bytes
+    version: VersionToken
+
+
+class Put(NamedTuple):
+    """Set `key` to `value`."""
+
+    key: str
+    """At most 65,535 bytes of UTF-8; may be empty."""
+    value: bytes
+    """At most 16 MiB; may be empty."""
+    version: VersionToken = VersionToken.unknown()
+
+    __eq__ = _same_kind
+    __ne__ = _other_kind
+    __hash__ = tuple.__hash__
+
+
+class Delete(NamedTuple):
+    """Remove `key`, as its source removed it."""
+
+    key: str
+    version: VersionToken = VersionToken.unknown()
+
+    __eq__ = _same_kind
+    __ne__ = _other_kind
+    __hash__ = tuple.__hash__
+
+
+class Purge(NamedTuple):
+    """Remove `key` with its history, as a source does that keeps one. It folds as a delete does."""
+
+    key: str
+    version: VersionToken = VersionToken.unknown()
+
+    __eq__ = _same_kind
+    __ne__ = _other_kind
+    __hash__ = tuple.__hash__
+
+
+Update: TypeAlias = Put | Delete | Purge
+
+Change: TypeAlias = tuple[str, bytes | None, VersionToken]
+"""What a fold keeps of an update: (key, value, version), where the value None marks a removed key.
+
+A plain tuple, not a class of its own: the garbage collector stops tracking tuples of plain values, and a store of
+millions of tracked objects would pay for each of its full collections.
+"""
+
+
+class Batch(NamedTuple):
+    """The updates of one `apply`, checked and encoded."""
+
+    cursor: WatchCursor
+    item: bytes
+    """The batch as an item of a BATCHES body."""
+    changes: tuple[dict[str, Change], ...]
+    """The last change of each key; with over `SLICE` updates in several dicts, the oldest first."""
+    count: int
+    """Updates in the batch."""
+
+
+class DecodedBatch(NamedTuple):
+    """A batch as it was read from a log."""
+
+    cursor: WatchCursor
+    keys: list[str]
+    values: list[bytes | bool | None]
+    versions: list[VersionToken]
+
+    def updates(self) -> list[Update]:
+        """The updates, in upstream order."""
+        return [
+            Delete(key, version) if value is None else Purge(key, version) if value is False else Put(key, value, version)  # type: ignore[arg-type]
+            for key, value, version in zip(self.keys, self.values, self.versions, strict=True)
+        ]
+
+    def changes(self) -> tuple[dict[str, Change], ...]:
+        """The last change of each key, as `Batch.changes`."""
+        return _changes(self.keys, self.values, self.versions)
+
+
+class _Packers(threading.local):
+    def __init__(self) -> None:
+        self.packer = msgpack.Packer()
+
+
+_packers = _Packers()
+
+
+def check_cursor(cursor: object) -> None:
+    """TypeError unless `cursor` is a WatchCursor."""
+    if type(cursor) is not WatchCursor:
+        raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
+
+
+def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
+    """Check and encode one batch, on the caller's thread.
+
+    TypeError or ValueError name the first update at fault. Cost: about 0.3 us an update, 1 us a batch.
+    """
+    check_cursor(cursor)
+    if type(updates) is not list and type(updates) is not tuple:
+        if isinstance(updates, (Put, Delete, Purge)) or not isinstance(updates, Iterable):
+            raise TypeError(f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}")
+        updates = tuple(updates)
+    if not updates:
+        return Batch(cursor, msgpack.packb([cursor, [], [], []]), (), 0)
+    keys, values, versions = _columns(updates)
+    try:
+        if len(keys) <= _SMALL_BATCH:
+            item = _packers.packer.pack((cursor, keys, values, versions))
+        else:
+            item = _pack_columns(cursor, keys, values, versions)
+    except UnicodeEncodeError:
+        _packers.packer = msgpack.Packer()  # the failed one keeps what it had packed
+        _explain(updates)
+        raise
+    if len(item) > MAX_BODY_BYTES:
+        raise ValueError(f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_BODY_BYTES}")
+    return Batch(cursor, item, _changes(keys, values, versions), len(keys))
+
+
+def _columns(updates: Sequence[Update]) -> tuple[Sequence[str], Sequence[Any], Sequence[VersionToken]]:
+    keys: Sequence[Any]
+    values: Sequence[Any]
+    versions: Sequence[Any]
+    if set(map(type, updates)) == {Put}:
+        keys, values, versions = zip(*updates, strict=True)
+        sound = set(map(type, values)) == {bytes} and max(map(len, values)) <= MAX_VALUE_BYTES
+    else:
+        keys, values, versions = [], [], []
+        for index, update in enumerate(updates):
+            kind = type(update)
+            if kind is Put:
+                keys.append(update[0])
+                values.append(update[1])
+                versions.append(update[2])  # type: ignore[misc]
+            elif kind is Delete or kind is Purge:
+                keys.append(update[0])
+                values.append(None if kind is Delete else False)
+                versions.append(update[1])
+            else:
+                raise TypeError(f"update {index} is a Put, Delete or Purge, not {kind.__name__}")
+        puts = [update[1] for update in updates if type(update) is Put]
+        sound = set(map(type, puts)) <= {bytes} and max(map(len, puts), default=0) <= MAX_VALUE_BYTES
+    if not (
+        sound
+        and set(map(type, keys)) == {str}
+        and max(map(len, keys)) <= _SAFE_KEY_CHARS
+        and set(map(type, versions)) == {VersionToken}
+    ):
+        _explain(updates)
+    return keys, values, versions
+
+
+def _explain(updates: Sequence[Update]) -> None:
+    for index, update in enumerate(updates):
+        _check(index, update)
+
+
+def _check(index: int, update: Update) -> None:
+    def fail(kind: type[Exception], what: str) -> NoReturn:
+        raise kind(f"update {index}: {what}")
+
+    if type(update.key) is not str:
+        fail(TypeError, f"a key is a str, not {type(update.key).__name__}")
+    try:
+        size = len(update.key.encode())
+    except UnicodeEncodeError as error:
+        fail(ValueError, f"key {update.key[:40]!r} has a lone surrogate at character {error.start}")
+    if size > MAX_KEY_BYTES:
+        fail(ValueError, f"key {update.key[:40]!r}... takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}")
+    if type(update) is Put:
+        if type(update.value) is not bytes:
+            fail(TypeError, f"the value of key {update.key[:40]!r} is bytes, not {type(update.value).__name__}")
+        if len(update.value) > MAX_VALUE_BYTES:
+            fail(
+                ValueError,
+                f"the value of key {update.key[:40]!r} takes {len(update.value)} bytes, over the limit of {MAX_VALUE_BYTES}",
+            )
+    if type(update.version) is not VersionToken:
+        fail(TypeError, f"the version of key {update.key[:40]!r} is a VersionToken, not {type(update.version).__name__}")
+
+
+def _pack_columns(cursor: bytes, *columns: Sequence[Any]) -> bytes:
+    """[cursor, column, ...] in pieces, none of which holds the interpreter lock for long."""
+    packer = msgpack.Packer()
+    count = len(columns[0])
+    parts = [packer.pack_array_header(1 + len(columns)), packer.pack(cursor)]
+    for column in columns:
+        parts.append(packer.pack_array_header(count))
+        for start in range(0, count, SLICE):
+            piece = column[start : start + SLICE]
+            parts.append(packer.pack(piece)[1 if len(piece) < 16 else 3 :])  # without the array header of its own
+    return b"".join(parts)
+
+
+def _changes(keys: Sequence[str], values: Sequence[Any], versions: Sequence[VersionToken]) -> tuple[dict[str, Change], ...]:
+    if bool in set(map(type, values)):
+        values = [None if value is False else value for value in values]
+    if len(keys) <= SLICE:
+        return (dict(zip(keys, zip(keys, values, versions))),) if keys else ()  # noqa: B905 - columns of equal length
+    return tuple(
+        dict(zip(keys[i : i + SLICE], zip(keys[i : i + SLICE], values[i : i + SLICE], versions[i : i + SLICE])))  # noqa: B905
+        for i in range(0, len(keys), SLICE)
+    )
+
+
+def batches_body(items: Sequence[bytes]) -> bytes:
+    """The body of the BATCHES frame that holds `items`, at least one."""
+    return b"".join((msgpack.Packer().pack_array_header(len(items)), *items))
+
+
+def decode_batches(body: bytes | memoryview) -> list[DecodedBatch]:
+    """The batches of a BATCHES body. ValueError for anything that `encode_batch` would not have written."""
+    try:
+        # A record takes at least three bytes of body, so a longer array is a lie; refuse it before it is allocated.
+        items = msgpack.unpackb(body, max_array_len=max(4, len(body) // 3), max_map_len=0, max_ext_len=0)
+    except Exception as error:  # msgpack raises half a dozen kinds, TypeError among them
+        raise ValueError(f"undecodable: {type(error).__name__}: {error}") from None
+    if type(items) is not list or not items:
+        raise ValueError("not an array of batches")
+    return [_decode_item(item) for item in items]
+
+
+def _decode_item(item: object) -> DecodedBatch:
+    if type(item) is not list or len(item) != 4:
+        raise ValueError("a batch is not [cursor, keys, values, versions]")
+    cursor, keys, values, versions = item
+    if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES:
+        raise ValueError("a cursor is not a token")
+    if not (type(keys) is list and type(values) is list and type(versions) is list):
+        raise ValueError("a column is not an array")
+    if not len(keys) == len(values) == len(versions):
+        raise ValueError("columns of different lengths")
+    if keys:
+        if set(map(type, keys)) != {str}:
+            raise ValueError("a key is not text")
+        if max(map(len, keys)) > _SAFE_KEY_CHARS and any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
+            raise ValueError("an over-long key")
+        if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
+            raise ValueError("a version is not a token")
+        kinds = set(map(type, values))
+        if not kinds <= {bytes, bool, type(None)} or any(value is True for value in values if type(value) is bool):
+            raise ValueError("a value is neither bytes, nil nor false")
+        if max(map(len, filter(None, values)), default=0) > MAX_VALUE_BYTES:  # type: ignore[arg-type]
+            raise ValueError("an over-long value")
+    tokens = list(map(bytes.__new__, repeat(VersionToken), versions))
+    return DecodedBatch(WatchCursor(cursor), keys, values, tokens)  # type: ignore[arg-type]

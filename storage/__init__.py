@@ -1,0 +1,17 @@
+"""The engine: a log, the fold of it, and what carries a fold from file to file. No threads are started here.
+
+    files.py     the seam: every call to the operating system's files
+    lock.py      one writer per log, and what it remembers beside it
+    leaf.py      the entries of the base, 128 to 512 to a frame
+    scan.py      frames read in order, each checked against the chain
+    recovery.py  torn or corrupt: the decision, as a pure function
+    base.py      the leaves of a log, read when they are touched
+    fold.py      base + delta + runs: one immutable state
+    log.py       the writer's side of a log: append, sync, poison
+    rewrite.py   a fold into a new file: creation, compaction, export
+    replay.py    a log into a fold: what opening does
+    artifact.py  export and import
+    engine.py    AppendLogSnapshot: all of it behind the contract
+
+Data flows down the list on the way to the disk, and up on the way back.
+"""

@@ -1,0 +1,184 @@
+"""AppendLogSnapshot: the engine behind the contract of `SnapshotStore`, for one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, TypeAlias
+
+from foldlog.protocol.errors import StoreClosed
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import KvEntry, Update, encode_batch
+from foldlog.storage import artifact
+from foldlog.storage.artifact import ExportManifest
+from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, Engine, check_threshold
+from foldlog.storage.files import OS_FILES, Files
+from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.replay import OnDamage, OpenReport, resolve
+from foldlog.storage.rewrite import Progress
+
+StrPath: TypeAlias = str | os.PathLike[str]
+
+
+class AppendLogSnapshot:
+    """A durable fold in one file, for one thread at a time.
+
+    What an answered `apply` means: it survives a killed process, always; it survives a power loss once `sync` or `close`
+    has returned, or at once with `sync="always"`. For many threads, use `foldlog.open`.
+    """
+
+    def __init__(self, engine: Engine, compact_threshold: int) -> None:
+        """Not for callers: use `open`, `load` or `import_artifact`."""
+        self._engine = engine
+        self._threshold = compact_threshold
+        self._fold: FoldSnapshot | _Closed = engine.fold
+        self.report: OpenReport = engine.report
+        """What opening found and did."""
+
+    @classmethod
+    def open(
+        cls,
+        path: StrPath,
+        compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
+        *,
+        sync: Literal["never", "always"] = "never",
+        on_damage: OnDamage = "refuse",
+        files: Files = OS_FILES,
+        progress: Progress | None = None,
+    ) -> tuple[WatchCursor, Self]:
+        """Open or create the log at `path`; replay it, compact it if it is not compact. Returns the cursor to resume after.
+
+        `compact_threshold`: appended bytes (and no fewer than the base has) after which `apply` compacts.
+        `sync`: whether each `apply` waits for the disk. `on_damage="cut"` keeps what stands before the first damage and
+        sets the rest aside, for a cache whose upstream replays.
+
+        Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError; the file is as it was.
+        Cost: 30 ms for 1,000,000 entries of 100 bytes, compacted; 2-3 s in batches, compacting them.
+        """
+        check_threshold(compact_threshold)
+        if sync not in ("never", "always"):
+            raise ValueError(f'sync is "never" or "always", not {sync!r}')
+        engine = Engine(path, on_damage=on_damage, sync_each=sync == "always", files=files, progress=progress)
+        snap = cls(engine, compact_threshold)
+        try:
+            poisoned = engine.log.poison is not None
+            if not engine.is_compact:
+                snap.compact(progress)
+                snap.report = _with_compaction(engine.report, engine, poisoned)
+        except BaseException:
+            engine.log.abandon()
+            raise
+        return snap.cursor(), snap
+
+    @classmethod
+    def load(cls, path: StrPath) -> tuple[WatchCursor, Self]:
+        """`open` with the default threshold, 10 MiB of appended bytes."""
+        return cls.open(path)
+
+    @classmethod
+    def import_artifact(
+        cls,
+        artifact_dir: StrPath,
+        dest_path: StrPath,
+        compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
+        *,
+        files: Files = OS_FILES,
+        progress: Progress | None = None,
+    ) -> tuple[WatchCursor, Self]:
+        """Verify an exported artifact in full, land its log at `dest_path`, and open it.
+
+        ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists: then nothing was written.
+        A crash part-way leaves nothing at `dest_path`; a crash after the rename leaves a valid store.
+        """
+        check_threshold(compact_threshold)
+        artifact.import_artifact(artifact_dir, dest_path, files=files, progress=progress)
+        return cls.open(resolve(dest_path), compact_threshold, files=files)
+
+    def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
+        """Atomically fold the updates, in order, and advance the cursor. Returns the batch's sequence.
+
+        TypeError or ValueError for an update that is not sound: nothing was written. OSError if the log could not be written:
+        the same. LogChangedError if someone else touched the file. Survives a killed process on return; power loss only
+        with sync="always". Cost: 3-6 us, and 1-2 us an update.
+        """
+        self._fold.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        self._fold = self._engine.commit((encode_batch(updates, cursor),))
+        seq = self._fold.seq
+        if self._engine.should_compact(self._threshold):
+            self.compact()
+        return seq
+
+    def get(self, key: str) -> KvEntry | None:
+        """The live entry of `key`, or None. Cost: 0.2-0.3 us read before, 2-4 us for the first read of an entry from disk."""
+        return self._fold.get(key)
+
+    def range(self, prefix: str = "") -> list[KvEntry]:
+        """All live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry."""
+        return self._fold.range(prefix)
+
+    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
+        """`range`, streamed: holds a leaf of entries at a time. An error of `f` stops the scan and propagates."""
+        self._fold.for_each_in_range(prefix, f)
+
+    def cursor(self) -> WatchCursor:
+        """The last applied, persisted cursor; the none-cursor where nothing was applied."""
+        return self._fold.cursor()
+
+    def snapshot(self) -> FoldSnapshot:
+        """The state as it is now, immutable: later batches do not show in it."""
+        self._fold.seq  # noqa: B018
+        return self._engine.fold
+
+    def __len__(self) -> int:
+        """Live entries."""
+        return len(self.snapshot())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def compact(self, progress: Progress | None = None) -> None:
+        """Rewrite the log as its fold, if it is not that already. Also clears the poison that a failed fsync left.
+
+        On an error the log goes on as it was. Cost: a copy of the untouched leaves, about 1 us an entry for the others.
+        """
+        self._fold.seq  # noqa: B018
+        self._fold = self._engine.compact(progress)
+
+    def sync(self) -> None:
+        """Make all applied batches survive a power loss. LogPoisonedError if the disk refuses: `compact` recovers."""
+        self._fold.seq  # noqa: B018
+        self._engine.log.sync()
+
+    def export_to(self, dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
+        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError). Complete or absent."""
+        return artifact.export_fold(self.snapshot(), dest_dir, files=self._engine.log.files, progress=progress)
+
+    def close(self) -> None:
+        """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on."""
+        self._fold = _Closed(f"{self._engine.path} is closed")
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open store cannot be pickled; open a follower in the other process")
+
+
+class _Closed:
+    """Stands where the fold stood: every use of it says StoreClosed, at no cost while the store is open."""
+
+    def __init__(self, reason: str) -> None:
+        object.__setattr__(self, "_reason", reason)
+
+    def __getattribute__(self, name: str) -> Any:
+        raise StoreClosed(object.__getattribute__(self, "_reason"))
+
+
+def _with_compaction(report: OpenReport, engine: Engine, poisoned: bool) -> OpenReport:
+    return replace(report, compacted=True, rewritten=poisoned, size=engine.log.chain.offset)

@@ -1,0 +1,400 @@
+"""Artifacts: a fold as a folder that can be sent elsewhere, and back.
+
+    DEST/MANIFEST.json     schema_version, backend, backend_version, cursor_hex, created_at_unix, files[path, size, blake3]
+    DEST/data/fold.log     a compacted log
+
+An export appears under its name complete or not at all. An import trusts nothing: the manifest is read with a limit and checked
+field by field, the folder must hold exactly what it declares, no link is followed, and the payload is verified as it is
+copied: the copy becomes the store, not a second reading of the original.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
+from foldlog.protocol.frames import FORMAT_VERSION
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.storage import leaf
+from foldlog.storage.files import Files, OS_FILES, ReadHandle, remove_quietly, write_all
+from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.lock import WriterLock, beside
+from foldlog.storage.replay import Loaded, load, resolve
+from foldlog.storage.rewrite import FrameWriter, Progress, new_head, write_base
+
+SCHEMA_VERSION = 1
+BACKEND = "foldlog"
+BACKEND_VERSION = str(FORMAT_VERSION)
+MANIFEST_NAME = "MANIFEST.json"
+PAYLOAD_PATH = "data/fold.log"
+MAX_MANIFEST_BYTES = 1024 * 1024
+_COPY_BYTES = 1024 * 1024
+_FIELDS = frozenset(("schema_version", "backend", "backend_version", "cursor_hex", "created_at_unix", "files"))
+
+
+class ArtifactFile(NamedTuple):
+    """A file of an artifact, as its manifest declares it."""
+
+    path: str
+    """Relative to the artifact, with forward slashes."""
+    size: int
+    """Bytes."""
+    blake3: str
+    """The digest, in 64 lower-case hex digits."""
+
+
+class ExportManifest(NamedTuple):
+    """What an artifact says of itself."""
+
+    backend: str
+    backend_version: str
+    """The generation of the payload's format."""
+    cursor: WatchCursor
+    """What the payload is exactly consistent with."""
+    created_at_unix: int
+    """Seconds."""
+    files: tuple[ArtifactFile, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        """The text of MANIFEST.json."""
+        fields = {
+            "schema_version": self.schema_version,
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "cursor_hex": self.cursor.hex(),
+            "created_at_unix": self.created_at_unix,
+            "files": [file._asdict() for file in self.files],
+        }
+        return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def export_fold(
+    fold: FoldSnapshot, dest_dir: str | os.PathLike[str], *, files: Files = OS_FILES, progress: Progress | None = None
+) -> ExportManifest:
+    """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves nothing there."""
+
+    def write_payload(path: Path) -> None:
+        out = FrameWriter(files, path, new_head(base_seq=fold.seq))
+        try:
+            write_base(out, fold, progress)
+            out.sync()
+        finally:
+            files.close(out.fd)
+
+    return export_payload(
+        dest_dir, PAYLOAD_PATH, write_payload, backend=BACKEND, backend_version=BACKEND_VERSION, cursor=fold.cursor(), files=files
+    )
+
+
+def export_payload(
+    dest_dir: str | os.PathLike[str],
+    payload_path: str,
+    write_payload: Callable[[Path], None],
+    *,
+    backend: str,
+    backend_version: str,
+    cursor: WatchCursor,
+    files: Files,
+) -> ExportManifest:
+    """Make an artifact of the one file that `write_payload` writes (and syncs) at the path it is given."""
+    dest = Path(os.path.abspath(dest_dir))
+    if files.exists(dest):
+        raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
+    stage = dest.with_name(dest.name + ".partial")
+    shutil.rmtree(stage, ignore_errors=True)  # what a killed export left
+    files.make_dir(stage)
+    try:
+        payload = stage / payload_path
+        files.make_dir(payload.parent)
+        write_payload(payload)
+        handle = ReadHandle(files, payload)
+        size = files.fstat(handle.fd).st_size
+        digest = blake3()
+        for at in range(0, size, _COPY_BYTES):
+            digest.update(handle.read(min(_COPY_BYTES, size - at), at))
+        manifest = ExportManifest(
+            backend, backend_version, cursor, int(time.time()), (ArtifactFile(payload_path, size, digest.hexdigest()),)
+        )
+        fd = files.create(stage / MANIFEST_NAME, exclusive=True)
+        try:
+            write_all(files, fd, manifest.to_json(), 0)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        files.sync_dir(payload.parent)
+        files.sync_dir(stage)
+        files.rename_new(stage, dest)
+        files.sync_dir(dest.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    return manifest
+
+
+def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:
+    """The manifest of an artifact, every field checked. ArtifactInvalidError names the one at fault."""
+    root = Path(os.path.abspath(artifact_dir))
+    fd = _open_dir(files, root, root, None)
+    try:
+        return _read_manifest(files, root, fd)
+    finally:
+        files.close(fd)
+
+
+def import_artifact(
+    artifact_dir: str | os.PathLike[str],
+    dest_path: str | os.PathLike[str],
+    *,
+    files: Files = OS_FILES,
+    progress: Progress | None = None,
+) -> ExportManifest:
+    """Verify an artifact in full and land its log at `dest_path`, which must not exist.
+
+    ArtifactInvalidError, FileExistsError, StoreLocked or OSError: nothing is at `dest_path` that was not there before.
+    """
+    given = Path(os.path.abspath(dest_path))
+    if files.exists(given):
+        raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
+    dest = resolve(given)
+    lock = WriterLock(files, dest)
+    staged = beside(dest, "tmp")
+    try:
+        remove_quietly(files, staged)
+        manifest = stage_payload(files, artifact_dir, staged, BACKEND, BACKEND_VERSION, PAYLOAD_PATH, progress)
+        try:
+            _check_payload(files, Path(artifact_dir), staged, manifest.cursor)
+            files.link_new(staged, dest)
+            files.sync_dir(dest.parent)
+        finally:
+            remove_quietly(files, staged)
+    finally:
+        lock.release()
+    return manifest
+
+
+def _check_payload(files: Files, root: Path, staged: Path, cursor: WatchCursor) -> None:
+    """ArtifactInvalidError unless the staged log is clean, compact, and at the manifest's cursor."""
+    payload = root / PAYLOAD_PATH
+    try:
+        loaded = load(ReadHandle(files, staged))
+        _check_clean(loaded)
+        for number in range(len(loaded.fold.base)):
+            leaf.check_order(loaded.fold.base.body(number))
+    except FoldlogError as error:
+        reason = getattr(error, "reason", str(error))
+        raise ArtifactInvalidError(payload, f"byte {getattr(error, 'offset', 0)}: {reason}") from error
+    except ValueError as error:
+        raise ArtifactInvalidError(payload, str(error)) from error
+    if loaded.fold.cursor() != cursor:
+        raise ArtifactInvalidError(
+            root / MANIFEST_NAME, f"cursor_hex is {cursor.hex()!r}, the payload stands at {loaded.fold.cursor().hex()!r}"
+        )
+
+
+def _check_clean(loaded: Loaded) -> None:
+    if loaded.bad is not None:
+        raise ValueError(f"byte {loaded.bad.offset}: {loaded.bad.reason}")
+    if loaded.chain.offset != loaded.base_end:
+        raise ValueError(f"byte {loaded.base_end}: the payload is not compact")
+
+
+def stage_payload(
+    files: Files,
+    artifact_dir: str | os.PathLike[str],
+    staged: Path,
+    backend: str,
+    backend_version: str,
+    payload_path: str,
+    progress: Progress | None = None,
+) -> ExportManifest:
+    """Check the manifest and the folder, copy the payload to `staged`, and compare what was copied with its digest.
+
+    The copy is synced. On an error it is removed.
+    """
+    root = Path(os.path.abspath(artifact_dir))
+    root_fd = _open_dir(files, root, root, None)
+    try:
+        manifest = _read_manifest(files, root, root_fd)
+        _check_identity(root, manifest, backend, backend_version, payload_path)
+        folder, name = payload_path.split("/")
+        _check_listing(files, root, root_fd, {MANIFEST_NAME, folder})
+        data_fd = _open_dir(files, root / folder, Path(folder), root_fd)
+        try:
+            _check_listing(files, root / folder, data_fd, {name})
+            source = _open_file(files, root / payload_path, name, data_fd)
+            try:
+                _copy_verified(files, source, root / payload_path, staged, manifest.files[0], progress)
+            finally:
+                files.close(source)
+        finally:
+            files.close(data_fd)
+    finally:
+        files.close(root_fd)
+    return manifest
+
+
+def _check_identity(root: Path, manifest: ExportManifest, backend: str, backend_version: str, payload_path: str) -> None:
+    where = root / MANIFEST_NAME
+    if manifest.backend != backend:
+        raise ArtifactInvalidError(where, f"backend is {manifest.backend!r}, expected {backend!r}")
+    if manifest.backend_version != backend_version:
+        raise ArtifactInvalidError(where, f"backend_version is {manifest.backend_version!r}, expected {backend_version!r}")
+    if [file.path for file in manifest.files] != [payload_path]:
+        raise ArtifactInvalidError(where, f"files: expected exactly {payload_path!r}")
+
+
+def _copy_verified(
+    files: Files, source: int, source_path: Path, staged: Path, declared: ArtifactFile, progress: Progress | None
+) -> None:
+    size = files.fstat(source).st_size
+    if size != declared.size:
+        raise ArtifactInvalidError(source_path, f"has {size} bytes, declared are {declared.size}")
+    space = os.statvfs(staged.parent)
+    if space.f_bavail * space.f_frsize < size:
+        raise OSError(errno.ENOSPC, f"the import needs {size} bytes", str(staged.parent))
+    digest = blake3()
+    out = files.create(staged, exclusive=True)
+    try:
+        done = 0
+        while chunk := files.read(source, min(_COPY_BYTES, declared.size + 1 - done), done):
+            digest.update(chunk)
+            if done + len(chunk) > declared.size:
+                raise ArtifactInvalidError(source_path, f"grew beyond the {declared.size} bytes declared")
+            write_all(files, out, chunk, done)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, declared.size)
+        if done != declared.size:
+            raise ArtifactInvalidError(source_path, f"ended after {done} of {declared.size} bytes")
+        if not hmac.compare_digest(digest.hexdigest(), declared.blake3):
+            raise ArtifactInvalidError(source_path, f"its BLAKE3 digest is {digest.hexdigest()}, declared is {declared.blake3}")
+        files.sync(out)
+    except BaseException:
+        remove_quietly(files, staged)
+        raise
+    finally:
+        files.close(out)
+
+
+def _open_dir(files: Files, path: Path, name: Path, dir_fd: int | None) -> int:
+    try:
+        return files.open_dir(name, dir_fd)
+    except FileNotFoundError:
+        raise ArtifactInvalidError(path, "is missing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise ArtifactInvalidError(path, "is not a folder (links are not followed)") from None
+        raise
+
+
+def _open_file(files: Files, path: Path, name: str, dir_fd: int) -> int:
+    try:
+        fd = files.open_at(name, dir_fd)
+    except FileNotFoundError:
+        raise ArtifactInvalidError(path, "is missing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise ArtifactInvalidError(path, "is not a regular file (links are not followed)") from None
+        raise
+    info = files.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+        files.close(fd)
+        raise ArtifactInvalidError(path, "is not a regular file with one name")
+    return fd
+
+
+def _check_listing(files: Files, path: Path, fd: int, expected: set[str]) -> None:
+    for name in files.list_dir(fd):
+        if name not in expected:
+            raise ArtifactInvalidError(path / name, "is not declared in the manifest")
+
+
+def _read_manifest(files: Files, root: Path, root_fd: int) -> ExportManifest:
+    path = root / MANIFEST_NAME
+    fd = _open_file(files, path, MANIFEST_NAME, root_fd)
+    try:
+        raw = files.read(fd, MAX_MANIFEST_BYTES + 1, 0)
+    finally:
+        files.close(fd)
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ArtifactInvalidError(path, f"is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        return parse_manifest(raw)
+    except ValueError as error:
+        raise ArtifactInvalidError(path, str(error)) from None
+
+
+def parse_manifest(raw: bytes) -> ExportManifest:
+    """The manifest in `raw`. ValueError names the field at fault."""
+    try:
+        fields = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON as it should be: {error}") from None
+    if type(fields) is not dict:
+        raise ValueError("is not a JSON object")
+    _check_fields("", fields, _FIELDS)
+    if fields["schema_version"] != SCHEMA_VERSION or type(fields["schema_version"]) is not int:
+        raise ValueError(f"schema_version is {fields['schema_version']!r}, this foldlog reads {SCHEMA_VERSION}")
+    for name in ("backend", "backend_version", "cursor_hex"):
+        if type(fields[name]) is not str:
+            raise ValueError(f"{name} is not text")
+    cursor_hex = fields["cursor_hex"]
+    if not re.fullmatch("([0-9a-f]{2})*", cursor_hex) or len(cursor_hex) > 2 * MAX_TOKEN_BYTES:
+        raise ValueError(f"cursor_hex is not the lower-case hex of a token: {cursor_hex[:40]!r}")
+    if type(fields["created_at_unix"]) is not int or not 0 <= fields["created_at_unix"] < 2**63:
+        raise ValueError("created_at_unix is not a time in seconds")
+    if type(fields["files"]) is not list:
+        raise ValueError("files is not a list")
+    declared = tuple(_parse_file(f"files[{index}]", file) for index, file in enumerate(fields["files"]))
+    if len({file.path.casefold() for file in declared}) != len(declared):
+        raise ValueError("files: a path occurs twice")
+    return ExportManifest(
+        fields["backend"], fields["backend_version"], WatchCursor(bytes.fromhex(cursor_hex)), fields["created_at_unix"], declared
+    )
+
+
+def _parse_file(where: str, file: Any) -> ArtifactFile:
+    if type(file) is not dict:
+        raise ValueError(f"{where} is not an object")
+    _check_fields(where + ".", file, frozenset(ArtifactFile._fields))
+    path, size, digest = file["path"], file["size"], file["blake3"]
+    if type(path) is not str or len(path) > 255 or not re.fullmatch(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*", path):
+        raise ValueError(f"{where}.path is not a file name under data/: {path if type(path) is not str else ascii(path[:80])}")
+    if type(size) is not int or not 0 <= size < 2**63:
+        raise ValueError(f"{where}.size is not a size in bytes")
+    if type(digest) is not str or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{where}.blake3 is not 64 lower-case hex digits")
+    return ArtifactFile(path, size, digest)
+
+
+def _check_fields(where: str, fields: dict[str, Any], expected: frozenset[str]) -> None:
+    if missing := sorted(expected - fields.keys()):
+        raise ValueError(f"{where}{missing[0]} is missing")
+    if unknown := sorted(fields.keys() - expected):
+        raise ValueError(f"{where}{ascii(unknown[0][:40])} is not a field of a manifest")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,140 @@
+"""The base: the leaves of a log's last compaction, on disk, read when they are touched.
+
+Opening notes where each leaf is and its first key. A `get` reads the leaf's index once (kept: about 30 bytes an entry) and
+the one value; what was read is remembered in a bounded cache, so that hot keys cost one dict probe. A range reads whole
+leaves and keeps nothing. Everything is read with `pread` from a descriptor that lives as long as the base does: a base is
+immutable, may be read by any thread, and outlives the log's replacement by a newer file.
+
+Not `mmap`: if someone truncates a mapped file, the process dies of SIGBUS.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+
+from crc32c import crc32c
+
+from foldlog.protocol.errors import CorruptLogError
+from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.updates import Change
+from foldlog.storage import leaf
+from foldlog.storage.files import ReadHandle
+from foldlog.storage.leaf import Columns
+
+SHARDS = 256
+"""The cache is split by hash, so that making room frees a 256th of it: freeing it at once would stop all threads."""
+CACHE_BYTES = 256 * 1024 * 1024
+"""What the cache may hold of each base, by an estimate."""
+_ENTRY_OVERHEAD = 250  # bytes of the objects around a cached value: tuple, key, token, dict slot; measured on CPython 3.11
+_SHARD_BYTES = CACHE_BYTES // SHARDS
+
+
+class Base:
+    """The leaves of one file, in key order."""
+
+    __slots__ = ("_cached_bytes", "_crcs", "_index_lens", "_indexes", "_lengths", "_offsets", "cache", "entries", "firsts", "handle")
+
+    def __init__(self, handle: ReadHandle | None) -> None:
+        self.handle = handle
+        self.entries = 0
+        self.firsts: list[str] = []
+        self._offsets = array("Q")  # of the bodies
+        self._lengths = array("I")
+        self._crcs = array("I")
+        self._index_lens = array("I")
+        self._indexes: list[bytes | None] = []
+        # Entries that were read, by hash. A shard is replaced when it is full; losing a race loses a cached entry, no more.
+        self.cache: list[dict[str, Change]] = [{} for _ in range(SHARDS)]
+        self._cached_bytes = [0] * SHARDS
+
+    def add_leaf(self, offset: int, body: bytes | memoryview, crc: int) -> None:
+        """Note the leaf whose body stands at `offset`. ValueError if it does not follow the leaf before."""
+        if len(body) < leaf.HEAD.size:
+            raise ValueError("a leaf is shorter than its head")
+        count, index_len, keys_len, _ = leaf.HEAD.unpack_from(body)
+        if not count or index_len > len(body) or keys_len < count + 1 or leaf.HEAD.size + keys_len + 10 * count > index_len:
+            raise ValueError("a leaf's lengths do not fit")
+        first = leaf.first_key(body)
+        if self.firsts and first <= self.firsts[-1]:
+            raise ValueError("leaves are not in key order")
+        self.firsts.append(first)
+        self._offsets.append(offset)
+        self._lengths.append(len(body))
+        self._crcs.append(crc)
+        self._index_lens.append(index_len)
+        self._indexes.append(None)
+        self.entries += count
+
+    def __len__(self) -> int:
+        """Leaves."""
+        return len(self.firsts)
+
+    def crc(self, number: int) -> int:
+        """The checksum of a leaf's body."""
+        return self._crcs[number]
+
+    def read(self, key: str) -> Change | None:
+        """The entry of `key`, from disk. Cost: 1-3 us, and 5-10 us more on the first touch of a leaf."""
+        number = bisect_right(self.firsts, key) - 1
+        if number < 0:
+            return None
+        index = self._indexes[number] or self.index(number)
+        entry = leaf.find(index, key)
+        if entry < 0:
+            return None
+        start, size, crc, version = leaf.locate(index, entry)
+        value = self._pread(size, self._offsets[number] + start)
+        if crc32c(value) != crc:
+            raise self._corrupt(number, f"the value of key {key[:40]!r} does not verify")
+        change = (key, value, bytes.__new__(VersionToken, version))
+        self._remember(change)
+        return change
+
+    def _remember(self, change: Change) -> None:
+        size = len(change[1] or b"") + _ENTRY_OVERHEAD
+        if size > _SHARD_BYTES // 4:
+            return
+        shard = hash(change[0]) & SHARDS - 1
+        if self._cached_bytes[shard] + size > _SHARD_BYTES:
+            self.cache[shard] = {}
+            self._cached_bytes[shard] = 0
+        self._cached_bytes[shard] += size
+        self.cache[shard][change[0]] = change
+
+    def index(self, number: int) -> bytes:
+        """The index of a leaf, kept from the first touch on."""
+        index = self._indexes[number]
+        if index is None:
+            index = self._pread(self._index_lens[number], self._offsets[number])
+            try:
+                leaf.check_index(index)
+            except ValueError as error:
+                raise self._corrupt(number, str(error)) from None
+            self._indexes[number] = index
+        return index
+
+    def body(self, number: int) -> bytes:
+        """The body of a leaf, read and verified."""
+        body = self._pread(self._lengths[number], self._offsets[number])
+        if crc32c(body) != self._crcs[number]:
+            raise self._corrupt(number, "a leaf does not verify")
+        return body
+
+    def columns(self, number: int, low: str | None = None, high: str | None = None) -> Columns:
+        """The entries of a leaf with low <= key < high."""
+        return leaf.decode_leaf(self.body(number), low, high)
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        assert self.handle is not None, "a base without a file has no leaves"
+        try:
+            return self.handle.read(size, offset)
+        except EOFError as error:
+            raise CorruptLogError(self.handle.path, offset, str(error)) from None
+
+    def _corrupt(self, number: int, reason: str) -> CorruptLogError:
+        assert self.handle is not None
+        return CorruptLogError(self.handle.path, self._offsets[number], reason)
+
+
+EMPTY_BASE = Base(None)

@@ -1,0 +1,123 @@
+"""Changes newer than the base: runs, and the delta that they settle into.
+
+A run is a dict of changes, never changed once a fold holds it. A batch becomes a run; small neighbours are merged, each into
+one at least four times as large, so that a record is copied about log4(n) times and a `get` probes a handful of dicts. What
+has grown to `SETTLE_ENTRIES` settles into the delta: pieces of up to `PIECE_ENTRIES` changes, by key, of which only those are
+copied that a change falls into. No single call into C touches more than about `SETTLE_ENTRIES` entries: merging a million at
+once held the interpreter lock, and with it every thread, for 100 ms and more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+
+from foldlog.protocol.updates import Change
+
+MERGE_RATIO = 4
+SETTLE_ENTRIES = 8192
+PIECE_ENTRIES = 1024
+
+
+class Run(dict[str, Change]):
+    """Changes by key, and their order once a range has asked for it."""
+
+    __slots__ = ("_order",)
+    _order: list[str]
+
+    def order(self) -> list[str]:
+        """The keys, ascending. Sorted on the first call, and kept."""
+        try:
+            return self._order
+        except AttributeError:
+            self._order = sorted(self)
+            return self._order
+
+    def copy_into(self, result: dict[str, Change], low: str, high: str | None) -> None:
+        """Add the changes with low <= key < high."""
+        order = self.order()
+        keys = order[bisect_left(order, low) : len(order) if high is None else bisect_left(order, high)]
+        result.update(zip(keys, map(self.__getitem__, keys), strict=True))
+
+
+def pushed(runs: tuple[Run, ...], newest: dict[str, Change]) -> tuple[Run, ...]:
+    """`runs`, newest first, with one more in front; neighbours merged until each is four times the one before it."""
+    if not newest:
+        return runs
+    merged = newest
+    count = 0
+    for run in runs:
+        if len(run) >= MERGE_RATIO * len(merged):
+            break
+        older = Run(run)
+        older.update(merged)
+        merged = older
+        count += 1
+    return (merged if count else Run(merged), *runs[count:])  # type: ignore[arg-type]
+
+
+class Delta:
+    """Settled changes, in pieces by key. Immutable."""
+
+    __slots__ = ("_pieces", "firsts")
+
+    def __init__(self, firsts: list[str], pieces: list[Run]) -> None:
+        # firsts[i] <= every key of pieces[i] < firsts[i + 1]; the first of them is "", so that every key has a piece.
+        self.firsts, self._pieces = firsts, pieces
+
+    def __len__(self) -> int:
+        """Pieces."""
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._pieces)
+
+    def get(self, key: str) -> Change | None:
+        return self._pieces[bisect_right(self.firsts, key) - 1].get(key)
+
+    def with_runs(self, runs: tuple[Run, ...]) -> Delta:
+        """A delta with `runs`, newest first, settled into it.
+
+        Cost: for each piece that a change falls into, a copy of the piece.
+        """
+        newest = Run()
+        for run in reversed(runs):
+            newest.update(run)
+        keys = newest.order()
+        firsts: list[str] = []
+        pieces: list[Run] = []
+        at = 0
+        for number, piece in enumerate(self._pieces or [Run()]):
+            is_last = number + 1 >= len(self._pieces)
+            stop = len(keys) if is_last else bisect_left(keys, self.firsts[number + 1], at)
+            first = self.firsts[number] if self._pieces else ""
+            if stop == at:
+                firsts.append(first)
+                pieces.append(piece)
+                continue
+            changed = Run(piece)
+            here = keys[at:stop]
+            changed.update(zip(here, map(newest.__getitem__, here), strict=True))
+            at = stop
+            if len(changed) <= PIECE_ENTRIES:
+                firsts.append(first)
+                pieces.append(changed)
+                continue
+            order = changed.order()
+            for start in range(0, len(order), PIECE_ENTRIES // 2):
+                part = order[start : start + PIECE_ENTRIES // 2]
+                firsts.append(part[0] if start else first)
+                pieces.append(Run(zip(part, map(changed.__getitem__, part), strict=True)))
+        return Delta(firsts, pieces)
+
+    def copy_into(self, result: dict[str, Change], low: str, high: str | None) -> None:
+        """Add the changes with low <= key < high."""
+        if not self._pieces:
+            return
+        start = bisect_right(self.firsts, low) - 1
+        stop = len(self.firsts) if high is None else bisect_left(self.firsts, high)
+        for piece in self._pieces[start:stop]:
+            piece.copy_into(result, low, high)
+
+
+EMPTY_DELTA = Delta([], [])

@@ -1,0 +1,222 @@
+"""The fold: one immutable state of the store, at one cursor. This is the snapshot that readers hold.
+
+    runs    the newest changes, a handful of dicts                 storage/delta.py
+    delta   older changes, in pieces by key                        storage/delta.py
+    base    the state at the last compaction, on disk              storage/base.py
+
+A key is looked up in this order. A batch makes a new fold that shares all but its newest run with the old one, so that
+publishing it costs in proportion to the batch, not to the store.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any, NamedTuple, NoReturn
+
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import Change, KvEntry
+from foldlog.storage import leaf
+from foldlog.storage.base import EMPTY_BASE, SHARDS, Base
+from foldlog.storage.delta import EMPTY_DELTA, SETTLE_ENTRIES, Delta, Run, pushed
+from foldlog.storage.leaf import Columns
+
+_SHARD_MASK = SHARDS - 1
+_new_entry = tuple.__new__
+
+
+class Span(NamedTuple):
+    """A stretch of keys, low <= key < high, that lies within one leaf of the base."""
+
+    leaf: int
+    """Its number, or -1 before the first leaf."""
+    whole: bool
+    """The stretch covers the leaf."""
+    low: str
+    high: str | None
+    """None: to the end."""
+    changes: dict[str, Change]
+    """All that is newer than the base here."""
+
+
+class FoldSnapshot:
+    """An immutable state of a store. Any thread may read it, for as long as it likes: it never changes.
+
+    Held across a compaction, it keeps the file of its base open (not its name: the disk space is freed when the last such
+    snapshot is gone).
+    """
+
+    __slots__ = ("__weakref__", "_cursor", "_entries", "base", "delta", "runs", "seq")
+
+    def __init__(self, base: Base, delta: Delta, runs: tuple[Run, ...], seq: int, cursor: WatchCursor) -> None:
+        self.base, self.delta, self.runs = base, delta, runs
+        self.seq = seq
+        """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, across compactions."""
+        self._cursor = cursor
+        self._entries: int | None = None
+
+    @classmethod
+    def empty(cls) -> FoldSnapshot:
+        """Batch 0: the state of every store before its first batch."""
+        return cls(EMPTY_BASE, EMPTY_DELTA, (), 0, WatchCursor.none())
+
+    def get(self, key: str) -> KvEntry | None:
+        """The live entry of `key`, or None if it is absent or deleted.
+
+        Cost: 0.2-0.3 us for an entry that was read before, 2-4 us for the first read of one from disk.
+        """
+        for run in self.runs:
+            change = run.get(key)
+            if change is not None:
+                return None if change[1] is None else _new_entry(KvEntry, change)
+        change = self.base.cache[hash(key) & _SHARD_MASK].get(key)
+        if change is None or self.delta.firsts:
+            return self._get_older(key)
+        return _new_entry(KvEntry, change)
+
+    def _get_older(self, key: str) -> KvEntry | None:
+        if not isinstance(key, str):
+            raise TypeError(f"a key is a str, not {type(key).__name__}")
+        change = self.delta.get(key) if self.delta.firsts else None
+        if change is None:
+            change = self.base.cache[hash(key) & _SHARD_MASK].get(key) or self.base.read(key)
+        return None if change is None or change[1] is None else _new_entry(KvEntry, change)
+
+    def range(self, prefix: str = "") -> list[KvEntry]:
+        """All live entries under `prefix`, ascending by key (by code point, which is the order of UTF-8 bytes).
+
+        Cost: 0.3-0.5 us an entry, and up to 20 us for each end that cuts through a leaf.
+        """
+        entries: list[KvEntry] = []
+        for block in self.blocks(prefix):
+            entries += block
+        return entries
+
+    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
+        """Call `f` with each live entry under `prefix`, ascending, holding a leaf of them at a time.
+
+        An error of `f` stops the scan and propagates.
+        """
+        for block in self.blocks(prefix):
+            for entry in block:
+                f(entry)
+
+    def blocks(self, prefix: str = "") -> Iterator[list[KvEntry]]:
+        """`range` in pieces of one leaf or less, none empty."""
+        if not isinstance(prefix, str):
+            raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
+        for columns in self.columns(prefix, prefix_end(prefix)):
+            if columns.keys:
+                yield list(map(_new_entry, repeat(KvEntry), zip(*columns, strict=True)))
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The live keys under `prefix`, ascending."""
+        for block in self.blocks(prefix):
+            for entry in block:
+                yield entry.key
+
+    __iter__ = keys
+
+    def items(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+        """(key, value) of the live entries under `prefix`, ascending."""
+        for block in self.blocks(prefix):
+            for entry in block:
+                yield entry.key, entry.value
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
+
+    def __len__(self) -> int:
+        """Live entries. Cost: O(changes since the last compaction) on the first call, then nothing."""
+        if self._entries is None:
+            entries = self.base.entries
+            for span in self.spans("", None):
+                if span.changes:
+                    keys = self._leaf_keys(span)
+                    entries -= sum(map(span.changes.__contains__, keys))
+                    entries += sum(change[1] is not None for change in span.changes.values())
+            self._entries = entries
+        return self._entries
+
+    def __bool__(self) -> bool:
+        return True  # a snapshot of an empty store is a snapshot still
+
+    def cursor(self) -> WatchCursor:
+        """The position in the stream up to which every update is folded in."""
+        return self._cursor
+
+    def __repr__(self) -> str:
+        return f"<FoldSnapshot at batch {self.seq}, {self._cursor!r}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a snapshot reads from its log's file and cannot be pickled; open a follower there, or send its entries")
+
+    # What the engine builds on.
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing is newer than the base."""
+        return not self.runs and not self.delta.firsts
+
+    def with_batch(self, changes: tuple[dict[str, Change], ...], seq: int, cursor: WatchCursor) -> FoldSnapshot:
+        """The fold after one more batch. Cost: about 1 us for each change, whatever the size of the store."""
+        delta, runs = self.delta, self.runs
+        for newest in changes:
+            runs = pushed(runs, newest)
+            if runs and len(runs[-1]) >= SETTLE_ENTRIES:
+                delta, runs = delta.with_runs(runs), ()
+        return FoldSnapshot(self.base, delta, runs, seq, cursor)
+
+    def spans(self, low: str, high: str | None) -> Iterator[Span]:
+        """The stretches that make up low <= key < high, ascending: cut at each leaf and at each piece of the delta."""
+        firsts = self.base.firsts
+        cuts = {low}
+        for starts in (firsts, self.delta.firsts):
+            stop = len(starts) if high is None else bisect_left(starts, high)
+            cuts.update(starts[bisect_right(starts, low) : stop])
+        lows = sorted(cuts)
+        for start, end in zip(lows, [*lows[1:], high], strict=True):
+            number = bisect_right(firsts, start) - 1
+            leaf_high = firsts[number + 1] if number + 1 < len(firsts) else None
+            whole = number >= 0 and start <= firsts[number] and end == leaf_high
+            changes: dict[str, Change] = {}
+            self.delta.copy_into(changes, start, end)
+            for run in reversed(self.runs):
+                run.copy_into(changes, start, end)
+            yield Span(number, whole, start, end, changes)
+
+    def columns(self, low: str, high: str | None) -> Iterator[Columns]:
+        """The live entries with low <= key < high, span by span."""
+        if high is not None and low >= high:
+            return
+        for span in self.spans(low, high):
+            yield self.span_columns(span)
+
+    def span_columns(self, span: Span) -> Columns:
+        """The live entries of a span."""
+        if span.leaf < 0:
+            columns = Columns([], [], [])
+        elif span.whole:
+            columns = self.base.columns(span.leaf)
+        else:
+            columns = self.base.columns(span.leaf, span.low, span.high)
+        if not span.changes:
+            return columns
+        merged = leaf.changes_of(columns)
+        merged.update(span.changes)
+        live = [change for change in map(merged.__getitem__, sorted(merged)) if change[1] is not None]
+        return Columns([c[0] for c in live], [c[1] for c in live], [c[2] for c in live])  # type: ignore[misc]
+
+    def _leaf_keys(self, span: Span) -> list[str]:
+        if span.leaf < 0:
+            return []
+        keys = leaf.decode_keys(self.base.index(span.leaf))
+        stop = len(keys) if span.high is None else bisect_left(keys, span.high)
+        return keys[bisect_left(keys, span.low) : stop]
+
+
+def prefix_end(prefix: str) -> str | None:
+    """The least string above all that start with `prefix`; None if there is no such string."""
+    stem = prefix.rstrip("\U0010ffff")
+    return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None

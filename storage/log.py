@@ -1,0 +1,263 @@
+"""The writer's side of a log: append, sync, close; and what happens when one of them fails.
+
+One `write` a commit group, with no buffer in between. A write that fails or falls short is cut back to the last good byte, and
+the cut is synced, before the error is returned. If that cannot be done, or if an fsync fails, the log is poisoned: the
+kernel may have dropped the pages and call them clean, so that trying again, or replaying the file from the page cache, would
+believe a lie. Nothing is acknowledged through the file again. The fold in memory is whole, and writing it to a new file
+(`rewrite.py`) clears the poison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgpack
+
+from foldlog.protocol.errors import ForkedStore, FoldlogError, LogChangedError, LogPoisonedError, StoreClosed
+from foldlog.protocol.frames import FLAG_SYNC_EACH, KIND_BATCHES, KIND_OPEN, KIND_SEAL, MAX_GROUP, FileHead, build_frame
+from foldlog.protocol.tokens import U64_MAX
+from foldlog.protocol.updates import batches_body
+from foldlog.storage.files import Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.lock import Watermark, WriterLock, beside
+from foldlog.storage.scan import Chain
+
+WRITER = "foldlog 1"
+
+
+class LogFile(NamedTuple):
+    """An open log file, as opening or a rewrite hands it to its `Log`."""
+
+    head: FileHead
+    fd: int
+    """To write; locked, so that a hard link to the file finds it taken."""
+    handle: ReadHandle
+    """To read, shared with the snapshots."""
+    chain: Chain
+    """Behind its last frame."""
+    base_end: int
+    """The offset behind its base."""
+    session: bool
+    """It holds this writer's OPEN frame."""
+
+
+class Log:
+    """A log that this process writes, under its lock."""
+
+    def __init__(self, files: Files, path: Path, lock: WriterLock, file: LogFile, *, sync_each: bool = False) -> None:
+        self.files, self.path, self.sync_each = files, path, sync_each
+        self.file = file
+        self.chain = file.chain  # replaced whole by each append, behind the write: chain.offset is the size of the file
+        self.poison: str | None = None
+        self.synced_seq = file.chain.synced_seq
+        """The last batch that is known to survive a power loss."""
+        self._lock = lock
+        self._path = os.fspath(path)
+        self._inode = self._identity(file.fd)
+        self._session = file.session
+        # Held while the file is synced from any thread, so that it is not exchanged or closed under the fsync.
+        self._sync_lock = threading.Lock()
+        self.closed = False
+        self._forked = False
+        _open_logs.add(self)
+
+    def _identity(self, fd: int) -> tuple[int, int]:
+        stat = self.files.fstat(fd)
+        return stat.st_dev, stat.st_ino
+
+    @property
+    def appended_bytes(self) -> int:
+        """Bytes behind the base."""
+        return self.chain.offset - self.file.base_end
+
+    def check_usable(self) -> None:
+        """Raise unless the log can be written: StoreClosed, ForkedStore or LogPoisonedError."""
+        if self._forked:
+            raise ForkedStore(f"{self.path} was opened before this process was forked from its writer")
+        if self.closed:
+            raise StoreClosed(f"{self.path} is closed")
+        if self.poison is not None:
+            raise LogPoisonedError(self.path, self.poison)
+
+    def check_unchanged(self) -> None:
+        """LogChangedError if the path leads to another file by now, or the file has another size. One `stat`, 1.5 us."""
+        try:
+            stat = self.files.stat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise LogChangedError(self.path, "was deleted while it was open") from None
+        if (stat.st_dev, stat.st_ino) != self._inode:
+            raise LogChangedError(self.path, "was replaced by another file while it was open")
+        if stat.st_size != self.chain.offset:
+            raise LogChangedError(self.path, f"has {stat.st_size} bytes, expected {self.chain.offset}: someone else wrote to it")
+
+    def append(self, items: Sequence[bytes]) -> None:
+        """Write encoded batches as one commit group: one frame, one write.
+
+        On return they survive a killed process. On an error, nothing of them is in the log (or it is poisoned).
+        """
+        if self._forked or self.closed or self.poison is not None:
+            self.check_usable()
+        if self.chain.seq + len(items) > U64_MAX:
+            raise FoldlogError(f"{self.path}: the sequence is at its end")
+        self.check_unchanged()
+        frames: list[tuple[int, bytes, int]] = []
+        if not self._session:
+            body = msgpack.packb({"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER})
+            frames.append((KIND_OPEN, body, 0))
+            if self.sync_each:
+                self._write(frames)
+                self._session = True
+                self.sync()
+                frames = []
+        for start in range(0, len(items), MAX_GROUP):
+            group = items[start : start + MAX_GROUP]
+            frames.append((KIND_BATCHES, batches_body(group), len(group)))
+        self._write(frames)
+        self._session = True
+
+    def _write(self, frames: list[tuple[int, bytes, int]]) -> None:
+        chain = self.chain
+        seed = self.file.head.seed
+        flags = FLAG_SYNC_EACH if self.sync_each else 0
+        seq, offset, link = chain.seq, chain.offset, chain.link
+        synced_seq = min(self.synced_seq, seq)
+        parts = []
+        for kind, body, batches in frames:
+            seq += batches
+            frame, link = build_frame(
+                seed, kind, body, seq=seq, synced_seq=synced_seq, offset=offset, link=link, flags=flags, batches=batches
+            )
+            parts.append(frame)
+            offset += len(frame)
+        try:
+            write_all(self.files, self.file.fd, parts[0] if len(parts) == 1 else b"".join(parts), chain.offset)
+            self.chain = Chain(offset, link, seq, synced_seq)
+        except BaseException as error:
+            if self.chain is chain:
+                self._undo(error)
+            raise
+
+    def _undo(self, error: BaseException) -> None:
+        """Cut a failed write off, for good: later frames must not mix with what it left."""
+        try:
+            self.files.truncate(self.file.fd, self.chain.offset)
+            self.files.sync(self.file.fd)
+        except OSError as second:
+            self._poison(f"a write failed ({error}), and undoing it failed ({second})")
+
+    def sync(self) -> None:
+        """Make all that was appended survive a power loss. Any thread may call it beside the writer.
+
+        LogPoisonedError if it fails: that is final for this file.
+        """
+        with self._sync_lock:
+            if self.closed:
+                return
+            self.check_usable()
+            chain = self.chain
+            try:
+                self.files.sync(self.file.fd)
+            except OSError as error:
+                self._poison(f"fsync failed: {error}")
+                raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
+            self._note_synced(chain)
+
+    def _note_synced(self, chain: Chain) -> None:
+        self.synced_seq = max(self.synced_seq, chain.seq)
+        with contextlib.suppress(OSError):
+            self._lock.write(Watermark(self.file.head.log_id, chain.seq, chain.offset))
+
+    def _poison(self, reason: str) -> None:
+        self.poison = reason
+        with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
+            self.files.close(self.files.create(beside(self.path, "poison")))
+
+    def adopt(self, file: LogFile) -> None:
+        """Go on in a rewritten file, which is complete, synced, and stands at `path` by now. Clears the poison.
+
+        Makes the rename durable; if that fails, the log is poisoned again.
+        """
+        with self._sync_lock:
+            old = self.file
+            self.file, self.chain = file, file.chain
+            self._inode = self._identity(file.fd)
+            self._session = file.session
+            self.synced_seq = file.chain.seq
+            if self.poison is not None:
+                self.poison = None
+                remove_quietly(self.files, beside(self.path, "poison"))
+            self.files.close(old.fd)
+            try:
+                self.files.sync_dir(self.path.parent)
+            except OSError as error:
+                # The old name may come back after a power loss, and take what is acknowledged from now on with it.
+                self._poison(f"syncing the folder failed after a rewrite: {error}")
+                return
+            self._note_synced(file.chain)
+
+    def close(self) -> None:
+        """Sync and seal what was appended, and release the lock. Closing twice is fine."""
+        if self.closed:
+            return
+        try:
+            if self._session and self.poison is None and not self._forked:
+                self._seal()
+        finally:
+            with self._sync_lock:
+                self.closed = True
+                self.release()
+
+    def _seal(self) -> None:
+        self.sync()
+        try:
+            self.check_unchanged()
+        except LogChangedError:
+            return  # there is nothing left to seal; whoever writes next would have been told
+        self._write([(KIND_SEAL, b"", 0)])
+        self.sync()
+
+    def release(self) -> None:
+        """Close the descriptors, without a word to the file: after a fork, or behind a crashed writer."""
+        if self.file.fd >= 0:
+            fd, self.file = self.file.fd, self.file._replace(fd=-1)
+            self.files.close(fd)
+        self._lock.release()
+
+    def abandon(self) -> None:
+        """Let go of the log as a killed process would: no sync, no seal."""
+        with self._sync_lock:
+            if not self.closed:
+                self.closed = True
+                self.release()
+
+
+_open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Close the child's copies and do not unlock: an unlock through any copy would free the parent's lock. Kept open, they
+    # would hold the lock after the parent's death.
+    for log in list(_open_logs):
+        if not log.closed:
+            log._sync_lock = threading.Lock()
+            log._forked = True
+            with contextlib.suppress(OSError):
+                log.release()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def boot_id() -> str:
+    """What names this run of the machine; "" where the system does not tell, which reads as "restarted since"."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+

@@ -1,0 +1,198 @@
+"""A fold into a new file: how a log is created, compacted and exported.
+
+The new file is written beside the place where it shall stand, synced, and renamed; its descriptors stay open across the
+rename, so that no step after it can fail. Equal states give equal bodies; only ids, and the checksums that they seed, differ.
+Leaves that nothing touched are copied as they are.
+
+A compaction runs beside the writer: `Rewrite.write` works from an immutable fold, `catch_up` carries over the frames that were
+appended meanwhile, and only `finish` (the last few frames, an fsync, the rename) needs the writer to stand still.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+from blake3 import blake3
+from crc32c import crc32c
+
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FLAG_SYNC_EACH,
+    FRAME_HEAD,
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    FileHead,
+    build_frame,
+)
+from foldlog.protocol.errors import StoreLocked
+from foldlog.storage.base import Base
+from foldlog.storage.files import Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.leaf import encode_leaf, leaf_end
+from foldlog.storage.lock import beside
+from foldlog.storage.log import WRITER, Log, LogFile, boot_id
+from foldlog.storage.scan import Chain, read_frames
+
+BUFFER_BYTES = 1024 * 1024
+Progress = Callable[[int, int], None]
+"""Told of long work as it goes on: (done, total), in entries or bytes."""
+
+
+def new_head(log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
+    """A file head with a random generation, and a random log id unless one is kept."""
+    return FileHead(log_id or secrets.token_bytes(16), secrets.randbits(64), base_seq)
+
+
+class FrameWriter:
+    """A new log file, written front to back."""
+
+    def __init__(self, files: Files, path: Path, head: FileHead) -> None:
+        self.files, self.path, self.head = files, path, head
+        self.fd = files.create(path)
+        self.chain = Chain.start(head)
+        self._seed = head.seed
+        self._buffer: list[bytes] = [head.pack()]
+        self._buffered = FILE_HEAD.size
+        self._written = 0
+
+    def add(self, kind: int, body: bytes, *, batches: int = 0, body_crc: int | None = None, flags: int = 0) -> int:
+        """Append a frame. Returns the offset of its body."""
+        chain = self.chain
+        seq = chain.seq + batches
+        frame, link = build_frame(
+            self._seed, kind, body, seq=seq, synced_seq=self.head.base_seq, offset=chain.offset, link=chain.link, flags=flags,
+            batches=batches, body_crc=body_crc,
+        )
+        self.chain = Chain(chain.offset + len(frame), link, seq, self.head.base_seq)
+        self._buffer.append(frame)
+        self._buffered += len(frame)
+        if self._buffered >= BUFFER_BYTES:
+            self.flush()
+        return chain.offset + FRAME_HEAD.size
+
+    def flush(self) -> None:
+        """Hand what is buffered to the operating system."""
+        data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+        if data:
+            write_all(self.files, self.fd, data, self._written)
+        self._written += len(data)
+        self._buffer, self._buffered = [], 0
+
+    def sync(self) -> None:
+        """Flush, and make it survive a power loss."""
+        self.flush()
+        self.files.sync(self.fd)
+
+    def discard(self) -> None:
+        """Give the file up."""
+        self.files.close(self.fd)
+        remove_quietly(self.files, self.path)
+
+
+def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None) -> Base:
+    """Write `fold` as leaves and a BASE_END frame. Returns the base as it stands there, without a handle yet.
+
+    Cost: a copy for leaves without changes, about 1 us an entry for the others.
+    """
+    base = Base(None)
+    digest = blake3()
+    keys: list[str] = []
+    values: list[bytes] = []
+    versions: list[bytes] = []
+    total = fold.base.entries
+
+    def emit(body: bytes, crc: int | None = None) -> None:
+        digest.update(body)
+        offset = out.add(KIND_LEAF, body, body_crc=crc)
+        base.add_leaf(offset, body, crc32c(body) if crc is None else crc)
+
+    def emit_leaves(last: bool) -> None:
+        start = 0
+        while start < len(keys):
+            end = leaf_end(keys, values, start)
+            if end is None:
+                if not last:
+                    break
+                end = len(keys)
+            emit(encode_leaf(keys[start:end], values[start:end], versions[start:end]))
+            start = end
+        del keys[:start], values[:start], versions[:start]
+
+    for span in fold.spans("", None):
+        if span.whole and not span.changes and not keys:
+            emit(fold.base.body(span.leaf), fold.base.crc(span.leaf))
+        else:
+            columns = fold.span_columns(span)
+            keys += columns.keys
+            values += columns.values
+            versions += columns.versions
+            emit_leaves(last=False)
+        if progress is not None:
+            progress(base.entries, max(total, base.entries))
+    emit_leaves(last=True)
+    end = {"cursor": bytes(fold.cursor()), "leaves": len(base), "entries": base.entries, "digest": digest.digest()}
+    out.add(KIND_BASE_END, msgpack.packb(end))
+    return base
+
+
+class Rewrite:
+    """A compaction under way: the log's fold, on its way into a new file."""
+
+    def __init__(self, log: Log, fold: FoldSnapshot) -> None:
+        """Start from `fold`, which holds all that is in the log (or, if the log is poisoned, all that was acknowledged)."""
+        self._log, self._fold = log, fold
+        self._poisoned = log.poison is not None
+        self._carried = Chain(log.chain.offset, log.chain.link, log.chain.seq, log.chain.synced_seq)
+        self._session = False
+        self._out = FrameWriter(log.files, beside(log.path, "tmp"), new_head(log.file.head.log_id, fold.seq))
+        self._base_end = 0
+        self.base = fold.base
+
+    def write(self, progress: Progress | None = None) -> None:
+        """Write the fold, and sync it. The long part; any thread may run it while the log is appended to."""
+        self.base = write_base(self._out, self._fold, progress)
+        self._base_end = self._out.chain.offset
+        self._out.sync()
+
+    def catch_up(self) -> int:
+        """Carry over and sync what was appended by now. Returns the bytes carried; any thread may run it."""
+        if self._poisoned:
+            return 0
+        start, stop = self._carried.offset, self._log.chain.offset
+        for frame, body in read_frames(self._log.file.handle, self._log.file.head, self._carried, stop):
+            if frame.kind == KIND_BATCHES:
+                flags = FLAG_SYNC_EACH if self._log.sync_each else 0
+                if not self._session:
+                    body_open = msgpack.packb({"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER})
+                    self._out.add(KIND_OPEN, body_open, flags=flags)
+                    self._session = True
+                self._out.add(KIND_BATCHES, bytes(body), batches=frame.batches, body_crc=frame.body_crc, flags=flags)
+        if stop > start:
+            self._out.sync()
+        return stop - start
+
+    def finish(self) -> None:
+        """Take the log's place. The writer stands still meanwhile.
+
+        On an error, which comes before the rename, the log goes on as it was.
+        """
+        log, out = self._log, self._out
+        self.catch_up()
+        if not self._poisoned:
+            log.check_unchanged()
+        handle = ReadHandle(log.files, out.path)
+        if not log.files.lock(out.fd):
+            raise StoreLocked(log.path, None)
+        log.files.replace(out.path, log.path)
+        self.base.handle = handle
+        log.adopt(LogFile(out.head, out.fd, handle, out.chain, self._base_end, self._session))
+
+    def discard(self) -> None:
+        """Give up before `finish` has renamed: the log goes on as it was."""
+        if self._log.file.fd != self._out.fd:
+            self._out.discard()
