@@ -1,6 +1,6 @@
 """foldlog: a local, always-hot, durable copy of shared state, fed by a stream of updates.
 
-    protocol <- storage <- actors <- foldlog        imports never run back
+protocol <- storage <- actors <- foldlog        imports never run back
 """
 
 from foldlog.protocol.errors import (
@@ -31,8 +31,6 @@ from foldlog.storage.artifact import ArtifactFile, ExportManifest
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.replay import OpenReport
 from foldlog.version import __version__
-
-
 
 __all__ = [
     "AppendLogSnapshot",

@@ -60,9 +60,7 @@ class FileHead(NamedTuple):
 
     def pack(self) -> bytes:
         """The 52 bytes of the head."""
-        body = FILE_HEAD.pack(
-            FILE_MAGIC, FORMAT_VERSION, 0, FILE_HEAD.size, self.log_id, self.generation, self.base_seq, 0
-        )[:-4]
+        body = FILE_HEAD.pack(FILE_MAGIC, FORMAT_VERSION, 0, FILE_HEAD.size, self.log_id, self.generation, self.base_seq, 0)[:-4]
         return body + crc32c(body).to_bytes(4, "little")
 
     @property
@@ -124,7 +122,16 @@ def parse_frame_head(buffer: bytes | bytearray | memoryview, at: int, seed: int)
 
 
 def build_frame(
-    seed: int, kind: int, body: bytes, *, seq: int, synced_seq: int, offset: int, link: int, flags: int = 0, batches: int = 0,
+    seed: int,
+    kind: int,
+    body: bytes,
+    *,
+    seq: int,
+    synced_seq: int,
+    offset: int,
+    link: int,
+    flags: int = 0,
+    batches: int = 0,
     body_crc: int | None = None,
 ) -> tuple[bytes, int]:
     """A whole frame, and its head checksum: the link of the frame after it."""

@@ -28,7 +28,7 @@ from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
 from foldlog.protocol.frames import FORMAT_VERSION
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage import leaf
-from foldlog.storage.files import Files, OS_FILES, ReadHandle, remove_quietly, write_all
+from foldlog.storage.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.lock import WriterLock, beside
 from foldlog.storage.replay import Loaded, load, resolve
@@ -386,7 +386,7 @@ def _check_fields(where: str, fields: dict[str, Any], expected: frozenset[str]) 
     if missing := sorted(expected - fields.keys()):
         raise ValueError(f"{where}{missing[0]} is missing")
     if unknown := sorted(fields.keys() - expected):
-        raise ValueError(f"{where}{ascii(unknown[0][:40])} is not a field of a manifest")
+        raise ValueError(f"{where}{unknown[0][:40]!a} is not a field of a manifest")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

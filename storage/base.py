@@ -16,7 +16,6 @@ from bisect import bisect_right
 from crc32c import crc32c
 
 from foldlog.protocol.errors import CorruptLogError
-from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import Change
 from foldlog.storage import leaf
 from foldlog.storage.files import ReadHandle
@@ -33,7 +32,18 @@ _SHARD_BYTES = CACHE_BYTES // SHARDS
 class Base:
     """The leaves of one file, in key order."""
 
-    __slots__ = ("_cached_bytes", "_crcs", "_index_lens", "_indexes", "_lengths", "_offsets", "cache", "entries", "firsts", "handle")
+    __slots__ = (
+        "_cached_bytes",
+        "_crcs",
+        "_index_lens",
+        "_indexes",
+        "_lengths",
+        "_offsets",
+        "cache",
+        "entries",
+        "firsts",
+        "handle",
+    )
 
     def __init__(self, handle: ReadHandle | None) -> None:
         self.handle = handle
@@ -87,7 +97,7 @@ class Base:
         value = self._pread(size, self._offsets[number] + start)
         if crc32c(value) != crc:
             raise self._corrupt(number, f"the value of key {key[:40]!r} does not verify")
-        change = (key, value, bytes.__new__(VersionToken, version))
+        change = (key, value, version)
         self._remember(change)
         return change
 

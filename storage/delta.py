@@ -2,9 +2,9 @@
 
 A run is a dict of changes, never changed once a fold holds it. A batch becomes a run; small neighbours are merged, each into
 one at least four times as large, so that a record is copied about log4(n) times and a `get` probes a handful of dicts. What
-has grown to `SETTLE_ENTRIES` settles into the delta: pieces of up to `PIECE_ENTRIES` changes, by key, of which only those are
-copied that a change falls into. No single call into C touches more than about `SETTLE_ENTRIES` entries: merging a million at
-once held the interpreter lock, and with it every thread, for 100 ms and more.
+has grown to an eighth of the delta (8,192 to 32,768 changes) settles into it: pieces of up to `PIECE_ENTRIES` changes, by key,
+of which only those are copied that a change falls into. No single call into C touches more entries than that: merging a
+million at once held the interpreter lock, and with it every thread, for 100 ms and more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from foldlog.protocol.updates import Change
 
 MERGE_RATIO = 4
 SETTLE_ENTRIES = 8192
+MAX_SETTLE_ENTRIES = 32_768
 PIECE_ENTRIES = 1024
 
 
@@ -59,9 +60,12 @@ def pushed(runs: tuple[Run, ...], newest: dict[str, Change]) -> tuple[Run, ...]:
 class Delta:
     """Settled changes, in pieces by key. Immutable."""
 
-    __slots__ = ("_pieces", "firsts")
+    __slots__ = ("_pieces", "firsts", "settle_entries")
 
     def __init__(self, firsts: list[str], pieces: list[Run]) -> None:
+        entries = sum(map(len, pieces))
+        self.settle_entries = min(max(SETTLE_ENTRIES, entries // 8), MAX_SETTLE_ENTRIES)
+        """The size of a run that is to settle."""
         # firsts[i] <= every key of pieces[i] < firsts[i + 1]; the first of them is "", so that every key has a piece.
         self.firsts, self._pieces = firsts, pieces
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 
 from foldlog.protocol.updates import Batch
-from foldlog.storage.delta import EMPTY_DELTA
 from foldlog.storage.base import EMPTY_BASE
+from foldlog.storage.delta import EMPTY_DELTA
 from foldlog.storage.files import OS_FILES, Files
 from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.replay import OnDamage, OpenReport, open_log, resolve
+from foldlog.storage.replay import OnDamage, open_log, resolve
 from foldlog.storage.rewrite import Progress, Rewrite
 
 DEFAULT_COMPACT_THRESHOLD = 10 * 1024 * 1024
@@ -46,9 +46,7 @@ class Engine:
     ) -> None:
         """Open or create the log at `path`. See `replay.open_log` for the errors."""
         self.path = resolve(path)
-        self.log, self.fold, self.report = open_log(
-            self.path, files, on_damage=on_damage, sync_each=sync_each, progress=progress
-        )
+        self.log, self.fold, self.report = open_log(self.path, files, on_damage=on_damage, sync_each=sync_each, progress=progress)
         # Invariant: fold.seq == log.chain.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
         # the assignment behind it; then `_next` is what the log holds.
         self._next = self.fold

@@ -19,7 +19,7 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change, KvEntry
 from foldlog.storage import leaf
 from foldlog.storage.base import EMPTY_BASE, SHARDS, Base
-from foldlog.storage.delta import EMPTY_DELTA, SETTLE_ENTRIES, Delta, Run, pushed
+from foldlog.storage.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.leaf import Columns
 
 _SHARD_MASK = SHARDS - 1
@@ -164,7 +164,7 @@ class FoldSnapshot:
         delta, runs = self.delta, self.runs
         for newest in changes:
             runs = pushed(runs, newest)
-            if runs and len(runs[-1]) >= SETTLE_ENTRIES:
+            if runs and len(runs[-1]) >= delta.settle_entries:
                 delta, runs = delta.with_runs(runs), ()
         return FoldSnapshot(self.base, delta, runs, seq, cursor)
 

@@ -24,13 +24,13 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate, repeat
+from itertools import accumulate
 from operator import add, lt, sub
 from typing import NamedTuple
 
 from crc32c import crc32c
 
-from foldlog.protocol.tokens import MAX_TOKEN_BYTES, VersionToken
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES
 from foldlog.protocol.updates import MAX_VALUE_BYTES, Change
 
 MIN_ENTRIES = 128
@@ -52,7 +52,7 @@ class Columns(NamedTuple):
 
     keys: list[str]
     values: list[bytes]
-    versions: list[VersionToken]
+    versions: list[bytes]
 
 
 def leaf_end(keys: Sequence[str], values: Sequence[bytes], start: int) -> int | None:
@@ -155,8 +155,7 @@ def decode_leaf(body: bytes | memoryview, low: str | None = None, high: str | No
     version_ends = ends + 8 * count
     values = _slices(body, index_len, "I", ends, start, stop)
     versions = _slices(body, version_ends + 2 * count, "H", version_ends, start, stop)
-    tokens = list(map(bytes.__new__, repeat(VersionToken), versions))
-    return Columns(keys if stop - start == count else keys[start:stop], values, tokens)  # type: ignore[arg-type]
+    return Columns(keys if stop - start == count else keys[start:stop], values, versions)
 
 
 def _slices(body: bytes | memoryview, base: int, width: str, ends_at: int, start: int, stop: int) -> list[bytes]:
@@ -193,9 +192,9 @@ def check_order(body: bytes | memoryview) -> list[str]:
         raise ValueError("a leaf's lengths do not fit")
     value_lens = list(map(sub, value_ends, (0, *value_ends)))
     version_lens = list(map(sub, version_ends, (0, *version_ends)))
-    if not (0 <= min(value_lens) and max(value_lens) <= MAX_VALUE_BYTES):
+    if not (min(value_lens) >= 0 and max(value_lens) <= MAX_VALUE_BYTES):
         raise ValueError("a leaf's value is over its limit")
-    if not (0 <= min(version_lens) and max(version_lens) <= MAX_TOKEN_BYTES):
+    if not (min(version_lens) >= 0 and max(version_lens) <= MAX_TOKEN_BYTES):
         raise ValueError("a leaf's version is over its limit")
     return keys
 
@@ -209,4 +208,4 @@ def check_leaf(body: bytes | memoryview) -> None:
 
 def changes_of(columns: Columns) -> dict[str, Change]:
     """The entries by key."""
-    return dict(zip(columns.keys, zip(*columns)))  # type: ignore[arg-type]  # noqa: B905
+    return dict(zip(columns.keys, zip(*columns)))  # noqa: B905

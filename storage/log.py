@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import msgpack
 
-from foldlog.protocol.errors import ForkedStore, FoldlogError, LogChangedError, LogPoisonedError, StoreClosed
+from foldlog.protocol.errors import FoldlogError, ForkedStore, LogChangedError, LogPoisonedError, StoreClosed
 from foldlog.protocol.frames import FLAG_SYNC_EACH, KIND_BATCHES, KIND_OPEN, KIND_SEAL, MAX_GROUP, FileHead, build_frame
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.protocol.updates import batches_body
@@ -60,6 +60,8 @@ class Log:
         self._lock = lock
         self._path = os.fspath(path)
         self._inode = self._identity(file.fd)
+        self._seed = file.head.seed
+        self._flags = FLAG_SYNC_EACH if sync_each else 0
         self._session = file.session
         # Held while the file is synced from any thread, so that it is not exchanged or closed under the fsync.
         self._sync_lock = threading.Lock()
@@ -103,41 +105,42 @@ class Log:
         """
         if self._forked or self.closed or self.poison is not None:
             self.check_usable()
+        if len(items) > MAX_GROUP:
+            raise ValueError(f"a commit group takes at most {MAX_GROUP} batches, got {len(items)}")
         if self.chain.seq + len(items) > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is at its end")
         self.check_unchanged()
-        frames: list[tuple[int, bytes, int]] = []
         if not self._session:
-            body = msgpack.packb({"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER})
-            frames.append((KIND_OPEN, body, 0))
-            if self.sync_each:
-                self._write(frames)
-                self._session = True
-                self.sync()
-                frames = []
-        for start in range(0, len(items), MAX_GROUP):
-            group = items[start : start + MAX_GROUP]
-            frames.append((KIND_BATCHES, batches_body(group), len(group)))
-        self._write(frames)
-        self._session = True
+            self._begin_session()
+        self._write(KIND_BATCHES, batches_body(items), len(items))
 
-    def _write(self, frames: list[tuple[int, bytes, int]]) -> None:
+    def _begin_session(self) -> None:
+        """Say who writes from here on. Opening alone writes nothing: a log that is only read stays as it is."""
+        body = {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
+        self._write(KIND_OPEN, msgpack.packb(body), 0)
+        self._session = True
+        if self.sync_each:
+            self.sync()
+
+    def _write(self, kind: int, body: bytes, batches: int) -> None:
         chain = self.chain
-        seed = self.file.head.seed
-        flags = FLAG_SYNC_EACH if self.sync_each else 0
-        seq, offset, link = chain.seq, chain.offset, chain.link
-        synced_seq = min(self.synced_seq, seq)
-        parts = []
-        for kind, body, batches in frames:
-            seq += batches
-            frame, link = build_frame(
-                seed, kind, body, seq=seq, synced_seq=synced_seq, offset=offset, link=link, flags=flags, batches=batches
-            )
-            parts.append(frame)
-            offset += len(frame)
+        seq = chain.seq + batches
+        synced_seq = min(self.synced_seq, chain.seq)
+        frame, link = build_frame(
+            self._seed,
+            kind,
+            body,
+            seq=seq,
+            synced_seq=synced_seq,
+            offset=chain.offset,
+            link=chain.link,
+            flags=self._flags,
+            batches=batches,
+        )
+        behind = Chain(chain.offset + len(frame), link, seq, synced_seq)
         try:
-            write_all(self.files, self.file.fd, parts[0] if len(parts) == 1 else b"".join(parts), chain.offset)
-            self.chain = Chain(offset, link, seq, synced_seq)
+            write_all(self.files, self.file.fd, frame, chain.offset)
+            self.chain = behind
         except BaseException as error:
             if self.chain is chain:
                 self._undo(error)
@@ -187,6 +190,7 @@ class Log:
             old = self.file
             self.file, self.chain = file, file.chain
             self._inode = self._identity(file.fd)
+            self._seed = file.head.seed
             self._session = file.session
             self.synced_seq = file.chain.seq
             if self.poison is not None:
@@ -219,7 +223,7 @@ class Log:
             self.check_unchanged()
         except LogChangedError:
             return  # there is nothing left to seal; whoever writes next would have been told
-        self._write([(KIND_SEAL, b"", 0)])
+        self._write(KIND_SEAL, b"", 0)
         self.sync()
 
     def release(self) -> None:
@@ -260,4 +264,3 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
-

@@ -144,7 +144,7 @@ def _lost_sector(data: memoryview, offset: int) -> bool:
     """Whether `data`, which stands at `offset`, holds a sector, or at its ends a part of one, of nothing but zeros."""
     zeros = bytes(SECTOR)
     first = -offset % SECTOR
-    if 0 < first and len(data) and bytes(data[:first]) == zeros[: min(first, len(data))]:
+    if first > 0 and len(data) and bytes(data[:first]) == zeros[: min(first, len(data))]:
         return True
     for at in range(first, len(data), SECTOR):
         piece = data[at : at + SECTOR]

@@ -39,6 +39,7 @@ from foldlog.storage.recovery import Verdict, gather, judge
 from foldlog.storage.rewrite import FrameWriter, Progress, new_head, write_base
 from foldlog.storage.scan import BadFrame, Chain, read_frames
 
+NO_CURSOR = WatchCursor.none()
 OnDamage: TypeAlias = Literal["refuse", "cut"]
 SETTLE_ENTRIES = 65_536
 """Changes that replay collects before they settle: nobody reads meanwhile, so larger pieces of work do no harm."""
@@ -59,7 +60,7 @@ class OpenReport:
     batches: int = 0
     """Batches replayed on top of the base."""
     seq: int = 0
-    cursor: WatchCursor = WatchCursor.none()
+    cursor: WatchCursor = NO_CURSOR
     sealed: bool = False
     """The last writer closed it cleanly."""
     cut_bytes: int = 0
@@ -187,6 +188,7 @@ def load(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
                 replay.feed(frame, body)
             except ValueError as error:
                 raise BadFrame(frame.offset, str(error), final=True) from None
+            chain = chain.after(frame)
             if progress is not None:
                 progress(frame.offset + frame.size, size)
     except BadFrame as error:
@@ -206,7 +208,9 @@ def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
         return Verdict.CORRUPT, f"the base is damaged: {bad.reason}"  # it was synced before it got its name
     size = handle.files.fstat(handle.fd).st_size
     rest = handle.read(max(size - bad.offset, 0), bad.offset)
-    verdict, why = judge(gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, bool(loaded.boot) and loaded.boot == boot_id()))
+    verdict, why = judge(
+        gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, bool(loaded.boot) and loaded.boot == boot_id())
+    )
     return verdict, f"{why} ({bad.reason})"
 
 
@@ -290,8 +294,18 @@ def open_log(
         log.abandon()
         raise
     report = OpenReport(
-        path, created, loaded.chain.offset, loaded.frames, loaded.fold.base.entries, loaded.chain.seq - loaded.head.base_seq,
-        loaded.chain.seq, loaded.fold.cursor(), loaded.sealed, cut_bytes, cut_reason, kept_at,
+        path,
+        created,
+        loaded.chain.offset,
+        loaded.frames,
+        loaded.fold.base.entries,
+        loaded.chain.seq - loaded.head.base_seq,
+        loaded.chain.seq,
+        loaded.fold.cursor(),
+        loaded.sealed,
+        cut_bytes,
+        cut_reason,
+        kept_at,
     )
     return log, loaded.fold, report
 
@@ -333,5 +347,3 @@ def _set_aside(files: Files, path: Path, fd: int, handle: ReadHandle, loaded: Lo
     files.truncate(fd, start)
     files.sync(fd)  # or a later append could mix with what was cut, sector by sector
     return kept_at, size - start
-
-

@@ -18,6 +18,7 @@ import msgpack
 from blake3 import blake3
 from crc32c import crc32c
 
+from foldlog.protocol.errors import StoreLocked
 from foldlog.protocol.frames import (
     FILE_HEAD,
     FLAG_SYNC_EACH,
@@ -29,7 +30,6 @@ from foldlog.protocol.frames import (
     FileHead,
     build_frame,
 )
-from foldlog.protocol.errors import StoreLocked
 from foldlog.storage.base import Base
 from foldlog.storage.files import Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
@@ -65,8 +65,16 @@ class FrameWriter:
         chain = self.chain
         seq = chain.seq + batches
         frame, link = build_frame(
-            self._seed, kind, body, seq=seq, synced_seq=self.head.base_seq, offset=chain.offset, link=chain.link, flags=flags,
-            batches=batches, body_crc=body_crc,
+            self._seed,
+            kind,
+            body,
+            seq=seq,
+            synced_seq=self.head.base_seq,
+            offset=chain.offset,
+            link=chain.link,
+            flags=flags,
+            batches=batches,
+            body_crc=body_crc,
         )
         self.chain = Chain(chain.offset + len(frame), link, seq, self.head.base_seq)
         self._buffer.append(frame)
@@ -147,7 +155,7 @@ class Rewrite:
         """Start from `fold`, which holds all that is in the log (or, if the log is poisoned, all that was acknowledged)."""
         self._log, self._fold = log, fold
         self._poisoned = log.poison is not None
-        self._carried = Chain(log.chain.offset, log.chain.link, log.chain.seq, log.chain.synced_seq)
+        self._carried = log.chain  # behind the last frame that the new file has
         self._session = False
         self._out = FrameWriter(log.files, beside(log.path, "tmp"), new_head(log.file.head.log_id, fold.seq))
         self._base_end = 0
@@ -172,6 +180,7 @@ class Rewrite:
                     self._out.add(KIND_OPEN, body_open, flags=flags)
                     self._session = True
                 self._out.add(KIND_BATCHES, bytes(body), batches=frame.batches, body_crc=frame.body_crc, flags=flags)
+            self._carried = self._carried.after(frame)
         if stop > start:
             self._out.sync()
         return stop - start

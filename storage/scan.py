@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from crc32c import crc32c
 
@@ -25,14 +25,14 @@ from foldlog.storage.files import ReadHandle
 WINDOW_BYTES = 4 * 1024 * 1024
 
 
-@dataclass(slots=True)
-class Chain:
+class Chain(NamedTuple):
     """Where a log stands: what the next frame must follow."""
 
     offset: int
     link: int
+    """The head checksum of the frame before."""
     seq: int
-    synced_seq: int = 0
+    synced_seq: int
 
     @classmethod
     def start(cls, head: FileHead) -> Chain:
@@ -51,10 +51,9 @@ class Chain:
             return f"the frame knows batch {frame.synced_seq} as synced, which cannot be"
         return None
 
-    def advance(self, frame: FrameHead) -> None:
-        """Step behind `frame`."""
-        self.offset += frame.size
-        self.link, self.seq, self.synced_seq = frame.crc, frame.seq, frame.synced_seq
+    def after(self, frame: FrameHead) -> Chain:
+        """Where the log stands behind `frame`."""
+        return Chain(self.offset + frame.size, frame.crc, frame.seq, frame.synced_seq)
 
 
 class BadFrame(Exception):
@@ -68,9 +67,9 @@ class BadFrame(Exception):
 def read_frames(
     handle: ReadHandle, head: FileHead, chain: Chain, size: int, *, window_bytes: int = WINDOW_BYTES
 ) -> Iterator[tuple[FrameHead, memoryview]]:
-    """The frames from `chain` to `size`, with their bodies; `chain` is behind each frame once the next is asked for.
+    """The frames from `chain` to `size`, with their bodies. A body is valid until the next frame is asked for.
 
-    A body is valid until then. Raises BadFrame at the first bytes that are not the next frame, LogChangedError if the file
+    Raises BadFrame at the first bytes that are not the next frame, LogChangedError if the file
     ends before `size`, and OSError as it comes. Memory: one window, or the largest frame. Cost: 1-2 us a frame, and the
     speed of memory.
     """
@@ -82,8 +81,7 @@ def read_frames(
         at = chain.offset - base
         rest = size - chain.offset
         if filled - at < FRAME_HEAD.size and filled - at < rest:
-            base, filled, window = chain.offset, _fill(handle, window, chain.offset, min(len(window), rest)), window
-            at = 0
+            base, filled, at = chain.offset, _fill(handle, window, chain.offset, min(len(window), rest)), 0
         frame = parse_frame_head(window[:filled], at, seed)
         if frame is None:
             raise BadFrame(chain.offset, "no frame head that verifies", final=False)
@@ -92,7 +90,10 @@ def read_frames(
             raise BadFrame(chain.offset, fault, final=True)
         if frame.kind not in KINDS or frame.flags & ~KNOWN_FLAGS:
             raise BadFrame(
-                chain.offset, f"a frame of kind {frame.kind}, flags {frame.flags:#x}, from a newer foldlog", final=True, unsupported=True
+                chain.offset,
+                f"a frame of kind {frame.kind}, flags {frame.flags:#x}, from a newer foldlog",
+                final=True,
+                unsupported=True,
             )
         if frame.body_len > MAX_BODY_BYTES:
             raise BadFrame(chain.offset, f"a body of {frame.body_len} bytes is over the limit", final=True)
@@ -108,7 +109,7 @@ def read_frames(
         if window[at + frame.size - len(TRAILER) : at + frame.size] != TRAILER:
             raise BadFrame(chain.offset, "the frame's trailer is wrong", final=False)
         yield frame, body
-        chain.advance(frame)
+        chain = chain.after(frame)
 
 
 def _fill(handle: ReadHandle, window: memoryview, offset: int, size: int) -> int:
