@@ -200,7 +200,9 @@ class StoreConformance:
             store = kind.open(path)
         store.close()
 
-    @pytest.mark.parametrize("edge", ["\U0010ffff", "\ud7ff", "\ue000", "\x7f", "\xff", "\uffff", "a\U0010ffff", "\U0010ffff\U0010ffff"])
+    @pytest.mark.parametrize(
+        "edge", ["\U0010ffff", "\ud7ff", "\ue000", "\x7f", "\xff", "\uffff", "a\U0010ffff", "\U0010ffff\U0010ffff"]
+    )
     def test_a_prefix_ends_where_its_last_character_has_no_plain_successor(self, store, edge):
         inside = [edge, edge + "\0", edge + "a", edge + "\ud7ff", edge + "\U0010ffff"]
         outside = ["", "a", "\0", "b", edge[:-1] + "~", "\U0010fffe", "\ue001", "\U00010000"]
@@ -215,7 +217,11 @@ class StoreConformance:
 
     def test_values_of_every_small_byte_and_of_a_mebibyte_round_trip(self, kind, path):
         large = random.Random(3).randbytes(1024 * 1024)
-        values = {f"k{n}": bytes([n]) for n in range(256)} | {"large": large, "zeros": bytes(1024 * 1024), "log": b"\x89FLG\r\n\x1a\n"}
+        values = {f"k{n}": bytes([n]) for n in range(256)} | {
+            "large": large,
+            "zeros": bytes(1024 * 1024),
+            "log": b"\x89FLG\r\n\x1a\n",
+        }
         store = kind.open(path)
         store.apply([Put(key, value) for key, value in values.items()], cursor(1))
         assert entries(store) == values
