@@ -1,0 +1,222 @@
+"""Commands that only read: `get`, `range`, `info`, and `export`. They change no byte of the log, create nothing beside it,
+take no lock that a writer would wait for, and so work while another process has the log open for writing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
+from foldlog.protocol.frames import FORMAT_VERSION
+from foldlog.protocol.updates import KvEntry
+from foldlog.storage.artifact import export_fold
+from foldlog.storage.files import OS_FILES, ReadHandle
+from foldlog.storage.lock import beside
+from foldlog.storage.replay import Loaded, load_intact, resolve
+from foldlog.storage.rewrite import Progress
+
+_NOTE_BYTES = 4096  # more than any note that a writer leaves
+_WRITE_BYTES = 64 * 1024
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def log_argument(command: _F) -> _F:
+    """The argument LOG, the first of most commands."""
+    return click.argument("log", type=click.Path(path_type=Path))(command)
+
+
+class Opened(NamedTuple):
+    """A log as it was read."""
+
+    handle: ReadHandle
+    loaded: Loaded
+
+
+def read_log(log: Path, progress: Progress | None = None) -> Opened:
+    """Read a log without touching it. A torn tail, which a writer may be writing just now, is left out.
+
+    FileNotFoundError, CorruptLogError or InvalidFormatError. Cost: as `replay.load`.
+    """
+    handle = ReadHandle(OS_FILES, resolve(log))
+    return Opened(handle, load_intact(handle, progress))
+
+
+def utf8(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Refuse a key that no log can hold, before anything is opened."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("is not UTF-8", param=parameter) from None
+    return value
+
+
+@click.command(epilog="Example: foldlog get routes.log tenants/a")
+@log_argument
+@click.argument("key", callback=utf8)
+@click.option("--json", "as_json", is_flag=True, help="Print key, value (or value_base64) and version as JSON.")
+def get(log: Path, key: str, as_json: bool) -> None:
+    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none."""
+    entry = read_log(log).loaded.fold.get(key)
+    if entry is None:
+        click.echo(f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True)
+        raise click.exceptions.Exit(1)
+    if as_json:
+        click.echo(json.dumps(entry_json(entry)))
+    else:
+        sys.stdout.buffer.write(entry.value)
+
+
+@click.command("range", epilog="Example: foldlog range routes.log tenants/ --keys --limit 10")
+@log_argument
+@click.argument("prefix", default="", callback=utf8)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--keys", "keys_only", is_flag=True, help="Print the keys only.")
+@click.option("--limit", type=click.IntRange(min=0), help="Stop after so many entries.")
+def range_(log: Path, prefix: str, as_json: bool, keys_only: bool, limit: int | None) -> None:
+    """Print the entries of LOG whose keys start with PREFIX (all, without one), in key order.
+
+    A line is the key, a tab and the value; what is not UTF-8 or not printable is escaped as \\xNN, \\uNNNN or \\UNNNNNNNN.
+    """
+    entries: Iterator[KvEntry] = chain.from_iterable(read_log(log).loaded.fold.blocks(prefix))
+    out = sys.stdout.buffer
+    buffer = bytearray()
+    for entry in islice(entries, limit):
+        buffer += _line(entry, as_json, keys_only).encode() + b"\n"
+        if len(buffer) >= _WRITE_BYTES:
+            out.write(buffer)
+            buffer.clear()
+    out.write(buffer)
+
+
+def _line(entry: KvEntry, as_json: bool, keys_only: bool) -> str:
+    if as_json:
+        return json.dumps({"key": entry.key} if keys_only else entry_json(entry))
+    return printable(entry.key) if keys_only else f"{printable(entry.key)}\t{value_text(entry.value)}"
+
+
+@click.command(epilog="Example: foldlog info routes.log --json")
+@log_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(log: Path, as_json: bool) -> None:
+    """Print what LOG is and where it stands: identity, cursor, sizes, and whether a writer has it open."""
+    with progress_bar("reading") as progress:
+        opened = read_log(log, progress)
+    facts = describe(opened)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    fold = opened.loaded.fold
+    writer = "none"
+    if facts["locked"] is None:
+        writer = "unknown: the lock file cannot be read"
+    elif facts["locked"]:
+        writer = "yes" if facts["writer_pid"] is None else f"process {facts['writer_pid']}"
+    rows = [
+        ("path", printable(facts["path"])),
+        ("size", size_text(facts["size_bytes"])),
+        ("format", f"version {facts['format_version']}"),
+        ("log id", facts["log_id"]),
+        ("generation", facts["generation"]),
+        ("sequence", f"{facts['sequence']:,}"),
+        ("cursor", token_text(fold.cursor())),
+        ("entries", f"{facts['entries']:,}"),
+        ("base", f"{size_text(facts['base_bytes'])} in {counted(facts['leaves'], 'leaf')}"),
+        ("appended", f"{size_text(facts['appended_bytes'])}, {counted(facts['batches_since_base'], 'batch')}"),
+        ("sealed", _sealed(facts)),
+        ("writer", writer),
+    ]
+    if facts["torn_bytes"]:
+        rows.append(("torn tail", f"{size_text(facts['torn_bytes'])}, left by a stopped writer or being written"))
+    for name, value in rows:
+        click.echo(f"{name:<11} {value}")
+
+
+def _sealed(facts: dict[str, Any]) -> str:
+    if facts["sealed"]:
+        return "yes: the last writer closed it cleanly"
+    return "no" if facts["appended_bytes"] else "nothing to seal behind the base"
+
+
+def describe(opened: Opened) -> dict[str, Any]:
+    """What `info` tells, as JSON values. Cost: O(changes since the last compaction)."""
+    handle, loaded = opened
+    end = loaded.chain.offset
+    size = max(OS_FILES.fstat(handle.fd).st_size, end) if loaded.bad is not None else end
+    locked, pid = writer_of(handle.path)
+    return {
+        "path": str(handle.path),
+        "size_bytes": size,
+        "format_version": FORMAT_VERSION,
+        "log_id": loaded.head.log_id.hex(),
+        "generation": f"{loaded.head.generation:016x}",
+        "sequence": loaded.chain.seq,
+        "cursor": token_json(loaded.fold.cursor()),
+        "entries": len(loaded.fold),
+        "leaves": len(loaded.fold.base),
+        "base_bytes": loaded.base_end,
+        "appended_bytes": end - loaded.base_end,
+        "batches_since_base": loaded.chain.seq - loaded.head.base_seq,
+        "sealed": loaded.sealed,
+        "torn_bytes": size - end,
+        "locked": locked,
+        "writer_pid": pid,
+    }
+
+
+def writer_of(path: Path) -> tuple[bool | None, int | None]:
+    """Whether a writer has the log at `path` open, and its pid if it left one. (None, None) if that cannot be told.
+
+    A shared lock is tried on the lock file and given back within microseconds: a writer that opens in between is refused.
+    """
+    try:
+        fd = OS_FILES.open_read(beside(path, "lock"))
+    except FileNotFoundError:
+        return False, None  # no writer has ever been here
+    except OSError:
+        return None, None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True, _pid(OS_FILES.read(fd, _NOTE_BYTES, 0))
+        except OSError:
+            return None, None
+        return False, None
+    finally:
+        OS_FILES.close(fd)
+
+
+def _pid(note: bytes) -> int | None:
+    try:
+        pid = json.loads(note)["pid"]
+    except (ValueError, KeyError, TypeError):  # a note is a help, not a truth
+        return None
+    return pid if type(pid) is int else None
+
+
+@click.command(epilog="Example: foldlog export routes.log backup-1")
+@log_argument
+@click.argument("dest_dir", type=click.Path(path_type=Path))
+def export(log: Path, dest_dir: Path) -> None:
+    """Write the state of LOG as an artifact at DEST_DIR, which must not exist: a folder that `import` verifies.
+
+    Needs no lock: the log may be open for writing, and the artifact holds what was written when the export began.
+    """
+    with progress_bar("exporting") as progress:
+        fold = read_log(log, progress).loaded.fold
+        manifest = export_fold(fold, dest_dir, progress=progress)
+    payload = sum(file.size for file in manifest.files)
+    shown = printable(os.fspath(dest_dir))
+    click.echo(f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size_text(payload)}")
+
+
+COMMANDS = (get, range_, info, export)

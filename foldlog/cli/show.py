@@ -1,0 +1,104 @@
+"""What the commands print: text that a terminal can take, JSON, sizes, and progress bars.
+
+Results go to stdout, always in UTF-8; errors and progress go to stderr, progress only if that is a terminal.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from foldlog.protocol.tokens import VersionToken, WatchCursor
+from foldlog.protocol.updates import KvEntry
+from foldlog.storage.rewrite import Progress
+
+REFRESH_S = 0.1
+"""Between two updates of a progress bar, which cost about 20 us each."""
+
+
+def printable(text: str) -> str:
+    """`text` with whatever a terminal should not see as \\xNN, \\uNNNN or \\UNNNNNNNN, as `backslashreplace` writes it."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escaped(ord(char)) for char in text)
+
+
+def _escaped(code: int) -> str:
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def value_text(value: bytes) -> str:
+    """A value as printable text, on one line."""
+    return printable(value.decode("utf-8", "backslashreplace"))
+
+
+def token_json(token: VersionToken | WatchCursor) -> int | str | None:
+    """A token as the change stream spells it: a u64 as a number, other bytes in hex, the empty one as None."""
+    number = token.as_u64()
+    return number if number is not None else token.hex() or None
+
+
+def token_text(token: VersionToken | WatchCursor) -> str:
+    """A token for a human."""
+    shown = token_json(token)
+    return "none" if shown is None else str(shown)
+
+
+def entry_json(entry: KvEntry) -> dict[str, Any]:
+    """An entry as the change stream spells a put: `value` if it is UTF-8, else `value_base64`."""
+    fields: dict[str, Any] = {"key": entry.key}
+    try:
+        fields["value"] = entry.value.decode()
+    except UnicodeDecodeError:
+        fields["value_base64"] = base64.b64encode(entry.value).decode()
+    fields["version"] = token_json(entry.version)
+    return fields
+
+
+def size_text(size: int) -> str:
+    """A size in bytes for a human: exact, and rounded in binary units from 1 MiB on."""
+    if size < 1024 * 1024:
+        return f"{size:,} bytes"
+    return f"{size:,} bytes ({size / 1024 / 1024:,.1f} MiB)"
+
+
+_PLURALS = {"batch": "batches", "entry": "entries", "leaf": "leaves"}
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 batch, 2 batches."""
+    return f"{count:,} {noun if count == 1 else _PLURALS.get(noun, noun + 's')}"
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Progress | None]:
+    """A progress bar on stderr while the block runs, as a callback (done, total); None if stderr is no terminal.
+
+    A total of 0 is unknown. The total may change: each step of a longer job fills the bar again.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # imported here: it takes longer than a `get`
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=None)
+        due = 0.0
+
+        def show(done: int, total: int) -> None:
+            nonlocal due
+            now = time.monotonic()
+            if now >= due:
+                due = now + REFRESH_S
+                bars.update(task, completed=done, total=total or None)
+
+        yield show

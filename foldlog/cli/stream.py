@@ -1,0 +1,250 @@
+"""The change stream that `foldlog apply` reads: JSON Lines, one change a line. Pure: bytes in, values out.
+
+    {"op": "put", "key": "a", "value": "text", "version": 7, "cursor": 7}
+    {"op": "put", "key": "b", "value_base64": "AP8=", "cursor": 8}
+    {"op": "delete" | "purge", "key": "a", "version": "00c0ffee", "cursor": 9}
+
+A version or a cursor is a number (a u64) or the hex of up to 10 bytes; a version may be left out or null. Lines with the same
+cursor belong to one position of the upstream: they are never split into two batches, or a restart between the two would lose
+the second. Numbers must not go backwards, for the resuming rule ("skip what is not above the stored one") relies on that.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, VersionToken, WatchCursor
+from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, Delete, Purge, Put, Update
+
+MAX_LINE_BYTES = 128 * 1024 * 1024
+"""The largest value with every byte escaped as \\u00XX takes 96 MiB. A longer line is no line."""
+MAX_BATCH_BYTES = 32 * 1024 * 1024
+"""Bytes of keys and values at which a batch ends before its count is full: a guess that bounds memory."""
+
+_FIELDS = frozenset(("op", "key", "value", "value_base64", "version", "cursor"))
+_OPS = ("put", "delete", "purge")
+_HEX = re.compile("([0-9a-fA-F]{2})*")
+_Token = TypeVar("_Token", VersionToken, WatchCursor)
+
+
+class BadLineError(ValueError):
+    """A line that is not a change."""
+
+    def __init__(self, name: str, line: int, reason: str) -> None:
+        super().__init__(name, line, reason)
+        self.name, self.line, self.reason = name, line, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: line {self.line}: {self.reason}"
+
+
+class Change(NamedTuple):
+    """One line."""
+
+    line: int
+    """Its number, from 1."""
+    update: Update
+    cursor: WatchCursor
+    number: int | None
+    """The cursor, if the line gave it as a number."""
+    size: int
+    """Bytes of the key and the value."""
+
+
+def lines_of(file: BinaryIO, progress: Callable[[int, int], object] | None = None, total: int = 0) -> Iterator[bytes]:
+    """The lines of a file or pipe, each as soon as it is whole. `progress` is told (bytes read, `total`)."""
+    done = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        done += len(line)
+        if progress is not None:
+            progress(done, total)
+        yield line
+
+
+def read_changes(lines: Iterable[bytes], name: str) -> Iterator[Change]:
+    """The changes in `lines`, blank ones skipped. BadLineError names `name` and the line. Cost: about 5 us a line."""
+    previous: int | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            change = parse_change(line, number)
+            if change.number is not None and previous is not None and change.number < previous:
+                raise ValueError(f"cursor {change.number} goes back behind {previous}")
+        except ValueError as error:
+            raise BadLineError(name, number, str(error)) from None
+        previous = change.number
+        yield change
+
+
+def parse_change(line: bytes, number: int = 1) -> Change:
+    """The change in one line. ValueError says what is wrong with it."""
+    fields = _object(line)
+    if unknown := sorted(fields.keys() - _FIELDS):
+        raise ValueError(f"{unknown[0][:40]!a} is not a field of a change")
+    for name in ("op", "key", "cursor"):
+        if name not in fields:
+            raise ValueError(f"{name} is missing")
+    op = fields["op"]
+    if op not in _OPS:
+        raise ValueError(f"op is put, delete or purge, not {_shown(op)}")
+    key, key_bytes = _key(fields["key"])
+    version = _token("version", VersionToken, fields["version"]) if fields.get("version") is not None else VersionToken.unknown()
+    cursor = _token("cursor", WatchCursor, fields["cursor"])
+    if cursor.is_none:
+        raise ValueError("cursor is empty")
+    size = key_bytes
+    update: Update
+    if op == "put":
+        value = _value(fields)
+        size += len(value)
+        update = Put(key, value, version)
+    elif "value" in fields or "value_base64" in fields:
+        raise ValueError(f"a {op} has no value")
+    else:
+        update = Delete(key, version) if op == "delete" else Purge(key, version)
+    return Change(number, update, cursor, fields["cursor"] if type(fields["cursor"]) is int else None, size)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        fields = json.loads(line.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos}") from None
+    if type(fields) is not dict:
+        raise ValueError("is not a JSON object")
+    return fields
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _key(key: object) -> tuple[str, int]:
+    if type(key) is not str:
+        raise ValueError(f"key is text, not {_shown(key)}")
+    size = len(_utf8("key", key))
+    if size > MAX_KEY_BYTES:
+        raise ValueError(f"key takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}")
+    return key, size
+
+
+def _value(fields: dict[str, Any]) -> bytes:
+    if ("value" in fields) == ("value_base64" in fields):
+        raise ValueError("a put has either value or value_base64")
+    name = "value" if "value" in fields else "value_base64"
+    text = fields[name]
+    if type(text) is not str:
+        raise ValueError(f"{name} is text, not {_shown(text)}")
+    if name == "value":
+        value = _utf8(name, text)
+    else:
+        try:
+            value = base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise ValueError(f"value_base64 is not base64: {error}") from None
+    if len(value) > MAX_VALUE_BYTES:
+        raise ValueError(f"{name} takes {len(value)} bytes, over the limit of {MAX_VALUE_BYTES}")
+    return value
+
+
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has a lone surrogate at character {error.start}") from None
+
+
+def _token(name: str, kind: type[_Token], given: object) -> _Token:
+    if type(given) is int:
+        if not 0 <= given <= U64_MAX:
+            raise ValueError(f"{name} is 0 to 2**64 - 1, not {_shown(given)}")
+        return kind.from_u64(given)
+    if type(given) is not str or not _HEX.fullmatch(given) or len(given) > 2 * MAX_TOKEN_BYTES:
+        raise ValueError(f"{name} is a number, or the hex of up to {MAX_TOKEN_BYTES} bytes, not {_shown(given)}")
+    return kind(bytes.fromhex(given))
+
+
+def _shown(given: object) -> str:
+    return ascii(given)[:40]
+
+
+class Resume:
+    """Tells which lines a log at cursor `stored` holds already.
+
+    A number that is not above a stored number is held. Other cursors have no order: everything is held up to the last line of
+    the run that equals the stored one, and a stream that does not contain it cannot be resumed.
+    """
+
+    def __init__(self, stored: WatchCursor) -> None:
+        self.skipped = 0
+        self._stored, self._number = stored, stored.as_u64()
+        self._found = False
+        self._by_order = self._number is not None
+        self._past = stored.is_none
+
+    def is_held(self, change: Change) -> bool:
+        """Whether the log holds this line, the next of the stream."""
+        if self._past:
+            return False
+        self._found = self._found or change.cursor == self._stored
+        if self._number is not None and change.number is not None:
+            held = change.number <= self._number
+        else:
+            self._by_order = False
+            held = not self._found or change.cursor == self._stored
+        self.skipped += held
+        self._past = not held
+        return held
+
+    @property
+    def lost(self) -> bool:
+        """At the end of the stream: it does not contain the stored cursor, and there is no other way to tell where to go on."""
+        return not (self._past or self._found or self._by_order)
+
+
+class Batcher:
+    """Collects changes into batches of `size` or a few more: a batch ends where the cursor changes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._pending: list[Change] = []
+        self._bytes = 0
+
+    def push(self, change: Change) -> list[Change]:
+        """Take the next change. Returns the batch that ends before it, mostly an empty list."""
+        full = len(self._pending) >= self._size or self._bytes >= MAX_BATCH_BYTES
+        ended = self.rest() if full and change.cursor != self._pending[-1].cursor else []
+        self._pending.append(change)
+        self._bytes += change.size
+        return ended
+
+    def rest(self) -> list[Change]:
+        """All that is pending, at the end of the stream."""
+        pending, self._pending, self._bytes = self._pending, [], 0
+        return pending
+
+    def settled(self) -> list[Change]:
+        """All that is pending but the last run of one cursor, which may go on in lines not read yet."""
+        pending = self.rest()
+        if not pending:
+            return pending
+        last = pending[-1].cursor
+        return [change for change in pending if change.cursor != last]

@@ -1,0 +1,155 @@
+"""Commands that write a log: `apply`, `compact`, `import`. They hold the writer's lock while they run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import click
+
+from foldlog.cli.read import log_argument
+from foldlog.cli.show import counted, printable, progress_bar, size_text, token_text
+from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, read_changes
+from foldlog.storage.append_log import AppendLogSnapshot
+from foldlog.storage.artifact import import_artifact
+from foldlog.storage.replay import resolve
+
+DEFAULT_BATCH = 1000
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of a change stream."""
+
+    applied: int = 0
+    """Changes."""
+    skipped: int = 0
+    """Changes that the log held already."""
+    batches: int = 0
+    interrupted: bool = False
+    """Ctrl-C ended it."""
+
+
+class BadStreamError(ValueError):
+    """A stream that ended in a line that is not a change, or that cannot be resumed. `tally` was applied before."""
+
+    def __init__(self, reason: str, tally: Tally, cursor: str) -> None:
+        super().__init__(reason, tally, cursor)
+        self.reason, self.tally, self.cursor = reason, tally, cursor
+
+    def __str__(self) -> str:
+        if not self.tally.batches:
+            return f"{self.reason}; nothing was applied"
+        done = f"{counted(self.tally.applied, 'change')} in {counted(self.tally.batches, 'batch')}"
+        return f"{self.reason}; applied before it, and kept: {done}, up to cursor {self.cursor}"
+
+
+def fold_stream(snap: AppendLogSnapshot, changes: Iterable[Change], name: str, batch_size: int = DEFAULT_BATCH) -> Tally:
+    """Apply `changes`, which come from `name`, after the cursor of `snap`. Cost: about 8 us a change, parsing included.
+
+    Ctrl-C applies what is pending, except for the last position, whose lines may not all have come, and is told in the tally.
+    BadStreamError for a line that is no change: the batches before it stay applied, what is pending is not.
+    """
+    tally, resume, batcher = Tally(), Resume(snap.cursor()), Batcher(batch_size)
+
+    def apply(batch: list[Change]) -> None:
+        if batch:
+            snap.apply([change.update for change in batch], batch[-1].cursor)
+            tally.applied += len(batch)
+            tally.batches += 1
+
+    try:
+        for change in changes:
+            if not resume.is_held(change):
+                apply(batcher.push(change))
+        if resume.lost:
+            cursor = token_text(snap.cursor())
+            raise BadStreamError(f"{name}: cannot resume: the log stands at cursor {cursor}, which no line has", tally, cursor)
+        apply(batcher.rest())
+    except KeyboardInterrupt:
+        tally.interrupted = True
+        apply(batcher.settled())
+    except BadLineError as error:
+        raise BadStreamError(str(error), tally, token_text(snap.cursor())) from None
+    tally.skipped = resume.skipped
+    return tally
+
+
+@click.command(
+    epilog="""Example: echo '{"op": "put", "key": "a", "value": "1", "cursor": 1}' | foldlog apply routes.log""",
+)
+@log_argument
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option(
+    "--batch", "batch_size", type=click.IntRange(min=1), default=DEFAULT_BATCH, show_default=True, help="Changes a batch."
+)
+def apply(log: Path, file: BinaryIO, batch_size: int) -> None:
+    """Apply the change stream in FILE (or stdin) to LOG, from the cursor on that LOG stands at. Creates LOG if there is none.
+
+    A line is a JSON object: op (put, delete or purge), key, value or value_base64 (of a put), cursor, and maybe version. A cursor
+    or a version is a number or the hex of up to 10 bytes. Lines with the same cursor are never split into two batches.
+
+    Lines that LOG holds already are skipped: numbers up to its cursor, or all lines up to the one with its cursor. A bad
+    line ends it with exit code 2, and what was applied before stays. Ctrl-C applies what has come, and ends with 130.
+    """
+    name = "stdin" if getattr(file, "name", "-") in ("-", "<stdin>") else printable(str(file.name))
+    with progress_bar("applying") as progress:
+        _, snap = AppendLogSnapshot.open(log, progress=progress)
+        with snap:
+            start = time.perf_counter()
+            tally = fold_stream(snap, read_changes(lines_of(file, progress, _size(file)), name), name, batch_size)
+            elapsed_s = time.perf_counter() - start
+            cursor = snap.cursor()
+    rate = tally.applied / elapsed_s if elapsed_s else 0.0
+    click.echo(
+        f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, skipped {tally.skipped:,}; "
+        f"cursor {token_text(cursor)}; {rate:,.0f} changes/s"
+    )
+    if tally.interrupted:
+        raise click.exceptions.Exit(130)
+
+
+def _size(file: BinaryIO) -> int:
+    """The size of a regular file; 0, for unknown, of anything else."""
+    try:
+        status = os.fstat(file.fileno())
+    except (OSError, ValueError):
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+@click.command(epilog="Example: foldlog compact routes.log")
+@log_argument
+def compact(log: Path) -> None:
+    """Rewrite LOG as its state: one entry for each live key, and no history. Takes the space of both files meanwhile."""
+    path = resolve(log)
+    before = os.stat(path).st_size  # also refuses a log that is not there, which opening would create
+    with progress_bar("compacting") as progress:
+        _, snap = AppendLogSnapshot.open(path, progress=progress)
+        with snap:
+            entries, compacted = len(snap), snap.report.compacted
+    after = os.stat(path).st_size
+    done = "compacted" if compacted else "was compact already"
+    click.echo(f"{done}: {size_text(before)} before, {size_text(after)} after, {counted(entries, 'entry')}")
+
+
+@click.command("import", epilog="Example: foldlog import backup-1 routes.log")
+@click.argument("artifact_dir", type=click.Path(path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+def import_(artifact_dir: Path, dest: Path) -> None:
+    """Verify the artifact at ARTIFACT_DIR in full, and make a log of it at DEST, which must not exist."""
+    if not artifact_dir.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "no such folder", str(artifact_dir))
+    with progress_bar("importing") as progress:
+        manifest = import_artifact(artifact_dir, dest, progress=progress)
+    payload = sum(file.size for file in manifest.files)
+    click.echo(f"imported {size_text(payload)} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}")
+
+
+COMMANDS = (apply, compact, import_)
