@@ -355,8 +355,6 @@ def test_another_logs_watermark_says_nothing(path):
         b'{"pid": -1, "seq": "9"}',
         b"\xff" * 300,
         b"[" * 256,
-    ]
-    + [
         b'{"log_id": "zz", "seq": 1, "size": 1}',
         b'{"log_id": 5, "seq": 1, "size": 1}',
         b'{"log_id": "00", "seq": 99, "size": true}',
