@@ -21,6 +21,9 @@ from foldlog import AppendLogSnapshot, CorruptLogError, Delete, Purge, Put, Stor
 from foldlog.cli import exit_code, main
 from foldlog.cli.show import counted, printable, size_text, token_json
 from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, parse_change, read_changes
+from foldlog.storage import replay
+from foldlog.storage.files import ReadHandle
+from foldlog.storage.replay import Loaded
 
 COMMAND = (sys.executable, "-c", "from foldlog.cli import main; main()")
 
@@ -190,6 +193,25 @@ def test_reading_works_beside_a_writer_and_sees_what_it_wrote(log: Path, command
         assert (facts["locked"], facts["writer_pid"], facts["cursor"]) == (True, os.getpid(), 10)
     elif command == ("info",):
         assert f"writer      process {os.getpid()}" in result.stdout
+
+
+def test_a_frame_that_a_writer_completes_while_it_is_read_is_no_damage(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading stopped at half a frame; when the rest of the file was judged, the frame was whole, and so "complete but wrong".
+
+    It hit 3 of 100 readings beside a busy writer.
+    """
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-70])  # within the frame of the last batch, which the frame of the clean close follows
+    judge = replay.diagnose
+
+    def complete_and_judge(handle: ReadHandle, loaded: Loaded) -> object:
+        log.write_bytes(whole)
+        return judge(handle, loaded)
+
+    monkeypatch.setattr(replay, "diagnose", complete_and_judge)
+    result = run("info", log, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["cursor"] == 9
 
 
 @pytest.mark.parametrize("command", [*READS, ("compact",), ("export", "out")], ids=" ".join)

@@ -75,7 +75,7 @@ class Cli(click.Group):
 
 
 def _fill_closed_streams() -> None:
-    """Let closed standard streams lead nowhere: else a log would get the descriptor of, say, stderr, and what is written there."""
+    """Let closed standard streams lead nowhere: else a log would get the descriptor of stderr, and what is written there."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)  # the lowest free one, which is `fd` itself, unless something took that
