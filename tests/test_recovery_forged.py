@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 
 import msgpack
@@ -39,11 +40,9 @@ def item(keys=("k",), values=(b"v",), versions=(b"",), cursor=b""):
 def test_a_length_that_lies_allocates_nothing_and_reads_as_nothing_wrong(path, raw, length, last, rebooted, monkeypatch):
     frames = frames_of(raw)
     target = frames[-1] if last else frames[-2]
-    kept = {
-        name: getattr(target.head, name)
-        for name in ("body_crc", "seq", "synced_seq", "offset", "link", "kind", "flags", "batches")
-    }
-    lying = forge(raw, target.head.kind, target.body, body_len=length, **{k: v for k, v in kept.items() if k != "kind"})
+    kept = target.head._asdict()
+    del kept["crc"], kept["kind"]
+    lying = forge(raw, target.head.kind, target.body, **kept | {"body_len": length})
     before = read_state_before(path, raw, target.start)
     if rebooted:
         reboot(monkeypatch)
@@ -54,8 +53,9 @@ def test_a_length_that_lies_allocates_nothing_and_reads_as_nothing_wrong(path, r
     finally:
         tracemalloc.stop()
     assert peak < 2 * 1024 * 1024
-    if isinstance(found, State):  # the head verifies and the frame runs past the end: that is what a torn write looks like
-        assert length > len(raw) - target.start - 52
+    if isinstance(found, State):
+        # The head verifies and the frame runs past the end, or ends on zeros: that is what a torn write looks like.
+        assert length > len(raw) - target.start - 52 or (last and rebooted)
         assert found == before
     else:
         assert isinstance(found, CorruptLogError)
@@ -354,23 +354,18 @@ def test_a_leaf_that_verifies_and_lies_within_is_refused_when_it_is_read(path, l
 def test_damage_to_a_leaf_while_the_log_is_open_is_never_read_as_a_value(path):
     raw = write_log(path, [], base=[[Put(f"k{n:03}", b"value %d" % n) for n in range(300)]])
     leaf = frames_of(raw)[0]
-    for at in range(leaf.start, leaf.end, 53):
+    for at in range(leaf.start + 48, leaf.end - 4, 53):  # a frame's head and trailer are read at opening, once
         path.write_bytes(raw)
         engine = Engine(path)
         with open(path, "r+b") as file:
             file.seek(at)
             file.write(bytes([raw[at] ^ 16]))
         for key in ("k000", "k001", "k120"):
-            try:
-                found = engine.fold.get(key)
-            except CorruptLogError as error:
-                assert error.path == path
-            else:
-                assert found.value == b"value %d" % int(key[1:])
-        try:
-            assert [entry.value for entry in engine.fold.range("")] == [b"value %d" % n for n in range(300)]
-        except CorruptLogError as error:
-            assert error.path == path
+            with contextlib.suppress(CorruptLogError):
+                assert engine.fold.get(key).value == b"value %d" % int(key[1:])
+        with pytest.raises(CorruptLogError) as caught:
+            engine.fold.range("")
+        assert caught.value.path == path
         engine.log.abandon()
 
 
