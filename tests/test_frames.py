@@ -48,7 +48,7 @@ def test_a_file_head_packs_and_parses(head):
 def test_a_file_head_with_any_bit_flipped_is_refused(head, bit):
     raw = bytearray(head.pack())
     raw[bit // 8] ^= 1 << bit % 8
-    with pytest.raises(ValueError, match="file head|foldlog|version"):
+    with pytest.raises(ValueError, match=r"file head|foldlog|version"):
         parse_file_head(bytes(raw))
 
 
