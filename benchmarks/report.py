@@ -1,0 +1,182 @@
+"""Figures into a Markdown table."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any, NamedTuple
+
+
+class Figure(NamedTuple):
+    """How a figure is shown."""
+
+    title: str
+    unit: str
+    scale: float
+    """Units in a second (or in a MB)."""
+
+
+def _us(title: str) -> Figure:
+    return Figure(title, "µs", 1e6)
+
+
+def _ms(title: str) -> Figure:
+    return Figure(title, "ms", 1e3)
+
+
+def _s(title: str) -> Figure:
+    return Figure(title, "s", 1)
+
+
+def _mb(title: str) -> Figure:
+    return Figure(title, "MB", 1)
+
+
+def _rate(title: str) -> Figure:
+    return Figure(title, "1/s", 1)
+
+
+FIGURES: dict[str, Figure] = {
+    "open": _ms("open, to the first get"),
+    "open_batches": _s("open 1000-record batches, to the first get (engine below `AppendLogSnapshot`, not compacted)"),
+    "open_batches_compacted": _s("open 1000-record batches, compacted, to the first get"),
+    "memory_start": _mb("private memory before open"),
+    "memory_open": _mb("private memory after open"),
+    "memory_gets": _mb("private memory after 100,000 random gets"),
+    "memory_open_batches": _mb("private memory after open, not compacted"),
+    "get_hot": _us("get, 1,000 keys over and over"),
+    "get_hot_changed": _us("get, 1,000 keys over and over, with changes above the base"),
+    "get_first": _us("get, random over all keys, first pass"),
+    "get_steady": _us("get, random over all keys, later passes"),
+    "get_absent": _us("get, absent keys"),
+    "range_100": _ms("range of 100"),
+    "range_10000": _ms("range of 10,000"),
+    "range_all": _ms("range of all"),
+    **{
+        f"apply_{kind}_{size}": _us(f"apply, {title}, batches of {size}, a record")
+        for kind, title in (("fresh", "fresh keys"), ("overwrite", "existing keys"))
+        for size in (1, 10, 100, 1000)
+    },
+    "publish_median": _us("one apply of 100 existing keys, median"),
+    "publish_p99": _us("one apply of 100 existing keys, 99th percentile"),
+    "publish_max": _us("one apply of 100 existing keys, longest"),
+    "load": _us("load into an empty store, batches of 1000, a record"),
+    "load_compacting": _us("the same with compactions as they fall due, a record"),
+    "compact_all": _s("compact, all touched"),
+    "compact_contiguous": _s("compact, 1 % touched, neighbours"),
+    "compact_random": _s("compact, 1 % touched, at random"),
+    "export": _s("export"),
+    "import": _s("import, to the first get"),
+    "commits_1": _rate("commits of one update, 1 thread"),
+    "commits_4": _rate("commits of one update, 4 threads"),
+    "commits_16": _rate("commits of one update, 16 threads"),
+    **{f"store_apply_{size}": _us(f"apply through the store, batches of {size}, a record") for size in (1, 10, 100, 1000)},
+    "store_apply_async_1": _us("apply_async, batches of 1, a record"),
+    "ask_get": _us("ask a reader to get"),
+    "ask_range_100": _ms("ask a reader for a range of 100"),
+    "disk_write": _s("write and fsync of as many bytes, nothing else"),
+}
+
+
+class Goal(NamedTuple):
+    """A figure that was aimed at, for 1,000,000 entries."""
+
+    origin: str
+    """What the Rust original takes, on a machine of the same kind."""
+    limit: float
+    """In the unit of the figure."""
+
+
+GOAL_ENTRIES = "1000000"
+GOALS: dict[str, Goal] = {
+    "apply_overwrite_1": Goal("3.7–5.0", 5.0),
+    "apply_overwrite_10": Goal("2.8", 2.8),
+    "apply_overwrite_100": Goal("1.7–2.8", 2.8),
+    "apply_overwrite_1000": Goal("2.0", 2.0),
+    "open": Goal("1,900–2,200", 60),
+    "open_batches": Goal("4.3–5.5", 1),
+    "get_steady": Goal("0.83–1.07", 1),
+    "get_hot": Goal("", 0.3),
+    "range_100": Goal("40–75", 0.1),
+    "range_10000": Goal("45–78", 4),
+    "range_all": Goal("880–1,200", 900),
+    "compact_all": Goal("4.1", 1.5),
+    "compact_contiguous": Goal("4.1", 0.4),
+    "compact_random": Goal("4.1", 0.4),
+    "export": Goal("4.8", 0.5),
+    "import": Goal("5.7", 0.5),
+    "memory_open": Goal("all entries", 60),
+    "memory_gets": Goal("all entries", 150),
+    "store_apply_100": Goal("1.7–2.8", 2.8),
+    "store_apply_1000": Goal("2.0", 2.0),
+}
+
+Samples = dict[str, dict[str, dict[str, list[float]]]]
+"""entries -> subject -> figure -> samples."""
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cell(name: str, samples: list[float]) -> str:
+    """The median, and the least and the greatest in brackets."""
+    scale = FIGURES[name].scale
+    low, middle, high = (number(pick(samples) * scale) for pick in (min, median, max))
+    return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def table(samples: dict[str, dict[str, list[float]]]) -> str:
+    """All figures at one number of entries, a column for each subject."""
+    subjects = list(samples)
+    rows = ["| | unit | " + " | ".join(subjects) + " |", "|---|---|" + "---:|" * len(subjects)]
+    for name, figure in FIGURES.items():
+        cells = [cell(name, samples[subject][name]) if name in samples[subject] else "" for subject in subjects]
+        if any(cells):
+            rows.append(f"| {figure.title} | {figure.unit} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+RATIOS = ("open", "get_hot", "get_first", "get_steady", "get_absent", "range_100", "range_10000", "range_all", *(
+    f"apply_{kind}_{size}" for kind in ("fresh", "overwrite") for size in (1, 10, 100, 1000)
+), "load")  # fmt: skip
+
+
+def ratios(samples: dict[str, dict[str, list[float]]]) -> str:
+    """What each peer takes, in multiples of what foldlog takes in the same run."""
+    ours = samples.get("foldlog", {})
+    peers = [subject for subject in samples if not subject.startswith("foldlog")]
+    rows = []
+    for name in RATIOS:
+        cells = [
+            f"{median(samples[peer][name]) / median(ours[name]):.2g}" if name in samples[peer] and name in ours else ""
+            for peer in peers
+        ]
+        if any(cells):
+            rows.append(f"| {FIGURES[name].title} | " + " | ".join(cells) + " |")
+    if not rows:
+        return ""
+    head = ["| time, in multiples of foldlog's | " + " | ".join(peers) + " |", "|---|" + "---:|" * len(peers)]
+    return "\n".join([*head, *rows])
+
+
+def goals(samples: dict[str, dict[str, list[float]]]) -> str:
+    """The goals, and what was measured of foldlog."""
+    rows = []
+    for name, goal in GOALS.items():
+        figure = FIGURES[name]
+        measured = next((samples[s][name] for s in ("foldlog", "foldlog-store") if name in samples.get(s, {})), None)
+        if measured is not None:
+            met = "met" if median(measured) * figure.scale <= goal.limit else "**missed**"
+            rows.append(f"| {figure.title} | {figure.unit} | {goal.origin} | {goal.limit:g} | {cell(name, measured)} | {met} |")
+    return "\n".join(["| | unit | origin | goal | measured | |", "|---|---|---:|---:|---:|---|", *rows]) if rows else ""
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """The whole report of a run."""
+    parts = [f"{run['machine']}. Median of the repeats (least–greatest)."]
+    for entries, samples in run["samples"].items():
+        parts += [f"## {int(entries):,} entries", table(samples), ratios(samples)]
+        if entries == GOAL_ENTRIES:
+            parts += ["### Goals", goals(samples)]
+    return "\n\n".join(part for part in parts if part) + "\n"

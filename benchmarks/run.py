@@ -1,0 +1,101 @@
+"""Measure foldlog beside a plain dict and the stores that a user would pick instead.
+
+    python benchmarks/run.py                       everything, at 10,000, 100,000 and 1,000,000 entries (half an hour and more)
+    python benchmarks/run.py --only get range --peers dict lmdb --entries 100000
+    python benchmarks/run.py --peers               foldlog alone
+
+It writes results.json, results.md, peers.png and growth.png into --out, and prints the tables.
+
+Every trial is a process of its own; subjects take turns within each repeat, so that a busy machine disturbs all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from cases import CASES
+from plots import plot
+from report import Samples, markdown
+from subjects import PEERS
+
+HERE = Path(__file__).parent
+
+
+def trial(case: str, subject: str, entries: int, prepared: Path, seed: str) -> dict[str, float]:
+    """Run one case in a fresh process."""
+    scratch = Path(tempfile.mkdtemp(dir=prepared.parent))
+    try:
+        command = [sys.executable, str(HERE / "trial.py"), case, subject, str(entries), str(prepared), str(scratch), seed]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        figures: dict[str, float] = json.loads(done.stdout)
+        return figures
+    finally:
+        shutil.rmtree(scratch)
+
+
+def plan(only: list[str], peers: list[str]) -> list[tuple[str, str]]:
+    """(case, subject) of one repeat."""
+    return [
+        (name, subject.name)
+        for name, case in CASES.items()
+        for subject in case.subjects
+        if name in only and (subject.name in peers or subject.name not in PEERS)
+    ]
+
+
+def machine() -> str:
+    """The machine, in general terms."""
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {platform.system()}, {python}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}"
+    )
+    parser.add_argument("--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
+    parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
+    parser.add_argument("--work", type=Path, help="where stores are kept; with it, prepared stores are used again")
+    args = parser.parse_args()
+
+    steps = plan(args.only, args.peers)
+    subjects = list(dict.fromkeys(subject for _, subject in steps))
+    work = args.work or Path(tempfile.mkdtemp(prefix="foldlog-benchmark-"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    samples: Samples = {}
+    run = {"machine": machine(), "repeat": args.repeat, "samples": samples}
+    try:
+        for entries in args.entries:
+            prepared = work / str(entries)
+            prepared.mkdir(parents=True, exist_ok=True)
+            at_size = samples[str(entries)] = {subject: {} for subject in subjects}
+            for subject in subjects:
+                trial("prepare", subject, entries, prepared, "prepare")
+            for repeat in range(args.repeat):
+                for case, subject in steps:
+                    for name, value in trial(case, subject, entries, prepared, f"{case}-{repeat}").items():
+                        at_size[subject].setdefault(name, []).append(value)
+                    print(f"{entries:,} entries, repeat {repeat + 1}: {case} of {subject}", file=sys.stderr)
+                (args.out / "results.json").write_text(json.dumps(run, indent=1))
+                (args.out / "results.md").write_text(markdown(run))
+    finally:
+        if args.work is None:
+            shutil.rmtree(work)
+    plot(run, args.out)
+    print(markdown(run))
+
+
+if __name__ == "__main__":
+    main()

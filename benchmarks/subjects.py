@@ -1,0 +1,310 @@
+"""What is measured: foldlog, and what a user would pick instead, each behind the same few operations.
+
+A subject opens a path, applies a batch of updates together with a cursor, atomically, and reads. `record` and `position` make
+what its `apply` takes, outside of the timings. To add one, derive from `Subject` and put it into `SUBJECTS`.
+
+All are as a user gets them, without waiting for the disk at a commit, unless the name says otherwise. foldlog stores a version
+of 8 bytes with each entry; the others store key and value alone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NEVER = 1 << 50
+"""A compact_threshold that is not reached: compaction is measured by itself."""
+
+
+class Subject(ABC):
+    """An open store. `get` takes a key; it is set by each subject to the function that a user would call."""
+
+    name = ""
+    get: Callable[[str], Any]
+
+    @abstractmethod
+    def __init__(self, path: Path) -> None:
+        """Open or create the store at `path`."""
+
+    @staticmethod
+    def record(key: str, value: bytes, number: int) -> Any:
+        """An update, as `apply` takes it."""
+        return key, value
+
+    @staticmethod
+    def position(number: int) -> Any:
+        """A cursor, as `apply` takes it."""
+        return number.to_bytes(8, "big")
+
+    @abstractmethod
+    def apply(self, updates: list[Any], cursor: Any) -> Any:
+        """Take the updates and the cursor, as one."""
+
+    def range(self, prefix: str) -> list[Any]:
+        """The entries under a prefix, in key order."""
+        raise NotImplementedError
+
+    def for_thread(self) -> Subject:
+        """What another thread uses to reach the same store."""
+        return self
+
+    def load_done(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called once all entries are loaded, before the store is closed and kept for the trials."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Foldlog(Subject):
+    """The engine, `AppendLogSnapshot`: one thread."""
+
+    name = "foldlog"
+
+    def __init__(self, path: Path) -> None:
+        from foldlog import AppendLogSnapshot
+
+        _, self.snap = AppendLogSnapshot.open(path, NEVER)
+        self.get = self.snap.get
+        self.range = self.snap.range  # type: ignore[method-assign]
+        self.apply = self.snap.apply  # type: ignore[method-assign]
+
+    @staticmethod
+    def record(key: str, value: bytes, number: int) -> Any:
+        from foldlog import Put, VersionToken
+
+        return Put(key, value, VersionToken.from_u64(number))
+
+    @staticmethod
+    def position(number: int) -> Any:
+        from foldlog import WatchCursor
+
+        return WatchCursor.from_u64(number)
+
+    def apply(self, updates: list[Any], cursor: Any) -> Any:
+        return self.snap.apply(updates, cursor)
+
+    def load_done(self) -> None:
+        self.snap.compact()
+
+    def close(self) -> None:
+        self.snap.close()
+
+
+class Store(Subject):
+    """The store of many threads, `foldlog.open`; synced every second in the background."""
+
+    name = "foldlog-store"
+    sync = "interval"
+
+    def __init__(self, path: Path) -> None:
+        import foldlog
+
+        self.store = foldlog.open(path, sync=self.sync, compact_threshold=NEVER)
+        self.get = self.store.get
+        self.range = self.store.range  # type: ignore[method-assign]
+        self.apply = self.store.apply  # type: ignore[method-assign]
+
+    record = Foldlog.record
+    position = Foldlog.position
+
+    def apply(self, updates: list[Any], cursor: Any) -> Any:
+        return self.store.apply(updates, cursor)
+
+    def load_done(self) -> None:
+        self.store.compact()
+
+    def close(self) -> None:
+        self.store.close()
+
+
+class StoreSynced(Store):
+    """`foldlog.open(sync="always")`: what is answered survives a power loss."""
+
+    name = "foldlog-store-synced"
+    sync = "always"
+
+
+class PlainDict(Subject):
+    """A dict: no durability, no atomicity, no key order. It is opened by unpickling it."""
+
+    name = "dict"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._dict: dict[str, bytes] = pickle.loads(path.read_bytes()) if path.exists() else {}
+        self.get = self._dict.get
+        self._cursor = b""
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        self._dict.update(updates)
+        self._cursor = cursor
+
+    def range(self, prefix: str) -> list[Any]:
+        return sorted(item for item in self._dict.items() if item[0].startswith(prefix))
+
+    def load_done(self) -> None:
+        self._path.write_bytes(pickle.dumps(self._dict, pickle.HIGHEST_PROTOCOL))
+
+    def close(self) -> None:
+        pass
+
+
+class Sqlite(Subject):
+    """sqlite3, WAL, synchronous=OFF; one table without row ids, one prepared statement for each operation."""
+
+    name = "sqlite3"
+    synchronous = "OFF"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._db = db = sqlite3.connect(path, timeout=60, isolation_level=None)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute(f"PRAGMA synchronous={self.synchronous}")
+        db.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        db.execute("CREATE TABLE IF NOT EXISTS cursor (one INTEGER PRIMARY KEY, raw BLOB)")
+        execute = db.execute
+        self.get = lambda key: execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?)", updates)
+        db.execute("INSERT OR REPLACE INTO cursor VALUES (1, ?)", (cursor,))
+        db.execute("COMMIT")
+
+    def range(self, prefix: str) -> list[Any]:
+        query = "SELECT key, value FROM entries WHERE key >= ? AND key < ? ORDER BY key"
+        return self._db.execute(query, (prefix, prefix + "\U0010ffff")).fetchall()
+
+    def for_thread(self) -> Subject:
+        return type(self)(self._path)
+
+    def load_done(self) -> None:
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class SqliteSynced(Sqlite):
+    """sqlite3, WAL, synchronous=FULL: what is committed survives a power loss."""
+
+    name = "sqlite3-synced"
+    synchronous = "FULL"
+
+
+class Lmdb(Subject):
+    """lmdb with sync=False; a transaction for each get, so that it sees the newest commit, as foldlog's does."""
+
+    name = "lmdb"
+    sync = False
+
+    def __init__(self, path: Path) -> None:
+        import lmdb
+
+        self._env = env = lmdb.open(os.fspath(path), map_size=1 << 36, sync=self.sync, max_dbs=0, subdir=True)
+        begin = env.begin
+
+        def get(key: str) -> bytes | None:
+            with begin() as transaction:
+                return transaction.get(key.encode())
+
+        self.get = get
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        with self._env.begin(write=True) as transaction:
+            put = transaction.put
+            for key, value in updates:
+                put(key.encode(), value)
+            put(b"\x00cursor", cursor)
+
+    def range(self, prefix: str) -> list[Any]:
+        start = prefix.encode()
+        found = []
+        with self._env.begin() as transaction, transaction.cursor() as cursor:
+            if cursor.set_range(start):
+                for key, value in cursor:
+                    if not key.startswith(start):
+                        break
+                    found.append((key.decode(), value))
+        return found
+
+    def close(self) -> None:
+        self._env.sync(True)
+        self._env.close()
+
+
+class LmdbSynced(Lmdb):
+    """lmdb as it is by default: what is committed survives a power loss."""
+
+    name = "lmdb-synced"
+    sync = True
+
+
+class Rocksdict(Subject):
+    """rocksdict (RocksDB) in raw mode, write-ahead log on, no sync."""
+
+    name = "rocksdict"
+
+    def __init__(self, path: Path) -> None:
+        import rocksdict
+
+        self._batch = rocksdict.WriteBatch
+        self._db = db = rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=True))
+        lookup = db.get
+        self.get = lambda key: lookup(key.encode())
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        batch = self._batch(raw_mode=True)
+        for key, value in updates:
+            batch.put(key.encode(), value)
+        batch.put(b"\x00cursor", cursor)
+        self._db.write(batch)
+
+    def range(self, prefix: str) -> list[Any]:
+        start = prefix.encode()
+        found = []
+        items: Any = self._db.items(from_key=start)
+        for key, value in items:
+            if not key.startswith(start):
+                break
+            found.append((key.decode(), value))
+        return found
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class Diskcache(Subject):
+    """diskcache: sqlite3 below, WAL, synchronous=NORMAL. It has no ranges."""
+
+    name = "diskcache"
+
+    def __init__(self, path: Path) -> None:
+        import diskcache
+
+        self._cache = cache = diskcache.Cache(os.fspath(path), eviction_policy="none", size_limit=1 << 40, cull_limit=0)
+        self.get = cache.get
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        put = self._cache.set
+        with self._cache.transact():
+            for key, value in updates:
+                put(key, value)
+            put("\x00cursor", cursor)
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+ENGINES = (Foldlog, PlainDict, Lmdb, Rocksdict, Sqlite, Diskcache)
+"""One thread, no waiting for the disk."""
+THREADED = (Store, StoreSynced, Lmdb, LmdbSynced, Sqlite, SqliteSynced)
+"""Many threads, with and without waiting for the disk."""
+SUBJECTS: dict[str, type[Subject]] = {subject.name: subject for subject in (*ENGINES, *THREADED)}
+PEERS = tuple(name for name in SUBJECTS if not name.startswith("foldlog"))
