@@ -1,1 +1,12 @@
-"""The actors: writer, readers and supervisor, which make the engine a store for many threads."""
+"""The actors that make the engine a store for many threads, and keep it alive.
+
+    adapter.py      pykka, made fit: a mailbox that can refuse, an actor that restarts in place and always says how it ended
+    core.py         what the actors of one store share: the published snapshot, the state, the books
+    requests.py     a batch on its way through the writer, and the future that its caller waits on
+    writer.py       owns the log and the newest fold: apply, compact, export
+    readers.py      serve Get and Range messages from the published snapshot
+    maintenance.py  the long work of compaction and export; syncing in the background
+    supervisor.py   starts them, restarts them by class of error, gives up by rule
+
+Data flows: a request -> the writer's mailbox -> the log -> `core.snapshot` -> readers and callers.
+"""

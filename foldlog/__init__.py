@@ -3,6 +3,7 @@
 protocol <- storage <- actors <- foldlog        imports never run back
 """
 
+from foldlog.actors.core import Restart, State, Stats
 from foldlog.protocol.errors import (
     ArtifactInvalidError,
     Backpressure,
@@ -23,6 +24,7 @@ from foldlog.protocol.errors import (
     VersionMismatch,
     WriterCrashed,
 )
+from foldlog.protocol.messages import Apply, Compact, Export, Get, Page, Range, RangePage
 from foldlog.protocol.store import SnapshotStore
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Purge, Put, Update
@@ -30,20 +32,25 @@ from foldlog.storage.append_log import AppendLogSnapshot
 from foldlog.storage.artifact import ArtifactFile, ExportManifest
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.replay import OpenReport
+from foldlog.store import Store, open
 from foldlog.version import __version__
 
 __all__ = [
     "AppendLogSnapshot",
+    "Apply",
     "ArtifactFile",
     "ArtifactInvalidError",
     "Backpressure",
+    "Compact",
     "CorruptLogError",
     "CursorExpired",
     "Delete",
+    "Export",
     "ExportManifest",
     "FoldSnapshot",
     "FoldlogError",
     "ForkedStore",
+    "Get",
     "InvalidFormatError",
     "KeyExists",
     "KvEntry",
@@ -52,10 +59,17 @@ __all__ = [
     "LogPoisonedError",
     "LogRegressedError",
     "OpenReport",
+    "Page",
     "Purge",
     "Put",
+    "Range",
+    "RangePage",
     "RequestTimeout",
+    "Restart",
     "SnapshotStore",
+    "State",
+    "Stats",
+    "Store",
     "StoreClosed",
     "StoreFailed",
     "StoreLocked",
@@ -65,4 +79,5 @@ __all__ = [
     "WatchCursor",
     "WriterCrashed",
     "__version__",
+    "open",
 ]

@@ -8,14 +8,13 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeAlias
 
-from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Update, encode_batch
 from foldlog.storage import artifact
 from foldlog.storage.artifact import ExportManifest
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, Engine, check_threshold
 from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.fold import ClosedFold, FoldSnapshot
 from foldlog.storage.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.rewrite import Progress
 
@@ -33,7 +32,7 @@ class AppendLogSnapshot:
         """Not for callers: use `open`, `load` or `import_artifact`."""
         self._engine = engine
         self._threshold = compact_threshold
-        self._fold: FoldSnapshot | _Closed = engine.fold
+        self._fold: FoldSnapshot | ClosedFold = engine.fold
         self.report: OpenReport = engine.report
         """What opening found and did."""
 
@@ -157,7 +156,7 @@ class AppendLogSnapshot:
 
     def close(self) -> None:
         """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on."""
-        self._fold = _Closed(f"{self._engine.path} is closed")
+        self._fold = ClosedFold(f"{self._engine.path} is closed")
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -168,16 +167,6 @@ class AppendLogSnapshot:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an open store cannot be pickled; open a follower in the other process")
-
-
-class _Closed:
-    """Stands where the fold stood: every use of it says StoreClosed, at no cost while the store is open."""
-
-    def __init__(self, reason: str) -> None:
-        object.__setattr__(self, "_reason", reason)
-
-    def __getattribute__(self, name: str) -> Any:
-        raise StoreClosed(object.__getattribute__(self, "_reason"))
 
 
 def _with_compaction(report: OpenReport, engine: Engine, poisoned: bool) -> OpenReport:

@@ -15,6 +15,7 @@ import hmac
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import time
@@ -30,7 +31,7 @@ from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage import leaf
 from foldlog.storage.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.lock import WriterLock, beside
+from foldlog.storage.lock import temporary
 from foldlog.storage.replay import Loaded, load, resolve
 from foldlog.storage.rewrite import FrameWriter, Progress, new_head, write_base
 
@@ -113,8 +114,7 @@ def export_payload(
     dest = Path(os.path.abspath(dest_dir))
     if files.exists(dest):
         raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
-    stage = dest.with_name(dest.name + ".partial")
-    shutil.rmtree(stage, ignore_errors=True)  # what a killed export left
+    stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")  # a name that nobody else's folder has
     files.make_dir(stage)
     try:
         payload = stage / payload_path
@@ -163,25 +163,20 @@ def import_artifact(
 ) -> ExportManifest:
     """Verify an artifact in full and land its log at `dest_path`, which must not exist.
 
-    ArtifactInvalidError, FileExistsError, StoreLocked or OSError: nothing is at `dest_path` that was not there before.
+    ArtifactInvalidError, FileExistsError or OSError: nothing is at `dest_path` that was not there before.
     """
     given = Path(os.path.abspath(dest_path))
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
     dest = resolve(given)
-    lock = WriterLock(files, dest)
-    staged = beside(dest, "tmp")
+    staged = temporary(dest)  # no lock is needed: the name is ours alone, and landing it is atomic
+    manifest = stage_payload(files, artifact_dir, staged, BACKEND, BACKEND_VERSION, PAYLOAD_PATH, progress)
     try:
-        remove_quietly(files, staged)
-        manifest = stage_payload(files, artifact_dir, staged, BACKEND, BACKEND_VERSION, PAYLOAD_PATH, progress)
-        try:
-            _check_payload(files, Path(artifact_dir), staged, manifest.cursor)
-            files.link_new(staged, dest)
-            files.sync_dir(dest.parent)
-        finally:
-            remove_quietly(files, staged)
+        _check_payload(files, Path(artifact_dir), staged, manifest.cursor)
+        files.link_new(staged, dest)
+        files.sync_dir(dest.parent)
     finally:
-        lock.release()
+        remove_quietly(files, staged)
     return manifest
 
 
@@ -191,8 +186,12 @@ def _check_payload(files: Files, root: Path, staged: Path, cursor: WatchCursor) 
     try:
         loaded = load(ReadHandle(files, staged))
         _check_clean(loaded)
+        last_key = None
         for number in range(len(loaded.fold.base)):
-            leaf.check_order(loaded.fold.base.body(number))
+            keys = leaf.check_order(loaded.fold.base.body(number))
+            if last_key is not None and keys[0] <= last_key:
+                raise ValueError(f"leaf {number} overlaps the one before it")
+            last_key = keys[-1]
     except FoldlogError as error:
         reason = getattr(error, "reason", str(error))
         raise ArtifactInvalidError(payload, f"byte {getattr(error, 'offset', 0)}: {reason}") from error

@@ -10,6 +10,7 @@ from foldlog.storage.base import EMPTY_BASE
 from foldlog.storage.delta import EMPTY_DELTA
 from foldlog.storage.files import OS_FILES, Files
 from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.lock import WriterLock
 from foldlog.storage.replay import OnDamage, open_log, resolve
 from foldlog.storage.rewrite import Progress, Rewrite
 
@@ -43,18 +44,23 @@ class Engine:
         sync_each: bool = False,
         files: Files = OS_FILES,
         progress: Progress | None = None,
+        lock: WriterLock | None = None,
     ) -> None:
-        """Open or create the log at `path`. See `replay.open_log` for the errors."""
+        """Open or create the log at `path`. See `replay.open_log` for the errors and for `lock`."""
         self.path = resolve(path)
-        self.log, self.fold, self.report = open_log(self.path, files, on_damage=on_damage, sync_each=sync_each, progress=progress)
+        self.log, self.fold, self.report = open_log(
+            self.path, files, on_damage=on_damage, sync_each=sync_each, progress=progress, lock=lock
+        )
         # Invariant: fold.seq == log.chain.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
         # the assignment behind it; then `_next` is what the log holds.
         self._next = self.fold
         # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
         self._since: FoldSnapshot | None = None
 
-    def commit(self, batches: Sequence[Batch]) -> FoldSnapshot:
+    def commit(self, batches: Sequence[Batch], staged: FoldSnapshot | None = None) -> FoldSnapshot:
         """Append the batches as one commit group, and fold them. Returns the new fold.
+
+        `staged` is that fold, where the caller has made it already to decide what to write.
 
         On return they survive a killed process, and with `sync_each` a power loss. On an error none of them is folded,
         and none will be after a restart: except that a failed fsync leaves that open until the log is rewritten.
@@ -63,18 +69,21 @@ class Engine:
         log = self.log
         if self.fold.seq != log.chain.seq and self._next.seq == log.chain.seq and log.poison is None:
             self.fold = self._next
-        fold, since = self.fold, self._since
-        for batch in batches:
-            fold = fold.with_batch(batch.changes, fold.seq + 1, batch.cursor)
-            if since is not None:
-                since = since.with_batch(batch.changes, fold.seq, batch.cursor)
-        self._next = fold
+        since = self._since
+        if staged is None:
+            staged = self.fold
+            for batch in batches:
+                staged = staged.with_batch(batch.changes, staged.seq + 1, batch.cursor)
+        self._next = staged
         log.append([batch.item for batch in batches])
         if log.sync_each:
             log.sync()
-        self._since = since
-        self.fold = fold
-        return fold
+        if since is not None:
+            for batch in batches:
+                since = since.with_batch(batch.changes, since.seq + 1, batch.cursor)
+            self._since = since
+        self.fold = self._next
+        return self.fold
 
     @property
     def is_compact(self) -> bool:
@@ -103,9 +112,9 @@ class Engine:
         return self.fold
 
     def drop_rewrite(self, rewrite: Rewrite) -> None:
-        """Give a rewrite up: the log goes on as it was."""
+        """Give a rewrite up: the log goes on as it was. Whoever runs `rewrite.write` discards it."""
         self._since = None
-        rewrite.discard()
+        rewrite.cancelled = True
 
     def compact(self, progress: Progress | None = None) -> FoldSnapshot:
         """Rewrite the log as its fold, unless it is that already. The disk must hold both meanwhile."""
@@ -117,6 +126,7 @@ class Engine:
             return self.finish_rewrite(rewrite)
         except BaseException:
             self.drop_rewrite(rewrite)
+            rewrite.discard()
             raise
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
+from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change, KvEntry
 from foldlog.storage import leaf
@@ -102,13 +103,19 @@ class FoldSnapshot:
             for entry in block:
                 f(entry)
 
-    def blocks(self, prefix: str = "") -> Iterator[list[KvEntry]]:
-        """`range` in pieces of one leaf or less, none empty."""
+    def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
+        """`range` in pieces of one leaf or less, none empty; from behind the key `after`, if given."""
         if not isinstance(prefix, str):
             raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-        for columns in self.columns(prefix, prefix_end(prefix)):
+        low = prefix if after is None else max(prefix, after + "\0")
+        for columns in self.columns(low, prefix_end(prefix)):
             if columns.keys:
                 yield list(map(_new_entry, repeat(KvEntry), zip(*columns, strict=True)))
+
+    def entries_after(self, prefix: str, after: str | None) -> Iterator[KvEntry]:
+        """The live entries under `prefix`, from behind the key `after`, one by one."""
+        for block in self.blocks(prefix, after):
+            yield from block
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """The live keys under `prefix`, ascending."""
@@ -220,3 +227,13 @@ def prefix_end(prefix: str) -> str | None:
     """The least string above all that start with `prefix`; None if there is no such string."""
     stem = prefix.rstrip("\U0010ffff")
     return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
+
+
+class ClosedFold:
+    """Stands where a fold stood, once its store is closed: every use of it says StoreClosed, at no cost until then."""
+
+    def __init__(self, reason: str) -> None:
+        object.__setattr__(self, "_reason", reason)
+
+    def __getattribute__(self, name: str) -> Any:
+        raise StoreClosed(object.__getattribute__(self, "_reason"))

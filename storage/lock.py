@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.errors import StoreLocked
-from foldlog.storage.files import Files, write_all
+from foldlog.storage.files import Files, remove_quietly, write_all
 
 _NOTE_BYTES = 256
 
@@ -32,6 +35,23 @@ class Watermark(NamedTuple):
 def beside(path: Path, suffix: str) -> Path:
     """The name of a companion of the log: LOG.suffix."""
     return path.with_name(f"{path.name}.{suffix}")
+
+
+def temporary(path: Path) -> Path:
+    """A name for a new file that is to take the log's place, or to become it."""
+    return beside(path, "tmp-" + secrets.token_hex(4))
+
+
+def sweep_temporaries(files: Files, path: Path) -> None:
+    """Remove what rewrites of dead processes left. Only for the holder of the lock: nobody else may have any under way."""
+    pattern = re.compile(re.escape(path.name) + r"\.tmp-[0-9a-f]{8}")
+    fd = files.open_dir(path.parent)
+    try:
+        names = files.list_dir(fd)
+    finally:
+        files.close(fd)
+    for name in filter(pattern.fullmatch, names):
+        remove_quietly(files, path.with_name(name))
 
 
 class WriterLock:
@@ -52,6 +72,7 @@ class WriterLock:
                 raise StoreLocked(path, pid if type(pid) is int else None)
             self.watermark = _watermark(note)
             self.write(self.watermark)
+            _held.add(self)
         except BaseException:
             files.close(self._fd)
             self._fd = -1
@@ -66,6 +87,7 @@ class WriterLock:
 
     def write(self, watermark: Watermark | None) -> None:
         """Note this process and the watermark. Best effort, not synced."""
+        self.watermark = watermark
         note: dict[str, object] = {"pid": os.getpid()}
         if watermark is not None:
             note |= {"log_id": watermark.log_id.hex(), "seq": watermark.seq, "size": watermark.size}
@@ -86,3 +108,16 @@ def _watermark(note: dict[str, object]) -> Watermark | None:
         return Watermark(bytes.fromhex(log_id), seq, size)
     except ValueError:
         return None
+
+
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Close the child's copies, and do not unlock: an unlock through any copy would free the parent's lock. Left open, they
+    # would hold the lock after the parent's death.
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

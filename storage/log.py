@@ -116,8 +116,7 @@ class Log:
 
     def _begin_session(self) -> None:
         """Say who writes from here on. Opening alone writes nothing: a log that is only read stays as it is."""
-        body = {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
-        self._write(KIND_OPEN, msgpack.packb(body), 0)
+        self._write(KIND_OPEN, open_body(), 0)
         self._session = True
         if self.sync_each:
             self.sync()
@@ -152,7 +151,7 @@ class Log:
             self.files.truncate(self.file.fd, self.chain.offset)
             self.files.sync(self.file.fd)
         except OSError as second:
-            self._poison(f"a write failed ({error}), and undoing it failed ({second})")
+            self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
 
     def sync(self) -> None:
         """Make all that was appended survive a power loss. Any thread may call it beside the writer.
@@ -167,7 +166,7 @@ class Log:
             try:
                 self.files.sync(self.file.fd)
             except OSError as error:
-                self._poison(f"fsync failed: {error}")
+                self.poison_with(f"fsync failed: {error}")
                 raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
             self._note_synced(chain)
 
@@ -176,7 +175,8 @@ class Log:
         with contextlib.suppress(OSError):
             self._lock.write(Watermark(self.file.head.log_id, chain.seq, chain.offset))
 
-    def _poison(self, reason: str) -> None:
+    def poison_with(self, reason: str) -> None:
+        """Acknowledge nothing through this file any more. A rewrite of the fold into a new file clears it."""
         self.poison = reason
         with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
             self.files.close(self.files.create(beside(self.path, "poison")))
@@ -201,7 +201,7 @@ class Log:
                 self.files.sync_dir(self.path.parent)
             except OSError as error:
                 # The old name may come back after a power loss, and take what is acknowledged from now on with it.
-                self._poison(f"syncing the folder failed after a rewrite: {error}")
+                self.poison_with(f"syncing the folder failed after a rewrite: {error}")
                 return
             self._note_synced(file.chain)
 
@@ -228,34 +228,43 @@ class Log:
 
     def release(self) -> None:
         """Close the descriptors, without a word to the file: after a fork, or behind a crashed writer."""
+        self._close_file()
+        self._lock.release()
+
+    def _close_file(self) -> None:
         if self.file.fd >= 0:
             fd, self.file = self.file.fd, self.file._replace(fd=-1)
             self.files.close(fd)
-        self._lock.release()
 
-    def abandon(self) -> None:
-        """Let go of the log as a killed process would: no sync, no seal."""
+    def abandon(self, *, keep_lock: bool = False) -> None:
+        """Let go of the log as a killed process would: no sync, no seal. The lock may be kept, to open the log again."""
         with self._sync_lock:
             if not self.closed:
                 self.closed = True
-                self.release()
+                self._close_file()
+                if not keep_lock:
+                    self._lock.release()
 
 
 _open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    # Close the child's copies and do not unlock: an unlock through any copy would free the parent's lock. Kept open, they
-    # would hold the lock after the parent's death.
     for log in list(_open_logs):
         if not log.closed:
             log._sync_lock = threading.Lock()
             log._forked = True
             with contextlib.suppress(OSError):
-                log.release()
+                log._close_file()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def open_body() -> bytes:
+    """The body of an OPEN frame. The nonce makes the chain of each session its own, also in copies of one log."""
+    packed: bytes = msgpack.packb({"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER})
+    return packed
 
 
 def boot_id() -> str:

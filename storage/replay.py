@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgpack
 
-from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogRegressedError, StoreLocked
+from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError, LogRegressedError, StoreLocked
 from foldlog.protocol.frames import (
     FILE_HEAD,
     FRAME_HEAD,
@@ -33,7 +33,7 @@ from foldlog.storage.base import Base
 from foldlog.storage.delta import EMPTY_DELTA, Run
 from foldlog.storage.files import Files, ReadHandle, read_all, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.lock import WriterLock, beside
+from foldlog.storage.lock import WriterLock, beside, sweep_temporaries, temporary
 from foldlog.storage.log import Log, LogFile, boot_id
 from foldlog.storage.recovery import Verdict, gather, judge
 from foldlog.storage.rewrite import FrameWriter, Progress, new_head, write_base
@@ -80,6 +80,8 @@ class Loaded(NamedTuple):
     head: FileHead
     fold: FoldSnapshot
     chain: Chain
+    size: int
+    """Of the file, when reading began: a writer may have appended since."""
     base_end: int
     """The offset behind the base; 0 if the base is not whole."""
     frames: int
@@ -195,7 +197,7 @@ def load(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
         bad = error
     if bad is None and not replay.base_end:
         bad = BadFrame(chain.offset, "the file ends before the base does", final=True)
-    return Loaded(head, replay.fold(), chain, replay.base_end, replay.frames, replay.boot, replay.sealed, bad)
+    return Loaded(head, replay.fold(), chain, size, replay.base_end, replay.frames, replay.boot, replay.sealed, bad)
 
 
 def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
@@ -206,8 +208,10 @@ def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
         return Verdict.CORRUPT, bad.reason
     if not loaded.base_end:
         return Verdict.CORRUPT, f"the base is damaged: {bad.reason}"  # it was synced before it got its name
-    size = handle.files.fstat(handle.fd).st_size
-    rest = handle.read(max(size - bad.offset, 0), bad.offset)
+    try:
+        rest = handle.read(loaded.size - bad.offset, bad.offset)
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None
     verdict, why = judge(
         gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, bool(loaded.boot) and loaded.boot == boot_id())
     )
@@ -249,17 +253,20 @@ def open_log(
     on_damage: OnDamage = "refuse",
     sync_each: bool = False,
     progress: Progress | None = None,
+    lock: WriterLock | None = None,
 ) -> tuple[Log, FoldSnapshot, OpenReport]:
-    """Open or create the log at `path` (absolute, links resolved) for writing.
+    """Open or create the log at `path` (absolute, links resolved) for writing. `lock`: held already, and kept on an error.
 
     StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, with the file as it was.
     """
     if on_damage not in ("refuse", "cut"):
         raise ValueError(f'on_damage is "refuse" or "cut", not {on_damage!r}')
-    lock = WriterLock(files, path)
+    if files.exists(path):
+        files.close(files.open_read(path))  # OSError for a device or a folder, before a lock file is made beside it
+    given_lock, lock = lock, lock or WriterLock(files, path)
     fd = -1
     try:
-        remove_quietly(files, beside(path, "tmp"))  # what a killed rewrite left; nobody else may have one under this lock
+        sweep_temporaries(files, path)
         created = not files.exists(path)
         if created:
             create_log(path, files)
@@ -283,7 +290,8 @@ def open_log(
     except BaseException:
         if fd >= 0:
             files.close(fd)
-        lock.release()
+        if given_lock is None:
+            lock.release()
         raise
     try:
         if files.exists(beside(path, "poison")):
@@ -291,7 +299,7 @@ def open_log(
         elif not loaded.sealed and loaded.chain.seq > loaded.head.base_seq:
             log.sync()  # what a killed writer left may stand in the page cache only
     except BaseException:
-        log.abandon()
+        log.abandon(keep_lock=given_lock is not None)
         raise
     report = OpenReport(
         path,
@@ -312,7 +320,7 @@ def open_log(
 
 def create_log(path: Path, files: Files) -> None:
     """Make an empty log at `path`, whole or not at all. FileExistsError if the name is taken."""
-    out = FrameWriter(files, beside(path, "tmp"), new_head())
+    out = FrameWriter(files, temporary(path), new_head())
     try:
         write_base(out, FoldSnapshot.empty())
         out.sync()

@@ -34,8 +34,8 @@ from foldlog.storage.base import Base
 from foldlog.storage.files import Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.leaf import encode_leaf, leaf_end
-from foldlog.storage.lock import beside
-from foldlog.storage.log import WRITER, Log, LogFile, boot_id
+from foldlog.storage.lock import temporary
+from foldlog.storage.log import Log, LogFile, open_body
 from foldlog.storage.scan import Chain, read_frames
 
 BUFFER_BYTES = 1024 * 1024
@@ -148,6 +148,10 @@ def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None =
     return base
 
 
+class Cancelled(Exception):
+    """A rewrite was told to stop."""
+
+
 class Rewrite:
     """A compaction under way: the log's fold, on its way into a new file."""
 
@@ -155,34 +159,47 @@ class Rewrite:
         """Start from `fold`, which holds all that is in the log (or, if the log is poisoned, all that was acknowledged)."""
         self._log, self._fold = log, fold
         self._poisoned = log.poison is not None
-        self._carried = log.chain  # behind the last frame that the new file has
+        self._carried = log.chain  # behind the last frame of the log that the new file has
         self._session = False
-        self._out = FrameWriter(log.files, beside(log.path, "tmp"), new_head(log.file.head.log_id, fold.seq))
+        self._out: FrameWriter | None = None
         self._base_end = 0
+        self._adopted = False
+        self.cancelled = False
+        """Set by anyone to make `write` stop soon, with Cancelled."""
         self.base = fold.base
 
     def write(self, progress: Progress | None = None) -> None:
         """Write the fold, and sync it. The long part; any thread may run it while the log is appended to."""
-        self.base = write_base(self._out, self._fold, progress)
+
+        def step(done: int, total: int) -> None:
+            if self.cancelled:
+                raise Cancelled
+            if progress is not None:
+                progress(done, total)
+
+        log = self._log
+        self._out = FrameWriter(log.files, temporary(log.path), new_head(log.file.head.log_id, self._fold.seq))
+        self.base = write_base(self._out, self._fold, step)
         self._base_end = self._out.chain.offset
         self._out.sync()
 
     def catch_up(self) -> int:
         """Carry over and sync what was appended by now. Returns the bytes carried; any thread may run it."""
         if self._poisoned:
-            return 0
-        start, stop = self._carried.offset, self._log.chain.offset
-        for frame, body in read_frames(self._log.file.handle, self._log.file.head, self._carried, stop):
+            return 0  # what stands behind the acknowledged fold is a lie
+        log, out = self._log, self._out
+        assert out is not None
+        start, stop = self._carried.offset, log.chain.offset
+        flags = FLAG_SYNC_EACH if log.sync_each else 0
+        for frame, body in read_frames(log.file.handle, log.file.head, self._carried, stop):
             if frame.kind == KIND_BATCHES:
-                flags = FLAG_SYNC_EACH if self._log.sync_each else 0
                 if not self._session:
-                    body_open = msgpack.packb({"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER})
-                    self._out.add(KIND_OPEN, body_open, flags=flags)
+                    out.add(KIND_OPEN, open_body(), flags=flags)
                     self._session = True
-                self._out.add(KIND_BATCHES, bytes(body), batches=frame.batches, body_crc=frame.body_crc, flags=flags)
+                out.add(KIND_BATCHES, bytes(body), batches=frame.batches, body_crc=frame.body_crc, flags=flags)
             self._carried = self._carried.after(frame)
         if stop > start:
-            self._out.sync()
+            out.sync()
         return stop - start
 
     def finish(self) -> None:
@@ -191,6 +208,7 @@ class Rewrite:
         On an error, which comes before the rename, the log goes on as it was.
         """
         log, out = self._log, self._out
+        assert out is not None
         self.catch_up()
         if not self._poisoned:
             log.check_unchanged()
@@ -198,10 +216,12 @@ class Rewrite:
         if not log.files.lock(out.fd):
             raise StoreLocked(log.path, None)
         log.files.replace(out.path, log.path)
+        self._adopted = True
         self.base.handle = handle
         log.adopt(LogFile(out.head, out.fd, handle, out.chain, self._base_end, self._session))
 
     def discard(self) -> None:
-        """Give up before `finish` has renamed: the log goes on as it was."""
-        if self._log.file.fd != self._out.fd:
+        """Give it up, unless `finish` has renamed: the log goes on as it was."""
+        if self._out is not None and not self._adopted:
+            self._adopted = True
             self._out.discard()

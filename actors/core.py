@@ -1,0 +1,158 @@
+"""What the actors of one store share: the published snapshot, the state, the books.
+
+Each field says who writes it. Everyone reads without a lock: fields are replaced whole, never changed in place.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD
+from foldlog.storage.files import OS_FILES, Files
+from foldlog.storage.fold import ClosedFold, FoldSnapshot
+from foldlog.storage.log import Log
+from foldlog.storage.replay import OnDamage, OpenReport
+
+log = logging.getLogger("foldlog")
+
+Sync: TypeAlias = Literal["always", "interval", "never"]
+
+
+class State(enum.StrEnum):
+    """What a store is doing. It reads in every state but CLOSED."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    RESTARTING = "restarting"
+    """The writer died; its log is being replayed. Writes wait."""
+    FAILED = "failed"
+    """The supervisor gave up: writes raise StoreFailed until `reopen`."""
+    CLOSING = "closing"
+    CLOSED = "closed"
+    FORKED = "forked"
+    """This process was forked from the store's own: it reads what was published then, and writes raise ForkedStore."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How a store was opened."""
+
+    path: Path
+    readers: int = 2
+    sync: Sync = "interval"
+    sync_interval_s: float = 1.0
+    compact_threshold: int = DEFAULT_COMPACT_THRESHOLD
+    on_damage: OnDamage = "refuse"
+    mailbox_batches: int = 10_000
+    mailbox_bytes: int = 64 * 1024 * 1024
+    max_restarts: int = 5
+    """Restarts of one actor within `restart_window_s` before the store is FAILED."""
+    restart_window_s: float = 60.0
+    restart_delay_s: float = 0.05
+    """Before the second restart in a row; doubled for each further one, up to 5 s. The first is at once."""
+    stuck_after_s: float = 120.0
+    """A writer that works on one thing for so long is reported as FAILED. A guess: no healthy disk takes that long."""
+    files: Files = field(default=OS_FILES, repr=False)
+    step: Callable[[str], None] = field(default=lambda name: None, repr=False)
+    """Called by each actor at its named steps (`foldlog.testing` crashes there)."""
+
+
+class Restart(NamedTuple):
+    """A restart, as `stats()` tells it."""
+
+    actor: str
+    reason: str
+    at_unix_s: float
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The books of a store, at one moment."""
+
+    state: State
+    reason: str
+    """Why it is FAILED; "" otherwise."""
+    seq: int
+    cursor: WatchCursor
+    synced_seq: int
+    entries: int
+    """Live entries. Counted when asked for: O(changes since the last compaction)."""
+    log_bytes: int
+    base_bytes: int
+    """Of these, the base: live at the last compaction."""
+    appended_bytes: int
+    """And what was appended since: what a compaction may free."""
+    mailbox_depth: int
+    batches: int
+    """Written since the store was opened."""
+    groups: int
+    """Commit groups that they made."""
+    largest_group: int
+    latency_mean_s: float
+    """From the call to the answer, of the last 1,024 batches."""
+    latency_p99_s: float
+    restarts: tuple[Restart, ...]
+    """The last 64, oldest first."""
+    compactions: int
+    last_compaction_s: float | None
+    """How long the last compaction took."""
+    last_compaction_unix_s: float | None
+    snapshot_age_s: float
+    """Since the last batch was published."""
+
+
+class Books:
+    """Counters. Written by the writer and the supervisor, each its own."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.groups = 0
+        self.largest_group = 0
+        self.latencies_s: deque[float] = deque(maxlen=1024)
+        self.restarts: deque[Restart] = deque(maxlen=64)
+        self.compactions = 0
+        self.last_compaction_s: float | None = None
+        self.last_compaction_unix_s: float | None = None
+
+
+class Core:
+    """The middle of a store: every actor holds it; the face holds it, and it does not hold the face."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        # Written by the writer, behind each commit group; by the face at close. Readers load it once and keep the object.
+        # Invariant: its sequence never falls, and every batch in it is in the log.
+        self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
+        self.published_at = time.monotonic()
+        # Written by the syncer, or by the writer under sync="always".
+        self.synced_seq = 0
+        self.synced_cursor = WatchCursor.none()
+        # Written by the supervisor.
+        self.state = State.STARTING
+        self.reason = ""
+        # Written by the writer at each (re)start, for the syncer and the books.
+        self.log: Log | None = None
+        self.report: OpenReport | None = None
+        self.books = Books()
+        self.ended = threading.Event()
+        """Set when the store is CLOSED and its threads have ended."""
+
+    def publish(self, fold: FoldSnapshot) -> None:
+        """Let everyone see `fold`. Only the writer calls it."""
+        self.snapshot = fold
+        self.published_at = time.monotonic()
+
+    def note_synced(self, fold: FoldSnapshot) -> None:
+        """All of `fold` survives a power loss."""
+        if fold.seq >= self.synced_seq:
+            self.synced_seq, self.synced_cursor = fold.seq, fold.cursor()

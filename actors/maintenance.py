@@ -1,0 +1,149 @@
+"""Work that takes long and must not stop the writer: the bulk of a compaction, exports, and background syncs."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log
+from foldlog.actors.core import Core
+from foldlog.actors.requests import ExportRequest
+from foldlog.protocol.errors import FoldlogError, LogPoisonedError, WriterCrashed
+from foldlog.storage.artifact import export_fold
+from foldlog.storage.fold import ClosedFold, FoldSnapshot
+from foldlog.storage.rewrite import Cancelled, Rewrite
+
+CAUGHT_UP_BYTES = 256 * 1024
+"""What may be left for the writer to carry over while it stands still: well under a millisecond of copying."""
+MAX_CATCH_UPS = 20
+
+
+class CompactJob(NamedTuple):
+    """The writer asks for the long part of a compaction. It is told `Rewritten`."""
+
+    rewrite: Rewrite
+
+
+class ExportJob(NamedTuple):
+    """The writer asks for an export of `fold`. The answer goes to the request's future."""
+
+    request: ExportRequest
+    fold: FoldSnapshot
+
+    def fail(self, error: Exception | None) -> None:
+        """It will not be served."""
+        self.request.fail(error)
+
+
+class Rewritten(NamedTuple):
+    """To the writer: a compaction is ready to be finished, or has failed."""
+
+    rewrite: Rewrite
+    error: Exception | None
+
+
+class Heal(NamedTuple):
+    """To the writer: a background fsync failed, so the fold is to be written to a new file."""
+
+
+def _let_others_run(done: int, total: int) -> None:
+    """Give the interpreter lock away between leaves, rather than have it taken away after 5 ms."""
+    time.sleep(0)
+
+
+class Maintenance(SupervisedActor):
+    """Runs compactions and exports, one at a time, from immutable folds."""
+
+    def __init__(self, core: Core, post: Post) -> None:
+        super().__init__("maintenance", post)
+        self._core, self._step = core, core.config.step
+        self.writer_inbox: Inbox | None = None
+
+    def on_start(self) -> None:
+        self._step("maintenance.start")
+        crashed = WriterCrashed("maintenance died while it worked on this")
+        for mail in self.taken:
+            if isinstance(mail.message, CompactJob):
+                mail.message.rewrite.discard()
+                self._tell_writer(Rewritten(mail.message.rewrite, crashed))
+            elif isinstance(mail.message, ExportJob):
+                mail.message.fail(crashed)
+        self.taken.clear()
+
+    def handle(self, mails: list[Mail]) -> None:
+        job = mails[0].message
+        if isinstance(job, CompactJob):
+            self._compact(job.rewrite)
+        elif isinstance(job, ExportJob):
+            self._export(job)
+        else:
+            log.error("maintenance cannot serve %s", type(job).__name__)
+
+    def _compact(self, rewrite: Rewrite) -> None:
+        try:
+            self._step("compact.write")
+            rewrite.write(_let_others_run)
+            for _ in range(MAX_CATCH_UPS):
+                if rewrite.catch_up() < CAUGHT_UP_BYTES:
+                    break
+            self._step("compact.written")
+        except (OSError, FoldlogError, Cancelled) as error:
+            rewrite.discard()
+            self._tell_writer(Rewritten(rewrite, error))
+        else:
+            self._tell_writer(Rewritten(rewrite, None))
+
+    def _export(self, job: ExportJob) -> None:
+        try:
+            self._step("export.write")
+            manifest = export_fold(job.fold, job.request.dest_dir, files=self._core.config.files, progress=_let_others_run)
+            self._step("export.written")
+        except (OSError, FoldlogError, ValueError, TypeError) as error:
+            job.fail(error)
+        else:
+            job.request.succeed(manifest)
+
+    def _tell_writer(self, message: Rewritten) -> None:
+        assert self.writer_inbox is not None
+        try:
+            self.writer_inbox.offer(Mail(message))
+        except FoldlogError:  # the store failed or closes: nobody finishes it
+            message.rewrite.discard()
+
+    def on_stop(self) -> None:
+        self._step("maintenance.stop")
+
+
+class Syncer(SupervisedActor):
+    """Syncs the log every interval, beside the writer."""
+
+    def __init__(self, core: Core, post: Post, writer_inbox: Inbox) -> None:
+        super().__init__("syncer", post)
+        self.tick_s = core.config.sync_interval_s
+        self._core, self._step = core, core.config.step
+        self._writer_inbox = writer_inbox
+
+    def on_start(self) -> None:
+        self._step("syncer.start")
+
+    def handle(self, mails: list[Mail]) -> None:
+        self.on_tick()
+
+    def on_tick(self) -> None:
+        fold, journal = self._core.snapshot, self._core.log
+        if journal is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced_seq:
+            return
+        self._step("syncer.sync")
+        try:
+            journal.sync()
+        except LogPoisonedError as error:
+            log.warning("%s", error)
+            self._writer_inbox.offer(Mail(Heal()))
+        except FoldlogError:
+            return  # closed under us: its successor is synced on the next tick
+        else:
+            if not journal.closed:
+                self._core.note_synced(fold)
+
+    def on_stop(self) -> None:
+        self._step("syncer.stop")

@@ -1,0 +1,76 @@
+"""Readers: actors that serve Get, Range and RangePage messages from the published snapshot.
+
+They share one mailbox: whoever is free takes the next message, so a long range holds up nothing but its own reader, and any
+reader's reference reaches all of them. They keep no state, so a crashed one is replaced, and what it had in hand is tried
+once more.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from typing import Any
+
+from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
+from foldlog.actors.core import Core
+from foldlog.protocol.errors import FoldlogError, WriterCrashed
+from foldlog.protocol.messages import Get, Page, Range, RangePage
+from foldlog.protocol.updates import KvEntry
+
+
+class Reader(SupervisedActor):
+    """See the module."""
+
+    def __init__(self, core: Core, post: Post, inbox: Inbox, number: int) -> None:
+        super().__init__(f"reader-{number}", post, inbox)
+        self._core, self._step = core, core.config.step
+        self._retried: Mail | None = None
+
+    def on_start(self) -> None:
+        self._step("reader.start")
+        for mail in self.taken:
+            if mail is self._retried:
+                reply(mail, error=WriterCrashed("a reader died twice of this message"))
+            else:
+                self._retried = mail
+                self.inbox.return_taken([mail])
+        self.taken.clear()
+
+    def handle(self, mails: list[Mail]) -> None:
+        mail = mails[0]
+        self._step("reader.handle")
+        try:
+            value = self._answer(mail.message)
+        except (FoldlogError, OSError, TypeError, ValueError) as error:
+            if mail.reply_to is None:
+                log.error("a message told to a reader failed: %s", error)
+            reply(mail, error=error)
+        else:
+            reply(mail, value)
+
+    def _answer(self, message: Any) -> Any:
+        snapshot = self._core.snapshot
+        if type(message) is Get:
+            return snapshot.get(message.key)
+        if type(message) is Range:
+            entries: list[KvEntry] = []
+            for block in snapshot.blocks(message.prefix):
+                entries += block
+                time.sleep(0)  # let others have the interpreter lock between leaves
+            return entries
+        if type(message) is RangePage:
+            return _page(message, message.snapshot or snapshot)
+        raise TypeError(f"a reader takes Get, Range and RangePage, not {type(message).__name__}")
+
+    def on_stop(self) -> None:
+        self._step("reader.stop")
+
+
+def _page(ask: RangePage, snapshot: Any) -> Page:
+    if ask.limit < 1:
+        raise ValueError(f"limit is at least 1, got {ask.limit}")
+    entries = list(islice(snapshot.entries_after(ask.prefix, ask.after), ask.limit + 1))
+    if len(entries) <= ask.limit:
+        return Page(entries, None)
+    entries.pop()
+    return Page(entries, ask._replace(after=entries[-1].key, snapshot=snapshot))

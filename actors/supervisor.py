@@ -1,0 +1,347 @@
+"""The supervisor: starts the actors of a store, restarts them by class of error, and gives up by rule.
+
+It is a plain thread, not an actor: it must outlive `pykka.ActorRegistry.stop_all()`, and it asks nobody.
+
+| what fails                  | what pykka would do          | what happens here             | what callers see               |
+|-----------------------------|------------------------------|-------------------------------|--------------------------------|
+| a check of the arguments    | answers the asker            | the same                      | TypeError, ValueError or a     |
+|                             |                              |                               | conflict                       |
+| a write (EIO, ENOSPC) that  | answers the asker; a tell    | the group is answered, the    | OSError; nothing of it is      |
+| was undone                  | kills the actor              | writer goes on                | stored                         |
+| an fsync, or undoing a      | the same                     | the fold is written to a new  | the answer, later; nothing is  |
+| write                       |                              | file, requests tried again    | lost                           |
+| a bug: an Exception in a    | answered, lives on in an     | restart in place: the log is  | the answer, later; one that    |
+| handler                     | unknown state; a tell: dead  | replayed, requests settled    | does it again: WriterCrashed   |
+| SystemExit, BaseException   | stops every actor of the     | the same as a bug             | the same as a bug              |
+|                             | process; the asker hangs     |                               |                                |
+| on_start                    | dies without a word, or      | counts as a restart, delayed; | at open: the error itself;     |
+|                             | leaves a ref that hangs      | too many: FAILED              | later: StoreFailed             |
+| on_stop                     | dies, or runs it twice       | tried again, then let go      | closed, the lock released      |
+| the log: corrupt, locked,   | -                            | FAILED at once: trying again  | writes: StoreFailed with the   |
+| replaced, cut, regressed    |                              | cannot help                   | reason; reads: as before       |
+| the log: deleted            | -                            | written anew from memory      | the answer                     |
+| a reader                    | as above                     | restart; what it had in hand  | the answer, or WriterCrashed   |
+|                             |                              | is tried once more            |                                |
+| maintenance, syncer         | as above                     | restart; a job in hand fails  | WriterCrashed                  |
+| more than `max_restarts` in | -                            | FAILED, until `reopen`        | StoreFailed; reads go on       |
+| `restart_window_s`          |                              |                               |                                |
+| the host stops all actors   | threads end, messages vanish | the store closes in order     | StoreClosed                    |
+| the supervisor itself       | -                            | FAILED for good               | StoreFailed; reads go on       |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import NamedTuple
+
+from foldlog.actors.adapter import STOP, Ended, Inbox, Mail, Notice, Started, SupervisedActor, log
+from foldlog.actors.core import Core, Restart, State
+from foldlog.actors.maintenance import Maintenance, Syncer
+from foldlog.actors.readers import Reader
+from foldlog.actors.writer import Writer
+from foldlog.protocol.errors import (
+    CorruptLogError,
+    ForkedStore,
+    InvalidFormatError,
+    LogChangedError,
+    LogRegressedError,
+    StoreClosed,
+    StoreFailed,
+    StoreLocked,
+)
+from foldlog.storage.fold import ClosedFold
+
+PERMANENT = (CorruptLogError, InvalidFormatError, StoreLocked, LogChangedError, LogRegressedError, ForkedStore)
+"""What starting again cannot mend."""
+MAX_DELAY_S = 5.0
+HEALTH_CHECK_S = 1.0
+
+
+class CloseNow(NamedTuple):
+    """Drain, stop all actors and release the log. The future gives the error that stopping met, or None."""
+
+    future: Future[BaseException | None]
+
+
+class Reopen(NamedTuple):
+    """Try again after FAILED."""
+
+    future: Future[None]
+
+
+def next_restart_delay_s(
+    error: BaseException, restarts_s: Sequence[float], now_s: float, *, max_restarts: int, window_s: float, delay_s: float
+) -> float | None:
+    """How long to wait before an actor that died of `error` is started again; None to give up.
+
+    `restarts_s`: when it was restarted before. The first restart within the window is at once; then the delay doubles, up
+    to 5 s.
+    """
+    recent = sum(now_s - at < window_s for at in restarts_s)
+    if isinstance(error, PERMANENT) or recent >= max_restarts:
+        return None
+    return 0.0 if recent == 0 else min(delay_s * 2.0 ** (recent - 1), MAX_DELAY_S)
+
+
+class Supervisor:
+    """See the module. All methods but `post` run on its own thread."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self._notices: queue.SimpleQueue[Notice | CloseNow | Reopen] = queue.SimpleQueue()
+        self.reader_inbox = Inbox()
+        self.maintenance = Maintenance(core, self.post)
+        self.writer = Writer(core, self.post, self.maintenance.inbox)
+        self.maintenance.writer_inbox = self.writer.inbox
+        self.readers = [Reader(core, self.post, self.reader_inbox, number) for number in range(core.config.readers)]
+        self._others: list[SupervisedActor] = [self.maintenance, *self.readers]
+        if core.config.sync == "interval":
+            self._others.append(Syncer(core, self.post, self.writer.inbox))
+        self._running: set[SupervisedActor] = set()
+        self._due: dict[SupervisedActor, float] = {}  # when to restart whom (time.monotonic())
+        self._restarts_s: dict[SupervisedActor, list[float]] = {}
+        self._closing: list[CloseNow] = []
+        self._stop_error: BaseException | None = None
+        self.opened: Future[None] = Future()
+        """Done once the store has opened, or failed to."""
+        self._reopening: list[Reopen] = []
+        self.thread = threading.Thread(target=self._run, name="foldlog-supervisor", daemon=True)
+
+    def post(self, notice: Notice | CloseNow | Reopen) -> None:
+        """Tell the supervisor. Any thread; never blocks."""
+        self._notices.put(notice)
+
+    def owns(self, thread: threading.Thread) -> bool:
+        """Whether `thread` is one of the store's own, which must not wait for it."""
+        return thread is self.thread or any(actor.thread is thread for actor in (self.writer, *self._others))
+
+    def after_fork(self) -> None:
+        """In a forked child: no thread of the store lives here. Reads go on from the snapshot; all else is refused."""
+
+        def forked() -> Exception:
+            return ForkedStore(f"{self.core.config.path} was opened before this process was forked")
+
+        self.core.state = State.FORKED
+        for inbox in (self.writer.inbox, self.reader_inbox, self.maintenance.inbox):
+            inbox.after_fork(forked)
+        for actor in (self.writer, *self._others):
+            actor.actor_stopped = threading.Event()
+
+    def _run(self) -> None:
+        try:
+            self._launch(self.writer)
+            while self.core.state is not State.CLOSED:
+                self._wait()
+        except BaseException as error:
+            log.critical("the supervisor of %s died; the store only reads from now on", self.core.config.path, exc_info=True)
+            self._give_up(f"the supervisor died: {error!r}")
+            self._answer_opened(error)
+        finally:
+            self.core.ended.set()
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        for actor in [actor for actor, due in self._due.items() if due <= now or self.core.state is State.CLOSING]:
+            del self._due[actor]
+            self._resume(actor)
+        timeout_s = min([HEALTH_CHECK_S, *(max(due - now, 0.0) for due in self._due.values())])
+        try:
+            notice = self._notices.get(timeout=timeout_s)
+        except queue.Empty:
+            self._check_health(time.monotonic())
+            return
+        if isinstance(notice, Started):
+            self._on_started(notice.actor)
+        elif isinstance(notice, Ended):
+            self._on_ended(notice.actor, notice.error)
+        elif isinstance(notice, CloseNow):
+            self._closing.append(notice)
+            self._begin_close()
+        else:
+            self._on_reopen(notice)
+
+    # Starting and restarting.
+
+    def _launch(self, actor: SupervisedActor) -> None:
+        self._running.add(actor)
+        try:
+            actor.launch()
+        except RuntimeError as error:  # no more threads
+            self._on_ended(actor, error)
+
+    def _resume(self, actor: SupervisedActor) -> None:
+        self._running.add(actor)
+        try:
+            actor.resume()
+        except RuntimeError as error:
+            self._on_ended(actor, error)
+
+    def _on_started(self, actor: SupervisedActor) -> None:
+        if actor is not self.writer or self.core.state not in (State.STARTING, State.RESTARTING):
+            return
+        if self.core.state is State.STARTING:
+            for other in self._others:
+                self._launch(other)
+        self.core.state, self.core.reason = State.RUNNING, ""
+        self._answer_opened(None)
+        log.info("%s: open at batch %d", self.core.config.path, self.core.snapshot.seq)
+
+    def _answer_opened(self, error: BaseException | None) -> None:
+        futures = [self.opened, *(reopen.future for reopen in self._reopening)]
+        self._reopening.clear()
+        for future in futures:
+            with contextlib.suppress(InvalidStateError):
+                future.set_result(None) if error is None else future.set_exception(error)
+
+    def _on_ended(self, actor: SupervisedActor, error: BaseException | None) -> None:
+        if actor.thread is not None and actor.thread.ident is not None:
+            actor.thread.join()  # it has posted its last word; nothing of it may run beside its successor
+        self._running.discard(actor)
+        core = self.core
+        if error is None:
+            if core.state not in (State.CLOSING, State.CLOSED, State.FAILED):
+                log.warning("%s: %s was stopped by its host; the store closes", core.config.path, actor.name)
+            self._begin_close()
+            return
+        if core.state is State.STARTING:
+            self._end_unopened(error)
+            return
+        if core.state is State.FAILED:
+            return
+        self._restart(actor, error)
+
+    def _restart(self, actor: SupervisedActor, error: BaseException) -> None:
+        core, now = self.core, time.monotonic()
+        config = core.config
+        restarts_s = self._restarts_s.setdefault(actor, [])
+        delay_s = next_restart_delay_s(
+            error,
+            restarts_s,
+            now,
+            max_restarts=config.max_restarts,
+            window_s=config.restart_window_s,
+            delay_s=config.restart_delay_s,
+        )
+        reason = f"{type(error).__name__}: {error}"
+        if delay_s is None:
+            if core.state is State.CLOSING:
+                self._stop_error = error
+                self._finish_close_if_ended()
+            else:
+                self._give_up(f"{actor.name} died: {reason}")
+                self._answer_opened(StoreFailed(core.reason))
+            return
+        delay_s *= random.uniform(0.5, 1.0)  # so that stores that failed together do not come back together
+        restarts_s.append(now)
+        core.books.restarts.append(Restart(actor.name, reason, time.time(), delay_s))
+        log.warning("%s: %s died (%s); restarting in %.2f s", config.path, actor.name, reason, delay_s, exc_info=error)
+        if actor is self.writer and core.state is State.RUNNING:
+            core.state, core.reason = State.RESTARTING, reason
+        self._due[actor] = now + delay_s
+
+    def _end_unopened(self, error: BaseException) -> None:
+        """The first start failed: whoever opens is told, and nothing stays behind."""
+        self.core.state = State.CLOSED
+        self.writer.retire()
+        self.writer.let_go()
+        self.writer.inbox.refuse(self._closed, drain=True)
+        self.reader_inbox.refuse(self._closed, drain=True)
+        self._answer_opened(error)
+
+    # Giving up, and trying again.
+
+    def _give_up(self, reason: str) -> None:
+        core = self.core
+        core.state, core.reason = State.FAILED, reason
+        log.error("%s: failed: %s", core.config.path, reason)
+        self._due.clear()
+        self.writer.inbox.refuse(self._failed, drain=True)
+        self.writer.abandon_requests(StoreFailed(f"{reason}; whether this was written is unknown until the store is reopened"))
+        if not any(reader in self._running for reader in self.readers):
+            self.reader_inbox.refuse(self._failed, drain=True)
+
+    def _failed(self) -> Exception:
+        return StoreFailed(self.core.reason)
+
+    def _closed(self) -> Exception:
+        return StoreClosed(f"{self.core.config.path} is closed")
+
+    def _on_reopen(self, request: Reopen) -> None:
+        core = self.core
+        if core.state is not State.FAILED:
+            error = None if core.state in (State.RUNNING, State.RESTARTING) else self._closed()
+            self._reopening.append(request)
+            self._answer_opened(error)
+            return
+        self._reopening.append(request)
+        self._restarts_s.clear()
+        self.reader_inbox.accept()
+        self.writer.inbox.accept()
+        core.state = State.RESTARTING
+        for actor in (self.writer, *self._others):
+            if actor not in self._running:
+                self._resume(actor)
+        if self.writer in self._running and self.writer.busy_since is None:
+            self._on_started(self.writer)  # it was another that had failed
+
+    def _check_health(self, now_s: float) -> None:
+        busy_since = self.writer.busy_since
+        if self.core.state is State.RUNNING and busy_since is not None:
+            stuck_s = now_s - busy_since
+            if stuck_s > self.core.config.stuck_after_s:
+                # Its thread may still write: the lock stays, and nobody is started beside it.
+                self._give_up(f"the writer has been stuck for {stuck_s:.0f} s")
+
+    # Closing.
+
+    def _begin_close(self) -> None:
+        core = self.core
+        if core.state is State.CLOSED:
+            self._answer_closed()
+            return
+        if core.state is not State.CLOSING:
+            if core.state is State.FAILED:
+                self._stop_error = StoreFailed(core.reason)
+            core.state = State.CLOSING
+            self.writer.inbox.refuse(self._closed, drain=False)  # what waits is still served
+            if self.writer in self._running or self.writer in self._due:
+                self.writer.inbox.offer(Mail(STOP))
+        self._finish_close_if_ended()
+
+    def _finish_close_if_ended(self) -> None:
+        """The writer first, since the others serve it; then the others; then the lock."""
+        if self.writer in self._running or self.writer in self._due:
+            return
+        core = self.core
+        self.writer.inbox.refuse(self._closed, drain=True)
+        self.writer.abandon_requests(self._closed())
+        self.maintenance.inbox.refuse(self._closed, drain=False)
+        self.reader_inbox.refuse(self._closed, drain=False)
+        for actor in self._others:
+            if actor in self._running and not actor.told_to_stop:
+                actor.told_to_stop = True
+                actor.inbox.offer(Mail(STOP))
+        if any(actor in self._running or actor in self._due for actor in self._others):
+            return
+        for inbox in (self.maintenance.inbox, self.reader_inbox):
+            inbox.refuse(self._closed, drain=True)
+        for actor in (self.writer, *self._others):
+            actor.retire()
+        self.writer.let_go()
+        core.snapshot = ClosedFold(f"{core.config.path} is closed")
+        core.state = State.CLOSED
+        log.info("%s: closed", core.config.path)
+        self._answer_closed()
+        self._answer_opened(self._closed())
+
+    def _answer_closed(self) -> None:
+        for request in self._closing:
+            with contextlib.suppress(InvalidStateError):
+                request.future.set_result(self._stop_error)
+        self._closing.clear()

@@ -1,0 +1,321 @@
+"""The writer: owns the log and the newest fold, and serializes what changes them.
+
+It takes what waits in its mailbox into one commit group, and for each group: writes, then publishes, then answers. Nothing
+is visible before it is written, and nothing is answered before it is visible.
+
+What it has taken survives its death. When it comes back it replays the log and settles each request by the sequence that it
+was tried under: in the log, it is answered as done; not there, it is tried once more, alone; and if it takes the writer down
+again, it is answered with WriterCrashed and the others go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+
+from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
+from foldlog.actors.core import Core
+from foldlog.actors.maintenance import CompactJob, ExportJob, Heal, Rewritten
+from foldlog.actors.requests import CompactRequest, ExportRequest, Request, WriteRequest, as_request
+from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, LogRegressedError, StoreClosed, WriterCrashed
+from foldlog.protocol.frames import MAX_GROUP
+from foldlog.protocol.messages import Apply
+from foldlog.protocol.updates import Batch
+from foldlog.storage.engine import Engine
+from foldlog.storage.lock import WriterLock
+from foldlog.storage.rewrite import Rewrite
+
+GROUP_BYTES = 16 * 1024 * 1024
+"""A commit group ends with the batch that brings it to so much: it is built in memory before it is written."""
+
+
+class Writer(SupervisedActor):
+    """See the module."""
+
+    group = (WriteRequest, Apply)
+    group_limit = MAX_GROUP
+
+    def __init__(self, core: Core, post: Post, maintenance: Inbox) -> None:
+        config = core.config
+        super().__init__("writer", post, Inbox(config.mailbox_batches, config.mailbox_bytes))
+        self._core, self._step = core, config.step
+        self._maintenance = maintenance
+        self._lock: WriterLock | None = None  # kept from start to start, so that nobody steps in between
+        self._engine: Engine | None = None
+        self._in_hand: list[Request] = []
+        """What is being worked on: of `taken`, those that a crash can be blamed on."""
+        self._rewrite: Rewrite | None = None
+        self._rewrite_started = 0.0
+        self._wanted: list[Request] = []
+        """Who waits for the compaction under way, or the next one."""
+        self._compact_from = 0
+        """After a failed compaction: the size of the log from which to try again."""
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "the writer has not started"
+        return self._engine
+
+    # Starting, and starting again.
+
+    def on_start(self) -> None:
+        self._step("writer.start")
+        self._drop_rewrite()
+        if self._engine is not None and self._engine.log.poison is not None:
+            self._heal()
+        else:
+            self._replay()
+        self._core.log, self._core.report = self.engine.log, self.engine.report
+        self._core.publish(self.engine.fold)
+        self._settle_taken()
+        self._compact_if_due()
+
+    def _replay(self) -> None:
+        """The fold from the log, which is the truth: the memory of a crashed writer is not."""
+        config = self._core.config
+        if self._lock is None:
+            self._lock = WriterLock(config.files, config.path)
+        crashed = self._engine
+        if crashed is not None:
+            crashed.log.abandon(keep_lock=True)
+        engine = Engine(
+            config.path, on_damage=config.on_damage, sync_each=config.sync == "always", files=config.files, lock=self._lock
+        )
+        if crashed is not None:
+            try:
+                _check_successor(engine, crashed)
+            except FoldlogError:
+                engine.log.abandon(keep_lock=True)
+                raise
+        self._engine = engine
+        if engine.report.cut_bytes:
+            log.warning("%s: cut %d bytes off: %s", config.path, engine.report.cut_bytes, engine.report.cut_reason)
+        if engine.log.poison is not None:
+            self._heal()
+        else:
+            self._core.note_synced(engine.fold)  # opening syncs what it finds
+
+    def _heal(self) -> None:
+        """Write the fold in memory to a new file: after a failed fsync the old one can be neither trusted nor replayed."""
+        engine = self.engine
+        log.warning("%s: writing the store to a new file: %s", engine.path, engine.log.poison)
+        self._step("writer.heal")
+        engine.compact()
+        if engine.log.poison is not None:
+            raise LogPoisonedError(engine.path, engine.log.poison)
+        self._core.note_synced(engine.fold)
+        self._core.publish(engine.fold)
+
+    def _settle_taken(self) -> None:
+        """Give what the crashed writer had in hand its true answer, or another try."""
+        again: list[Mail] = []
+        for mail in self.taken:
+            request = mail.message
+            if not isinstance(request, Request):
+                again.append(mail)
+            elif request.future.done():
+                continue
+            elif isinstance(request, WriteRequest) and request.seq is not None and request.seq <= self.engine.fold.seq:
+                request.succeed(request.seq)
+            elif request not in self._in_hand:
+                again.append(mail)
+            elif request.attempts:
+                request.fail(WriterCrashed("the writer died twice with this in hand; it was not applied"))
+            else:
+                request.attempts += 1
+                again.append(mail)
+            if isinstance(request, WriteRequest):
+                request.seq = None
+        self._in_hand = []
+        self.taken.clear()
+        self.inbox.return_taken(again)
+
+    # Serving.
+
+    def handle(self, mails: list[Mail]) -> None:
+        mails[:] = map(as_request, mails)  # in place: what is taken must be known after a crash
+        first = mails[0].message
+        if isinstance(first, WriteRequest):
+            self._apply([mail.message for mail in mails])
+        elif isinstance(first, CompactRequest):
+            if first not in self._wanted:  # it may have been in hand at a crash
+                self._wanted.append(first)
+            self._compact_if_due()
+        elif isinstance(first, ExportRequest):
+            self._in_hand = [first]
+            self._step("export.begin")
+            if first.start():
+                self._maintenance.put(Mail(ExportJob(first, self.engine.fold)))
+        elif isinstance(first, Rewritten):
+            self._finish_rewrite(first)
+        elif isinstance(first, Heal):
+            if self.engine.log.poison is not None:
+                raise LogPoisonedError(self.engine.path, self.engine.log.poison)  # starting again heals
+        else:
+            error = TypeError(f"the writer takes Apply, Compact and Export, not {type(first).__name__}")
+            if mails[0].reply_to is None:
+                log.error("%s", error)
+            reply(mails[0], error=error)
+        self._in_hand = []
+
+    def _apply(self, requests: list[WriteRequest]) -> None:
+        """Commit the requests in groups. One that was in hand at a crash goes alone, so that it harms no other again."""
+        group: list[WriteRequest] = []
+        size = 0
+        for request in requests:
+            if request.attempts or size >= GROUP_BYTES:
+                self._commit(group)
+                group, size = [], 0
+            group.append(request)
+            size += request.weight
+            if request.attempts:
+                self._commit(group)
+                group, size = [], 0
+        self._commit(group)
+        self._compact_if_due()
+
+    def _commit(self, requests: list[WriteRequest]) -> None:
+        engine = self.engine
+        self._in_hand = [*requests]
+        staged = engine.fold
+        written: list[WriteRequest] = []
+        batches: list[Batch] = []
+        for request in requests:
+            if not request.start():
+                continue
+            try:
+                batch = request.decide(staged)
+            except (FoldlogError, TypeError, ValueError) as error:
+                request.fail(error)
+                continue
+            staged = staged.with_batch(batch.changes, staged.seq + 1, batch.cursor)
+            request.seq = staged.seq
+            written.append(request)
+            batches.append(batch)
+        if not batches:
+            return
+        self._step("writer.before_write")
+        try:
+            fold = engine.commit(batches, staged)
+        except (OSError, FoldlogError) as error:
+            self._write_failed(written, error)
+            return
+        self._step("writer.after_write")
+        core = self._core
+        core.publish(fold)
+        if core.config.sync == "always":
+            core.note_synced(fold)
+        self._step("writer.after_publish")
+        books, now = core.books, time.monotonic()
+        for request in written:
+            books.latencies_s.append(now - request.created)
+            request.succeed(request.seq)
+        books.batches += len(written)
+        books.groups += 1
+        books.largest_group = max(books.largest_group, len(written))
+
+    def _write_failed(self, requests: list[WriteRequest], error: OSError | FoldlogError) -> None:
+        """Nothing of the group is in the log: tell its callers. What this writer cannot go on from, it dies of."""
+        log_ = self.engine.log
+        if isinstance(error, LogChangedError) and not self._core.config.files.exists(log_.path):
+            # Nobody's file is in the way: put the store back where it belongs. (One that was replaced or cut is left alone.)
+            log_.poison_with(str(error))
+        if log_.poison is not None:
+            raise error  # starting again heals, and tries these once more
+        for request in requests:
+            request.seq = None
+            request.fail(copy.copy(error))  # one each: raising one object in many threads would mix their tracebacks
+        if isinstance(error, LogChangedError):
+            raise error
+
+    # Compaction: begun and finished here, the long part in between is maintenance's.
+
+    def _compact_if_due(self) -> None:
+        engine = self.engine
+        if self._rewrite is not None:
+            return
+        if engine.is_compact:
+            self._answer_wanted(None)
+        elif self._wanted or (
+            engine.should_compact(self._core.config.compact_threshold) and engine.log.chain.offset >= self._compact_from
+        ):
+            self._step("compact.begin")
+            self._rewrite = engine.begin_rewrite()
+            self._rewrite_started = time.monotonic()
+            self._maintenance.put(Mail(CompactJob(self._rewrite)))
+
+    def _finish_rewrite(self, done: Rewritten) -> None:
+        if done.rewrite is not self._rewrite:
+            done.rewrite.discard()  # of an engine that is gone
+            return
+        engine, error = self.engine, done.error
+        self._step("compact.finish")
+        if error is None:
+            try:
+                fold = engine.finish_rewrite(done.rewrite)
+            except (OSError, FoldlogError) as failed:
+                error = failed
+        if error is not None:
+            self._drop_rewrite()
+            done.rewrite.discard()
+            self._compact_from = engine.log.chain.offset + self._core.config.compact_threshold
+            log.warning("%s: compaction failed, the log goes on as it was: %s", engine.path, error)
+            self._answer_wanted(error)
+            return
+        self._rewrite = None
+        self._core.publish(fold)
+        books = self._core.books
+        books.compactions += 1
+        books.last_compaction_s = time.monotonic() - self._rewrite_started
+        books.last_compaction_unix_s = time.time()
+        log.info("%s: compacted to %d bytes in %.2f s", engine.path, engine.log.chain.offset, books.last_compaction_s)
+        self._step("compact.finished")
+        self._answer_wanted(None)
+        if engine.log.poison is not None:
+            raise LogPoisonedError(engine.path, engine.log.poison)  # the folder could not be synced
+        self._core.note_synced(fold)
+
+    def _answer_wanted(self, error: Exception | None) -> None:
+        wanted, self._wanted = self._wanted, []
+        for request in wanted:
+            if error is not None:
+                request.fail(copy.copy(error))
+            elif request.start():
+                request.succeed(None)
+
+    def _drop_rewrite(self) -> None:
+        if self._rewrite is not None:
+            self.engine.drop_rewrite(self._rewrite)
+            self._rewrite = None
+
+    # Ending.
+
+    def on_stop(self) -> None:
+        self._drop_rewrite()
+        self._answer_wanted(StoreClosed(f"{self.engine.path} was closed before it was compacted"))
+        try:
+            self._step("writer.stop")
+        finally:
+            self.engine.close()
+
+    def let_go(self) -> None:
+        """Release the log as a killed process would. For the supervisor, once the thread has ended for good."""
+        if self._engine is not None:
+            self._engine.log.abandon()
+        if self._lock is not None:
+            self._lock.release()
+
+    def abandon_requests(self, error: Exception) -> None:
+        """Fail all that was taken or waits for a compaction, for the supervisor that gives up."""
+        for mail in self.taken:
+            if isinstance(mail.message, Request):
+                mail.message.fail(copy.copy(error))
+        self._answer_wanted(error)
+
+
+def _check_successor(engine: Engine, crashed: Engine) -> None:
+    """What was replayed must be what the crashed writer had written."""
+    if engine.log.file.head.log_id != crashed.log.file.head.log_id:
+        raise LogChangedError(engine.path, "was replaced by another log")
+    if engine.fold.seq < crashed.fold.seq:
+        raise LogRegressedError(engine.path, f"ends with batch {engine.fold.seq}, but batch {crashed.fold.seq} was published")
