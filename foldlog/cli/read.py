@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
-from foldlog.protocol.errors import CorruptLogError
 from foldlog.protocol.frames import FORMAT_VERSION
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.artifact import export_fold
@@ -24,8 +23,6 @@ from foldlog.storage.lock import beside
 from foldlog.storage.replay import Loaded, load_intact, resolve
 from foldlog.storage.rewrite import Progress
 
-MAX_TRIES = 10
-"""Beside a writer that appended 2 MB frames without a pause, 3 of 100 readings had to be repeated (measured)."""
 _NOTE_BYTES = 4096  # more than any note that a writer leaves
 _WRITE_BYTES = 64 * 1024
 
@@ -47,18 +44,10 @@ class Opened(NamedTuple):
 def read_log(log: Path, progress: Progress | None = None) -> Opened:
     """Read a log without touching it. A torn tail, which a writer may be writing just now, is left out.
 
-    A frame that grows between two looks at it seems damaged: so damage in a file that grew meanwhile is looked at again.
     FileNotFoundError, CorruptLogError or InvalidFormatError. Cost: as `replay.load`.
     """
-    for tries_left in reversed(range(MAX_TRIES)):
-        handle = ReadHandle(OS_FILES, resolve(log))
-        size = OS_FILES.fstat(handle.fd).st_size
-        try:
-            return Opened(handle, load_intact(handle, progress))
-        except CorruptLogError:
-            if not tries_left or OS_FILES.fstat(handle.fd).st_size == size:
-                raise
-    raise AssertionError("the last try returns or raises")
+    handle = ReadHandle(OS_FILES, resolve(log))
+    return Opened(handle, load_intact(handle, progress))
 
 
 def utf8(_context: click.Context, parameter: click.Parameter, value: str) -> str:
