@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeAlias
 
+from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Update, encode_batch
 from foldlog.storage import artifact
@@ -32,6 +33,7 @@ class AppendLogSnapshot:
         """Not for callers: use `open`, `load` or `import_artifact`."""
         self._engine = engine
         self._threshold = compact_threshold
+        self._retry_bytes = 0  # after a compaction that failed: how much must be appended before the next is tried
         self._fold: FoldSnapshot | ClosedFold = engine.fold
         self.report: OpenReport = engine.report
         """What opening found and did."""
@@ -105,8 +107,12 @@ class AppendLogSnapshot:
         self._fold.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
         self._fold = self._engine.commit((encode_batch(updates, cursor),))
         seq = self._fold.seq
-        if self._engine.should_compact(self._threshold):
-            self.compact()
+        if self._engine.should_compact(max(self._threshold, self._retry_bytes)):
+            try:
+                self.compact()
+            except (OSError, FoldlogError):
+                # The batch is in the log, and its caller must not be told otherwise. Tried again when as much was appended again.
+                self._retry_bytes = 2 * self._engine.log.appended_bytes
         return seq
 
     def get(self, key: str) -> KvEntry | None:
@@ -144,6 +150,7 @@ class AppendLogSnapshot:
         """
         self._fold.seq  # noqa: B018
         self._fold = self._engine.compact(progress)
+        self._retry_bytes = 0
 
     def sync(self) -> None:
         """Make all applied batches survive a power loss. LogPoisonedError if the disk refuses: `compact` recovers."""
