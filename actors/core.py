@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from foldlog.actors.feeds import Feeds
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD
 from foldlog.storage.files import OS_FILES, Files
@@ -144,6 +145,7 @@ class Core:
         self.log: Log | None = None
         self.report: OpenReport | None = None
         self.books = Books()
+        self.feeds = Feeds()
         self.ended = threading.Event()
         """Set when the store is CLOSED and its threads have ended."""
 

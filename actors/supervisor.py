@@ -334,6 +334,7 @@ class Supervisor:
         for actor in (self.writer, *self._others):
             actor.retire()
         self.writer.let_go()
+        core.feeds.end(f"{core.config.path} was closed")
         core.snapshot = ClosedFold(f"{core.config.path} is closed")
         core.state = State.CLOSED
         log.info("%s: closed", core.config.path)

@@ -66,7 +66,10 @@ class Writer(SupervisedActor):
         else:
             self._replay()
         self._core.log, self._core.report = self.engine.log, self.engine.report
-        self._core.publish(self.engine.fold)
+        published, fold = self._core.snapshot, self.engine.fold
+        self._core.publish(fold)
+        if fold.seq > published.seq:  # written by the crashed writer, and never told of
+            self._core.feeds.jump(fold)
         self._settle_taken()
         self._compact_if_due()
 
@@ -205,6 +208,8 @@ class Writer(SupervisedActor):
         core.publish(fold)
         if core.config.sync == "always":
             core.note_synced(fold)
+        if core.feeds.wanted:
+            core.feeds.publish(fold, written[0].seq or 0, batches, sum(len(batch.item) for batch in batches))
         self._step("writer.after_publish")
         books, now = core.books, time.monotonic()
         for request in written:

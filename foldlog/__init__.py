@@ -4,6 +4,9 @@ protocol <- storage <- actors <- foldlog        imports never run back
 """
 
 from foldlog.actors.core import Restart, State, Stats
+from foldlog.actors.feeds import Delivery, Watch
+from foldlog.actors.follower import FollowerState
+from foldlog.follow import Follower, FollowerStats, follow
 from foldlog.protocol.errors import (
     ArtifactInvalidError,
     Backpressure,
@@ -13,7 +16,6 @@ from foldlog.protocol.errors import (
     ForkedStore,
     InvalidFormatError,
     KeyExists,
-    Lagged,
     LogChangedError,
     LogPoisonedError,
     LogRegressedError,
@@ -24,12 +26,14 @@ from foldlog.protocol.errors import (
     VersionMismatch,
     WriterCrashed,
 )
+from foldlog.protocol.events import Changed, Ended, Event, Lagged, Rewound, Synced
 from foldlog.protocol.messages import Apply, Compact, Export, Get, Page, Range, RangePage
 from foldlog.protocol.store import SnapshotStore
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Purge, Put, Update
 from foldlog.storage.append_log import AppendLogSnapshot
 from foldlog.storage.artifact import ArtifactFile, ExportManifest
+from foldlog.storage.diff import diff
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.replay import OpenReport
 from foldlog.store import Store, open
@@ -41,14 +45,21 @@ __all__ = [
     "ArtifactFile",
     "ArtifactInvalidError",
     "Backpressure",
+    "Changed",
     "Compact",
     "CorruptLogError",
     "CursorExpired",
     "Delete",
+    "Delivery",
+    "Ended",
+    "Event",
     "Export",
     "ExportManifest",
     "FoldSnapshot",
     "FoldlogError",
+    "Follower",
+    "FollowerState",
+    "FollowerStats",
     "ForkedStore",
     "Get",
     "InvalidFormatError",
@@ -66,6 +77,7 @@ __all__ = [
     "RangePage",
     "RequestTimeout",
     "Restart",
+    "Rewound",
     "SnapshotStore",
     "State",
     "Stats",
@@ -73,11 +85,15 @@ __all__ = [
     "StoreClosed",
     "StoreFailed",
     "StoreLocked",
+    "Synced",
     "Update",
     "VersionMismatch",
     "VersionToken",
+    "Watch",
     "WatchCursor",
     "WriterCrashed",
     "__version__",
+    "diff",
+    "follow",
     "open",
 ]

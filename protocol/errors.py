@@ -101,10 +101,6 @@ class CursorExpired(FoldlogError):
     """Changes since this cursor are no longer in the log: it was compacted. Start again from the state."""
 
 
-class Lagged(FoldlogError):
-    """A subscriber fell behind its buffer and missed changes. Start again from the state, or take a difference."""
-
-
 class Backpressure(FoldlogError):
     """The writer's mailbox is full: the batch was not taken. Retry later, or pass `timeout_s` to wait."""
 

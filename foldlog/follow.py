@@ -1,0 +1,184 @@
+"""A follower: a read-only store in another process (or this one) that tails the log of a writer."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self, cast
+
+import pykka
+
+from foldlog.actors.feeds import Delivery, Since, Watch
+from foldlog.actors.follower import FollowerState, FollowerThread
+from foldlog.protocol.errors import ForkedStore, RequestTimeout
+from foldlog.protocol.store import StrPath
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import DecodedBatch, KvEntry
+from foldlog.storage.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.replay import read_head, resolve
+from foldlog.storage.tail import batches_since
+
+POLL_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class FollowerStats:
+    """The books of a follower, at one moment."""
+
+    state: FollowerState
+    reason: str
+    seq: int
+    cursor: WatchCursor
+    entries: int
+    reloads: int
+    """Times that the state was read anew: the log was compacted past it, cut, or replaced."""
+    snapshot_age_s: float
+    """Since the last batch was seen."""
+
+
+def follow(path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S, files: Files = OS_FILES) -> Follower:
+    """Follow the log at `path`, which a writer in this or another process has open, or will create.
+
+    What stands in the log is there on return; what is appended follows within milliseconds, woken by file events, and within
+    `poll_interval_s` where these fail. Takes no lock, writes nothing, repairs nothing. Memory: about 30 MB for 1,000,000
+    entries, and what was read since.
+
+    Raises CorruptLogError, InvalidFormatError or OSError if there is a log that does not read.
+    """
+    if poll_interval_s <= 0:
+        raise ValueError(f"poll_interval_s is above 0, got {poll_interval_s}")
+    return Follower(FollowerThread(resolve(path), files, poll_interval_s))
+
+
+class Follower:
+    """A log that is followed. Any thread may call any method."""
+
+    def __init__(self, thread: FollowerThread) -> None:
+        """Not for callers: use `foldlog.follow`."""
+        self._thread = thread
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _close_dropped, thread, self._pid)
+        self._finalizer.atexit = False
+
+    def get(self, key: str) -> KvEntry | None:
+        """The live entry of `key`, or None. Cost: as `Store.get`."""
+        return self._thread.snapshot.get(key)
+
+    def range(self, prefix: str = "") -> list[KvEntry]:
+        """All live entries under `prefix`, ascending by key."""
+        return self._thread.snapshot.range(prefix)
+
+    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
+        """`range`, streamed from one snapshot. An error of `f` stops the scan and propagates."""
+        self._thread.snapshot.for_each_in_range(prefix, f)
+
+    def snapshot(self) -> FoldSnapshot:
+        """The state after the last batch that was seen: immutable."""
+        snapshot = self._thread.snapshot
+        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
+        return cast(FoldSnapshot, snapshot)
+
+    def cursor(self) -> WatchCursor:
+        """The position up to which everything is seen."""
+        return self._thread.snapshot.cursor()
+
+    def __len__(self) -> int:
+        """Live entries."""
+        return len(self.snapshot())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.snapshot()
+
+    def wait_for(self, cursor: WatchCursor, timeout_s: float) -> None:
+        """Return once everything up to `cursor` is seen. RequestTimeout if that takes longer.
+
+        Cursors of one length are compared as bytes, which is the order of u64 tokens and of versionstamps; others must be equal.
+        """
+        if not isinstance(cursor, WatchCursor):
+            raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
+        self._check_process()
+        deadline = time.monotonic() + timeout_s
+        with self._thread.advanced:
+            while not _reached(self.cursor(), cursor):
+                rest = deadline - time.monotonic()
+                if rest <= 0:
+                    raise RequestTimeout(f"{cursor!r} was not seen within {timeout_s} s; at {self.cursor()!r}")
+                self._thread.advanced.wait(rest)
+
+    def watch(self, prefix: str = "", since: Since = None) -> Watch:
+        """An iterator of events, as `Store.watch`; and Rewound, then the difference, if the log went back or was replaced."""
+        self._check_process()
+        return Watch(self._thread.feeds, self.snapshot, self._batches_since, prefix, since)
+
+    def subscribe(self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None) -> Delivery:
+        """`watch`, told to an actor: each event is a message to it."""
+        return Delivery(actor_ref, self.watch(prefix, since))
+
+    def _batches_since(self, cursor: WatchCursor, last_seq: int) -> list[tuple[int, DecodedBatch]] | None:
+        handle = ReadHandle(OS_FILES, self.path)
+        return batches_since(handle, read_head(handle), handle.files.fstat(handle.fd).st_size, cursor, last_seq)
+
+    @property
+    def path(self) -> Path:
+        """The log, absolute, links resolved."""
+        return self._thread.path
+
+    @property
+    def state(self) -> FollowerState:
+        """What the follower sees of the log."""
+        return self._thread.state
+
+    def stats(self) -> FollowerStats:
+        """The books."""
+        thread, snapshot = self._thread, self.snapshot()
+        return FollowerStats(
+            state=thread.state,
+            reason=thread.reason,
+            seq=snapshot.seq,
+            cursor=snapshot.cursor(),
+            entries=len(snapshot),
+            reloads=thread.reloads,
+            snapshot_age_s=time.monotonic() - thread.published_at,
+        )
+
+    def close(self) -> None:
+        """Stop following. Closing twice is fine; snapshots that were taken stay usable."""
+        if os.getpid() == self._pid:
+            self._finalizer.detach()
+            self._thread.close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedStore(f"the follower of {self.path} was opened before this process was forked; open one here")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a follower cannot be pickled; open one in the other process")
+
+    def __repr__(self) -> str:
+        return f"<foldlog.Follower {str(self.path)!r} {self.state}>"
+
+
+def _reached(at: WatchCursor, wanted: WatchCursor) -> bool:
+    return at == wanted or (len(at) == len(wanted) and bytes(at) >= bytes(wanted)) or wanted.is_none
+
+
+def _close_dropped(thread: FollowerThread, pid: int) -> None:
+    if os.getpid() == pid and thread.state is not FollowerState.CLOSED:
+        warnings.warn("a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2)
+        thread.close()
