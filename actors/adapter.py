@@ -45,6 +45,7 @@ class Inbox:
         self._bytes = 0
         self._max_messages, self._max_bytes = max_messages, max_bytes
         self._refusal: Refusal | None = None
+        self._ended = False
 
     def __len__(self) -> int:
         """Messages that wait."""
@@ -60,14 +61,21 @@ class Inbox:
             mail.reply_to.set_exception((type(error), error, None))
 
     def offer(self, mail: Mail, timeout_s: float = 0.0) -> None:
-        """Add a message, waiting for room up to `timeout_s`. Raises the refusal, or Backpressure."""
+        """Add a message, waiting for room up to `timeout_s`. Raises the refusal, or Backpressure.
+
+        Stopping gets through both, and what the store's own actors tell each other gets through a full mailbox.
+        """
         weight = getattr(mail.message, "weight", 0)
+        stop = isinstance(mail.message, _ActorStop)
+        urgent = stop or getattr(mail.message, "urgent", False)
         deadline = None
         with self._lock:
             while True:
-                if self._refusal is not None and not isinstance(mail.message, _ActorStop):
+                if self._ended and stop:
+                    break
+                if self._refusal is not None and not stop:
                     raise self._refusal()
-                if not self._full(weight) or isinstance(mail.message, _ActorStop):
+                if urgent or not self._full(weight):
                     self._waiting.append(mail)
                     self._bytes += weight
                     self._filled.notify()
@@ -78,6 +86,7 @@ class Inbox:
                 if rest <= 0:
                     raise Backpressure(f"{len(self._waiting)} requests ({self._bytes} bytes) wait for the writer already")
                 self._emptied.wait(rest)
+        reply(mail)  # nobody is left to be stopped
 
     def _full(self, weight: int) -> bool:
         if not self._waiting:
@@ -120,6 +129,12 @@ class Inbox:
         for mail in drained:
             answer_error(mail, None if isinstance(mail.message, _ActorStop) else refusal())
 
+    def end(self, refusal: Refusal) -> None:
+        """Nobody takes from it any more: answer all that waits, and all that comes."""
+        with self._lock:
+            self._ended = True
+        self.refuse(refusal, drain=True)
+
     def accept(self) -> None:
         """Take messages again."""
         with self._lock:
@@ -161,6 +176,11 @@ def reply(mail: Mail, value: Any = None, error: Exception | None = None) -> None
             mail.reply_to.set(value)
         else:
             mail.reply_to.set_exception((type(error), error, None))
+
+
+def stop_only(mails: list[Mail]) -> list[Mail]:
+    """Of messages in hand, those that ask to stop."""
+    return [mail for mail in mails if isinstance(mail.message, _ActorStop)]
 
 
 class Started(NamedTuple):
@@ -216,16 +236,16 @@ class SupervisedActor(pykka.ThreadingActor):
     def launch(self) -> None:
         """Register and start. RuntimeError if there are no threads to be had; nothing is left behind then."""
         ActorRegistry.register(self.actor_ref)
-        self.resume()
-
-    def resume(self) -> None:
-        """Go on in a new thread, after a crash."""
-        self.thread = threading.Thread(target=self._actor_loop, name=f"foldlog-{self.name}", daemon=True)
         try:
-            self._start_actor_loop()
+            self.resume()
         except BaseException:
             self.retire()
             raise
+
+    def resume(self) -> None:
+        """Go on in a new thread, after a crash. RuntimeError if there is none to be had; it can be tried again."""
+        self.thread = threading.Thread(target=self._actor_loop, name=f"foldlog-{self.name}", daemon=True)
+        self._start_actor_loop()
 
     def _start_actor_loop(self) -> None:
         assert self.thread is not None
@@ -244,7 +264,8 @@ class SupervisedActor(pykka.ThreadingActor):
             self._post(Started(self))
             while not self.actor_stopped.is_set():
                 self.busy_since = None
-                self.inbox.take(self.taken, self.group, self.group_limit, self.tick_s)
+                if not self.taken:  # a predecessor that died while it stopped has left that to be done
+                    self.inbox.take(self.taken, self.group, self.group_limit, self.tick_s)
                 self.busy_since = time.monotonic()
                 self._serve()
         except BaseException as raised:
@@ -264,6 +285,12 @@ class SupervisedActor(pykka.ThreadingActor):
         else:
             self.handle(self.taken)
             self.taken.clear()
+
+    def abandon(self, error: Exception) -> None:
+        """Answer what a thread that ended for good has left in hand. For the supervisor."""
+        for mail in self.taken:
+            answer_error(mail, None if isinstance(mail.message, _ActorStop) else error)
+        self.taken.clear()
 
     def handle(self, mails: list[Mail]) -> None:
         """Serve what was taken: one message, or several of `group`."""

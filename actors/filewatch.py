@@ -6,10 +6,10 @@ network file systems have none. So nothing depends on them: whoever waits here w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
@@ -19,11 +19,14 @@ log = logging.getLogger("foldlog")
 
 
 class FileWatch(FileSystemEventHandler):
-    """Sets `woken` when something of the kinds asked for happens to the file at `path`, or takes its name."""
+    """Calls `wake` when something of the kinds asked for happens to the file at `path`, or takes its name.
 
-    def __init__(self, path: Path, events: Sequence[type[FileSystemEvent]], woken: threading.Event) -> None:
+    `wake` runs on a thread of watchdog's, and must only leave a note.
+    """
+
+    def __init__(self, path: Path, events: Sequence[type[FileSystemEvent]], wake: Callable[[], object]) -> None:
         self._path = os.fspath(path)
-        self._woken = woken
+        self._wake = wake
         self._observer = Observer()
         self._observer.daemon = True
         self.active = False
@@ -38,7 +41,8 @@ class FileWatch(FileSystemEventHandler):
     def dispatch(self, event: FileSystemEvent) -> None:
         """Called by watchdog; an exception here would silence it for good."""
         if self._path in (event.src_path, event.dest_path):
-            self._woken.set()
+            with contextlib.suppress(Exception):
+                self._wake()
 
     def stop(self) -> None:
         """Stop, and wait for watchdog's threads."""

@@ -65,7 +65,7 @@ class FollowerThread:
         if self.state is FollowerState.FAILED:
             raise self._error
         kinds = (FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent)
-        self._watch = FileWatch(path, kinds, self.woken)
+        self._watch = FileWatch(path, kinds, self.woken.set)
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
         self.thread.start()
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import NamedTuple
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log
+from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileMovedEvent
+
+from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
 from foldlog.actors.core import Core
+from foldlog.actors.filewatch import FileWatch
 from foldlog.actors.requests import ExportRequest
-from foldlog.protocol.errors import FoldlogError, LogPoisonedError, WriterCrashed
+from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, WriterCrashed
 from foldlog.storage.artifact import export_fold
 from foldlog.storage.fold import ClosedFold, FoldSnapshot
 from foldlog.storage.rewrite import Cancelled, Rewrite
@@ -22,6 +26,11 @@ class CompactJob(NamedTuple):
     """The writer asks for the long part of a compaction. It is told `Rewritten`."""
 
     rewrite: Rewrite
+
+    def fail(self, error: Exception | None) -> None:
+        """It will not be served."""
+        self.rewrite.cancelled = True
+        self.rewrite.discard()
 
 
 class ExportJob(NamedTuple):
@@ -38,12 +47,24 @@ class ExportJob(NamedTuple):
 class Rewritten(NamedTuple):
     """To the writer: a compaction is ready to be finished, or has failed."""
 
+    urgent = True
+
     rewrite: Rewrite
     error: Exception | None
 
 
 class Heal(NamedTuple):
     """To the writer: a background fsync failed, so the fold is to be written to a new file."""
+
+    urgent = True
+
+
+class CheckFile(NamedTuple):
+    """To the writer: the log's file seems to have been changed by someone else."""
+
+
+class Look(NamedTuple):
+    """To the syncer: something happened to the name of the log."""
 
 
 def _let_others_run(done: int, total: int) -> None:
@@ -68,7 +89,7 @@ class Maintenance(SupervisedActor):
                 self._tell_writer(Rewritten(mail.message.rewrite, crashed))
             elif isinstance(mail.message, ExportJob):
                 mail.message.fail(crashed)
-        self.taken.clear()
+        self.taken[:] = stop_only(self.taken)
 
     def handle(self, mails: list[Mail]) -> None:
         job = mails[0].message
@@ -108,6 +129,7 @@ class Maintenance(SupervisedActor):
         try:
             self.writer_inbox.offer(Mail(message))
         except FoldlogError:  # the store failed or closes: nobody finishes it
+            message.rewrite.cancelled = True
             message.rewrite.discard()
 
     def on_stop(self) -> None:
@@ -115,21 +137,47 @@ class Maintenance(SupervisedActor):
 
 
 class Syncer(SupervisedActor):
-    """Syncs the log every interval, beside the writer."""
+    """Beside the writer: syncs the log every interval, and sees to it that the file is still the store's.
+
+    A log that was deleted, replaced or cut by someone else is noticed at once where there are file events, within an
+    interval elsewhere, and before each write in any case. The writer decides what to do about it.
+    """
 
     def __init__(self, core: Core, post: Post, writer_inbox: Inbox) -> None:
         super().__init__("syncer", post)
         self.tick_s = core.config.sync_interval_s
         self._core, self._step = core, core.config.step
         self._writer_inbox = writer_inbox
+        self._watch: FileWatch | None = None
 
     def on_start(self) -> None:
         self._step("syncer.start")
+        self.taken.clear()
+        if self._watch is None:
+            kinds = (FileDeletedEvent, FileMovedEvent, FileCreatedEvent)
+            self._watch = FileWatch(self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look())))
 
     def handle(self, mails: list[Mail]) -> None:
-        self.on_tick()
+        self._look()
 
     def on_tick(self) -> None:
+        self._look()
+        if self._core.config.sync == "interval":
+            self._sync()
+
+    def _look(self) -> None:
+        """Whether the file seems another; only the writer knows for certain, since it may be writing or renaming just now."""
+        journal = self._core.log
+        if journal is None or journal.closed:
+            return
+        try:
+            journal.check_unchanged()
+        except LogChangedError:
+            self._writer_inbox.offer(Mail(CheckFile()))
+        except OSError as error:
+            log.warning("%s: %s", journal.path, error)
+
+    def _sync(self) -> None:
         fold, journal = self._core.snapshot, self._core.log
         if journal is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced_seq:
             return
@@ -138,7 +186,8 @@ class Syncer(SupervisedActor):
             journal.sync()
         except LogPoisonedError as error:
             log.warning("%s", error)
-            self._writer_inbox.offer(Mail(Heal()))
+            with contextlib.suppress(FoldlogError):  # it failed, or closes
+                self._writer_inbox.offer(Mail(Heal()))
         except FoldlogError:
             return  # closed under us: its successor is synced on the next tick
         else:
@@ -146,4 +195,11 @@ class Syncer(SupervisedActor):
                 self._core.note_synced(fold)
 
     def on_stop(self) -> None:
+        self.close_watch()
         self._step("syncer.stop")
+
+    def close_watch(self) -> None:
+        """Stop watchdog's threads."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None

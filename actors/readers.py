@@ -11,7 +11,7 @@ import time
 from itertools import islice
 from typing import Any
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
+from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply, stop_only
 from foldlog.actors.core import Core
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
 from foldlog.protocol.messages import Get, Page, Range, RangePage
@@ -28,13 +28,16 @@ class Reader(SupervisedActor):
 
     def on_start(self) -> None:
         self._step("reader.start")
+        stops = stop_only(self.taken)
         for mail in self.taken:
+            if mail in stops:
+                continue
             if mail is self._retried:
                 reply(mail, error=WriterCrashed("a reader died twice of this message"))
             else:
                 self._retried = mail
                 self.inbox.return_taken([mail])
-        self.taken.clear()
+        self.taken[:] = stops
 
     def handle(self, mails: list[Mail]) -> None:
         mail = mails[0]

@@ -100,9 +100,8 @@ class Supervisor:
         self.writer = Writer(core, self.post, self.maintenance.inbox)
         self.maintenance.writer_inbox = self.writer.inbox
         self.readers = [Reader(core, self.post, self.reader_inbox, number) for number in range(core.config.readers)]
-        self._others: list[SupervisedActor] = [self.maintenance, *self.readers]
-        if core.config.sync == "interval":
-            self._others.append(Syncer(core, self.post, self.writer.inbox))
+        self.syncer = Syncer(core, self.post, self.writer.inbox)
+        self._others: list[SupervisedActor] = [self.maintenance, self.syncer, *self.readers]
         self._running: set[SupervisedActor] = set()
         self._due: dict[SupervisedActor, float] = {}  # when to restart whom (time.monotonic())
         self._restarts_s: dict[SupervisedActor, list[float]] = {}
@@ -306,8 +305,6 @@ class Supervisor:
             self._answer_closed()
             return
         if core.state is not State.CLOSING:
-            if core.state is State.FAILED:
-                self._stop_error = StoreFailed(core.reason)
             core.state = State.CLOSING
             self.writer.inbox.refuse(self._closed, drain=False)  # what waits is still served
             if self.writer in self._running or self.writer in self._due:
@@ -333,6 +330,7 @@ class Supervisor:
             inbox.refuse(self._closed, drain=True)
         for actor in (self.writer, *self._others):
             actor.retire()
+        self.syncer.close_watch()
         self.writer.let_go()
         core.feeds.end(f"{core.config.path} was closed")
         core.snapshot = ClosedFold(f"{core.config.path} is closed")

@@ -15,7 +15,7 @@ import time
 
 from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
 from foldlog.actors.core import Core
-from foldlog.actors.maintenance import CompactJob, ExportJob, Heal, Rewritten
+from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, Rewritten
 from foldlog.actors.requests import CompactRequest, ExportRequest, Request, WriteRequest, as_request
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, LogRegressedError, StoreClosed, WriterCrashed
 from foldlog.protocol.frames import MAX_GROUP
@@ -154,6 +154,8 @@ class Writer(SupervisedActor):
         elif isinstance(first, Heal):
             if self.engine.log.poison is not None:
                 raise LogPoisonedError(self.engine.path, self.engine.log.poison)  # starting again heals
+        elif isinstance(first, CheckFile):
+            self._check_file()
         else:
             error = TypeError(f"the writer takes Apply, Compact and Export, not {type(first).__name__}")
             if mails[0].reply_to is None:
@@ -221,17 +223,30 @@ class Writer(SupervisedActor):
 
     def _write_failed(self, requests: list[WriteRequest], error: OSError | FoldlogError) -> None:
         """Nothing of the group is in the log: tell its callers. What this writer cannot go on from, it dies of."""
-        log_ = self.engine.log
-        if isinstance(error, LogChangedError) and not self._core.config.files.exists(log_.path):
-            # Nobody's file is in the way: put the store back where it belongs. (One that was replaced or cut is left alone.)
-            log_.poison_with(str(error))
-        if log_.poison is not None:
+        if isinstance(error, LogChangedError):
+            self._poison_if_deleted(error)
+        if self.engine.log.poison is not None:
             raise error  # starting again heals, and tries these once more
         for request in requests:
             request.seq = None
             request.fail(copy.copy(error))  # one each: raising one object in many threads would mix their tracebacks
         if isinstance(error, LogChangedError):
             raise error
+
+    def _check_file(self) -> None:
+        """Whether the log is still ours. Dies of it if not: healing and giving up are the matter of starting again."""
+        try:
+            self.engine.log.check_unchanged()
+        except LogChangedError as error:
+            self._poison_if_deleted(error)
+            raise
+
+    def _poison_if_deleted(self, error: LogChangedError) -> None:
+        """Where nobody's file is in the way, let the store be put back in its place. One that was replaced or cut is left alone."""
+        journal = self.engine.log
+        if not self._core.config.files.exists(journal.path):
+            journal.poison_with(error.reason)
+            raise LogPoisonedError(journal.path, error.reason) from error
 
     # Compaction: begun and finished here, the long part in between is maintenance's.
 
