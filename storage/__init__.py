@@ -11,6 +11,9 @@
     rewrite.py   a fold into a new file: creation, compaction, export
     replay.py    a log into a fold: what opening does
     artifact.py  export and import
+    walk.py      all of a damaged log, piece by piece
+    verify.py    every invariant, in code
+    salvage.py   what is right of a damaged log, as a new one
     engine.py    AppendLogSnapshot: all of it behind the contract
 
 Data flows down the list on the way to the disk, and up on the way back.

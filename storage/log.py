@@ -78,6 +78,11 @@ class Log:
         """Bytes behind the base."""
         return self.chain.offset - self.file.base_end
 
+    def here(self) -> tuple[LogFile, int]:
+        """The file and where it ends, of one moment. Any thread may ask."""
+        with self._sync_lock:
+            return self.file, self.chain.offset
+
     def check_usable(self) -> None:
         """Raise unless the log can be written: StoreClosed, ForkedStore or LogPoisonedError."""
         if self._forked:

@@ -68,7 +68,7 @@ def size_text(size: int) -> str:
     return f"{size:,} bytes ({size / 1024 / 1024:,.1f} MiB)"
 
 
-_PLURALS = {"batch": "batches", "entry": "entries", "leaf": "leaves"}
+_PLURALS = {"batch": "batches", "entry": "entries", "leaf": "leaves", "loss": "losses"}
 
 
 def counted(count: int, noun: str) -> str:
