@@ -1,0 +1,139 @@
+"""A file system that fails on purpose, at the n-th call."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from foldlog.storage.files import OS_FILES, Files
+
+OPERATIONS = (
+    *("open_read", "open_write", "create", "open_dir", "open_at", "list_dir", "close", "read", "read_into", "write", "truncate"),
+    *("sync", "replace", "rename_new", "link_new", "unlink", "make_dir", "sync_dir", "stat", "fstat", "lock"),
+)
+"""What can fail: the calls of `foldlog.storage.files.Files` that the operating system may refuse."""
+
+
+class Call(NamedTuple):
+    """A call that is about to be made."""
+
+    operation: str
+    nth: int
+    """Of this operation, from 1."""
+    total: int
+    """Of all operations, from 1."""
+    args: tuple[Any, ...]
+
+
+class Fault(NamedTuple):
+    """A call to fail."""
+
+    operation: str | None = None
+    """One of `OPERATIONS`; None counts all calls alike."""
+    nth: int = 1
+    """Which call, from 1."""
+    error: int = errno.EIO
+    """The errno of the OSError. 0: no error, the call is only cut short (see `takes`)."""
+    lasting: bool = False
+    """All later calls fail, too."""
+    takes: int | None = None
+    """Bytes that a failing write takes first, at most; None: none."""
+
+    def hits(self, call: Call) -> bool:
+        """Whether `call` is to fail."""
+        if self.operation is not None and self.operation != call.operation:
+            return False
+        number = call.total if self.operation is None else call.nth
+        return number == self.nth or (self.lasting and number > self.nth)
+
+
+class FaultyFiles(Files):
+    """Files of which chosen calls fail. The failing call does nothing, but for `close`, which closes, and the bytes of `takes`.
+
+    All calls are counted, also after `disarm()`. Any thread may call it, and stores do. To fail every call in turn:
+
+        for nth in itertools.count(1):
+            files = FaultyFiles(Fault(nth=nth))
+            run(files)
+            if not files.fired:
+                break
+    """
+
+    def __init__(
+        self, *faults: Fault, hook: Callable[[Call], None] | None = None, short: int | None = None, inner: Files = OS_FILES
+    ) -> None:
+        """`hook` is told each call before it is made, and may raise, block, or end the process. `short`: bytes that one write
+        takes at most, without an error. `inner`: who carries the calls out."""
+        for fault in faults:
+            if fault.operation is not None and fault.operation not in OPERATIONS:
+                raise ValueError(f"{fault.operation!r} is none of OPERATIONS")
+        self.faults, self.hook, self.short, self.inner = faults, hook, short, inner
+        self.counts: Counter[str] = Counter()
+        """Calls made, by operation."""
+        self.total = 0
+        self.fired: list[Call] = []
+        """The calls that failed."""
+        self._lock = threading.Lock()
+
+    def disarm(self) -> None:
+        """Let every call through from now on."""
+        self.faults, self.hook, self.short = (), None, None
+
+    def _begin(self, operation: str, args: tuple[Any, ...]) -> Fault | None:
+        with self._lock:
+            self.counts[operation] += 1
+            self.total += 1
+            call = Call(operation, self.counts[operation], self.total, args)
+            fault = next((fault for fault in self.faults if fault.hits(call)), None)
+            if fault is not None:
+                self.fired.append(call)
+        if self.hook is not None:
+            self.hook(call)
+        return fault
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        fault, short = self._begin("write", (fd, data, offset)), self.short
+        if fault is not None and fault.takes is not None:
+            short = fault.takes
+        taken = 0
+        if fault is None or fault.takes is not None:
+            taken = self.inner.write(fd, data if short is None else memoryview(data)[:short], offset)
+        if fault is not None and fault.error:
+            raise OSError(fault.error, os.strerror(fault.error))
+        return taken
+
+    def close(self, fd: int) -> None:
+        fault = self._begin("close", (fd,))
+        self.inner.close(fd)
+        if fault is not None and fault.error:
+            raise OSError(fault.error, os.strerror(fault.error))
+
+    def exists(self, path: Any) -> bool:
+        return self.inner.exists(path)
+
+
+def _failing(operation: str) -> Callable[..., Any]:
+    def method(self: FaultyFiles, *args: Any, **options: Any) -> Any:
+        fault = self._begin(operation, args)
+        if fault is not None and fault.error:
+            raise OSError(fault.error, os.strerror(fault.error))
+        return getattr(self.inner, operation)(*args, **options)
+
+    method.__name__ = operation
+    return method
+
+
+for _operation in OPERATIONS:
+    if _operation not in FaultyFiles.__dict__:
+        setattr(FaultyFiles, _operation, _failing(_operation))
+
+
+class UnsyncedFiles(Files):
+    """Files whose fsync does nothing, for tests that open thousands of logs. It proves nothing about power loss."""
+
+    def sync(self, fd: int) -> None:
+        pass
