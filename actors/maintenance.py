@@ -52,6 +52,10 @@ class Rewritten(NamedTuple):
     rewrite: Rewrite
     error: Exception | None
 
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to finish it."""
+        self.rewrite.discard()
+
 
 class Heal(NamedTuple):
     """To the writer: a background fsync failed, so the fold is to be written to a new file."""
@@ -61,6 +65,8 @@ class Heal(NamedTuple):
 
 class CheckFile(NamedTuple):
     """To the writer: the log's file seems to have been changed by someone else."""
+
+    urgent = True
 
 
 class Look(NamedTuple):
@@ -152,7 +158,7 @@ class Syncer(SupervisedActor):
 
     def on_start(self) -> None:
         self._step("syncer.start")
-        self.taken.clear()
+        self.taken[:] = stop_only(self.taken)
         if self._watch is None:
             kinds = (FileDeletedEvent, FileMovedEvent, FileCreatedEvent)
             self._watch = FileWatch(self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look())))
@@ -173,9 +179,13 @@ class Syncer(SupervisedActor):
         try:
             journal.check_unchanged()
         except LogChangedError:
-            self._writer_inbox.offer(Mail(CheckFile()))
+            self._tell_writer(CheckFile())
         except OSError as error:
             log.warning("%s: %s", journal.path, error)
+
+    def _tell_writer(self, message: Heal | CheckFile) -> None:
+        with contextlib.suppress(FoldlogError):  # the store failed, or closes
+            self._writer_inbox.offer(Mail(message))
 
     def _sync(self) -> None:
         fold, journal = self._core.snapshot, self._core.log
@@ -186,8 +196,7 @@ class Syncer(SupervisedActor):
             journal.sync()
         except LogPoisonedError as error:
             log.warning("%s", error)
-            with contextlib.suppress(FoldlogError):  # it failed, or closes
-                self._writer_inbox.offer(Mail(Heal()))
+            self._tell_writer(Heal())
         except FoldlogError:
             return  # closed under us: its successor is synced on the next tick
         else:

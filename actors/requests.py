@@ -35,7 +35,10 @@ class Request:
     def start(self) -> bool:
         """Whether to go on with it: False if its caller has withdrawn it. From here on it cannot be withdrawn."""
         future = self.future
-        return future.running() or (not future.done() and future.set_running_or_notify_cancel())
+        try:
+            return future.running() or (not future.done() and future.set_running_or_notify_cancel())
+        except RuntimeError:  # the supervisor, which gave up, and the writer, which was only stuck, came to it at once
+            return future.running()
 
     def succeed(self, result: Any) -> None:
         """Answer it. One that has ended otherwise by now (the store gave up on a stuck writer) stays as it is."""
@@ -75,11 +78,14 @@ class ToldBatch(WriteRequest):
 
     def __init__(self, apply: Apply) -> None:
         super().__init__(None)
-        self._apply = apply
+        self._apply: Apply | None = apply
 
     def decide(self, fold: FoldSnapshot) -> Batch:
         if self.batch is None:
-            self.batch = encode_batch(self._apply.updates, self._apply.cursor)
+            apply, self._apply = self._apply, None
+            if apply is None:  # an iterator may have lost some of them by now
+                raise ValueError("the updates could not be read to their end, and are not read twice")
+            self.batch = encode_batch(apply.updates, apply.cursor)
         return self.batch
 
 

@@ -141,6 +141,7 @@ class Supervisor:
             log.critical("the supervisor of %s died; the store only reads from now on", self.core.config.path, exc_info=True)
             self._give_up(f"the supervisor died: {error!r}")
             self._answer_opened(error)
+            self._stop_all()
         finally:
             self.core.ended.set()
 
@@ -187,6 +188,8 @@ class Supervisor:
         if self.core.state is State.STARTING:
             for other in self._others:
                 self._launch(other)
+                if self.core.state is not State.STARTING:
+                    return  # no more threads to be had
         self.core.state, self.core.reason = State.RUNNING, ""
         self._answer_opened(None)
         log.info("%s: open at batch %d", self.core.config.path, self.core.snapshot.seq)
@@ -204,14 +207,21 @@ class Supervisor:
         self._running.discard(actor)
         core = self.core
         if error is None:
+            if actor is self.writer:
+                self._stop_error = self._stop_error or self.writer.stop_error
             if core.state not in (State.CLOSING, State.CLOSED, State.FAILED):
                 log.warning("%s: %s was stopped by its host; the store closes", core.config.path, actor.name)
             self._begin_close()
             return
         if core.state is State.STARTING:
-            self._end_unopened(error)
+            if actor is self.writer:
+                self._end_unopened(error)
+            else:
+                self._stop_error = error
+                self._begin_close()
             return
-        if core.state is State.FAILED:
+        if core.state is State.FAILED and actor not in self.readers:
+            self._abandon_the_dead()
             return
         self._restart(actor, error)
 
@@ -232,6 +242,9 @@ class Supervisor:
             if core.state is State.CLOSING:
                 self._stop_error = error
                 self._finish_close_if_ended()
+            elif core.state is State.FAILED:
+                log.error("%s: %s died: %s", config.path, actor.name, reason)
+                self._abandon_the_dead()
             else:
                 self._give_up(f"{actor.name} died: {reason}")
                 self._answer_opened(StoreFailed(core.reason))
@@ -259,11 +272,35 @@ class Supervisor:
         core = self.core
         core.state, core.reason = State.FAILED, reason
         log.error("%s: failed: %s", core.config.path, reason)
-        self._due.clear()
+        self._due = {actor: due for actor, due in self._due.items() if actor in self.readers}  # reading goes on
         self.writer.inbox.refuse(self._failed, drain=True)
         self.writer.abandon_requests(StoreFailed(f"{reason}; whether this was written is unknown until the store is reopened"))
-        if not any(reader in self._running for reader in self.readers):
+        self._abandon_the_dead()
+
+    def _abandon_the_dead(self) -> None:
+        """Answer what waits for actors that will not be started again before `reopen`."""
+        dead = [actor for actor in self._others if actor not in self._running and actor not in self._due]
+        for actor in dead:
+            actor.abandon(self._failed())
+        if self.maintenance in dead:
+            self.maintenance.inbox.refuse(self._failed, drain=True)
+        if all(reader in dead for reader in self.readers):
             self.reader_inbox.refuse(self._failed, drain=True)
+
+    def _stop_all(self) -> None:
+        """The supervisor itself failed: let the others end in order, so that the log is sealed and its lock goes."""
+        for actor in self._running:
+            actor.inbox.offer(Mail(STOP))
+        for actor in (self.writer, *self._others):
+            if actor in self._running and actor.thread is not None:
+                actor.thread.join(self.core.config.stuck_after_s)
+                if actor.thread.is_alive():
+                    continue  # it may still write: the lock stays
+            actor.retire()
+            actor.inbox.end(self._failed)
+            actor.abandon(self._failed())
+            if actor is self.writer:
+                self.writer.let_go()
 
     def _failed(self) -> Exception:
         return StoreFailed(self.core.reason)
@@ -280,8 +317,9 @@ class Supervisor:
             return
         self._reopening.append(request)
         self._restarts_s.clear()
-        self.reader_inbox.accept()
-        self.writer.inbox.accept()
+        self._due.clear()
+        for inbox in (self.reader_inbox, self.maintenance.inbox, self.writer.inbox):
+            inbox.accept()
         core.state = State.RESTARTING
         for actor in (self.writer, *self._others):
             if actor not in self._running:
@@ -291,6 +329,8 @@ class Supervisor:
 
     def _check_health(self, now_s: float) -> None:
         busy_since = self.writer.busy_since
+        if self.core.state is State.RESTARTING and self.writer in self._running and busy_since is None:
+            self._on_started(self.writer)  # it was stuck when the store was reopened, and came back
         if self.core.state is State.RUNNING and busy_since is not None:
             stuck_s = now_s - busy_since
             if stuck_s > self.core.config.stuck_after_s:
@@ -326,10 +366,10 @@ class Supervisor:
                 actor.inbox.offer(Mail(STOP))
         if any(actor in self._running or actor in self._due for actor in self._others):
             return
-        for inbox in (self.maintenance.inbox, self.reader_inbox):
-            inbox.refuse(self._closed, drain=True)
         for actor in (self.writer, *self._others):
             actor.retire()
+            actor.inbox.end(self._closed)
+            actor.abandon(self._closed())
         self.syncer.close_watch()
         self.writer.let_go()
         core.feeds.end(f"{core.config.path} was closed")
@@ -337,7 +377,7 @@ class Supervisor:
         core.state = State.CLOSED
         log.info("%s: closed", core.config.path)
         self._answer_closed()
-        self._answer_opened(self._closed())
+        self._answer_opened(self._stop_error or self._closed())
 
     def _answer_closed(self) -> None:
         for request in self._closing:

@@ -16,7 +16,7 @@ import time
 from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
 from foldlog.actors.core import Core
 from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, Rewritten
-from foldlog.actors.requests import CompactRequest, ExportRequest, Request, WriteRequest, as_request
+from foldlog.actors.requests import CompactRequest, ExportRequest, Request, ToldBatch, WriteRequest, as_request
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, LogRegressedError, StoreClosed, WriterCrashed
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.messages import Apply
@@ -50,6 +50,8 @@ class Writer(SupervisedActor):
         """Who waits for the compaction under way, or the next one."""
         self._compact_from = 0
         """After a failed compaction: the size of the log from which to try again."""
+        self.stop_error: Exception | None = None
+        """What sealing the log met."""
 
     @property
     def engine(self) -> Engine:
@@ -112,6 +114,7 @@ class Writer(SupervisedActor):
     def _settle_taken(self) -> None:
         """Give what the crashed writer had in hand its true answer, or another try."""
         again: list[Mail] = []
+        in_hand = set(self._in_hand)
         for mail in self.taken:
             request = mail.message
             if not isinstance(request, Request):
@@ -120,7 +123,7 @@ class Writer(SupervisedActor):
                 continue
             elif isinstance(request, WriteRequest) and request.seq is not None and request.seq <= self.engine.fold.seq:
                 request.succeed(request.seq)
-            elif request not in self._in_hand:
+            elif request not in in_hand:
                 again.append(mail)
             elif request.attempts:
                 request.fail(WriterCrashed("the writer died twice with this in hand; it was not applied"))
@@ -190,7 +193,9 @@ class Writer(SupervisedActor):
                 continue
             try:
                 batch = request.decide(staged)
-            except (FoldlogError, TypeError, ValueError) as error:
+            except Exception as error:
+                if not isinstance(error, (FoldlogError, TypeError, ValueError)) and not isinstance(request, ToldBatch):
+                    raise
                 request.fail(error)
                 continue
             staged = staged.with_batch(batch.changes, staged.seq + 1, batch.cursor)
@@ -242,7 +247,7 @@ class Writer(SupervisedActor):
             raise
 
     def _poison_if_deleted(self, error: LogChangedError) -> None:
-        """Where nobody's file is in the way, let the store be put back in its place. One that was replaced or cut is left alone."""
+        """Where nobody's file is in the way, let the store be put back. One that was replaced or cut is left alone."""
         journal = self.engine.log
         if not self._core.config.files.exists(journal.path):
             journal.poison_with(error.reason)
@@ -252,6 +257,8 @@ class Writer(SupervisedActor):
 
     def _compact_if_due(self) -> None:
         engine = self.engine
+        if self._rewrite is not None and self._rewrite.cancelled:
+            self._drop_rewrite()  # maintenance could not report it: the store had failed, and was reopened
         if self._rewrite is not None:
             return
         if engine.is_compact:
@@ -313,10 +320,16 @@ class Writer(SupervisedActor):
     def on_stop(self) -> None:
         self._drop_rewrite()
         self._answer_wanted(StoreClosed(f"{self.engine.path} was closed before it was compacted"))
+        self._step("writer.stop")
+        journal = self.engine.log
+        if journal.poison is None:
+            journal.sync()  # if this fails, starting again heals, while the lock is still held
         try:
-            self._step("writer.stop")
-        finally:
             self.engine.close()
+        except (OSError, FoldlogError) as error:
+            # Only the seal is missing, and the lock is gone: nothing may be tried again.
+            log.warning("%s: closed without a seal: %s", journal.path, error)
+            self.stop_error = error
 
     def let_go(self) -> None:
         """Release the log as a killed process would. For the supervisor, once the thread has ended for good."""

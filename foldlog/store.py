@@ -390,8 +390,8 @@ def _close(supervisor: Supervisor, ended: threading.Event, timeout_s: float) -> 
 
 def _close_dropped(supervisor: Supervisor, pid: int) -> None:
     if os.getpid() == pid and supervisor.thread.is_alive():
+        supervisor.post(CloseNow(Future()))  # first: warnings may be errors
         warnings.warn("a foldlog store was dropped without close()", ResourceWarning, stacklevel=2)
-        supervisor.post(CloseNow(Future()))
 
 
 @atexit.register
