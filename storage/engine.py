@@ -71,17 +71,13 @@ class Engine:
             self.fold = self._next
         since = self._since
         if staged is None:
-            staged = self.fold
-            for batch in batches:
-                staged = staged.with_batch(batch.changes, staged.seq + 1, batch.cursor)
+            staged = self.fold.with_group(batches)
         self._next = staged
         log.append([batch.item for batch in batches])
         if log.sync_each:
             log.sync()
         if since is not None:
-            for batch in batches:
-                since = since.with_batch(batch.changes, since.seq + 1, batch.cursor)
-            self._since = since
+            self._since = since.with_group(batches)
         self.fold = self._next
         return self.fold
 
