@@ -9,6 +9,8 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("conformance", "logfiles", "refencoder")
 
+pytest_plugins = ["actor_kit"]  # its fixtures
+
 settings.register_profile(
     "foldlog",
     derandomize=True,
