@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Update
 
 StrPath: TypeAlias = str | os.PathLike[str]
+FormatName: TypeAlias = Literal["foldlog", "slipstream-v2"]
+"""The file formats: foldlog's own, and the one of the Rust crate `beyond-slipstream`."""
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeAlias
 
 from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Update, encode_batch
 from foldlog.storage import artifact
@@ -45,6 +46,7 @@ class AppendLogSnapshot:
         path: StrPath,
         compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
         *,
+        format: FormatName | None = None,
         sync: Literal["never", "always"] = "never",
         on_damage: OnDamage = "refuse",
         files: Files = OS_FILES,
@@ -56,13 +58,18 @@ class AppendLogSnapshot:
         `sync`: whether each `apply` waits for the disk. `on_damage="cut"` keeps what stands before the first damage and
         sets the rest aside, for a cache whose upstream replays.
 
+        `format`: of a new log, "foldlog" if None. A log that exists is of the format that its head tells: to name another is an
+        InvalidFormatError. "slipstream-v2" is the file of the Rust crate, worked on in place. It promises less: a crash may
+        leave a part of a batch in it (its cursor is then not moved), the sequences start anew in each process, all entries are
+        in memory, and a few kinds of damage at its very end cannot be told from a torn write. See `docs/interchange.md`.
+
         Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError; the file is as it was.
         Cost: 30 ms for 1,000,000 entries of 100 bytes, compacted; 2-3 s in batches, compacting them.
         """
         check_threshold(compact_threshold)
         if sync not in ("never", "always"):
             raise ValueError(f'sync is "never" or "always", not {sync!r}')
-        engine = Engine(path, on_damage=on_damage, sync_each=sync == "always", files=files, progress=progress)
+        engine = Engine(path, format=format, on_damage=on_damage, sync_each=sync == "always", files=files, progress=progress)
         snap = cls(engine, compact_threshold)
         try:
             poisoned = engine.log.poison is not None
@@ -86,16 +93,20 @@ class AppendLogSnapshot:
         dest_path: StrPath,
         compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
         *,
+        format: FormatName | None = None,
         files: Files = OS_FILES,
         progress: Progress | None = None,
     ) -> tuple[WatchCursor, Self]:
         """Verify an exported artifact in full, land its log at `dest_path`, and open it.
 
+        The artifact is one of foldlog's or of the Rust crate's append log, as its manifest tells. `format`: of the log that is
+        made, "foldlog" if None.
+
         ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists: then nothing was written.
         A crash part-way leaves nothing at `dest_path`; a crash after the rename leaves a valid store.
         """
         check_threshold(compact_threshold)
-        artifact.import_artifact(artifact_dir, dest_path, files=files, progress=progress)
+        artifact.import_artifact(artifact_dir, dest_path, format=format, files=files, progress=progress)
         return cls.open(resolve(dest_path), compact_threshold, files=files)
 
     def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
@@ -158,9 +169,17 @@ class AppendLogSnapshot:
         self._fold.seq  # noqa: B018
         self._engine.log.sync()
 
-    def export_to(self, dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
-        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError). Complete or absent."""
-        return artifact.export_fold(self.snapshot(), dest_dir, files=self._engine.log.files, progress=progress)
+    def export_to(
+        self, dest_dir: StrPath, progress: Progress | None = None, *, format: FormatName | None = None
+    ) -> ExportManifest:
+        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError). Complete or absent.
+
+        `format`: of the artifact; that of the log, if None. One of "slipstream-v2" is what the Rust crate imports.
+        """
+        log = self._engine.log
+        return artifact.export_fold(
+            self.snapshot(), dest_dir, format=format or log.file.format.name, files=log.files, progress=progress
+        )
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Check every invariant of the log, up to its end as it is now. Tells all that is wrong, and changes nothing.

@@ -1,7 +1,7 @@
 """Artifacts: a fold as a folder that can be sent elsewhere, and back.
 
     DEST/MANIFEST.json     schema_version, backend, backend_version, cursor_hex, created_at_unix, files[path, size, blake3]
-    DEST/data/fold.log     a compacted log
+    DEST/data/fold.log     a compacted log, or fold.snap: one of the Rust crate's format
 
 An export appears under its name complete or not at all. An import trusts nothing: the manifest is read with a limit and checked
 field by field, the folder must hold exactly what it declares, no link is followed, and the payload is verified as it is
@@ -19,27 +19,23 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blake3 import blake3
 
 from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
-from foldlog.protocol.frames import FORMAT_VERSION
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
-from foldlog.storage import leaf
 from foldlog.storage.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.format import Loaded, LogFormat, check_format
 from foldlog.storage.lock import temporary
-from foldlog.storage.replay import Loaded, load, resolve
-from foldlog.storage.rewrite import FrameWriter, Progress, new_head, write_base
+from foldlog.storage.replay import FORMATS, resolve
+from foldlog.storage.rewrite import Progress, write_new
 
 SCHEMA_VERSION = 1
-BACKEND = "foldlog"
-BACKEND_VERSION = str(FORMAT_VERSION)
 MANIFEST_NAME = "MANIFEST.json"
-PAYLOAD_PATH = "data/fold.log"
 MAX_MANIFEST_BYTES = 1024 * 1024
 _COPY_BYTES = 1024 * 1024
 _FIELDS = frozenset(("schema_version", "backend", "backend_version", "cursor_hex", "created_at_unix", "files"))
@@ -83,51 +79,37 @@ class ExportManifest(NamedTuple):
 
 
 def export_fold(
-    fold: FoldSnapshot, dest_dir: str | os.PathLike[str], *, files: Files = OS_FILES, progress: Progress | None = None
+    fold: FoldSnapshot,
+    dest_dir: str | os.PathLike[str],
+    *,
+    format: FormatName = "foldlog",
+    files: Files = OS_FILES,
+    progress: Progress | None = None,
 ) -> ExportManifest:
     """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves nothing there."""
-
-    def write_payload(path: Path) -> None:
-        out = FrameWriter(files, path, new_head(base_seq=fold.seq))
-        try:
-            write_base(out, fold, progress)
-            out.sync()
-        finally:
-            files.close(out.fd)
-
-    return export_payload(
-        dest_dir, PAYLOAD_PATH, write_payload, backend=BACKEND, backend_version=BACKEND_VERSION, cursor=fold.cursor(), files=files
-    )
-
-
-def export_payload(
-    dest_dir: str | os.PathLike[str],
-    payload_path: str,
-    write_payload: Callable[[Path], None],
-    *,
-    backend: str,
-    backend_version: str,
-    cursor: WatchCursor,
-    files: Files,
-) -> ExportManifest:
-    """Make an artifact of the one file that `write_payload` writes (and syncs) at the path it is given."""
+    check_format(format)
+    kind = FORMATS[format]
     dest = Path(os.path.abspath(dest_dir))
     if files.exists(dest):
         raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
     stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")  # a name that nobody else's folder has
     files.make_dir(stage)
     try:
-        payload = stage / payload_path
+        payload = stage / kind.payload_path
         files.make_dir(payload.parent)
-        write_payload(payload)
+        out = kind.new_file(files, payload, seq=fold.seq)
+        try:
+            out.write_fold(fold, progress)
+            out.sync()
+        finally:
+            files.close(out.fd)
         handle = ReadHandle(files, payload)
         size = files.fstat(handle.fd).st_size
         digest = blake3()
         for at in range(0, size, _COPY_BYTES):
             digest.update(handle.read(min(_COPY_BYTES, size - at), at))
-        manifest = ExportManifest(
-            backend, backend_version, cursor, int(time.time()), (ArtifactFile(payload_path, size, digest.hexdigest()),)
-        )
+        declared = ArtifactFile(kind.payload_path, size, digest.hexdigest())
+        manifest = ExportManifest(kind.backend, kind.backend_version, fold.cursor(), int(time.time()), (declared,))
         fd = files.create(stage / MANIFEST_NAME, exclusive=True)
         try:
             write_all(files, fd, manifest.to_json(), 0)
@@ -158,40 +140,42 @@ def import_artifact(
     artifact_dir: str | os.PathLike[str],
     dest_path: str | os.PathLike[str],
     *,
+    format: FormatName | None = None,
     files: Files = OS_FILES,
     progress: Progress | None = None,
 ) -> ExportManifest:
-    """Verify an artifact in full and land its log at `dest_path`, which must not exist.
+    """Verify an artifact in full and land its log at `dest_path`, which must not exist, in `format` ("foldlog" if None).
 
+    The manifest tells which format the artifact itself is of.
     ArtifactInvalidError, FileExistsError or OSError: nothing is at `dest_path` that was not there before.
     """
+    check_format(format)
     given = Path(os.path.abspath(dest_path))
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
     dest = resolve(given)
     staged = temporary(dest)  # no lock is needed: the name is ours alone, and landing it is atomic
-    manifest = stage_payload(files, artifact_dir, staged, BACKEND, BACKEND_VERSION, PAYLOAD_PATH, progress)
+    manifest, kind = stage_payload(files, artifact_dir, staged, progress)
+    landing = FORMATS[format or "foldlog"]
     try:
-        _check_payload(files, Path(artifact_dir), staged, manifest.cursor)
-        files.link_new(staged, dest)
-        files.sync_dir(dest.parent)
+        loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
+        if landing is kind:
+            files.link_new(staged, dest)
+            files.sync_dir(dest.parent)
+        else:
+            write_new(files, dest, loaded.fold, landing, progress)
     finally:
         remove_quietly(files, staged)
     return manifest
 
 
-def _check_payload(files: Files, root: Path, staged: Path, cursor: WatchCursor) -> None:
-    """ArtifactInvalidError unless the staged log is clean, compact, and at the manifest's cursor."""
-    payload = root / PAYLOAD_PATH
+def _check_payload(files: Files, root: Path, staged: Path, kind: LogFormat, cursor: WatchCursor) -> Loaded:
+    """The staged log. ArtifactInvalidError unless it is clean, compact, and at the manifest's cursor."""
+    payload = root / kind.payload_path
     try:
-        loaded = load(ReadHandle(files, staged))
+        loaded = kind.load(ReadHandle(files, staged))
         _check_clean(loaded)
-        last_key = None
-        for number in range(len(loaded.fold.base)):
-            keys = leaf.check_order(loaded.fold.base.body(number))
-            if last_key is not None and keys[0] <= last_key:
-                raise ValueError(f"leaf {number} overlaps the one before it")
-            last_key = keys[-1]
+        kind.check_payload(loaded)
     except FoldlogError as error:
         reason = getattr(error, "reason", str(error))
         raise ArtifactInvalidError(payload, f"byte {getattr(error, 'offset', 0)}: {reason}") from error
@@ -201,6 +185,7 @@ def _check_payload(files: Files, root: Path, staged: Path, cursor: WatchCursor) 
         raise ArtifactInvalidError(
             root / MANIFEST_NAME, f"cursor_hex is {cursor.hex()!r}, the payload stands at {loaded.fold.cursor().hex()!r}"
         )
+    return loaded
 
 
 def _check_clean(loaded: Loaded) -> None:
@@ -211,48 +196,48 @@ def _check_clean(loaded: Loaded) -> None:
 
 
 def stage_payload(
-    files: Files,
-    artifact_dir: str | os.PathLike[str],
-    staged: Path,
-    backend: str,
-    backend_version: str,
-    payload_path: str,
-    progress: Progress | None = None,
-) -> ExportManifest:
+    files: Files, artifact_dir: str | os.PathLike[str], staged: Path, progress: Progress | None = None
+) -> tuple[ExportManifest, LogFormat]:
     """Check the manifest and the folder, copy the payload to `staged`, and compare what was copied with its digest.
 
-    The copy is synced. On an error it is removed.
+    The copy is synced. On an error it is removed. Returns the manifest, and the format that it names.
     """
     root = Path(os.path.abspath(artifact_dir))
     root_fd = _open_dir(files, root, root, None)
     try:
         manifest = _read_manifest(files, root, root_fd)
-        _check_identity(root, manifest, backend, backend_version, payload_path)
-        folder, name = payload_path.split("/")
+        kind = _identify(root, manifest)
+        folder, name = kind.payload_path.split("/")
         _check_listing(files, root, root_fd, {MANIFEST_NAME, folder})
         data_fd = _open_dir(files, root / folder, Path(folder), root_fd)
         try:
             _check_listing(files, root / folder, data_fd, {name})
-            source = _open_file(files, root / payload_path, name, data_fd)
+            source = _open_file(files, root / kind.payload_path, name, data_fd)
             try:
-                _copy_verified(files, source, root / payload_path, staged, manifest.files[0], progress)
+                _copy_verified(files, source, root / kind.payload_path, staged, manifest.files[0], progress)
             finally:
                 files.close(source)
         finally:
             files.close(data_fd)
     finally:
         files.close(root_fd)
-    return manifest
+    return manifest, kind
 
 
-def _check_identity(root: Path, manifest: ExportManifest, backend: str, backend_version: str, payload_path: str) -> None:
+def _identify(root: Path, manifest: ExportManifest) -> LogFormat:
     where = root / MANIFEST_NAME
-    if manifest.backend != backend:
-        raise ArtifactInvalidError(where, f"backend is {manifest.backend!r}, expected {backend!r}")
-    if manifest.backend_version != backend_version:
-        raise ArtifactInvalidError(where, f"backend_version is {manifest.backend_version!r}, expected {backend_version!r}")
-    if [file.path for file in manifest.files] != [payload_path]:
-        raise ArtifactInvalidError(where, f"files: expected exactly {payload_path!r}")
+    by_backend = {format.backend: format for format in FORMATS.values()}
+    kind = by_backend.get(manifest.backend)
+    if kind is None:
+        expected = " or ".join(map(repr, by_backend))
+        raise ArtifactInvalidError(where, f"backend is {manifest.backend!r}, expected {expected}")
+    if manifest.backend_version != kind.backend_version:
+        raise ArtifactInvalidError(
+            where, f"backend_version is {manifest.backend_version!r}, expected {kind.backend_version!r} of {kind.backend!r}"
+        )
+    if [file.path for file in manifest.files] != [kind.payload_path]:
+        raise ArtifactInvalidError(where, f"files: expected exactly {kind.payload_path!r}")
+    return kind
 
 
 def _copy_verified(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.updates import Batch
 from foldlog.storage.base import EMPTY_BASE
 from foldlog.storage.delta import EMPTY_DELTA
 from foldlog.storage.files import OS_FILES, Files
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.lock import WriterLock
-from foldlog.storage.replay import OnDamage, open_log, resolve
+from foldlog.storage.log import Log
+from foldlog.storage.opening import open_log
+from foldlog.storage.replay import OnDamage, resolve
 from foldlog.storage.rewrite import Progress, Rewrite
 
 DEFAULT_COMPACT_THRESHOLD = 10 * 1024 * 1024
@@ -40,16 +43,25 @@ class Engine:
         self,
         path: str | os.PathLike[str],
         *,
+        format: FormatName | None = None,
         on_damage: OnDamage = "refuse",
         sync_each: bool = False,
         files: Files = OS_FILES,
         progress: Progress | None = None,
         lock: WriterLock | None = None,
+        crashed: Log | None = None,
     ) -> None:
-        """Open or create the log at `path`. See `replay.open_log` for the errors and for `lock`."""
+        """Open or create the log at `path`. See `opening.open_log` for the errors, for `lock` and for `crashed`."""
         self.path = resolve(path)
         self.log, self.fold, self.report = open_log(
-            self.path, files, on_damage=on_damage, sync_each=sync_each, progress=progress, lock=lock
+            self.path,
+            files,
+            format=format,
+            on_damage=on_damage,
+            sync_each=sync_each,
+            progress=progress,
+            lock=lock,
+            crashed=crashed,
         )
         # Invariant: fold.seq == log.chain.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
         # the assignment behind it; then `_next` is what the log holds.
@@ -84,7 +96,7 @@ class Engine:
     @property
     def is_compact(self) -> bool:
         """Whether the log holds no batch behind its base."""
-        return self.log.chain.seq == self.log.file.head.base_seq and self.log.poison is None
+        return self.log.is_compact
 
     def should_compact(self, threshold_bytes: int) -> bool:
         """Whether the log has grown enough since its last compaction."""
@@ -102,8 +114,7 @@ class Engine:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
-        rewrite.finish()
-        self.fold = self._next = FoldSnapshot(rewrite.base, since.delta, since.runs, since.seq, since.cursor())
+        self.fold = self._next = rewrite.finish(since)
         self._since = None
         return self.fold
 

@@ -16,7 +16,6 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgpack
 
@@ -24,27 +23,12 @@ from foldlog.protocol.errors import FoldlogError, ForkedStore, LogChangedError, 
 from foldlog.protocol.frames import FLAG_SYNC_EACH, KIND_BATCHES, KIND_OPEN, KIND_SEAL, MAX_GROUP, FileHead, build_frame
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.protocol.updates import batches_body
-from foldlog.storage.files import Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.files import Files, remove_quietly, write_all
+from foldlog.storage.format import Known, LogFile
 from foldlog.storage.lock import Watermark, WriterLock, beside
 from foldlog.storage.scan import Chain
 
 WRITER = "foldlog 1"
-
-
-class LogFile(NamedTuple):
-    """An open log file, as opening or a rewrite hands it to its `Log`."""
-
-    head: FileHead
-    fd: int
-    """To write; locked, so that a hard link to the file finds it taken."""
-    handle: ReadHandle
-    """To read, shared with the snapshots."""
-    chain: Chain
-    """Behind its last frame."""
-    base_end: int
-    """The offset behind its base."""
-    session: bool
-    """It holds this writer's OPEN frame."""
 
 
 class Log:
@@ -60,9 +44,9 @@ class Log:
         self._lock = lock
         self._path = os.fspath(path)
         self._inode = self._identity(file.fd)
-        self._seed = file.head.seed
-        self._flags = FLAG_SYNC_EACH if sync_each else 0
+        self._codec = file.format.codec(file.head, sync_each=sync_each)
         self._session = file.session
+        self._successor: tuple[tuple[int, int], LogFile] | None = None
         # Held while the file is synced from any thread, so that it is not exchanged or closed under the fsync.
         self._sync_lock = threading.Lock()
         self.closed = False
@@ -77,6 +61,12 @@ class Log:
     def appended_bytes(self) -> int:
         """Bytes behind the base."""
         return self.chain.offset - self.file.base_end
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether nothing of meaning stands behind the base, and the file may be relied on."""
+        file = self.file
+        return self.poison is None and file.format.is_compact(file.head, file.base_end, self.chain)
 
     def here(self) -> tuple[LogFile, int]:
         """The file and where it ends, of one moment. Any thread may ask."""
@@ -104,7 +94,7 @@ class Log:
             raise LogChangedError(self.path, f"has {stat.st_size} bytes, expected {self.chain.offset}: someone else wrote to it")
 
     def append(self, items: Sequence[bytes]) -> None:
-        """Write encoded batches as one commit group: one frame, one write.
+        """Write encoded batches as one commit group, in one write.
 
         On return they survive a killed process. On an error, nothing of them is in the log (or it is poisoned).
         """
@@ -117,33 +107,21 @@ class Log:
         self.check_unchanged()
         if not self._session:
             self._begin_session()
-        self._write(KIND_BATCHES, batches_body(items), len(items))
+        self._write(*self._codec.group(items, self.chain, self.synced_seq))
 
     def _begin_session(self) -> None:
         """Say who writes from here on. Opening alone writes nothing: a log that is only read stays as it is."""
-        self._write(KIND_OPEN, open_body(), 0)
+        opening = self._codec.opening(self.chain, self.synced_seq)
+        if opening is not None:
+            self._write(*opening)
         self._session = True
-        if self.sync_each:
+        if opening is not None and self.sync_each:
             self.sync()
 
-    def _write(self, kind: int, body: bytes, batches: int) -> None:
+    def _write(self, data: bytes, behind: Chain) -> None:
         chain = self.chain
-        seq = chain.seq + batches
-        synced_seq = min(self.synced_seq, chain.seq)
-        frame, link = build_frame(
-            self._seed,
-            kind,
-            body,
-            seq=seq,
-            synced_seq=synced_seq,
-            offset=chain.offset,
-            link=chain.link,
-            flags=self._flags,
-            batches=batches,
-        )
-        behind = Chain(chain.offset + len(frame), link, seq, synced_seq)
         try:
-            write_all(self.files, self.file.fd, frame, chain.offset)
+            write_all(self.files, self.file.fd, data, chain.offset)
             self.chain = behind
         except BaseException as error:
             if self.chain is chain:
@@ -186,6 +164,18 @@ class Log:
         with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
             self.files.close(self.files.create(beside(self.path, "poison")))
 
+    def announce(self, file: LogFile) -> None:
+        """`file`, complete and synced, is about to take the log's place: should the writer die in between, it is known."""
+        self._successor = (self._identity(file.fd), file)
+
+    def known(self, identity: tuple[int, int]) -> Known | None:
+        """What this log knows of the file with this (device, inode), if it is its own. Also when it was abandoned."""
+        if identity == self._inode:
+            return Known(self.file.head, self.file.base_end)
+        if self._successor is not None and identity == self._successor[0]:
+            return Known(self._successor[1].head, self._successor[1].base_end)
+        return None
+
     def adopt(self, file: LogFile) -> None:
         """Go on in a rewritten file, which is complete, synced, and stands at `path` by now. Clears the poison.
 
@@ -195,8 +185,9 @@ class Log:
             old = self.file
             self.file, self.chain = file, file.chain
             self._inode = self._identity(file.fd)
-            self._seed = file.head.seed
+            self._codec = file.format.codec(file.head, sync_each=self.sync_each)
             self._session = file.session
+            self._successor = None
             self.synced_seq = file.chain.seq
             if self.poison is not None:
                 self.poison = None
@@ -228,8 +219,10 @@ class Log:
             self.check_unchanged()
         except LogChangedError:
             return  # there is nothing left to seal; whoever writes next would have been told
-        self._write(KIND_SEAL, b"", 0)
-        self.sync()
+        seal = self._codec.seal(self.chain, self.synced_seq)
+        if seal is not None:
+            self._write(*seal)
+            self.sync()
 
     def release(self) -> None:
         """Close the descriptors, without a word to the file: after a fork, or behind a crashed writer."""
@@ -264,6 +257,39 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class FrameCodec:
+    """Appends as frames. See `format.Codec`."""
+
+    def __init__(self, head: FileHead, *, sync_each: bool) -> None:
+        self._seed = head.seed
+        self._flags = FLAG_SYNC_EACH if sync_each else 0
+
+    def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_BATCHES, batches_body(items), len(items), chain, synced_seq)
+
+    def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_OPEN, open_body(), 0, chain, synced_seq)
+
+    def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_SEAL, b"", 0, chain, synced_seq)
+
+    def _frame(self, kind: int, body: bytes, batches: int, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        seq = chain.seq + batches
+        synced_seq = min(synced_seq, chain.seq)
+        frame, link = build_frame(
+            self._seed,
+            kind,
+            body,
+            seq=seq,
+            synced_seq=synced_seq,
+            offset=chain.offset,
+            link=chain.link,
+            flags=self._flags,
+            batches=batches,
+        )
+        return frame, Chain(chain.offset + len(frame), link, seq, synced_seq)
 
 
 def open_body() -> bytes:

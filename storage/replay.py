@@ -1,22 +1,21 @@
-"""A log into a fold: what opening does, for a writer (`open_log`) and for those who only read (`load`).
+"""A log into a fold, for a writer (`opening.py`) and for those who only read (`load`). Nothing is changed here.
 
-Opening never destroys. Damage is refused, with path, offset and reason, and the file stays as it was. A torn tail, which a
-stopped writer leaves, is set aside beside the log before it is cut. Only the holder of the writer's lock repairs.
+The format is told by the file's head. Here is how foldlog's own is read; the other is in `slipstream_log.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgpack
 
-from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError, LogRegressedError, StoreLocked
+from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError
 from foldlog.protocol.frames import (
     FILE_HEAD,
+    FORMAT_VERSION,
     FRAME_HEAD,
     KIND_BASE_END,
     KIND_BATCHES,
@@ -27,17 +26,21 @@ from foldlog.protocol.frames import (
     FrameHead,
     parse_file_head,
 )
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.protocol.updates import DecodedBatch, decode_batches
+from foldlog.storage import leaf, slipstream
 from foldlog.storage.base import Base
 from foldlog.storage.delta import EMPTY_DELTA, Run
-from foldlog.storage.files import Files, ReadHandle, read_all, remove_quietly, write_all
+from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.lock import WriterLock, beside, sweep_temporaries, temporary
-from foldlog.storage.log import Log, LogFile, boot_id
+from foldlog.storage.format import Known, LogFormat
+from foldlog.storage.format import Loaded as Loaded
+from foldlog.storage.log import FrameCodec, boot_id
 from foldlog.storage.recovery import Verdict, gather, judge
-from foldlog.storage.rewrite import FrameWriter, Progress, new_head, write_base
+from foldlog.storage.rewrite import FrameWriter, Progress, new_head
 from foldlog.storage.scan import BadFrame, Chain, read_frames
+from foldlog.storage.slipstream_log import SLIPSTREAM
 
 NO_CURSOR = WatchCursor.none()
 OnDamage: TypeAlias = Literal["refuse", "cut"]
@@ -72,23 +75,6 @@ class OpenReport:
     """Opening compacted the log."""
     rewritten: bool = False
     """An earlier fsync had failed, so the fold was written to a new file."""
-
-
-class Loaded(NamedTuple):
-    """What was read from a log file, up to its end or its first bad frame."""
-
-    head: FileHead
-    fold: FoldSnapshot
-    chain: Chain
-    size: int
-    """Of the file, when reading began: a writer may have appended since."""
-    base_end: int
-    """The offset behind the base; 0 if the base is not whole."""
-    frames: int
-    boot: str
-    """The boot id of the last OPEN frame; "" if there is none."""
-    sealed: bool
-    bad: BadFrame | None
 
 
 def read_head(handle: ReadHandle) -> FileHead:
@@ -174,48 +160,99 @@ def _boot_of(body: memoryview) -> str:
     return boot
 
 
-def load(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
-    """Read a log file to its end, or to the first bad frame, which is returned and not judged.
+def load(handle: ReadHandle, progress: Progress | None = None, known: Known | None = None) -> Loaded:
+    """Read a log file, of the format that its head tells, to its end or to the first bad frame, which is returned and not judged.
 
     Cost: 1,000,000 entries of 100 bytes take 30 ms compacted, 0.6 s in batches (measured with the file in the page cache).
+    The other format: 2 s.
     """
-    head = read_head(handle)
-    size = handle.files.fstat(handle.fd).st_size
-    chain = Chain.start(head)
-    replay = Replay(handle, head)
-    bad: BadFrame | None = None
-    try:
-        for frame, body in read_frames(handle, head, chain, size):
-            try:
-                replay.feed(frame, body)
-            except ValueError as error:
-                raise BadFrame(frame.offset, str(error), final=True) from None
-            chain = chain.after(frame)
-            if progress is not None:
-                progress(frame.offset + frame.size, size)
-    except BadFrame as error:
-        bad = error
-    if bad is None and not replay.base_end:
-        bad = BadFrame(chain.offset, "the file ends before the base does", final=True)
-    return Loaded(head, replay.fold(), chain, size, replay.base_end, replay.frames, replay.boot, replay.sealed, bad)
+    return format_of(handle).load(handle, progress, known)
+
+
+def format_of(handle: ReadHandle) -> LogFormat:
+    """The format of a log file, by its first bytes; foldlog's own for a file of no format, which it will refuse."""
+    first = handle.files.read(handle.fd, len(slipstream.MAGIC), 0)
+    return SLIPSTREAM if first == slipstream.MAGIC else FRAMES
+
+
+class FrameFormat(LogFormat):
+    """foldlog's own format: `protocol/frames.py`."""
+
+    name = "foldlog"
+    backend = "foldlog"
+    backend_version = str(FORMAT_VERSION)
+    payload_path = "data/fold.log"
+
+    def codec(self, head: FileHead, *, sync_each: bool) -> FrameCodec:
+        return FrameCodec(head, sync_each=sync_each)
+
+    def new_file(
+        self, files: Files, path: Path, *, seq: int, log_id: bytes | None = None, sync_each: bool = False
+    ) -> FrameWriter:
+        return FrameWriter(files, path, new_head(log_id, seq), sync_each=sync_each)
+
+    def is_compact(self, head: FileHead, base_end: int, chain: Chain) -> bool:
+        return chain.seq == head.base_seq  # what opens and seals a session takes bytes, and means nothing
+
+    def may_be_unsynced(self, loaded: Loaded) -> bool:
+        return loaded.chain.seq > loaded.head.base_seq
+
+    def load(self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None) -> Loaded:
+        head = read_head(handle)
+        size = handle.files.fstat(handle.fd).st_size
+        chain = Chain.start(head)
+        replay = Replay(handle, head)
+        bad: BadFrame | None = None
+        try:
+            for frame, body in read_frames(handle, head, chain, size):
+                try:
+                    replay.feed(frame, body)
+                except ValueError as error:
+                    raise BadFrame(frame.offset, str(error), final=True) from None
+                chain = chain.after(frame)
+                if progress is not None:
+                    progress(frame.offset + frame.size, size)
+        except BadFrame as error:
+            bad = error
+        if bad is None and not replay.base_end:
+            bad = BadFrame(chain.offset, "the file ends before the base does", final=True)
+        fold = replay.fold()
+        return Loaded(
+            head, fold, chain, size, replay.base_end, replay.frames, replay.boot, replay.sealed, bad, self, fold.base.entries
+        )
+
+    def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
+        bad = loaded.bad
+        assert bad is not None
+        if bad.final:
+            return Verdict.CORRUPT, bad.reason
+        if not loaded.base_end:
+            return Verdict.CORRUPT, f"the base is damaged: {bad.reason}"  # it was synced before it got its name
+        try:
+            rest = handle.read(loaded.size - bad.offset, bad.offset)
+        except EOFError as error:
+            raise LogChangedError(handle.path, str(error)) from None
+        same_boot = bool(loaded.boot) and loaded.boot == boot_id()
+        verdict, why = judge(gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, same_boot))
+        return verdict, f"{why} ({bad.reason})"
+
+    def check_payload(self, loaded: Loaded) -> None:
+        base = loaded.fold.base
+        last_key = None
+        for number in range(len(base)):
+            keys = leaf.check_order(base.body(number))
+            if last_key is not None and keys[0] <= last_key:
+                raise ValueError(f"leaf {number} overlaps the one before it")
+            last_key = keys[-1]
+
+
+FRAMES = FrameFormat()
+FORMATS: dict[FormatName, LogFormat] = {format.name: format for format in (FRAMES, SLIPSTREAM)}
 
 
 def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
     """Whether what follows the last good frame of `loaded` is torn or corrupt, and the reason."""
-    bad = loaded.bad
-    assert bad is not None
-    if bad.final:
-        return Verdict.CORRUPT, bad.reason
-    if not loaded.base_end:
-        return Verdict.CORRUPT, f"the base is damaged: {bad.reason}"  # it was synced before it got its name
-    try:
-        rest = handle.read(loaded.size - bad.offset, bad.offset)
-    except EOFError as error:
-        raise LogChangedError(handle.path, str(error)) from None
-    verdict, why = judge(
-        gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, bool(loaded.boot) and loaded.boot == boot_id())
-    )
-    return verdict, f"{why} ({bad.reason})"
+    return loaded.format.diagnose(handle, loaded)
 
 
 def load_intact(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
@@ -244,114 +281,3 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if given.is_symlink() and not real.exists():
         raise FileNotFoundError(2, "the link leads nowhere", str(given))
     return real
-
-
-def open_log(
-    path: Path,
-    files: Files,
-    *,
-    on_damage: OnDamage = "refuse",
-    sync_each: bool = False,
-    progress: Progress | None = None,
-    lock: WriterLock | None = None,
-) -> tuple[Log, FoldSnapshot, OpenReport]:
-    """Open or create the log at `path` (absolute, links resolved) for writing. `lock`: held already, and kept on an error.
-
-    StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, with the file as it was.
-    """
-    if on_damage not in ("refuse", "cut"):
-        raise ValueError(f'on_damage is "refuse" or "cut", not {on_damage!r}')
-    if files.exists(path):
-        files.close(files.open_read(path))  # OSError for a device or a folder, before a lock file is made beside it
-    given_lock, lock = lock, lock or WriterLock(files, path)
-    fd = -1
-    try:
-        sweep_temporaries(files, path)
-        created = not files.exists(path)
-        if created:
-            create_log(path, files)
-        handle = ReadHandle(files, path)
-        fd = files.open_write(path)
-        if not files.lock(fd):
-            raise StoreLocked(path, None)  # under another name: a hard link
-        loaded = load(handle, progress)
-        cut_reason = ""
-        if loaded.bad is not None:
-            verdict, cut_reason = diagnose(handle, loaded)
-            if verdict is Verdict.CORRUPT and (on_damage == "refuse" or not loaded.base_end or loaded.bad.unsupported):
-                raise damage_error(path, loaded, cut_reason)
-        mark = lock.watermark
-        if on_damage == "refuse" and mark is not None and mark.log_id == loaded.head.log_id and mark.seq > loaded.chain.seq:
-            raise LogRegressedError(path, f"ends with batch {loaded.chain.seq}, but batch {mark.seq} was synced to it")
-        kept_at, cut_bytes = None, 0
-        if loaded.bad is not None:
-            kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)
-        log = Log(files, path, lock, LogFile(loaded.head, fd, handle, loaded.chain, loaded.base_end, False), sync_each=sync_each)
-    except BaseException:
-        if fd >= 0:
-            files.close(fd)
-        if given_lock is None:
-            lock.release()
-        raise
-    try:
-        if files.exists(beside(path, "poison")):
-            log.poison = "an fsync failed in an earlier process"
-        elif not loaded.sealed and loaded.chain.seq > loaded.head.base_seq:
-            log.sync()  # what a killed writer left may stand in the page cache only
-    except BaseException:
-        log.abandon(keep_lock=given_lock is not None)
-        raise
-    report = OpenReport(
-        path,
-        created,
-        loaded.chain.offset,
-        loaded.frames,
-        loaded.fold.base.entries,
-        loaded.chain.seq - loaded.head.base_seq,
-        loaded.chain.seq,
-        loaded.fold.cursor(),
-        loaded.sealed,
-        cut_bytes,
-        cut_reason,
-        kept_at,
-    )
-    return log, loaded.fold, report
-
-
-def create_log(path: Path, files: Files) -> None:
-    """Make an empty log at `path`, whole or not at all. FileExistsError if the name is taken."""
-    out = FrameWriter(files, temporary(path), new_head())
-    try:
-        write_base(out, FoldSnapshot.empty())
-        out.sync()
-        files.link_new(out.path, path)
-        files.sync_dir(path.parent)
-    finally:
-        out.discard()
-
-
-def _set_aside(files: Files, path: Path, fd: int, handle: ReadHandle, loaded: Loaded) -> tuple[Path, int]:
-    """Keep what follows the last good frame in a file of its own, durably, and only then cut it off."""
-    start = loaded.chain.offset
-    size = files.fstat(fd).st_size
-    number = 1
-    while True:
-        kept_at = beside(path, f"torn-{loaded.chain.seq}-{number}")
-        with contextlib.suppress(FileExistsError):
-            copy = files.create(kept_at, exclusive=True)
-            break
-        number += 1
-    try:
-        step = 1024 * 1024
-        for at in range(start, size, step):
-            write_all(files, copy, read_all(files, handle.fd, min(step, size - at), at), at - start)
-        files.sync(copy)
-    except BaseException:
-        files.close(copy)
-        remove_quietly(files, kept_at)
-        raise
-    files.close(copy)
-    files.sync_dir(path.parent)
-    files.truncate(fd, start)
-    files.sync(fd)  # or a later append could mix with what was cut, sector by sector
-    return kept_at, size - start

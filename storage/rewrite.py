@@ -11,7 +11,6 @@ appended meanwhile, and only `finish` (the last few frames, an fsync, the rename
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
@@ -20,7 +19,6 @@ from crc32c import crc32c
 
 from foldlog.protocol.errors import StoreLocked
 from foldlog.protocol.frames import (
-    FILE_HEAD,
     FLAG_SYNC_EACH,
     FRAME_HEAD,
     KIND_BASE_END,
@@ -31,16 +29,14 @@ from foldlog.protocol.frames import (
     build_frame,
 )
 from foldlog.storage.base import Base
-from foldlog.storage.files import Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.format import LogFile, LogFormat, NewFile
+from foldlog.storage.format import Progress as Progress
 from foldlog.storage.leaf import encode_leaf, leaf_end
 from foldlog.storage.lock import temporary
-from foldlog.storage.log import Log, LogFile, open_body
+from foldlog.storage.log import Log, open_body
 from foldlog.storage.scan import Chain, read_frames
-
-BUFFER_BYTES = 1024 * 1024
-Progress = Callable[[int, int], None]
-"""Told of long work as it goes on: (done, total), in entries or bytes."""
 
 
 def new_head(log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
@@ -48,17 +44,15 @@ def new_head(log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
     return FileHead(log_id or secrets.token_bytes(16), secrets.randbits(64), base_seq)
 
 
-class FrameWriter:
-    """A new log file, written front to back."""
+class FrameWriter(NewFile):
+    """A new file of foldlog's own format."""
 
-    def __init__(self, files: Files, path: Path, head: FileHead) -> None:
-        self.files, self.path, self.head = files, path, head
-        self.fd = files.create(path)
-        self.chain = Chain.start(head)
+    base: Base
+
+    def __init__(self, files: Files, path: Path, head: FileHead, *, sync_each: bool = False) -> None:
+        super().__init__(files, path, head, head.pack(), Chain.start(head))
         self._seed = head.seed
-        self._buffer: list[bytes] = [head.pack()]
-        self._buffered = FILE_HEAD.size
-        self._written = 0
+        self._carried_flags = FLAG_SYNC_EACH if sync_each else 0
 
     def add(self, kind: int, body: bytes, *, batches: int = 0, body_crc: int | None = None, flags: int = 0) -> int:
         """Append a frame. Returns the offset of its body."""
@@ -77,29 +71,30 @@ class FrameWriter:
             body_crc=body_crc,
         )
         self.chain = Chain(chain.offset + len(frame), link, seq, self.head.base_seq)
-        self._buffer.append(frame)
-        self._buffered += len(frame)
-        if self._buffered >= BUFFER_BYTES:
-            self.flush()
+        self.put(frame)
         return chain.offset + FRAME_HEAD.size
 
-    def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
-        data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
-        if data:
-            write_all(self.files, self.fd, data, self._written)
-        self._written += len(data)
-        self._buffer, self._buffered = [], 0
+    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+        self.base = write_base(self, fold, progress)
+        self.base_end = self.chain.offset
 
-    def sync(self) -> None:
-        """Flush, and make it survive a power loss."""
-        self.flush()
-        self.files.sync(self.fd)
+    def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
+        flags = self._carried_flags
+        for frame, body in read_frames(source.handle, source.head, chain, stop):
+            if frame.kind == KIND_BATCHES:
+                if not self.session:
+                    self.add(KIND_OPEN, open_body(), flags=flags)
+                    self.session = True
+                self.add(KIND_BATCHES, bytes(body), batches=frame.batches, body_crc=frame.body_crc, flags=flags)
+            chain = chain.after(frame)
+        return chain
 
-    def discard(self) -> None:
-        """Give the file up."""
-        self.files.close(self.fd)
-        remove_quietly(self.files, self.path)
+    def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
+        return FoldSnapshot(self.base, since.delta, since.runs, since.seq, since.cursor())
+
+    def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
+        self.base.handle = handle
+        return super().log_file(format, handle)
 
 
 def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None) -> Base:
@@ -153,20 +148,17 @@ class Cancelled(Exception):
 
 
 class Rewrite:
-    """A compaction under way: the log's fold, on its way into a new file."""
+    """A compaction under way: the log's fold, on its way into a new file of the same format."""
 
     def __init__(self, log: Log, fold: FoldSnapshot) -> None:
         """Start from `fold`, which holds all that is in the log (or, if the log is poisoned, all that was acknowledged)."""
         self._log, self._fold = log, fold
         self._poisoned = log.poison is not None
-        self._carried = log.chain  # behind the last frame of the log that the new file has
-        self._session = False
-        self._out: FrameWriter | None = None
-        self._base_end = 0
+        self._carried = log.chain  # behind what the new file has of the log
+        self._out: NewFile | None = None
         self._adopted = False
         self.cancelled = False
         """Set by anyone to make `write` stop soon, with Cancelled."""
-        self.base = fold.base
 
     def write(self, progress: Progress | None = None) -> None:
         """Write the fold, and sync it. The long part; any thread may run it while the log is appended to."""
@@ -178,9 +170,10 @@ class Rewrite:
                 progress(done, total)
 
         log = self._log
-        self._out = FrameWriter(log.files, temporary(log.path), new_head(log.file.head.log_id, self._fold.seq))
-        self.base = write_base(self._out, self._fold, step)
-        self._base_end = self._out.chain.offset
+        self._out = log.file.format.new_file(
+            log.files, temporary(log.path), seq=self._fold.seq, log_id=log.file.head.log_id, sync_each=log.sync_each
+        )
+        self._out.write_fold(self._fold, step)
         self._out.sync()
 
     def catch_up(self) -> int:
@@ -190,20 +183,13 @@ class Rewrite:
         log, out = self._log, self._out
         assert out is not None
         start, stop = self._carried.offset, log.chain.offset
-        flags = FLAG_SYNC_EACH if log.sync_each else 0
-        for frame, body in read_frames(log.file.handle, log.file.head, self._carried, stop):
-            if frame.kind == KIND_BATCHES:
-                if not self._session:
-                    out.add(KIND_OPEN, open_body(), flags=flags)
-                    self._session = True
-                out.add(KIND_BATCHES, bytes(body), batches=frame.batches, body_crc=frame.body_crc, flags=flags)
-            self._carried = self._carried.after(frame)
+        self._carried = out.carry(log.file, self._carried, stop)
         if stop > start:
             out.sync()
         return stop - start
 
-    def finish(self) -> None:
-        """Take the log's place. The writer stands still meanwhile.
+    def finish(self, since: FoldSnapshot) -> FoldSnapshot:
+        """Take the log's place. The writer stands still meanwhile. Returns the fold, with what was committed `since`.
 
         On an error, which comes before the rename, the log goes on as it was.
         """
@@ -212,16 +198,30 @@ class Rewrite:
         self.catch_up()
         if not self._poisoned:
             log.check_unchanged()
-        handle = ReadHandle(log.files, out.path)
+        file = out.log_file(log.file.format, ReadHandle(log.files, out.path))
+        fold = out.fold_with(since)
         if not log.files.lock(out.fd):
             raise StoreLocked(log.path, None)
+        log.announce(file)
         log.files.replace(out.path, log.path)
         self._adopted = True
-        self.base.handle = handle
-        log.adopt(LogFile(out.head, out.fd, handle, out.chain, self._base_end, self._session))
+        log.adopt(file)
+        return fold
 
     def discard(self) -> None:
         """Give it up, unless `finish` has renamed: the log goes on as it was."""
         if self._out is not None and not self._adopted:
             self._adopted = True
             self._out.discard()
+
+
+def write_new(files: Files, path: Path, fold: FoldSnapshot, format: LogFormat, progress: Progress | None = None) -> None:
+    """Make a log that holds `fold` at `path`, whole or not at all. FileExistsError if the name is taken."""
+    out = format.new_file(files, temporary(path), seq=fold.seq)
+    try:
+        out.write_fold(fold, progress)
+        out.sync()
+        files.link_new(out.path, path)
+        files.sync_dir(path.parent)
+    finally:
+        out.discard()

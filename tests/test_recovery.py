@@ -379,7 +379,7 @@ def test_an_empty_log_is_its_head_and_the_end_of_its_base(path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x89", b"\x89FLG\r\n\x1a\n", b"PGSS\x02\x00", b"hello, world\n" * 9, bytes(52), bytes(4096), b"\xff" * 99]
+    "content", [b"", b"\x89", b"\x89FLG\r\n\x1a\n", b"PGSS\x01\x00", b"hello, world\n" * 9, bytes(52), bytes(4096), b"\xff" * 99]
 )
 def test_a_file_that_is_no_log_is_refused_and_stays(path, content):
     for policy in ("refuse", "cut"):

@@ -1,0 +1,290 @@
+"""The format "slipstream-v2" as a log: reading it into a fold, telling torn from corrupt, appending, rewriting.
+
+The format has no ids and no sequence numbers. What the rest of foldlog needs of them is made up in memory, for as long as the
+process lives: a random log id, and a count of the cursor records behind the base (one to a batch), which goes on across
+rewrites, and across a writer's restart, by what `Log.known` remembers. A new process begins to count anew.
+
+All entries are kept in memory, as the origin does: as a delta over an empty base.
+
+Where it is not sure, the origin drops the end of a file; this refuses. See `diagnose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from foldlog.protocol.errors import InvalidFormatError, LogChangedError
+from foldlog.protocol.frames import FileHead
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import Change
+from foldlog.storage.base import EMPTY_BASE
+from foldlog.storage.delta import EMPTY_DELTA, PIECE_ENTRIES, Delta, Run
+from foldlog.storage.files import Files, ReadHandle
+from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.format import BUFFER_BYTES, Known, Loaded, LogFile, LogFormat, NewFile, Progress
+from foldlog.storage.recovery import SECTOR, Verdict
+from foldlog.storage.rewrite import new_head
+from foldlog.storage.scan import Chain
+from foldlog.storage.slipstream import (
+    CURSOR,
+    HEAD,
+    HEAD_BYTES,
+    MAX_CURSOR_BYTES,
+    PUT,
+    BadRecord,
+    Record,
+    check_head,
+    encode_cursor,
+    encode_item,
+    encode_put,
+    read_records,
+    whole_record_after,
+)
+
+SETTLE_ENTRIES = 65_536
+_REPORT_BYTES = 1024 * 1024
+
+
+class RecordCodec:
+    """Appends as records. A session begins and ends without a trace. See `format.Codec`."""
+
+    def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        data = encode_item(items[0]) if len(items) == 1 else b"".join(map(encode_item, items))
+        return data, Chain(chain.offset + len(data), 0, chain.seq + len(items), synced_seq)
+
+    def opening(self, chain: Chain, synced_seq: int) -> None:
+        return None
+
+    def seal(self, chain: Chain, synced_seq: int) -> None:
+        return None
+
+
+class RecordFile(NewFile):
+    """A new file of this format."""
+
+    def __init__(self, files: Files, path: Path, head: FileHead) -> None:
+        super().__init__(files, path, head, HEAD_BYTES, Chain(HEAD.size, 0, head.base_seq, head.base_seq))
+        self._delta = EMPTY_DELTA
+
+    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+        # What is in memory already is kept, in its compacted form, for the log that goes on in this file.
+        pieces = _Pieces() if fold.base is EMPTY_BASE else None
+        done, total = 0, fold.base.entries
+        for span in fold.spans("", None):
+            if span.leaf < 0:
+                live = [change for _, change in sorted(span.changes.items()) if change[1] is not None]
+                if pieces is not None:
+                    pieces.add(live)
+                keys: Sequence[str] = [change[0] for change in live]
+                values: Sequence[bytes] = [change[1] for change in live]  # type: ignore[misc]
+                versions: Sequence[bytes] = [change[2] for change in live]
+            else:
+                keys, values, versions = fold.span_columns(span)
+            self._add_puts(keys, values, versions)
+            done += len(keys)
+            if progress is not None:
+                progress(done, max(total, done))
+        if fold.cursor():
+            self._add(encode_cursor(fold.cursor()))
+        self.base_end = self.chain.offset
+        if pieces is not None:
+            self._delta = pieces.delta()
+
+    def _add_puts(self, keys: Sequence[str], values: Sequence[bytes], versions: Sequence[bytes]) -> None:
+        records: list[bytes] = []
+        size = 0
+        for record in map(encode_put, map(str.encode, keys), values, versions):
+            records.append(record)
+            size += len(record)
+            if size >= BUFFER_BYTES:
+                self._add(b"".join(records))
+                records, size = [], 0
+        self._add(b"".join(records))
+
+    def _add(self, data: bytes, batches: int = 0) -> None:
+        chain = self.chain
+        self.chain = Chain(chain.offset + len(data), 0, chain.seq + batches, chain.synced_seq)
+        self.put(data)
+
+    def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
+        cursors = 0
+        for record in read_records(source.handle, chain.offset, stop):
+            cursors += record.kind == CURSOR
+        for start in range(chain.offset, stop, _REPORT_BYTES):
+            self._add(source.handle.read(min(_REPORT_BYTES, stop - start), start))
+        self.chain = self.chain._replace(seq=self.chain.seq + cursors)
+        return chain._replace(offset=stop, seq=chain.seq + cursors)
+
+    def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
+        # The pieces of `since` are disjoint, so that their order means nothing.
+        delta = self._delta.with_runs(tuple(since.delta)) if len(since.delta) else self._delta
+        return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor())
+
+
+class _Pieces:
+    """Live entries, which come in key order, as the pieces of a delta."""
+
+    def __init__(self) -> None:
+        self._firsts: list[str] = []
+        self._pieces: list[Run] = []
+
+    def add(self, changes: Sequence[Change]) -> None:
+        for start in range(0, len(changes), PIECE_ENTRIES // 2):
+            part = changes[start : start + PIECE_ENTRIES // 2]
+            self._firsts.append(part[0][0] if self._pieces else "")
+            self._pieces.append(Run({change[0]: change for change in part}))
+
+    def delta(self) -> Delta:
+        return Delta(self._firsts, self._pieces) if self._pieces else EMPTY_DELTA
+
+
+class _Replay:
+    """Records on their way into a fold."""
+
+    def __init__(self, known: Known | None) -> None:
+        self.cursor = WatchCursor.none()
+        self.cursors = 0
+        """Cursor records behind the base that is known; all of them, if none is."""
+        self.records = 0
+        self.entries = 0
+        """Of the base."""
+        self.base_end = HEAD.size if known is None else known.base_end
+        self.base_cursors = 0
+        self._known = known is not None
+        self._in_base = True  # only puts so far, ascending
+        self._last_key: str | None = None
+        self._delta = EMPTY_DELTA
+        self._collected = Run()
+
+    def feed(self, record: Record) -> None:
+        kind, key, value, token, end = record
+        self.records += 1
+        if kind == CURSOR:
+            self.cursor = WatchCursor(token)
+            if not self._known or end > self.base_end:
+                self.cursors += 1
+            if self._in_base:
+                self._in_base = False
+                if not self._known and token:
+                    self.base_end, self.base_cursors = end, 1
+            return
+        self._collected[key] = (key, value, token)
+        if self._in_base:
+            if kind == PUT and (self._last_key is None or key > self._last_key):
+                self._last_key = key
+                self.entries += 1
+            else:
+                self._in_base = False
+                self.entries = 0
+        if len(self._collected) >= SETTLE_ENTRIES:
+            self._delta = self._delta.with_runs((self._collected,))
+            self._collected = Run()
+
+    def end(self, offset: int) -> None:
+        """The records end there."""
+        if self._in_base and not self._known:
+            self.base_end = offset
+        if self.base_end == HEAD.size:
+            self.entries = 0
+
+    def delta(self) -> Delta:
+        """The live entries: what was removed needs no memory, for there is nothing below that it hides."""
+        delta = self._delta.with_runs((self._collected,)) if self._collected else self._delta
+        pieces = _Pieces()
+        for piece in delta:
+            pieces.add([change for change in map(piece.__getitem__, piece.order()) if change[1] is not None])
+        return pieces.delta()
+
+
+class SlipstreamFormat(LogFormat):
+    """The log of the Rust crate `beyond-slipstream`, version 2."""
+
+    name = "slipstream-v2"
+    backend = "append-log"
+    backend_version = "2"
+    payload_path = "data/fold.snap"
+
+    def codec(self, head: FileHead, *, sync_each: bool) -> RecordCodec:
+        return RecordCodec()
+
+    def new_file(self, files: Files, path: Path, *, seq: int, log_id: bytes | None = None, sync_each: bool = False) -> RecordFile:
+        return RecordFile(files, path, new_head(log_id, seq))
+
+    def is_compact(self, head: FileHead, base_end: int, chain: Chain) -> bool:
+        return chain.offset == base_end
+
+    def may_be_unsynced(self, loaded: Loaded) -> bool:
+        return True  # nothing in the file tells
+
+    def load(self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None) -> Loaded:
+        """See `LogFormat`. Records behind the last cursor record are applied, as the origin does.
+
+        The base is what a compaction would have written, if the file begins with that; else it is empty. Cost: 2 us a record.
+        """
+        try:
+            check_head(handle.files.read(handle.fd, HEAD.size, 0))
+        except ValueError as error:
+            raise InvalidFormatError(handle.path, 0, str(error)) from None
+        size = handle.files.fstat(handle.fd).st_size
+        if known is not None and known.base_end > size:
+            known = None  # it was cut, or is another: its writer finds the log id changed
+        replay = _Replay(known)
+        offset = reported = HEAD.size
+        bad: BadRecord | None = None
+        try:
+            for record in read_records(handle, offset, size):
+                replay.feed(record)
+                offset = record.end
+                if progress is not None and offset - reported >= _REPORT_BYTES:
+                    reported = offset
+                    progress(offset, size)
+        except BadRecord as error:
+            bad = error
+        replay.end(offset)
+        if known is not None:
+            head = known.head if offset >= known.base_end else new_head(None, known.head.base_seq)
+            seq = head.base_seq + replay.cursors
+        else:
+            head = new_head(None, replay.base_cursors)
+            seq = replay.cursors
+        fold = FoldSnapshot(EMPTY_BASE, replay.delta(), (), seq, replay.cursor)
+        chain = Chain(offset, 0, seq, 0)
+        return Loaded(head, fold, chain, size, replay.base_end, replay.records, "", False, bad, self, replay.entries)
+
+    def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
+        """Whether what follows the last good record is torn or corrupt, and the reason.
+
+        Torn: a record that the end of the file cuts short and no whole record follows; nothing but zeros; or zeros from the
+        start of a sector on, which the bad record runs into and which are more than a cursor record at the end could have.
+        All else is corrupt: also a last record that is complete and does not verify, which the origin drops.
+        """
+        bad = loaded.bad
+        assert isinstance(bad, BadRecord)
+        if bad.final:
+            return Verdict.CORRUPT, bad.reason
+        rest = _rest(handle, bad.offset, loaded.size)
+        written = len(rest.rstrip(b"\0"))
+        if not written:
+            return Verdict.TORN, "nothing but zeros"
+        if bad.cut_short:
+            if (at := whole_record_after(rest, 1)) is not None:
+                return Verdict.CORRUPT, f"a damaged length: a whole record follows at byte {bad.offset + at} ({bad.reason})"
+            return Verdict.TORN, f"the last record ends early ({bad.reason})"
+        lost = bad.offset + written + -(bad.offset + written) % SECTOR
+        if lost < bad.end and loaded.size - lost >= MAX_CURSOR_BYTES:
+            return Verdict.TORN, f"the last record misses a sector ({bad.reason})"
+        return Verdict.CORRUPT, bad.reason
+
+    def check_payload(self, loaded: Loaded) -> None:
+        """Every record was checked when it was read, and a base is in key order."""
+
+
+SLIPSTREAM = SlipstreamFormat()
+
+
+def _rest(handle: ReadHandle, offset: int, size: int) -> bytes:
+    try:
+        return handle.read(size - offset, offset)
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None
