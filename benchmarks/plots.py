@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import FIGURES
+from report import FIGURES, number
 
 BESIDE = {
     "open": "open",
@@ -48,12 +48,17 @@ def _peers(samples: dict[str, dict[str, list[float]]], entries: int, path: Path)
     figure, grid = plt.subplots(2, 4, figsize=(15, 6))
     for axes, (name, title) in zip(grid.flat, BESIDE.items(), strict=True):
         shown = [subject for subject in subjects if name in samples[subject]]
+        if not shown:
+            axes.set_axis_off()
+            continue
         scale = FIGURES[name].scale
         values = [median(samples[subject][name]) * scale for subject in shown]
-        bars = axes.barh(shown, values, color=[_color(subjects, subject) for subject in shown])
-        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        for subject, value in zip(shown, values, strict=True):
+            axes.plot(value, subject, "o", color=_color(subjects, subject))
+            axes.annotate(f" {number(value)}", (value, subject), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.grid(axis="x", alpha=0.3)
         axes.set_xscale("log")
-        axes.margins(x=0.2)
+        axes.margins(x=0.25, y=0.15)
         axes.invert_yaxis()
         axes.set_title(f"{title}, {FIGURES[name].unit}", fontsize=10)
         axes.tick_params(labelsize=8)
@@ -70,6 +75,9 @@ def _growth(samples: dict[str, Any], sizes: list[str], path: Path) -> Path:
     subjects = [subject for subject in samples[sizes[-1]] if not subject.endswith("-synced")]
     figure, grid = plt.subplots(2, 3, figsize=(14, 7))
     for axes, name in zip(grid.flat, GROWTH, strict=True):
+        if not any(name in samples[size].get(subject, {}) for size in sizes for subject in subjects):
+            axes.set_axis_off()
+            continue
         scale = FIGURES[name].scale
         for subject in subjects:
             points = [(int(size), samples[size][subject][name]) for size in sizes if name in samples[size].get(subject, {})]

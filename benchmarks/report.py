@@ -1,7 +1,14 @@
-"""Figures into a Markdown table."""
+"""Figures into Markdown: `report.py DOCUMENT RESULTS.json ...` puts the tables of one or more runs into a document.
+
+A table replaces what stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is goals, figures, ratios or threads.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -110,6 +117,9 @@ GOALS: dict[str, Goal] = {
     "store_apply_1000": Goal("2.0", 2.0),
 }
 
+THREADED = ("commits", "store", "ask")
+"""How the names of the figures of many threads begin."""
+
 Samples = dict[str, dict[str, dict[str, list[float]]]]
 """entries -> subject -> figure -> samples."""
 
@@ -145,7 +155,7 @@ RATIOS = ("open", "get_hot", "get_first", "get_steady", "get_absent", "range_100
 def ratios(samples: dict[str, dict[str, list[float]]]) -> str:
     """What each peer takes, in multiples of what foldlog takes in the same run."""
     ours = samples.get("foldlog", {})
-    peers = [subject for subject in samples if not subject.startswith("foldlog")]
+    peers = [subject for subject in samples if not subject.startswith("foldlog") and samples[subject].keys() & set(RATIOS)]
     rows = []
     for name in RATIOS:
         cells = [
@@ -180,3 +190,35 @@ def markdown(run: dict[str, Any]) -> str:
         if entries == GOAL_ENTRIES:
             parts += ["### Goals", goals(samples)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def merged(runs: list[dict[str, Any]]) -> Samples:
+    """The samples of several runs; where two have the same figure of a subject, those of the later."""
+    samples: Samples = {}
+    for run in runs:
+        for entries, subjects in run["samples"].items():
+            for subject, figures in subjects.items():
+                samples.setdefault(entries, {}).setdefault(subject, {}).update(figures)
+    return samples
+
+
+def refresh(document: Path, runs: list[dict[str, Any]]) -> None:
+    """Put the tables of the runs, at the goals' number of entries, into a document."""
+    samples = merged(runs)[GOAL_ENTRIES]
+    threaded = {subject: figures for subject, figures in samples.items() if "commits_1" in figures}
+    engines = {subject: figures for subject, figures in samples.items() if "get_hot" in figures}
+    tables = {
+        "goals": goals(samples),
+        "figures": table({s: {n: v for n, v in f.items() if not n.startswith("commits")} for s, f in engines.items()}),
+        "ratios": ratios(samples),
+        "threads": table({s: {n: v for n, v in f.items() if n.startswith(THREADED)} for s, f in threaded.items()}),
+    }
+    text = document.read_text(encoding="utf-8")
+    for name, rows in tables.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = pattern.sub(rf"\g<1>{rows}\n\g<2>", text)
+    document.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    refresh(Path(sys.argv[1]), [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[2:]])
