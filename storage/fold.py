@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple, NoReturn
 
 from foldlog.protocol.errors import StoreClosed
@@ -20,10 +20,12 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import SLICE, Batch, Change, KvEntry
 from foldlog.storage import leaf
 from foldlog.storage.base import EMPTY_BASE, SHARDS, Base
+from foldlog.storage.collector import paused_collector
 from foldlog.storage.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.leaf import Columns
 
 _SHARD_MASK = SHARDS - 1
+_SMALL_RANGE_BLOCKS = 16  # a range of fewer leaves is over before the garbage collector minds it
 _new_entry = tuple.__new__
 
 
@@ -90,8 +92,12 @@ class FoldSnapshot:
         Cost: 0.3-0.5 us an entry, and up to 20 us for each end that cuts through a leaf.
         """
         entries: list[KvEntry] = []
-        for block in self.blocks(prefix):
+        blocks = self.blocks(prefix)
+        for block in islice(blocks, _SMALL_RANGE_BLOCKS):
             entries += block
+        with paused_collector():
+            for block in blocks:
+                entries += block
         return entries
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
@@ -226,6 +232,8 @@ class FoldSnapshot:
             columns = self.base.columns(span.leaf, span.low, span.high)
         if not span.changes:
             return columns
+        if len(span.changes) * 8 < len(columns.keys):
+            return leaf.patched_columns(columns, span.changes)
         merged = leaf.changes_of(columns)
         merged.update(span.changes)
         live = [change for change in map(merged.__getitem__, sorted(merged)) if change[1] is not None]

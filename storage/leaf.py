@@ -58,20 +58,21 @@ class Columns(NamedTuple):
 def leaf_end(keys: Sequence[str], values: Sequence[bytes], start: int) -> int | None:
     """Where the leaf that starts with entry `start` ends (exclusive), or None if it goes on past these entries."""
     stop = min(len(keys), start + MAX_ENTRIES)
-    sizes = list(accumulate(map(add, map(len, keys[start:stop]), map(len, values[start:stop]))))
     full = stop - start == MAX_ENTRIES
-    if sizes and sizes[-1] >= MAX_LEAF_BYTES:
-        stop = start + bisect_left(sizes, MAX_LEAF_BYTES) + 1
+    sizes = list(map(add, map(len, keys[start:stop]), map(len, values[start:stop])))
+    if sum(sizes) >= MAX_LEAF_BYTES:
+        stop = start + bisect_left(list(accumulate(sizes)), MAX_LEAF_BYTES) + 1
         full = True
-    for index in range(start + MIN_ENTRIES - 1, stop):
-        if not crc32c(keys[index].encode()) & _BOUNDARY_MASK:
+    first = start + MIN_ENTRIES - 1
+    for index, crc in enumerate(map(crc32c, map(str.encode, keys[first:stop])), first):
+        if not crc & _BOUNDARY_MASK:
             return index + 1
     return stop if full else None
 
 
 def encode_leaf(keys: Sequence[str], values: Sequence[bytes], versions: Sequence[bytes]) -> bytes:
     """The body of the leaf of these entries, in key order, at least one. Cost: about 0.2 us an entry."""
-    key_blob = b"".join((_SEPARATOR, _SEPARATOR.join([key.encode() for key in keys]), _SEPARATOR))
+    key_blob = _encode_keys(keys)
     index = b"".join(
         (
             key_blob,
@@ -84,6 +85,13 @@ def encode_leaf(keys: Sequence[str], values: Sequence[bytes], versions: Sequence
     sizes = struct.pack("<III", len(keys), HEAD.size + len(index), len(key_blob))
     crc = crc32c(index, crc32c(sizes))
     return b"".join((sizes, crc.to_bytes(4, "little"), index, *values))
+
+
+def _encode_keys(keys: Sequence[str]) -> bytes:
+    lines = "\n".join(keys)
+    if lines.count("\n") == len(keys) - 1:  # no key has one of its own, so one call encodes them all
+        return b"".join((_SEPARATOR, lines.encode().replace(b"\n", _SEPARATOR), _SEPARATOR))
+    return b"".join((_SEPARATOR, _SEPARATOR.join([key.encode() for key in keys]), _SEPARATOR))
 
 
 def _little(numbers: array[int]) -> bytes:
@@ -120,18 +128,19 @@ def locate(index: bytes, number: int) -> tuple[int, int, int, bytes]:
     """Of entry `number`: where its value starts in the body, the value's length and checksum, and the version."""
     count, index_len, keys_len, _ = HEAD.unpack_from(index)
     ends = HEAD.size + keys_len
-    crcs = ends + 4 * count
-    version_ends = crcs + 4 * count
-    versions = version_ends + 2 * count
-    if number:
-        start, end = _U32_PAIR.unpack_from(index, ends + 4 * number - 4)
-        version_start, version_end = _U16_PAIR.unpack_from(index, version_ends + 2 * number - 2)
-    else:
-        start, version_start = 0, 0
-        (end,) = _U32.unpack_from(index, ends)
-        (version_end,) = _U16.unpack_from(index, version_ends)
-    (crc,) = _U32.unpack_from(index, crcs + 4 * number)
+    start, end = _item(index, _U32, _U32_PAIR, ends, number)
+    (crc,) = _U32.unpack_from(index, ends + 4 * count + 4 * number)
+    version_start, version_end = _item(index, _U16, _U16_PAIR, ends + 8 * count, number)
+    versions = ends + 10 * count
     return index_len + start, end - start, crc, index[versions + version_start : versions + version_end]
+
+
+def _item(index: bytes, one: struct.Struct, pair: struct.Struct, ends_at: int, number: int) -> tuple[int, int]:
+    """Where item `number` of a blob starts and ends, by the ends that stand at `ends_at`."""
+    if number:
+        start, end = pair.unpack_from(index, ends_at + one.size * (number - 1))
+        return start, end
+    return 0, one.unpack_from(index, ends_at)[0]
 
 
 def decode_keys(index: bytes | memoryview) -> list[str]:
@@ -209,6 +218,51 @@ def check_leaf(body: bytes | memoryview) -> None:
     check_order(body)
     if encode_leaf(*decode_leaf(body)) != bytes(body):
         raise ValueError("a leaf is not what its entries encode to")
+
+
+def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
+    """The leaf with some values exchanged for others of the same length; None if that is not all that `changes` does.
+
+    What a compaction mostly meets: known keys with new values. Cost: a copy, and 4 us a change; decoding takes ten times that.
+    """
+    count, index_len, keys_len, _ = HEAD.unpack_from(body)
+    if keys_len + len(body) - index_len >= MAX_LEAF_BYTES:
+        return None  # where it ends may depend on the lengths of its values
+    index = body[:index_len]
+    crcs = HEAD.size + keys_len + 4 * count
+    patched = bytearray(body)
+    for key, value, version in changes.values():
+        number = find(index, key)
+        if number < 0 or value is None:
+            return None
+        start, size, _, old_version = locate(index, number)
+        if size != len(value) or len(old_version) != len(version):
+            return None
+        version_at = crcs + 6 * count + _item(index, _U16, _U16_PAIR, crcs + 4 * count, number)[0]
+        patched[start : start + size] = value
+        patched[version_at : version_at + len(version)] = version
+        _U32.pack_into(patched, crcs + 4 * number, crc32c(value))
+    crc = crc32c(memoryview(patched)[HEAD.size : index_len], crc32c(index[: HEAD.size - 4]))
+    _U32.pack_into(patched, HEAD.size - 4, crc)
+    return bytes(patched)
+
+
+def patched_columns(columns: Columns, changes: dict[str, Change]) -> Columns:
+    """The entries with a few changes made. Cost: copies the columns, and 1 us a change."""
+    keys, values, versions = columns.keys.copy(), columns.values.copy(), columns.versions.copy()
+    for key, value, version in changes.values():
+        at = bisect_left(keys, key)
+        present = at < len(keys) and keys[at] == key
+        if value is None:
+            if present:
+                del keys[at], values[at], versions[at]
+        elif present:
+            values[at], versions[at] = value, version
+        else:
+            keys.insert(at, key)
+            values.insert(at, value)
+            versions.insert(at, version)
+    return Columns(keys, values, versions)
 
 
 def changes_of(columns: Columns) -> dict[str, Change]:

@@ -30,10 +30,10 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.base import Base
 from foldlog.storage.files import Files, ReadHandle
-from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.fold import FoldSnapshot, Span
 from foldlog.storage.format import LogFile, LogFormat, NewFile
 from foldlog.storage.format import Progress as Progress
-from foldlog.storage.leaf import encode_leaf, leaf_end
+from foldlog.storage.leaf import encode_leaf, leaf_end, patched_leaf
 from foldlog.storage.lock import temporary
 from foldlog.storage.log import Log, open_body
 from foldlog.storage.scan import Chain, read_frames
@@ -127,8 +127,9 @@ def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None =
         del keys[:start], values[:start], versions[:start]
 
     for span in fold.spans("", None):
-        if span.whole and not span.changes and not keys:
-            emit(fold.base.body(span.leaf), fold.base.crc(span.leaf))
+        copied = _copied_leaf(fold, span) if span.whole and not keys else None
+        if copied is not None:
+            emit(*copied)
         else:
             columns = fold.span_columns(span)
             keys += columns.keys
@@ -141,6 +142,21 @@ def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None =
     end = {"cursor": bytes(fold.cursor()), "leaves": len(base), "entries": base.entries, "digest": digest.digest()}
     out.add(KIND_BASE_END, msgpack.packb(end))
     return base
+
+
+def _copied_leaf(fold: FoldSnapshot, span: Span) -> tuple[bytes, int | None] | None:
+    """The body of a leaf, and its checksum if it is as it was; None if it has to be made from its entries."""
+    if len(span.changes) > PATCHED_CHANGES:
+        return None
+    body = fold.base.body(span.leaf)
+    if not span.changes:
+        return body, fold.base.crc(span.leaf)
+    patched = patched_leaf(body, span.changes)
+    return None if patched is None else (patched, None)
+
+
+PATCHED_CHANGES = 32
+"""Up to so many changes, patching a leaf beats decoding it."""
 
 
 class Cancelled(Exception):
