@@ -199,11 +199,9 @@ def check_order(body: bytes | memoryview) -> list[str]:
         raise ValueError("a leaf's keys are not ascending")
     if index_len + value_ends[-1] != len(body) or ends_at + 10 * count + version_ends[-1] != index_len:
         raise ValueError("a leaf's lengths do not fit")
-    value_lens = list(map(sub, value_ends, (0, *value_ends)))
-    version_lens = list(map(sub, version_ends, (0, *version_ends)))
-    if not (min(value_lens) >= 0 and max(value_lens) <= MAX_VALUE_BYTES):
+    if not _lengths_fit(value_ends, MAX_VALUE_BYTES):
         raise ValueError("a leaf's value is over its limit")
-    if not (min(version_lens) >= 0 and max(version_lens) <= MAX_TOKEN_BYTES):
+    if not _lengths_fit(version_ends, MAX_TOKEN_BYTES):
         raise ValueError("a leaf's version is over its limit")
     if max(map(len, keys)) > MAX_KEY_BYTES // 4 and max(len(key.encode()) for key in keys) > MAX_KEY_BYTES:
         raise ValueError("a leaf's key is over its limit")
@@ -211,6 +209,15 @@ def check_order(body: bytes | memoryview) -> list[str]:
     if tuple(map(crc32c, _slices(body, index_len, "I", ends_at, 0, count))) != value_crcs:
         raise ValueError("a leaf's value does not verify")
     return keys
+
+
+def _lengths_fit(ends: tuple[int, ...], limit: int) -> bool:
+    """Whether items that end there have 0 to `limit` bytes each."""
+    step = ends[0]
+    if 0 < step <= limit and ends == tuple(range(step, step * len(ends) + 1, step)):  # all of one length, as they mostly are
+        return True
+    lengths = list(map(sub, ends, (0, *ends)))
+    return min(lengths) >= 0 and max(lengths) <= limit
 
 
 def check_leaf(body: bytes | memoryview) -> None:

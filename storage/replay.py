@@ -31,6 +31,7 @@ from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage import leaf, slipstream
 from foldlog.storage.base import Base
+from foldlog.storage.collector import paused_collector
 from foldlog.storage.delta import EMPTY_DELTA, Run
 from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
@@ -204,14 +205,15 @@ class FrameFormat(LogFormat):
         replay = Replay(handle, head)
         bad: BadFrame | None = None
         try:
-            for frame, body in read_frames(handle, head, chain, size):
-                try:
-                    replay.feed(frame, body)
-                except ValueError as error:
-                    raise BadFrame(frame.offset, str(error), final=True) from None
-                chain = chain.after(frame)
-                if progress is not None:
-                    progress(frame.offset + frame.size, size)
+            with paused_collector():
+                for frame, body in read_frames(handle, head, chain, size):
+                    try:
+                        replay.feed(frame, body)
+                    except ValueError as error:
+                        raise BadFrame(frame.offset, str(error), final=True) from None
+                    chain = chain.after(frame)
+                    if progress is not None:
+                        progress(frame.offset + frame.size, size)
         except BadFrame as error:
             bad = error
         if bad is None and not replay.base_end:
