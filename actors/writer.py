@@ -63,7 +63,10 @@ class Writer(SupervisedActor):
     def on_start(self) -> None:
         self._step("writer.start")
         self._drop_rewrite()
-        if self._engine is not None and self._engine.log.poison is not None:
+        crashed = self._engine and self._engine.log
+        if crashed and crashed.poison is None and not crashed.closed and not self._core.config.files.exists(crashed.path):
+            crashed.poison_with("was deleted while the writer was down")  # or replaying would begin an empty log
+        if crashed and crashed.poison is not None:
             self._heal()
         else:
             self._replay()
