@@ -5,6 +5,8 @@ The model, after what journaling file systems promise and SQLite's and etcd's te
 - What `sync` was called for stays. Of what was written to a file since, each 512-byte sector may have reached the disk or
   not, in any order, in any of the states that it had; a sector that never was on disk reads as zeros. The size may be any that
   the file had, or any multiple of 512 bytes between two of them.
+- Behind a `sync` that failed, the sectors that it should have saved count as saved, and are not: a later `sync` saves only what
+  was written after it. (The kernel marks pages clean whether or not they could be written.)
 - Of what was done to the names in a folder since its last `sync_dir`, a beginning has happened, in order.
 
 `CrashFiles` is a `Files` that carries the calls out and keeps these books; `images` tells what could be there now.
@@ -49,14 +51,31 @@ class _File:
         self.synced = content
         self.sizes: list[int] = [len(content)]
         self.history: list[bytes] = []  # after each change since the sync
+        self._lost: list[tuple[int, int]] = []  # stretches that a failed sync did not save, nor will a later one
 
-    def changed(self) -> None:
+    def changed(self, start: int, stop: int) -> None:
+        """It was changed between two offsets."""
         self.history.append(bytes(self.content))
         self.sizes.append(len(self.content))
+        first, last = start // SECTOR * SECTOR, -(-stop // SECTOR) * SECTOR
+        self._lost = [part for low, high in self._lost for part in ((low, min(high, first)), (max(low, last), high))]
+        self._lost = [(low, high) for low, high in self._lost if low < high]
 
     def settle(self) -> None:
-        self.synced = bytes(self.content)
-        self.sizes, self.history = [len(self.synced)], []
+        """A sync was done."""
+        saved = bytearray(self.content)
+        for low, high in self._lost:
+            old = self.synced[low:high].ljust(max(min(high, len(saved)) - low, 0), b"\0")
+            saved[low:high] = old[: max(len(saved) - low, 0)]
+        self.synced = bytes(saved)
+        self.sizes, self.history = [len(saved)], [] if saved == self.content else [bytes(self.content)]
+
+    def lose(self) -> None:
+        """A sync has failed."""
+        for state in self.history:
+            for at in range(0, max(len(state), len(self.synced)), SECTOR):
+                if state[at : at + SECTOR] != self.synced[at : at + SECTOR] and (at, at + SECTOR) not in self._lost:
+                    self._lost.append((at, at + SECTOR))
 
     def images(self, limit: int, chance: random.Random) -> list[bytes]:
         """What it may hold after a power loss: all, or `limit` of them by chance, the plain ones first."""
@@ -70,10 +89,17 @@ class _File:
                 for chosen in itertools.product(*sectors):
                     plain[b"".join(chosen)[:size]] = None
             return list(plain)
-        for _ in range(4 * limit):
+        states = (self.synced, *self.history)
+        for number in range(4 * limit):
             if len(plain) >= limit:
                 break
-            plain[b"".join(map(chance.choice, sectors))[: chance.choice(sizes)]] = None
+            if number % 2:
+                image = b"".join(map(chance.choice, sectors))
+            else:  # an older state up to some sector, a newer one behind it, or the other way round
+                low, high = (chance.choice(states).ljust(max(self.sizes), b"\0") for _ in range(2))
+                cut = chance.randrange(len(sectors) + 1) * SECTOR
+                image = low[:cut] + high[cut:]
+            plain[image[: chance.choice(self.sizes if number % 4 == 0 else sizes)]] = None
         return list(plain)
 
     def _versions(self, at: int) -> list[bytes]:
@@ -179,8 +205,9 @@ class CrashFiles(Files):
         node = folder.names.get(name)
         if isinstance(node, _File):
             if node.content:
+                stop = len(node.content)
                 node.content.clear()
-                node.changed()
+                node.changed(0, stop)
         else:
             node = _File()
             folder.set({name: node})
@@ -206,7 +233,7 @@ class CrashFiles(Files):
         if len(node.content) < offset:
             node.content.extend(bytes(offset - len(node.content)))
         node.content[offset : offset + count] = bytes(data[:count])
-        node.changed()
+        node.changed(offset, offset + count)
         self.changes += 1
         return count
 
@@ -215,12 +242,17 @@ class CrashFiles(Files):
         node = self._open[fd]
         del node.content[size:]
         node.content.extend(bytes(size - len(node.content)))
-        node.changed()
+        node.changed(size, size)
         self.changes += 1
 
     def sync(self, fd: int) -> None:
         self.inner.sync(fd)
         self._open[fd].settle()
+        self.changes += 1
+
+    def sync_failed(self, fd: int) -> None:
+        """Note that a `sync` of `fd` failed, and was not carried out."""
+        self._open[fd].lose()
         self.changes += 1
 
     def sync_dir(self, path: Path) -> None:

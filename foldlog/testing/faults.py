@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from foldlog.storage.files import OS_FILES, Files
+from foldlog.testing.crashes import CrashFiles
 
 OPERATIONS = (
     *("open_read", "open_write", "create", "open_dir", "open_at", "list_dir", "close", "read", "read_into", "write", "truncate"),
@@ -54,7 +55,8 @@ class Fault(NamedTuple):
 class FaultyFiles(Files):
     """Files of which chosen calls fail. The failing call does nothing, but for `close`, which closes, and the bytes of `takes`.
 
-    All calls are counted, also after `disarm()`. Any thread may call it, and stores do. To fail every call in turn:
+    All calls are counted, also after `disarm()`. Any thread may call it, and stores do. Over `CrashFiles`, a failed fsync loses
+    what it should have saved. To fail every call in turn:
 
         for nth in itertools.count(1):
             files = FaultyFiles(Fault(nth=nth))
@@ -78,6 +80,13 @@ class FaultyFiles(Files):
         self.fired: list[Call] = []
         """The calls that failed."""
         self._lock = threading.Lock()
+
+    def arm(self, *faults: Fault) -> None:
+        """Count from here on, and fail these calls instead."""
+        with self._lock:
+            self.counts.clear()
+            self.total, self.faults = 0, faults
+            self.fired.clear()
 
     def disarm(self) -> None:
         """Let every call through from now on."""
@@ -120,6 +129,8 @@ def _failing(operation: str) -> Callable[..., Any]:
     def method(self: FaultyFiles, *args: Any, **options: Any) -> Any:
         fault = self._begin(operation, args)
         if fault is not None and fault.error:
+            if operation == "sync" and isinstance(self.inner, CrashFiles):
+                self.inner.sync_failed(*args)
             raise OSError(fault.error, os.strerror(fault.error))
         return getattr(self.inner, operation)(*args, **options)
 
