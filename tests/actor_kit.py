@@ -339,7 +339,7 @@ def done(mail: Any) -> bool:
 def script(code: str, *arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, with warnings as errors but for what the script is about."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        [sys.executable, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -365,12 +365,13 @@ def descriptors(under: Path) -> list[str]:
 
 
 class _Slim(logging.Filter):
-    """Keep the text of a traceback and not its frames, which would hold what the test has let go."""
+    """Keep the text of errors and not their frames, which would hold what the test has let go: pytest keeps the records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
             record.exc_text = logging.Formatter().formatException(record.exc_info)  # type: ignore[arg-type]
             record.exc_info = None
+        record.msg, record.args = record.getMessage(), None
         return True
 
 
