@@ -340,6 +340,7 @@ class Writer(SupervisedActor):
             self._engine.log.abandon()
         if self._lock is not None:
             self._lock.release()
+        self._engine = None  # and with it the descriptor to read from, unless a snapshot is held
 
     def abandon_requests(self, error: Exception) -> None:
         """Fail all that was taken or waits for a compaction, for the supervisor that gives up."""
