@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from foldlog.actors.feeds import Feeds
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD
 from foldlog.storage.files import OS_FILES, Files
@@ -62,6 +63,8 @@ class Config:
     """Before the second restart in a row; doubled for each further one, up to 5 s. The first is at once."""
     stuck_after_s: float = 120.0
     """A writer that works on one thing for so long is reported as FAILED. A guess: no healthy disk takes that long."""
+    format: FormatName | None = None
+    """Of a log that is made; one that exists must be of it, unless this is None."""
     files: Files = field(default=OS_FILES, repr=False)
     step: Callable[[str], None] = field(default=lambda name: None, repr=False)
     """Called by each actor at its named steps (`foldlog.testing` crashes there)."""

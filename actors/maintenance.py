@@ -13,6 +13,7 @@ from foldlog.actors.core import Core
 from foldlog.actors.filewatch import FileWatch
 from foldlog.actors.requests import ExportRequest
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, WriterCrashed
+from foldlog.protocol.store import FormatName
 from foldlog.storage.artifact import export_fold
 from foldlog.storage.fold import ClosedFold, FoldSnapshot
 from foldlog.storage.rewrite import Cancelled, Rewrite
@@ -38,6 +39,7 @@ class ExportJob(NamedTuple):
 
     request: ExportRequest
     fold: FoldSnapshot
+    format: FormatName
 
     def fail(self, error: Exception | None) -> None:
         """It will not be served."""
@@ -123,7 +125,9 @@ class Maintenance(SupervisedActor):
     def _export(self, job: ExportJob) -> None:
         try:
             self._step("export.write")
-            manifest = export_fold(job.fold, job.request.dest_dir, files=self._core.config.files, progress=_let_others_run)
+            manifest = export_fold(
+                job.fold, job.request.dest_dir, format=job.format, files=self._core.config.files, progress=_let_others_run
+            )
             self._step("export.written")
         except (OSError, FoldlogError, ValueError, TypeError) as error:
             job.fail(error)

@@ -14,6 +14,7 @@ from typing import Any
 from foldlog.actors.adapter import Mail, log, reply
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch
 from foldlog.protocol.messages import Apply, Compact, Export
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Batch, Delete, Put, encode_batch
 from foldlog.storage.fold import FoldSnapshot
@@ -128,11 +129,11 @@ class CompactRequest(Request):
 class ExportRequest(Request):
     """Export the fold; the future gives the ExportManifest."""
 
-    __slots__ = ("dest_dir",)
+    __slots__ = ("dest_dir", "format")
 
-    def __init__(self, dest_dir: str) -> None:
+    def __init__(self, dest_dir: str, format: FormatName | None = None) -> None:
         super().__init__()
-        self.dest_dir = dest_dir
+        self.dest_dir, self.format = dest_dir, format
 
 
 def as_request(mail: Mail) -> Mail:
@@ -144,7 +145,7 @@ def as_request(mail: Mail) -> Mail:
     elif type(message) is Compact:
         request = CompactRequest()
     elif type(message) is Export:
-        request = ExportRequest(message.dest_dir)
+        request = ExportRequest(message.dest_dir, message.format)
     else:
         return mail
 

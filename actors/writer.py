@@ -87,7 +87,13 @@ class Writer(SupervisedActor):
         if crashed is not None:
             crashed.log.abandon(keep_lock=True)
         engine = Engine(
-            config.path, on_damage=config.on_damage, sync_each=config.sync == "always", files=config.files, lock=self._lock
+            config.path,
+            format=config.format,
+            on_damage=config.on_damage,
+            sync_each=config.sync == "always",
+            files=config.files,
+            lock=self._lock,
+            crashed=None if crashed is None else crashed.log,
         )
         if crashed is not None:
             try:
@@ -154,7 +160,8 @@ class Writer(SupervisedActor):
             self._in_hand = [first]
             self._step("export.begin")
             if first.start():
-                self._maintenance.put(Mail(ExportJob(first, self.engine.fold)))
+                format = first.format or self.engine.log.file.format.name
+                self._maintenance.put(Mail(ExportJob(first, self.engine.fold, format)))
         elif isinstance(first, Rewritten):
             self._finish_rewrite(first)
         elif isinstance(first, Heal):

@@ -27,13 +27,14 @@ from foldlog.actors.feeds import Delivery, Since, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.protocol.errors import ForkedStore, RequestTimeout, StoreClosed
-from foldlog.protocol.store import StrPath
+from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import DecodedBatch, KvEntry, Update, encode_batch
 from foldlog.storage.artifact import ExportManifest
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
 from foldlog.storage.files import OS_FILES, Files
 from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.format import check_format
 from foldlog.storage.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.tail import batches_since
 from foldlog.storage.verify import VerifyReport, verify_live
@@ -47,6 +48,7 @@ EXIT_TIMEOUT_S = 10.0
 def open(
     path: StrPath,
     *,
+    format: FormatName | None = None,
     readers: int = 2,
     sync: Sync = "interval",
     sync_interval_s: float = 1.0,
@@ -66,6 +68,12 @@ def open(
     survives a power loss with `sync="always"`; with `sync="interval"` up to the last background sync, one each
     `sync_interval_s` (`store.synced_cursor`); with `sync="never"` by luck.
 
+    `format`: of a new log, "foldlog" if None. A log that exists is of the format that its head tells, and naming another is an
+    InvalidFormatError. "slipstream-v2" is the file of the Rust crate, worked on in place. It promises less: a crash may leave a
+    part of a batch in it (its cursor is then not moved), the sequences, and the versions of local writes, start anew in each
+    process, all entries are in memory, and a few kinds of damage at its very end cannot be told from a torn write. It cannot be
+    followed, and a watch cannot go on behind a cursor. See `docs/interchange.md`.
+
     `readers`: actors that serve `store.reader`. `compact_threshold`: appended bytes (and no fewer than the base has) after
     which the log is compacted, behind the readers. `on_damage="cut"`: keep what stands before the first damage and set the
     rest aside. `mailbox_batches`, `mailbox_bytes`: what may wait for the writer. `max_restarts` within `restart_window_s`:
@@ -74,6 +82,7 @@ def open(
 
     Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and nothing stays open.
     """
+    check_format(format)
     if sync not in ("always", "interval", "never"):
         raise ValueError(f'sync is "always", "interval" or "never", not {sync!r}')
     if isinstance(readers, bool) or not isinstance(readers, int):
@@ -94,6 +103,7 @@ def open(
         max_restarts,
         restart_window_s,
         stuck_after_s=stuck_after_s,
+        format=format,
         files=files,
         step=step or _no_step,
     )
@@ -227,12 +237,17 @@ class Store:
         """Rewrite the log as its fold, behind the readers and while applies go on. Returns when it is done."""
         self._send(CompactRequest(), timeout_s)
 
-    def export_to(self, dest_dir: StrPath, timeout_s: float = JOB_TIMEOUT_S) -> ExportManifest:
+    def export_to(
+        self, dest_dir: StrPath, timeout_s: float = JOB_TIMEOUT_S, *, format: FormatName | None = None
+    ) -> ExportManifest:
         """Write the state, with all batches before this call, as an artifact at `dest_dir`, while applies go on.
+
+        `format`: of the artifact; that of the log, if None. One of "slipstream-v2" is what the Rust crate imports.
 
         FileExistsError if `dest_dir` exists. It appears complete or not at all.
         """
-        manifest: ExportManifest = self._send(ExportRequest(os.path.abspath(os.fspath(dest_dir))), timeout_s)
+        check_format(format)
+        manifest: ExportManifest = self._send(ExportRequest(os.path.abspath(os.fspath(dest_dir)), format), timeout_s)
         return manifest
 
     def verify(self) -> VerifyReport:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Update
 
@@ -30,6 +31,8 @@ class Export(NamedTuple):
 
     dest_dir: str
     """Must not exist."""
+    format: FormatName | None = None
+    """Of the artifact; that of the log, if None."""
 
 
 class Get(NamedTuple):

@@ -19,6 +19,7 @@ from foldlog.protocol.frames import FileHead
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change
 from foldlog.storage.base import EMPTY_BASE
+from foldlog.storage.collector import paused_collector
 from foldlog.storage.delta import EMPTY_DELTA, PIECE_ENTRIES, Delta, Run
 from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
@@ -139,47 +140,48 @@ class _Pieces:
         return Delta(self._firsts, self._pieces) if self._pieces else EMPTY_DELTA
 
 
-class _Replay:
-    """Records on their way into a fold."""
+class Count:
+    """Where a file's base ends, and how many batches follow: told by its records, in order.
 
-    def __init__(self, known: Known | None) -> None:
+    The base is what a compaction would have written, if the file begins with that; else it is empty.
+    """
+
+    def __init__(self, known: Known | None = None) -> None:
         self.cursor = WatchCursor.none()
-        self.cursors = 0
-        """Cursor records behind the base that is known; all of them, if none is."""
         self.records = 0
         self.entries = 0
         """Of the base."""
         self.base_end = HEAD.size if known is None else known.base_end
-        self.base_cursors = 0
+        self.batches = 0
+        """Cursor records behind the base."""
+        self.base_seq = 0 if known is None else known.head.base_seq
+        """The sequence of the base. Where it is not known, 1 for a base with a cursor."""
         self._known = known is not None
         self._in_base = True  # only puts so far, ascending
         self._last_key: str | None = None
-        self._delta = EMPTY_DELTA
-        self._collected = Run()
+
+    @property
+    def seq(self) -> int:
+        """The sequence of the last batch."""
+        return self.base_seq + self.batches
 
     def feed(self, record: Record) -> None:
-        kind, key, value, token, end = record
+        """Take the next record."""
         self.records += 1
+        kind, key, _, token, end = record
         if kind == CURSOR:
             self.cursor = WatchCursor(token)
-            if not self._known or end > self.base_end:
-                self.cursors += 1
-            if self._in_base:
-                self._in_base = False
-                if not self._known and token:
-                    self.base_end, self.base_cursors = end, 1
-            return
-        self._collected[key] = (key, value, token)
-        if self._in_base:
+            if self._in_base and not self._known and token:
+                self.base_end, self.base_seq = end, 1
+            elif end > self.base_end:
+                self.batches += 1
+            self._in_base = False
+        elif self._in_base:
             if kind == PUT and (self._last_key is None or key > self._last_key):
                 self._last_key = key
                 self.entries += 1
             else:
                 self._in_base = False
-                self.entries = 0
-        if len(self._collected) >= SETTLE_ENTRIES:
-            self._delta = self._delta.with_runs((self._collected,))
-            self._collected = Run()
 
     def end(self, offset: int) -> None:
         """The records end there."""
@@ -187,6 +189,27 @@ class _Replay:
             self.base_end = offset
         if self.base_end == HEAD.size:
             self.entries = 0
+
+
+class _Replay(Count):
+    """Records on their way into a fold."""
+
+    def __init__(self, known: Known | None) -> None:
+        super().__init__(known)
+        self._delta = EMPTY_DELTA
+        self._collected = Run()
+
+    def feed(self, record: Record) -> None:
+        if self._in_base or record[0] == CURSOR:
+            super().feed(record)
+        else:
+            self.records += 1
+        kind, key, value, token, _ = record
+        if kind != CURSOR:
+            self._collected[key] = (key, value, token)
+            if len(self._collected) >= SETTLE_ENTRIES:
+                self._delta = self._delta.with_runs((self._collected,))
+                self._collected = Run()
 
     def delta(self) -> Delta:
         """The live entries: what was removed needs no memory, for there is nothing below that it hides."""
@@ -218,10 +241,7 @@ class SlipstreamFormat(LogFormat):
         return True  # nothing in the file tells
 
     def load(self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None) -> Loaded:
-        """See `LogFormat`. Records behind the last cursor record are applied, as the origin does.
-
-        The base is what a compaction would have written, if the file begins with that; else it is empty. Cost: 2 us a record.
-        """
+        """See `LogFormat`. Records behind the last cursor record are applied, as the origin does. Cost: 2 us a record."""
         try:
             check_head(handle.files.read(handle.fd, HEAD.size, 0))
         except ValueError as error:
@@ -233,48 +253,25 @@ class SlipstreamFormat(LogFormat):
         offset = reported = HEAD.size
         bad: BadRecord | None = None
         try:
-            for record in read_records(handle, offset, size):
-                replay.feed(record)
-                offset = record.end
-                if progress is not None and offset - reported >= _REPORT_BYTES:
-                    reported = offset
-                    progress(offset, size)
+            with paused_collector():
+                for record in read_records(handle, offset, size):
+                    replay.feed(record)
+                    offset = record.end
+                    if progress is not None and offset - reported >= _REPORT_BYTES:
+                        reported = offset
+                        progress(offset, size)
         except BadRecord as error:
             bad = error
         replay.end(offset)
-        if known is not None:
-            head = known.head if offset >= known.base_end else new_head(None, known.head.base_seq)
-            seq = head.base_seq + replay.cursors
-        else:
-            head = new_head(None, replay.base_cursors)
-            seq = replay.cursors
-        fold = FoldSnapshot(EMPTY_BASE, replay.delta(), (), seq, replay.cursor)
-        chain = Chain(offset, 0, seq, 0)
+        head = known.head if known is not None and offset >= known.base_end else new_head(None, replay.base_seq)
+        fold = FoldSnapshot(EMPTY_BASE, replay.delta(), (), replay.seq, replay.cursor)
+        chain = Chain(offset, 0, replay.seq, 0)
         return Loaded(head, fold, chain, size, replay.base_end, replay.records, "", False, bad, self, replay.entries)
 
     def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
-        """Whether what follows the last good record is torn or corrupt, and the reason.
-
-        Torn: a record that the end of the file cuts short and no whole record follows; nothing but zeros; or zeros from the
-        start of a sector on, which the bad record runs into and which are more than a cursor record at the end could have.
-        All else is corrupt: also a last record that is complete and does not verify, which the origin drops.
-        """
         bad = loaded.bad
         assert isinstance(bad, BadRecord)
-        if bad.final:
-            return Verdict.CORRUPT, bad.reason
-        rest = _rest(handle, bad.offset, loaded.size)
-        written = len(rest.rstrip(b"\0"))
-        if not written:
-            return Verdict.TORN, "nothing but zeros"
-        if bad.cut_short:
-            if (at := whole_record_after(rest, 1)) is not None:
-                return Verdict.CORRUPT, f"a damaged length: a whole record follows at byte {bad.offset + at} ({bad.reason})"
-            return Verdict.TORN, f"the last record ends early ({bad.reason})"
-        lost = bad.offset + written + -(bad.offset + written) % SECTOR
-        if lost < bad.end and loaded.size - lost >= MAX_CURSOR_BYTES:
-            return Verdict.TORN, f"the last record misses a sector ({bad.reason})"
-        return Verdict.CORRUPT, bad.reason
+        return judge(bad, read_rest(handle, bad.offset, loaded.size))
 
     def check_payload(self, loaded: Loaded) -> None:
         """Every record was checked when it was read, and a base is in key order."""
@@ -283,7 +280,30 @@ class SlipstreamFormat(LogFormat):
 SLIPSTREAM = SlipstreamFormat()
 
 
-def _rest(handle: ReadHandle, offset: int, size: int) -> bytes:
+def judge(bad: BadRecord, rest: bytes) -> tuple[Verdict, str]:
+    """Whether `rest`, the bytes of a file from the bad record on, are torn or corrupt, and the reason.
+
+    Torn: a record that the end of the file cuts short and no whole record follows; nothing but zeros; or zeros from the start
+    of a sector on, which the bad record runs into and which are more than a cursor record at the end could have. All else
+    is corrupt: also a last record that is complete and does not verify, which the origin drops.
+    """
+    if bad.final:
+        return Verdict.CORRUPT, bad.reason
+    written = len(rest.rstrip(b"\0"))
+    if not written:
+        return Verdict.TORN, "nothing but zeros"
+    if bad.cut_short:
+        if (at := whole_record_after(rest, 1)) is not None:
+            return Verdict.CORRUPT, f"a damaged length: a whole record follows at byte {bad.offset + at} ({bad.reason})"
+        return Verdict.TORN, f"the last record ends early ({bad.reason})"
+    lost = bad.offset + written + -(bad.offset + written) % SECTOR
+    if lost < bad.end and bad.offset + len(rest) - lost >= MAX_CURSOR_BYTES:
+        return Verdict.TORN, f"the last record misses a sector ({bad.reason})"
+    return Verdict.CORRUPT, bad.reason
+
+
+def read_rest(handle: ReadHandle, offset: int, size: int) -> bytes:
+    """The bytes from `offset` to `size`. LogChangedError if the file ends before."""
     try:
         return handle.read(size - offset, offset)
     except EOFError as error:
