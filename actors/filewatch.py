@@ -1,4 +1,4 @@
-"""Being woken when a log file changes: watchdog's events as hints, a slow poll as the truth.
+"""Wake-ups on file events, with a poll as the truth.
 
 Events get lost: a full inotify queue drops them with a log line, a folder that was removed and made again is silent, and
 network file systems have none. So nothing depends on them: whoever waits here waits no longer than its poll interval.
@@ -9,13 +9,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
 log = logging.getLogger("foldlog")
+
+RETRY_S = 10.0
+"""Before asking again for events that were not to be had: each try costs a thread."""
 
 
 class FileWatch(FileSystemEventHandler):
@@ -24,19 +30,59 @@ class FileWatch(FileSystemEventHandler):
     `wake` runs on a thread of watchdog's, and must only leave a note.
     """
 
-    def __init__(self, path: Path, events: Sequence[type[FileSystemEvent]], wake: Callable[[], object]) -> None:
-        self._path = os.fspath(path)
+    def __init__(
+        self,
+        path: Path,
+        events: Sequence[type[FileSystemEvent]],
+        wake: Callable[[], object],
+        *,
+        observer: Callable[[], Any] = Observer,
+    ) -> None:
+        self._file, self._path = path, os.fspath(path)
+        self._events = list(events)
         self._wake = wake
-        self._observer = Observer()
-        self._observer.daemon = True
-        self.active = False
+        self._make_observer = observer
+        self._observer: Any = None
+        self._folder: tuple[int, int] | None = None
+        self._told = False
+        self._retry_at = 0.0
+        self.start()
+
+    @property
+    def active(self) -> bool:
         """Whether events are to be had; if not, there is the poll."""
+        return self._observer is not None
+
+    def start(self) -> None:
+        """Ask for events, if there are any to be had."""
+        self._retry_at = time.monotonic() + RETRY_S
+        observer = None
         try:
-            self._observer.schedule(self, os.fspath(path.parent), recursive=False, event_filter=list(events))
-            self._observer.start()
-            self.active = True
-        except (OSError, RuntimeError) as error:  # no watches or instances left, or no such folder
-            log.info("%s: no file events (%s): polling only", path, error)
+            observer = self._make_observer()
+            self._folder = self._folder_now()
+            observer.schedule(self, os.fspath(self._file.parent), recursive=False, event_filter=self._events)
+            observer.start()
+        except (OSError, RuntimeError) as error:  # no watches or instances left, no such folder, no more threads
+            if not self._told:
+                log.info("%s: no file events (%s): polling only", self._path, error)
+            self._told = True
+            _stop(observer)
+        else:
+            self._observer = observer
+
+    def refresh(self) -> None:
+        """Ask for events anew if there were none to be had, or the folder is another by now. Cost: a `stat`, if all is well."""
+        if self._observer is None and time.monotonic() < self._retry_at:
+            return
+        with contextlib.suppress(OSError):
+            if self._observer is not None and self._folder_now() == self._folder and self._observer.is_alive():
+                return
+            self.stop()
+            self.start()
+
+    def _folder_now(self) -> tuple[int, int]:
+        stat = os.stat(self._file.parent)
+        return stat.st_dev, stat.st_ino
 
     def dispatch(self, event: FileSystemEvent) -> None:
         """Called by watchdog; an exception here would silence it for good."""
@@ -46,7 +92,13 @@ class FileWatch(FileSystemEventHandler):
 
     def stop(self) -> None:
         """Stop, and wait for watchdog's threads."""
-        if self.active:
-            self.active = False
-            self._observer.stop()
-            self._observer.join(5.0)
+        observer, self._observer = self._observer, None
+        _stop(observer)
+
+
+def _stop(observer: Any) -> None:
+    if observer is not None:
+        with contextlib.suppress(Exception):
+            observer.stop()
+        if observer.is_alive() and observer is not threading.current_thread():
+            observer.join(5.0)

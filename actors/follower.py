@@ -6,7 +6,6 @@ reported as the state, and readers keep the last snapshot.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import threading
 import time
@@ -24,7 +23,11 @@ from foldlog.storage.fold import ClosedFold, FoldSnapshot
 from foldlog.storage.tail import Jump, Tail
 
 MIN_PAUSE_S = 0.002
-"""Between polls: a writer at full speed wakes a follower more often than is worth it."""
+"""Between polls that find something: a writer at full speed wakes a follower more often than is worth it."""
+MAX_PAUSE_S = 0.02
+"""What that grows to while every poll finds something."""
+EVENTS = (FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent)
+"""What wakes a follower. Not opening and closing, which it does itself."""
 
 
 class FollowerState(enum.StrEnum):
@@ -36,7 +39,7 @@ class FollowerState(enum.StrEnum):
     MISSING = "missing"
     """The log is gone; what was read is served."""
     REPLACED = "replaced"
-    """Another log, or an older state, took the name; it is followed now."""
+    """Another log, or an older state, took the name since this follower was opened; it is followed now."""
     FAILED = "failed"
     """The log does not read (`reason`); what was read is served, and it is tried again."""
     CLOSED = "closed"
@@ -54,66 +57,89 @@ class FollowerThread:
         # Written by this thread alone, replaced whole. Invariant: its sequence falls only with the state REPLACED.
         self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
         self.published_at = time.monotonic()
-        self.advanced = threading.Condition()
+        self.advanced = threading.Condition(threading.RLock())
         """Notified behind each publish, and at the end."""
         self.state = FollowerState.WAITING
         self.reason = ""
         self.reloads = 0
         """Times that the state was read anew, with the steps in between unknown."""
+        self._rewound = ""
+        self._error: Exception | None = None
         self._closing = False
-        self._poll()  # on the caller's thread: what stands in the log now is there when follow() returns
-        if self.state is FollowerState.FAILED:
+        while self._poll():  # on the caller's thread: what stands in the log now is there when follow() returns
+            if self._tail.started and not self._tail.behind:
+                break
+        if self._error is not None:
             raise self._error
-        kinds = (FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent)
-        self._watch = FileWatch(path, kinds, self.woken.set)
+        self.woken.set()  # for what came before the watch
+        self._watch = FileWatch(path, EVENTS, self.woken.set)
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:
+            self._watch.stop()
+            raise
 
     @property
     def cursor(self) -> WatchCursor:
         return self.snapshot.cursor()
 
     def _run(self) -> None:
-        while not self._closing:
-            self.woken.wait(self._poll_interval_s)
-            self.woken.clear()
-            if not self._closing:
-                self._poll()
-                time.sleep(MIN_PAUSE_S)
-
-    def _poll(self) -> None:
         try:
-            steps = self._tail.poll()
-            for step in steps:
-                self.snapshot, self.published_at = step.fold, time.monotonic()
-                if isinstance(step, Jump):
-                    self.reloads += 1
-                    self.feeds.jump(step.fold, step.rewound)
-                elif self.feeds.wanted and step.batches:
-                    self.feeds.publish(step.fold, step.first_seq, step.batches, 0)
-            self._set_state([step.rewound for step in steps if isinstance(step, Jump) and step.rewound])
-        except (OSError, FoldlogError) as error:
+            while not self._closing:
+                was_woken = self.woken.wait(self._poll_interval_s)
+                self.woken.clear()
+                pause_s = MIN_PAUSE_S
+                while not self._closing and self._poll():
+                    if not was_woken:
+                        self._watch.refresh()  # there was news, and no event
+                        was_woken = True
+                    if not self._tail.behind:
+                        time.sleep(pause_s)
+                        pause_s = min(pause_s * 1.5, MAX_PAUSE_S)
+        finally:
+            self._end()
+
+    def _poll(self) -> bool:
+        """Take one step. Whether there was one."""
+        was_started = self._tail.started
+        try:
+            step = self._tail.poll()
+        except Exception as error:
+            if not isinstance(error, (OSError, FoldlogError)):  # a bug must not end the thread: the next poll may do
+                log.exception("%s: following failed", self.path)
             self._fail(error)
-            return
-        except Exception as error:  # a bug must not end the thread: the next poll may do
-            log.exception("%s: following failed", self.path)
-            self._fail(error)
-            return
-        if steps:
+            return False
+        self._error = None
+        if step is not None:
+            self.snapshot, self.published_at = step.fold, time.monotonic()
+            if not isinstance(step, Jump) and step.batches:
+                self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
+            else:
+                self.feeds.jump(step.fold, step.rewound if isinstance(step, Jump) else "")
+            if isinstance(step, Jump):
+                self.reloads += was_started
+                if step.rewound:
+                    log.warning("%s: %s", self.path, step.rewound)
+                    self._rewound = step.rewound
+        self._set_state()
+        if step is not None:
             with self.advanced:
                 self.advanced.notify_all()
+        return step is not None
 
-    def _set_state(self, rewound: list[str]) -> None:
-        if rewound:
-            self.state, self.reason = FollowerState.REPLACED, rewound[-1]
-            log.warning("%s: %s", self.path, self.reason)
-        elif self._tail.missing:
-            missing = FollowerState.MISSING if self._tail.started else FollowerState.WAITING
-            if missing is not self.state:
-                log.info("%s: there is no log", self.path)
-            self.state, self.reason = missing, "there is no file under the name"
-        elif self.state is not FollowerState.REPLACED:
-            self.state, self.reason = FollowerState.FOLLOWING, ""
+    def _set_state(self) -> None:
+        if self._tail.missing:
+            state, reason = FollowerState.WAITING, "there is no file under the name"
+            if self._tail.started:
+                state = FollowerState.MISSING
+        elif self._rewound:
+            state, reason = FollowerState.REPLACED, self._rewound
+        else:
+            state, reason = FollowerState.FOLLOWING, ""
+        if state is not self.state:
+            log.info("%s: %s", self.path, state)
+        self.state, self.reason = state, reason
 
     def _fail(self, error: Exception) -> None:
         if str(error) != self.reason:
@@ -121,15 +147,21 @@ class FollowerThread:
         self._error = error
         self.state, self.reason = FollowerState.FAILED, str(error)
 
-    def close(self) -> None:
-        """Stop. From the thread itself, returns at once."""
+    def ask_to_close(self) -> None:
+        """Let the thread come to its end. Never blocks."""
         self._closing = True
         self.woken.set()
-        self._watch.stop()
+
+    def close(self) -> None:
+        """Stop, and wait for it; from the thread itself, returns at once."""
+        self.ask_to_close()
         if threading.current_thread() is not self.thread:
-            self.thread.join(5.0)
-        self.state = FollowerState.CLOSED
+            self.thread.join(10.0)
+
+    def _end(self) -> None:
+        self._watch.stop()
+        self.state, self.reason = FollowerState.CLOSED, ""
         self.feeds.end(f"the follower of {self.path} was closed")
         self.snapshot = ClosedFold(f"the follower of {self.path} is closed")
-        with contextlib.suppress(RuntimeError), self.advanced:
+        with self.advanced:
             self.advanced.notify_all()

@@ -166,11 +166,14 @@ class Syncer(SupervisedActor):
         if self._watch is None:
             kinds = (FileDeletedEvent, FileMovedEvent, FileCreatedEvent)
             self._watch = FileWatch(self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look())))
+            self._look()  # what happened before there were events
 
     def handle(self, mails: list[Mail]) -> None:
         self._look()
 
     def on_tick(self) -> None:
+        if self._watch is not None:
+            self._watch.refresh()
         self._look()
         if self._core.config.sync == "interval":
             self._sync()

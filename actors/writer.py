@@ -71,10 +71,9 @@ class Writer(SupervisedActor):
         else:
             self._replay()
         self._core.log, self._core.report = self.engine.log, self.engine.report
-        published, fold = self._core.snapshot, self.engine.fold
+        fold = self.engine.fold
         self._core.publish(fold)
-        if fold.seq > published.seq:  # written by the crashed writer, and never told of
-            self._core.feeds.jump(fold)
+        self._core.feeds.jump(fold)  # some of it may have been written by the crashed writer, and never told of
         self._settle_taken()
         self._compact_if_due()
 
@@ -226,7 +225,7 @@ class Writer(SupervisedActor):
         if core.config.sync == "always":
             core.note_synced(fold)
         if core.feeds.wanted:
-            core.feeds.publish(fold, written[0].seq or 0, batches, sum(len(batch.item) for batch in batches))
+            core.feeds.publish(fold, fold.seq - len(batches) + 1, batches, sum(len(batch.item) for batch in batches))
         self._step("writer.after_publish")
         books, now = core.books, time.monotonic()
         for request in written:
@@ -301,6 +300,7 @@ class Writer(SupervisedActor):
             return
         self._rewrite = None
         self._core.publish(fold)
+        self._core.feeds.jump(fold)  # the same state: for subscribers to let go of the old file
         books = self._core.books
         books.compactions += 1
         books.last_compaction_s = time.monotonic() - self._rewrite_started

@@ -4,7 +4,8 @@ protocol <- storage <- actors <- foldlog        imports never run back
 """
 
 from foldlog.actors.core import Restart, State, Stats
-from foldlog.actors.feeds import Delivery, Watch
+from foldlog.actors.delivery import Delivery
+from foldlog.actors.feeds import Watch
 from foldlog.actors.follower import FollowerState
 from foldlog.follow import Follower, FollowerStats, follow
 from foldlog.protocol.errors import (

@@ -14,16 +14,16 @@ from typing import Any, NoReturn, Self, cast
 
 import pykka
 
-from foldlog.actors.feeds import Delivery, Since, Watch
+from foldlog.actors.delivery import Delivery
+from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
 from foldlog.protocol.errors import ForkedStore, RequestTimeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import DecodedBatch, KvEntry
-from foldlog.storage.files import OS_FILES, Files, ReadHandle
+from foldlog.protocol.updates import KvEntry
+from foldlog.storage.files import OS_FILES, Files
 from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.replay import read_head, resolve
-from foldlog.storage.tail import batches_since
+from foldlog.storage.replay import resolve
 
 POLL_INTERVAL_S = 0.5
 
@@ -108,6 +108,7 @@ class Follower:
             raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
         self._check_process()
         deadline = time.monotonic() + timeout_s
+        self._thread.woken.set()  # a look at the log, in case its event is late or lost
         with self._thread.advanced:
             while not _reached(self.cursor(), cursor):
                 rest = deadline - time.monotonic()
@@ -118,15 +119,12 @@ class Follower:
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
         """An iterator of events, as `Store.watch`; and Rewound, then the difference, if the log went back or was replaced."""
         self._check_process()
-        return Watch(self._thread.feeds, self.snapshot, self._batches_since, prefix, since)
+        return Watch(Subscription(self._thread.feeds, self.snapshot, prefix, since), self)
 
     def subscribe(self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None) -> Delivery:
-        """`watch`, told to an actor: each event is a message to it."""
-        return Delivery(actor_ref, self.watch(prefix, since))
-
-    def _batches_since(self, cursor: WatchCursor, last_seq: int) -> list[tuple[int, DecodedBatch]] | None:
-        handle = ReadHandle(OS_FILES, self.path)
-        return batches_since(handle, read_head(handle), handle.files.fstat(handle.fd).st_size, cursor, last_seq)
+        """`watch`, told to an actor: each event is a message to it. See `Store.subscribe`."""
+        self._check_process()
+        return Delivery(actor_ref, Subscription(self._thread.feeds, self.snapshot, prefix, since))
 
     @property
     def path(self) -> Path:
@@ -181,4 +179,4 @@ def _reached(at: WatchCursor, wanted: WatchCursor) -> bool:
 def _close_dropped(thread: FollowerThread, pid: int) -> None:
     if os.getpid() == pid and thread.state is not FollowerState.CLOSED:
         warnings.warn("a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2)
-        thread.close()
+        thread.ask_to_close()  # no more than that: a collection of garbage calls this, on any thread

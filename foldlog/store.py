@@ -23,20 +23,20 @@ import pykka
 
 from foldlog.actors.adapter import Mail
 from foldlog.actors.core import Config, Core, State, Stats, Sync
-from foldlog.actors.feeds import Delivery, Since, Watch
+from foldlog.actors.delivery import Delivery
+from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.protocol.errors import ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
-from foldlog.protocol.updates import DecodedBatch, KvEntry, Update, encode_batch
+from foldlog.protocol.updates import KvEntry, Update, encode_batch
 from foldlog.storage.artifact import ExportManifest
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
 from foldlog.storage.files import OS_FILES, Files
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.format import check_format
 from foldlog.storage.replay import OnDamage, OpenReport, resolve
-from foldlog.storage.tail import batches_since
 from foldlog.storage.verify import VerifyReport, verify_live
 
 APPLY_TIMEOUT_S = 30.0
@@ -282,17 +282,17 @@ class Store:
         writes left in place may tell those again. Cost for the writer: an append for each commit group. Memory: bounded; one
         that falls behind is told Lagged, and then the difference.
         """
-        return Watch(self._core.feeds, self.snapshot, self._batches_since, prefix, since)
+        self._check_process()
+        return Watch(Subscription(self._core.feeds, self.snapshot, prefix, since), self)
 
     def subscribe(self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None) -> Delivery:
-        """`watch`, told to an actor: each event is a message to it. Ends with the store, the actor, or `cancel()`."""
-        return Delivery(actor_ref, self.watch(prefix, since))
+        """`watch`, told to an actor: each event is a message to it. Ends with the store, the actor, or `cancel()`.
 
-    def _batches_since(self, cursor: WatchCursor, last_seq: int) -> list[tuple[int, DecodedBatch]] | None:
-        journal = self._core.log
-        assert journal is not None
-        file, chain = journal.file, journal.chain
-        return batches_since(file.handle, file.head, chain.offset, cursor, last_seq)
+        The last message is Ended. An actor that is slow is told Lagged, as a slow iterator is; one that fails on three events
+        in a row is unsubscribed. It does not keep the store from being dropped.
+        """
+        self._check_process()
+        return Delivery(actor_ref, Subscription(self._core.feeds, self.snapshot, prefix, since))
 
     # Watching over it.
 

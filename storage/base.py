@@ -41,6 +41,7 @@ class Base:
         "_lengths",
         "_offsets",
         "cache",
+        "digest",
         "entries",
         "firsts",
         "handle",
@@ -49,6 +50,8 @@ class Base:
     def __init__(self, handle: ReadHandle | None) -> None:
         self.handle = handle
         self.entries = 0
+        self.digest = b""
+        """BLAKE3 of the bodies of all leaves, as the end of the base says; b"" for a base that was written here."""
         self.firsts: list[str] = []
         self._offsets = array("Q")  # of the bodies
         self._lengths = array("I")
