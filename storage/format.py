@@ -145,8 +145,10 @@ class NewFile(ABC):
 
     def discard(self) -> None:
         """Give the file up."""
-        self.files.close(self.fd)
-        remove_quietly(self.files, self.path)
+        try:
+            self.files.close(self.fd)
+        finally:
+            remove_quietly(self.files, self.path)
 
 
 class LogFormat(ABC):

@@ -267,8 +267,8 @@ class _Salvage:
         for found, cursor_behind in [*steps, (None, None)]:
             stop = None if found is None else found.offset
             inside = [piece for piece in self._bad if position <= piece.offset and (stop is None or piece.offset < stop)]
-            for piece in inside:
-                first, last = _lost_range(piece, last_seq, None if found is None else found.first_seq)
+            next_seq = None if found is None else found.first_seq
+            for piece, (first, last) in zip(inside, _lost_ranges(inside, last_seq, next_seq), strict=True):
                 self.losses.append(Loss(piece.offset, piece.size, piece.reason, first, last, cursor, cursor_behind))
             self._bad = [piece for piece in self._bad if piece not in inside]
             if found is None or cursor_behind is None:
@@ -280,14 +280,27 @@ class _Salvage:
         self.losses += [Loss(piece.offset, piece.size, piece.reason) for piece in self._bad]
 
 
-def _lost_range(piece: Piece, last_seq: int, next_seq: int | None) -> tuple[int | None, int | None]:
-    """The batches that a bad stretch held, between batch `last_seq` and `next_seq`, which were kept."""
-    if piece.head is not None:
+def _lost_ranges(pieces: list[Piece], last_seq: int, next_seq: int | None) -> list[tuple[int | None, int | None]]:
+    """The batches that bad stretches held, between batch `last_seq` and `next_seq`, which were kept (None: there is none).
+
+    The first and the last of each; None where it held none, or where the last is not known.
+    """
+    ranges: list[tuple[int | None, int | None]] = []
+    first = last_seq + 1
+    for number, piece in enumerate(pieces):
         head = piece.head
-        return (head.seq - head.batches + 1, head.seq) if head.batches else (None, None)
-    if next_seq is None:
-        return last_seq + 1, None
-    return (last_seq + 1, next_seq - 1) if next_seq > last_seq + 1 else (None, None)
+        if head is not None:
+            ranges.append((head.seq - head.batches + 1, head.seq) if head.batches else (None, None))
+            first = max(first, head.seq + 1)
+            continue
+        known = [below.head.seq - below.head.batches + 1 for below in pieces[number + 1 :] if below.head and below.head.batches]
+        stop = min(known, default=next_seq)
+        if stop is None:
+            ranges.append((first, None))
+        else:
+            ranges.append((first, stop - 1) if first < stop else (None, None))
+            first = max(first, stop)
+    return ranges
 
 
 def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:

@@ -72,8 +72,8 @@ class Walker:
                 piece = Piece(at, stop - at, None, b"", NO_HEAD)
             elif piece.reason:
                 stop = min(piece.end, self._size)
-                if stop < self._size and self._head(stop) is None:
-                    stop = self._next_frame(at + FRAME_HEAD.size)
+                if stop == self._size or self._head(stop) is None:  # its length may be right, and bytes of it missing
+                    stop = min(stop, self._next_frame(at + FRAME_HEAD.size))
                 piece = piece._replace(size=stop - at)
             yield piece
             at = piece.end
