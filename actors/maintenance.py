@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileMovedEvent
 
@@ -46,10 +47,11 @@ class ExportJob(NamedTuple):
         self.request.fail(error)
 
 
-class Rewritten(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rewritten:
     """To the writer: a compaction is ready to be finished, or has failed."""
 
-    urgent = True
+    urgent: ClassVar[bool] = True
 
     rewrite: Rewrite
     error: Exception | None
@@ -59,16 +61,18 @@ class Rewritten(NamedTuple):
         self.rewrite.discard()
 
 
-class Heal(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Heal:
     """To the writer: a background fsync failed, so the fold is to be written to a new file."""
 
-    urgent = True
+    urgent: ClassVar[bool] = True
 
 
-class CheckFile(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CheckFile:
     """To the writer: the log's file seems to have been changed by someone else."""
 
-    urgent = True
+    urgent: ClassVar[bool] = True
 
 
 class Look(NamedTuple):

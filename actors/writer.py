@@ -26,7 +26,7 @@ from foldlog.storage.lock import WriterLock
 from foldlog.storage.rewrite import Rewrite
 
 GROUP_BYTES = 16 * 1024 * 1024
-"""A commit group ends with the batch that brings it to so much: it is built in memory before it is written."""
+"""A commit group of more than one batch holds no more: it is built in memory before it is written."""
 
 
 class Writer(SupervisedActor):
@@ -180,7 +180,7 @@ class Writer(SupervisedActor):
         group: list[WriteRequest] = []
         size = 0
         for request in requests:
-            if request.attempts or size >= GROUP_BYTES:
+            if request.attempts or size + request.weight > GROUP_BYTES:
                 self._commit(group)
                 group, size = [], 0
             group.append(request)

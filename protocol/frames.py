@@ -29,7 +29,7 @@ TRAILER = b"\xa5\x5a\xc3\x3c"  # no zero byte, so that the last sector of a whol
 FRAME_OVERHEAD = FRAME_HEAD.size + len(TRAILER)
 
 KIND_OPEN = 1
-"""A writer opened the log. Body: msgpack {"boot": boot id, "writer": version}."""
+"""A writer's session begins, before its first append. Body: msgpack {"boot": boot id, "nonce": 8 bytes, "writer": version}."""
 KIND_BATCHES = 2
 """The batches of one commit group. Body: see `updates.py`."""
 KIND_LEAF = 3

@@ -21,6 +21,8 @@ from foldlog.protocol.tokens import MAX_TOKEN_BYTES, VersionToken, WatchCursor
 MAX_KEY_BYTES = 65_535
 MAX_VALUE_BYTES = 16 * 1024 * 1024
 MAX_BODY_BYTES = 1024 * 1024 * 1024
+MAX_ITEM_BYTES = MAX_BODY_BYTES - 5
+"""One encoded batch, with room for the array header of a body that holds it alone."""
 SLICE = 8192
 """Updates that one C call packs or collects: a longer call would hold the interpreter lock for over a millisecond."""
 
@@ -172,8 +174,8 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
         _packers.packer = msgpack.Packer()  # the failed one keeps what it had packed
         _explain(updates)
         raise
-    if len(item) > MAX_BODY_BYTES:
-        raise ValueError(f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_BODY_BYTES}")
+    if len(item) > MAX_ITEM_BYTES:
+        raise ValueError(f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}")
     return Batch(cursor, item, _changes(keys, values, list(map(bytes, versions))), len(keys))
 
 

@@ -30,7 +30,7 @@ from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.format import Loaded, LogFormat, check_format
-from foldlog.storage.lock import temporary
+from foldlog.storage.lock import WriterLock, temporary
 from foldlog.storage.replay import FORMATS, resolve
 from foldlog.storage.rewrite import Progress, write_new
 
@@ -147,18 +147,23 @@ def import_artifact(
     """Verify an artifact in full and land its log at `dest_path`, which must not exist, in `format` ("foldlog" if None).
 
     The manifest tells which format the artifact itself is of.
-    ArtifactInvalidError, FileExistsError or OSError: nothing is at `dest_path` that was not there before.
+    ArtifactInvalidError, FileExistsError, StoreLocked or OSError: nothing is at `dest_path` that was not there before.
     """
     check_format(format)
     given = Path(os.path.abspath(dest_path))
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
     dest = resolve(given)
-    staged = temporary(dest)  # no lock is needed: the name is ours alone, and landing it is atomic
-    manifest, kind = stage_payload(files, artifact_dir, staged, progress)
-    landing = FORMATS[format or "foldlog"]
+    if not files.exists(dest.parent):
+        raise FileNotFoundError(errno.ENOENT, "no such folder to import into", str(dest.parent))
+    read_manifest(artifact_dir, files)  # so that most of what is refused leaves not even a lock file
+    lock = WriterLock(files, dest)  # a writer that opens here meanwhile would sweep what is staged
+    staged = temporary(dest)
     try:
+        manifest, kind = stage_payload(files, artifact_dir, staged, progress)
+        landing = FORMATS[format or "foldlog"]
         loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
+        lock.write(None)  # a watermark of a log that stood here before says nothing of this one
         if landing is kind:
             files.link_new(staged, dest)
             files.sync_dir(dest.parent)
@@ -166,6 +171,7 @@ def import_artifact(
             write_new(files, dest, loaded.fold, landing, progress)
     finally:
         remove_quietly(files, staged)
+        lock.release()
     return manifest
 
 

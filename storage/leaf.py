@@ -190,6 +190,8 @@ def check_order(body: bytes | memoryview) -> list[str]:
         count, index_len, keys_len, _ = HEAD.unpack_from(body)
         check_index(bytes(body[:index_len]))
         ends_at = HEAD.size + keys_len
+        if body[HEAD.size] != 0xFF or body[ends_at - 1] != 0xFF:
+            raise ValueError("a leaf's keys are not separated")
         keys = decode_keys(body)
         value_ends = struct.unpack_from(f"<{count}I", body, ends_at)
         version_ends = struct.unpack_from(f"<{count}H", body, ends_at + 8 * count)
@@ -216,7 +218,7 @@ def _lengths_fit(ends: tuple[int, ...], limit: int) -> bool:
     step = ends[0]
     if 0 < step <= limit and ends == tuple(range(step, step * len(ends) + 1, step)):  # all of one length, as they mostly are
         return True
-    lengths = list(map(sub, ends, (0, *ends)))
+    lengths: list[int] = list(map(sub, ends, (0, *ends)))
     return min(lengths) >= 0 and max(lengths) <= limit
 
 

@@ -43,7 +43,7 @@ class Log:
         """The last batch that is known to survive a power loss."""
         self._lock = lock
         self._path = os.fspath(path)
-        self._inode = self._identity(file.fd)
+        self._inode = self.identity(file.fd)
         self._codec = file.format.codec(file.head, sync_each=sync_each)
         self._session = file.session
         self._successor: tuple[tuple[int, int], LogFile] | None = None
@@ -53,7 +53,8 @@ class Log:
         self._forked = False
         _open_logs.add(self)
 
-    def _identity(self, fd: int) -> tuple[int, int]:
+    def identity(self, fd: int) -> tuple[int, int]:
+        """What tells a file from another under the same name."""
         stat = self.files.fstat(fd)
         return stat.st_dev, stat.st_ino
 
@@ -166,7 +167,7 @@ class Log:
 
     def announce(self, file: LogFile) -> None:
         """`file`, complete and synced, is about to take the log's place: should the writer die in between, it is known."""
-        self._successor = (self._identity(file.fd), file)
+        self._successor = (self.identity(file.fd), file)
 
     def known(self, identity: tuple[int, int]) -> Known | None:
         """What this log knows of the file with this (device, inode), if it is its own. Also when it was abandoned."""
@@ -176,7 +177,7 @@ class Log:
             return Known(self._successor[1].head, self._successor[1].base_end)
         return None
 
-    def adopt(self, file: LogFile) -> None:
+    def adopt(self, file: LogFile, inode: tuple[int, int]) -> None:
         """Go on in a rewritten file, which is complete, synced, and stands at `path` by now. Clears the poison.
 
         Makes the rename durable; if that fails, the log is poisoned again.
@@ -184,7 +185,7 @@ class Log:
         with self._sync_lock:
             old = self.file
             self.file, self.chain = file, file.chain
-            self._inode = self._identity(file.fd)
+            self._inode = inode
             self._codec = file.format.codec(file.head, sync_each=self.sync_each)
             self._session = file.session
             self._successor = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgpack
+from blake3 import blake3
 
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError
 from foldlog.protocol.frames import (
@@ -148,6 +149,7 @@ def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
         raise ValueError("the end of the base has a bad field")
     if leaves != len(base) or entries != base.entries:
         raise ValueError(f"the base has {len(base)} leaves and {base.entries} entries, but its end says {leaves} and {entries}")
+    base.digest = digest
     return WatchCursor(cursor)
 
 
@@ -196,7 +198,7 @@ class FrameFormat(LogFormat):
         return chain.seq == head.base_seq  # what opens and seals a session takes bytes, and means nothing
 
     def may_be_unsynced(self, loaded: Loaded) -> bool:
-        return loaded.chain.seq > loaded.head.base_seq
+        return loaded.chain.offset > loaded.base_end
 
     def load(self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None) -> Loaded:
         head = read_head(handle)
@@ -241,11 +243,16 @@ class FrameFormat(LogFormat):
     def check_payload(self, loaded: Loaded) -> None:
         base = loaded.fold.base
         last_key = None
+        digest = blake3()
         for number in range(len(base)):
-            keys = leaf.check_order(base.body(number))
+            body = base.body(number)
+            keys = leaf.check_order(body)
             if last_key is not None and keys[0] <= last_key:
                 raise ValueError(f"leaf {number} overlaps the one before it")
             last_key = keys[-1]
+            digest.update(body)
+        if digest.digest() != base.digest:
+            raise ValueError("the digest of the leaves is not what the end of the base says")
 
 
 FRAMES = FrameFormat()

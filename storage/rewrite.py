@@ -218,10 +218,11 @@ class Rewrite:
         fold = out.fold_with(since)
         if not log.files.lock(out.fd):
             raise StoreLocked(log.path, None)
+        inode = log.identity(out.fd)
         log.announce(file)
-        log.files.replace(out.path, log.path)
+        log.files.replace(out.path, log.path)  # the last step that can fail
         self._adopted = True
-        log.adopt(file)
+        log.adopt(file, inode)
         return fold
 
     def discard(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgpack
 import pytest
 from blake3 import blake3
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 from logfiles import forge, forge_log, some_batches, write_log
@@ -398,8 +399,28 @@ def leaf_of(*keys):
     return encode_leaf(keys, [b"v"] * len(keys), [b""] * len(keys))
 
 
-def base_end(leaves, entries):
-    return KIND_BASE_END, msgpack.packb({"cursor": b"", "leaves": leaves, "entries": entries, "digest": b""})
+def base_end(leaves, entries, digest=None):
+    return KIND_BASE_END, {"cursor": b"", "leaves": leaves, "entries": entries, "digest": digest}
+
+
+def unseparated(leaf):
+    """The leaf with the separators around its keys overwritten, and its own checksum right."""
+    keys_len = int.from_bytes(leaf[8:12], "little")
+    raw = bytearray(leaf)
+    raw[16] = raw[16 + keys_len - 1] = ord("x")
+    index_len = int.from_bytes(leaf[4:8], "little")
+    raw[12:16] = crc32c(raw[16:index_len], crc32c(raw[:12])).to_bytes(4, "little")
+    return bytes(raw)
+
+
+def forged(frames):
+    """A log of these frames; an end of the base without a digest gets the right one."""
+    digest = blake3(b"".join(body for kind, body in frames if kind == KIND_LEAF)).digest()
+    packed = [
+        (kind, msgpack.packb(body | {"digest": body["digest"] or digest}) if kind == KIND_BASE_END else body)
+        for kind, body in frames
+    ]
+    return forge_log(packed)
 
 
 def test_a_payload_with_batches_behind_its_base_is_refused(artifact, dest, tmp_path):
@@ -420,14 +441,36 @@ def test_a_payload_with_batches_behind_its_base_is_refused(artifact, dest, tmp_p
         [(KIND_LEAF, encode_leaf(["a"], [b"v"], [b"x" * 11])), base_end(1, 1)],
         [(KIND_LEAF, encode_leaf(["x" * 65_536], [b"v"], [b""])), base_end(1, 1)],
         [(KIND_LEAF, leaf_of("a").replace(b"\xffa\xff", b"\xff\xc0\xff")), base_end(1, 1)],
+        [(KIND_LEAF, unseparated(leaf_of("a", "b"))), base_end(1, 2)],
+        [(KIND_LEAF, leaf_of("a")), base_end(1, 1, b"d" * 32)],
         [(KIND_LEAF, leaf_of("a"))],
         [base_end(0, 0), (KIND_LEAF, leaf_of("a"))],
     ],
-    ids=["descending", "twice", "leaves overlap", "value", "rest", "version", "key", "not UTF-8", "no end", "behind the end"],
+    ids=[
+        *("descending", "twice", "leaves overlap", "value", "rest", "version", "key", "not UTF-8", "separators", "digest"),
+        *("no end", "behind the end"),
+    ],
 )
 def test_a_payload_that_verifies_and_makes_no_sense_is_refused(artifact, dest, frames):
-    put_payload(artifact, forge_log(frames), cursor_hex="")
+    put_payload(artifact, forged(frames), cursor_hex="")
     refused(artifact, dest)
+
+
+def test_a_forged_payload_that_makes_sense_is_taken(artifact, dest):
+    put_payload(artifact, forged([(KIND_LEAF, leaf_of("a", "b")), base_end(1, 2)]), cursor_hex="")
+    with AppendLogSnapshot.import_artifact(artifact, dest)[1] as snap:
+        assert [entry.key for entry in snap.range()] == ["a", "b"]
+
+
+def test_a_backup_can_be_restored_over_what_came_after_it(artifact, dest):
+    """The lock file remembered how far the log had been synced, and the restored one, of the same log id, seemed cut."""
+    with AppendLogSnapshot.import_artifact(artifact, dest)[1] as snap:
+        snap.apply([Put("later", b"")], WatchCursor.from_u64(10))
+    dest.unlink()
+    with AppendLogSnapshot.import_artifact(artifact, dest)[1] as snap:
+        assert (snap.get("later"), len(snap)) == (None, 700)
+    with AppendLogSnapshot.open(dest)[1] as snap:
+        assert snap.cursor() == WatchCursor.from_u64(9)
 
 
 def test_a_payload_with_a_frame_of_a_newer_format_is_refused(artifact, dest):

@@ -23,6 +23,7 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
+from foldlog.protocol.updates import encode_batch
 from foldlog.storage.files import Files
 
 MAX_KEY, MAX_VALUE = 65_535, 16 * 1024 * 1024
@@ -359,3 +360,19 @@ def test_a_forked_child_may_read_but_not_write_and_does_not_free_the_lock(snap, 
         AppendLogSnapshot.open(path)
     snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     assert snap.get("k") is None
+
+
+def test_what_apply_takes_fits_into_a_frame_that_opening_takes(path, monkeypatch):
+    """A batch of exactly the limit was written, and refused by the next open: its frame was a byte longer."""
+    limit = 4096
+    for module in ("protocol.updates", "storage.scan"):
+        monkeypatch.setattr(f"foldlog.{module}.MAX_BODY_BYTES", limit)
+    monkeypatch.setattr("foldlog.protocol.updates.MAX_ITEM_BYTES", limit - 5)
+    room = limit - 5 - len(encode_batch([Put("k", b"x" * 1000)], WatchCursor.from_u64(1)).item) + 1000
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("k", b"x" * room)], WatchCursor.from_u64(1))
+        with pytest.raises(ValueError, match="over the limit"):
+            snap.apply([Put("k", b"x" * (room + 1))], WatchCursor.from_u64(2))
+        snap._engine.log.abandon()
+    with AppendLogSnapshot.open(path)[1] as snap:
+        assert snap.get("k").value == b"x" * room

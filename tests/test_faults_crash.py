@@ -227,7 +227,8 @@ def no_fsync_before_the_answer(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_fsync_behind_a_cut(patch: pytest.MonkeyPatch) -> None:
-    truncate, sync = FaultyFiles.truncate, FaultyFiles.sync
+    """Neither right behind it nor, when a torn tail was cut, at the end of opening: not before the next write."""
+    truncate, sync, write = FaultyFiles.truncate, FaultyFiles.sync, FaultyFiles.write
     cut = state_of(patch)
 
     def truncated(self: FaultyFiles, fd: int, size: int) -> None:
@@ -235,11 +236,14 @@ def no_fsync_behind_a_cut(patch: pytest.MonkeyPatch) -> None:
         cut.add(fd)
 
     def synced(self: FaultyFiles, fd: int) -> None:
-        if fd in cut:
-            cut.remove(fd)
-        else:
+        if fd not in cut:
             sync(self, fd)
 
+    def written(self: FaultyFiles, fd: int, data: Any, offset: int) -> int:
+        cut.discard(fd)
+        return write(self, fd, data, offset)
+
+    patch.setattr(FaultyFiles, "write", written)
     patch.setattr(FaultyFiles, "truncate", truncated)
     patch.setattr(FaultyFiles, "sync", synced)
 

@@ -27,6 +27,7 @@ from logfiles import (
 from foldlog import AppendLogSnapshot, CorruptLogError, FoldlogError, InvalidFormatError, LogRegressedError, Put, WatchCursor
 from foldlog.protocol.frames import FILE_HEAD
 from foldlog.storage.engine import Engine
+from foldlog.storage.files import Files
 
 SHAPES = [
     pytest.param({"sealed": False, "sync_each": False}, id="never synced"),
@@ -386,3 +387,15 @@ def test_a_file_that_is_no_log_is_refused_and_stays(path, content):
         error = outcome(path, content, on_damage=policy)
         assert isinstance(error, InvalidFormatError)
         assert (error.path, error.offset) == (path, 0)
+
+
+def test_a_session_that_died_before_its_first_batch_is_synced_before_the_next(path, monkeypatch):
+    """A killed writer left its OPEN frame in the page cache; a power loss took it from under the frames of the next one."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap._engine.log._begin_session()
+        snap._engine.log.abandon()
+    synced = []
+    monkeypatch.setattr(Files, "sync", lambda self, fd: synced.append(fd))
+    _, snap = AppendLogSnapshot.open(path)
+    snap._engine.log.abandon()
+    assert len(synced) == 1
