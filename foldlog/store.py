@@ -27,7 +27,7 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.protocol.errors import ForkedStore, RequestTimeout, StoreClosed
+from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Update, encode_batch
@@ -109,13 +109,13 @@ def open(
     )
     core = Core(config)
     supervisor = Supervisor(core)
-    supervisor.thread.start()
     try:
+        supervisor.thread.start()
         supervisor.opened.result()
+        return Store(core, supervisor)
     except BaseException:
         supervisor.post(CloseNow(Future()))  # also for a KeyboardInterrupt while the log is read
         raise
-    return Store(core, supervisor)
 
 
 def _no_step(name: str) -> None:
@@ -222,6 +222,7 @@ class Store:
         return VersionToken.from_u64(self._send(request, timeout_s))
 
     def _send(self, request: Request, timeout_s: float) -> Any:
+        self._check_thread()
         deadline = time.monotonic() + timeout_s
         self._offer(Mail(request), timeout_s)
         try:
@@ -343,6 +344,7 @@ class Store:
     def reopen(self, timeout_s: float = JOB_TIMEOUT_S) -> None:
         """Try again after FAILED: replay the log, and go on. StoreFailed if that fails, too; nothing to do in RUNNING."""
         self._check_process()
+        self._check_thread()
         future: Future[None] = Future()
         self._supervisor.post(Reopen(future))
         if self._core.ended.is_set() and not future.done():
@@ -365,6 +367,10 @@ class Store:
         error = _close(self._supervisor, self._core.ended, timeout_s)
         if error is not None:
             raise error
+
+    def _check_thread(self) -> None:
+        if self._supervisor.owns(threading.current_thread()):
+            raise FoldlogError("called from a thread of the store's own, which would wait for itself: use apply_async")
 
     def _check_process(self) -> None:
         if self._core.state is State.FORKED:

@@ -348,9 +348,13 @@ def script(code: str, *arguments: object, timeout_s: float = DEADLINE_S) -> subp
 
 
 def threads() -> list[threading.Thread]:
-    """Those of stores: their actors, supervisors, deliveries, and watchdog's."""
+    """Those of stores and tests, and watchdog's; but for the one that watchdog keeps for the process."""
     mine = ("foldlog-", "test-worker")
-    return [thread for thread in threading.enumerate() if thread.name.startswith(mine) or "watchdog" in type(thread).__module__]
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith(mine) or ("watchdog" in type(thread).__module__ and type(thread).__name__ != "InotifyFD")
+    ]
 
 
 def descriptors(under: Path) -> list[str]:

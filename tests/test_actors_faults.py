@@ -102,7 +102,7 @@ def test_a_request_that_always_kills_the_writer_is_quarantined_and_its_neighbour
                 future.result(DEADLINE_S)
         else:
             future.result(DEADLINE_S)
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     assert sum(restart.actor == "writer" for restart in store.stats().restarts) == 2
     store.close()
     truth = read_back(path)
@@ -142,7 +142,7 @@ def test_a_failed_fsync_is_healed_and_each_caller_gets_his_own_truth(open_store,
     assert results(futures) == list(range(2, 2 + callers))
     assert files.fired["sync"] == 1
     assert store.synced_cursor == store.cursor() == cursor(1 + callers)
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     assert steps.seen["writer.heal"] == 1
     store.close()
     assert read_back(path).seq == 1 + callers
@@ -183,7 +183,7 @@ def test_a_background_fsync_that_fails_is_healed_without_losing_what_was_answere
     until(lambda: steps.seen["writer.heal"], "the store is written anew")
     until(lambda: store.synced_cursor == cursor(1), "all is synced")
     store.apply(batch(2), cursor(2))
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     store.close()
     assert read_back(path).seq == 2
 
@@ -215,7 +215,7 @@ def test_a_write_that_cannot_be_undone_is_healed(open_store, steps, path, files)
     files.fail("truncate")
     assert store.apply(batch(2), cursor(2)) == 2
     assert steps.seen["writer.heal"] == 1
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     store.close()
     assert read_back(path).seq == 2
 

@@ -109,7 +109,7 @@ def test_an_fsync_that_failed_is_healed_by_a_new_file_and_the_caller_gets_the_an
     files.fail("sync")
     assert store.apply(batch(2), cursor(2)) == 2
     assert path.stat().st_ino != inode
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     assert store.synced_cursor == cursor(2)
     assert store.stats().restarts[-1].actor == "writer"
 
@@ -324,7 +324,7 @@ def test_an_actor_that_dies_too_often_fails_the_store_until_it_is_reopened(open_
         assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S) == store.get("shared/0")
     steps.mend()
     store.reopen(DEADLINE_S)
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     assert store.stats().reason == ""
     store.apply(batch(101), cursor(101))
     assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"101"
@@ -444,7 +444,7 @@ def test_a_writer_that_is_stuck_fails_the_store_and_keeps_the_lock(open_store, p
     until(lambda: store.state is State.RESTARTING, "reopening has begun")
     gate.open()
     reopened.result(DEADLINE_S)
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
     assert steps.seen["writer.start"] == 1, "nobody was started beside it"
     store.apply(batch(3), cursor(3))
 
@@ -504,4 +504,4 @@ def test_a_thread_that_cannot_start_after_a_crash_is_tried_for_again(open_store,
     assert store.apply(batch(1), cursor(1)) == 1
     assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"1"
     assert no_thread[name] == 0
-    assert store.state is State.RUNNING
+    until(lambda: store.state is State.RUNNING, "the store runs")
