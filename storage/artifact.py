@@ -299,10 +299,13 @@ def _open_file(files: Files, path: Path, name: str, dir_fd: int) -> int:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise ArtifactInvalidError(path, "is not a regular file (links are not followed)") from None
         raise
-    info = files.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+    try:
+        info = files.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise ArtifactInvalidError(path, "is not a regular file with one name")
+    except BaseException:
         files.close(fd)
-        raise ArtifactInvalidError(path, "is not a regular file with one name")
+        raise
     return fd
 
 

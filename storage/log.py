@@ -227,8 +227,10 @@ class Log:
 
     def release(self) -> None:
         """Close the descriptors, without a word to the file: after a fork, or behind a crashed writer."""
-        self._close_file()
-        self._lock.release()
+        try:
+            self._close_file()
+        finally:
+            self._lock.release()
 
     def _close_file(self) -> None:
         if self.file.fd >= 0:
@@ -240,9 +242,11 @@ class Log:
         with self._sync_lock:
             if not self.closed:
                 self.closed = True
-                self._close_file()
-                if not keep_lock:
-                    self._lock.release()
+                try:
+                    self._close_file()
+                finally:
+                    if not keep_lock:
+                        self._lock.release()
 
 
 _open_logs: weakref.WeakSet[Log] = weakref.WeakSet()

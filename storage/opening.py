@@ -74,10 +74,12 @@ def open_log(
         file = LogFile(found, loaded.head, fd, handle, loaded.chain, loaded.base_end, False)
         log = Log(files, path, lock, file, sync_each=sync_each)
     except BaseException:
-        if fd >= 0:
-            files.close(fd)
-        if given_lock is None:
-            lock.release()
+        try:
+            if fd >= 0:
+                files.close(fd)
+        finally:
+            if given_lock is None:
+                lock.release()
         raise
     try:
         if files.exists(beside(path, "poison")):
