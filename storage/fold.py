@@ -242,7 +242,7 @@ class FoldSnapshot:
     def _leaf_keys(self, span: Span) -> list[str]:
         if span.leaf < 0:
             return []
-        keys = leaf.decode_keys(self.base.index(span.leaf))
+        keys = self.base.index(span.leaf).keys
         stop = len(keys) if span.high is None else bisect_left(keys, span.high)
         return keys[bisect_left(keys, span.low) : stop]
 

@@ -8,10 +8,10 @@
     versions
     values                                 from `index length` on
 
-The index (all before the values) is read on the first touch and kept as it is: 30 bytes an entry, no object per key. A key
-is found by one `bytes.find`, its number by counting separators. Its value is then read alone. Both reads are checked, the
-index by its own checksum and the value by its entry in `value_crcs`, so that nothing reaches a caller unverified, however
-long ago the log was opened.
+The index (all before the values) is read on the first touch and kept, with its keys decoded: about 90 bytes an entry. A key is
+found by bisection, and its value is then read alone. Both reads are checked, the index by its own checksum and the value by its
+entry in `value_crcs`, so that nothing reaches a caller unverified, however long ago the log was opened. (Searching the keys as
+they stand, with one `bytes.find`, takes a third of the memory, and 2-3 us more for each first read.)
 
 Where leaves end depends on the keys and values alone (`leaf_end`), so equal states have equal leaves, and a changed key
 disturbs the leaves near it only. This is content-defined chunking, as in LBFS (Muthitacharoen et al., SOSP 2001).
@@ -117,30 +117,50 @@ def check_index(index: bytes) -> None:
         raise ValueError("a leaf's index does not verify")
 
 
-def find(index: bytes, key: str) -> int:
-    """The number of `key` in a leaf's index, or -1. Cost: 0.3 to 2 us, by the length of the keys."""
-    stop = HEAD.size + HEAD.unpack_from(index)[2]
-    at = index.find(b"\xff%b\xff" % key.encode("utf-8", "surrogatepass"), HEAD.size, stop)
-    return -1 if at < 0 else index.count(_SEPARATOR, HEAD.size, at)
+class Index:
+    """The index of a leaf, as it is kept: the keys decoded, the rest as it stands."""
 
+    __slots__ = ("_count", "_places", "_places_at", "_values_at", "keys")
 
-def locate(index: bytes, number: int) -> tuple[int, int, int, bytes]:
-    """Of entry `number`: where its value starts in the body, the value's length and checksum, and the version."""
-    count, index_len, keys_len, _ = HEAD.unpack_from(index)
-    ends = HEAD.size + keys_len
-    start, end = _item(index, _U32, _U32_PAIR, ends, number)
-    (crc,) = _U32.unpack_from(index, ends + 4 * count + 4 * number)
-    version_start, version_end = _item(index, _U16, _U16_PAIR, ends + 8 * count, number)
-    versions = ends + 10 * count
-    return index_len + start, end - start, crc, index[versions + version_start : versions + version_end]
+    def __init__(self, raw: bytes) -> None:
+        """From the bytes before the values. ValueError unless they verify. Cost: 30 ns a key, and 90 bytes."""
+        check_index(raw)
+        count: int
+        values_at: int
+        keys_len: int
+        count, values_at, keys_len, _ = HEAD.unpack_from(raw)
+        self._count, self._values_at = count, values_at
+        self._places_at = HEAD.size + keys_len
+        self._places = raw[self._places_at :]  # value ends, checksums, version ends, versions
+        self.keys = decode_keys(raw)
 
+    def find(self, key: str) -> int:
+        """The number of `key`, or -1."""
+        number = bisect_left(self.keys, key)
+        return number if number < self._count and self.keys[number] == key else -1
 
-def _item(index: bytes, one: struct.Struct, pair: struct.Struct, ends_at: int, number: int) -> tuple[int, int]:
-    """Where item `number` of a blob starts and ends, by the ends that stand at `ends_at`."""
-    if number:
-        start, end = pair.unpack_from(index, ends_at + one.size * (number - 1))
-        return start, end
-    return 0, one.unpack_from(index, ends_at)[0]
+    def locate(self, number: int) -> tuple[int, int, int, bytes]:
+        """Of entry `number`: where its value starts in the body, the value's length and checksum, and the version."""
+        places, count = self._places, self._count
+        (crc,) = _U32.unpack_from(places, 4 * count + 4 * number)
+        if number:
+            start, end = _U32_PAIR.unpack_from(places, 4 * number - 4)
+            version_start, version_end = _U16_PAIR.unpack_from(places, 8 * count + 2 * number - 2)
+        else:
+            start, version_start = 0, 0
+            (end,) = _U32.unpack_from(places)
+            (version_end,) = _U16.unpack_from(places, 8 * count)
+        versions = 10 * count
+        return self._values_at + start, end - start, crc, places[versions + version_start : versions + version_end]
+
+    def crc_at(self, number: int) -> int:
+        """Where in the body the checksum of a value stands."""
+        return self._places_at + 4 * self._count + 4 * number
+
+    def version_at(self, number: int) -> int:
+        """Where in the body a version starts."""
+        start: int = _U16.unpack_from(self._places, 8 * self._count + 2 * number - 2)[0] if number else 0
+        return self._places_at + 10 * self._count + start
 
 
 def decode_keys(index: bytes | memoryview) -> list[str]:
@@ -234,24 +254,23 @@ def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
 
     What a compaction mostly meets: known keys with new values. Cost: a copy, and 4 us a change; decoding takes ten times that.
     """
-    count, index_len, keys_len, _ = HEAD.unpack_from(body)
+    _, index_len, keys_len, _ = HEAD.unpack_from(body)
     if keys_len + len(body) - index_len >= MAX_LEAF_BYTES:
         return None  # where it ends may depend on the lengths of its values
-    index = body[:index_len]
-    crcs = HEAD.size + keys_len + 4 * count
+    index = Index(body[:index_len])
     patched = bytearray(body)
     for key, value, version in changes.values():
-        number = find(index, key)
+        number = index.find(key)
         if number < 0 or value is None:
             return None
-        start, size, _, old_version = locate(index, number)
+        start, size, _, old_version = index.locate(number)
         if size != len(value) or len(old_version) != len(version):
             return None
-        version_at = crcs + 6 * count + _item(index, _U16, _U16_PAIR, crcs + 4 * count, number)[0]
+        version_at = index.version_at(number)
         patched[start : start + size] = value
         patched[version_at : version_at + len(version)] = version
-        _U32.pack_into(patched, crcs + 4 * number, crc32c(value))
-    crc = crc32c(memoryview(patched)[HEAD.size : index_len], crc32c(index[: HEAD.size - 4]))
+        _U32.pack_into(patched, index.crc_at(number), crc32c(value))
+    crc = crc32c(memoryview(patched)[HEAD.size : index_len], crc32c(body[: HEAD.size - 4]))
     _U32.pack_into(patched, HEAD.size - 4, crc)
     return bytes(patched)
 

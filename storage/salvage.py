@@ -308,13 +308,12 @@ def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:
     kept: dict[str, Change] = {}
     lost: list[str] = []
     try:
-        index = body[: leaf.HEAD.unpack_from(body)[1]]
-        leaf.check_index(index)
-        keys = leaf.decode_keys(index)
-        if len(keys) != leaf.HEAD.unpack_from(index)[0] or keys != sorted(set(keys)):
+        index = leaf.Index(body[: leaf.HEAD.unpack_from(body)[1]])
+        keys = index.keys
+        if len(keys) != leaf.HEAD.unpack_from(body)[0] or keys != sorted(set(keys)):
             return {}, []
         for number, key in enumerate(keys):
-            start, size, crc, version = leaf.locate(index, number)
+            start, size, crc, version = index.locate(number)
             value = body[start : start + size] if size >= 0 else b""
             if len(value) == size and crc32c(value) == crc and len(version) <= MAX_TOKEN_BYTES:
                 kept[key] = (key, value, version)

@@ -48,17 +48,17 @@ def test_a_leaf_decodes_to_what_was_encoded(entries):
 @given(stores | same_sized, st.lists(texts, max_size=5))
 def test_an_entry_is_found_and_located_in_the_index_alone(entries, others):
     body = encode(entries)
-    index = index_of(body)
+    index = leaf.Index(index_of(body))
     for number, key in enumerate(sorted(entries)):
-        assert leaf.find(index, key) == number
-        start, size, crc, version = leaf.locate(index, number)
+        assert index.find(key) == number
+        start, size, crc, version = index.locate(number)
         assert body[start : start + size] == entries[key][0]
         assert crc == crc32c(entries[key][0])
         assert version == entries[key][1]
     for key in others:
         if key not in entries:
-            assert leaf.find(index, key) == -1
-    assert leaf.find(index, "\ud800") == -1
+            assert index.find(key) == -1
+    assert index.find("\ud800") == -1
 
 
 @given(stores | same_sized, texts | st.none(), texts | st.none())
