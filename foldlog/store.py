@@ -186,6 +186,7 @@ class Store:
         the log cannot be written: nothing was stored. RequestTimeout if the answer does not come in time: the batch was
         withdrawn, or (`outcome unknown`) the writer has it in hand. Else StoreFailed, StoreClosed, ForkedStore.
         """
+        self._core.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
         seq: int = self._send(WriteRequest(encode_batch(updates, cursor)), timeout_s)
         return seq
 
@@ -195,6 +196,7 @@ class Store:
         Batches of one thread are written in the order of its calls. `timeout_s` is how long to wait for room in the mailbox:
         by default, not at all (Backpressure).
         """
+        self._core.snapshot.seq  # noqa: B018
         request = WriteRequest(encode_batch(updates, cursor))
         self._offer(Mail(request), timeout_s)
         return request.future
