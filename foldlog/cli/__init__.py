@@ -5,6 +5,7 @@
     read.py     get, range, info, export       change nothing, lock nothing
     write.py    apply, compact, import         hold the writer's lock
     inspect.py  verify, salvage, dump          look at a log that may be damaged, and only look
+    top.py      top                            a live view, through a follower
     demo.py     demo                           the whole life of a log, on real data
 
 Errors end in one line on stderr. Exit codes: 0 fine; 1 the store says no (damage, no such key, a full or failing disk);
@@ -22,14 +23,14 @@ from typing import Any
 
 import click
 
-from foldlog.cli import demo, inspect, read, write
+from foldlog.cli import demo, inspect, read, top, write
 from foldlog.cli.show import printable
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
 __all__ = ["exit_code", "main"]
 
-_MODULES = (read, write, inspect, demo)
+_MODULES = (read, write, inspect, top, demo)
 _MISUSE = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EACCES, errno.EPERM),
     *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),

@@ -4,6 +4,7 @@ created beside it, and no lock is taken, so that they work while another process
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ def verify(log: Path, as_json: bool) -> None:
 
     Exit code 0 if nothing is wrong, 1 for damage. A torn tail, as a stopped writer leaves it, is told and is no damage.
     """
-    with progress_bar("verifying") as progress:
+    with progress_bar("verifying", "bytes") as progress:
         report = verify_log(log, progress=progress)
     if as_json:
         click.echo(json.dumps(_report_json(report)))
@@ -98,7 +99,7 @@ def salvage(log: Path, output: Path, cursor: Literal["safe", "last"], as_json: b
 
     Exit code 0 if nothing was lost, 1 if something was. LOG is not changed.
     """
-    with progress_bar("salvaging") as progress:
+    with progress_bar("salvaging", "entries", os.stat(log).st_size) as progress:
         report = salvage_log(log, output, cursor=cursor, progress=progress)
     if as_json:
         facts = {

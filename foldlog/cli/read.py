@@ -17,7 +17,7 @@ import click
 from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
 from foldlog.protocol.frames import FORMAT_VERSION
 from foldlog.protocol.updates import KvEntry
-from foldlog.storage.artifact import export_fold
+from foldlog.storage.artifact import ExportManifest, export_fold
 from foldlog.storage.files import OS_FILES, ReadHandle
 from foldlog.storage.lock import beside
 from foldlog.storage.replay import Loaded, load_intact, resolve
@@ -108,7 +108,7 @@ def _line(entry: KvEntry, as_json: bool, keys_only: bool) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(log: Path, as_json: bool) -> None:
     """Print what LOG is and where it stands: identity, cursor, sizes, and whether a writer has it open."""
-    with progress_bar("reading") as progress:
+    with progress_bar("reading", "bytes") as progress:
         opened = read_log(log, progress)
     facts = describe(opened)
     if as_json:
@@ -206,17 +206,31 @@ def _pid(note: bytes) -> int | None:
 @click.command(epilog="Example: foldlog export routes.log backup-1")
 @log_argument
 @click.argument("dest_dir", type=click.Path(path_type=Path))
-def export(log: Path, dest_dir: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def export(log: Path, dest_dir: Path, as_json: bool) -> None:
     """Write the state of LOG as an artifact at DEST_DIR, which must not exist: a folder that `import` verifies.
 
     Needs no lock: the log may be open for writing, and the artifact holds what was written when the export began.
     """
-    with progress_bar("exporting") as progress:
+    with progress_bar("reading", "bytes") as progress:
         fold = read_log(log, progress).loaded.fold
+    with progress_bar("exporting", "entries") as progress:
         manifest = export_fold(fold, dest_dir, progress=progress)
     payload = sum(file.size for file in manifest.files)
+    if as_json:
+        click.echo(json.dumps({"dest_dir": os.fspath(dest_dir), "entries": len(fold), **manifest_json(manifest)}))
+        return
     shown = printable(os.fspath(dest_dir))
     click.echo(f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size_text(payload)}")
+
+
+def manifest_json(manifest: ExportManifest) -> dict[str, Any]:
+    """What a manifest says, as JSON values."""
+    return {
+        "cursor": token_json(manifest.cursor),
+        "size_bytes": sum(file.size for file in manifest.files),
+        "files": [{"path": file.path, "size": file.size, "blake3": file.blake3} for file in manifest.files],
+    }
 
 
 COMMANDS = (get, range_, info, export)

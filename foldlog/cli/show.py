@@ -76,20 +76,36 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else _PLURALS.get(noun, noun + 's')}"
 
 
-@contextmanager
-def progress_bar(label: str) -> Iterator[Progress | None]:
-    """A progress bar on stderr while the block runs, as a callback (done, total); None if stderr is no terminal.
+def rate_text(per_s: float | None, unit: str) -> str:
+    """A rate for a human: 3.4 MB/s, 12,000 entries/s; "" for one that is not known yet."""
+    if per_s is None:
+        return ""
+    if unit == "bytes":
+        return f"{per_s / 1e6:,.1f} MB/s"
+    return f"{per_s:,.0f} {unit}/s" if unit else f"{per_s:,.0f}/s"
 
-    A total of 0 is unknown. The total may change: each step of a longer job fills the bar again.
+
+@contextmanager
+def progress_bar(label: str, unit: str = "", file_size: int | None = None) -> Iterator[Progress | None]:
+    """A progress bar on stderr while the block runs, with rate and time left, as a callback (done, total).
+
+    None if stderr is no terminal. A total of 0 is unknown. The total may change: each step of a longer job fills the bar
+    again. `unit`: what is counted. `file_size`: a step with this total counts bytes, whatever the unit.
     """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console  # imported here: it takes longer than a `get`
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            counted_unit = "bytes" if file_size is not None and task.total == file_size else unit
+            return Text(rate_text(task.finished_speed or task.speed, counted_unit), "progress.data.speed")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=None)
         due = 0.0

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
-from foldlog.cli.read import log_argument
-from foldlog.cli.show import counted, printable, progress_bar, size_text, token_text
+from foldlog.cli.read import log_argument, manifest_json
+from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, read_changes
 from foldlog.storage.append_log import AppendLogSnapshot
 from foldlog.storage.artifact import import_artifact
@@ -89,7 +90,8 @@ def fold_stream(snap: AppendLogSnapshot, changes: Iterable[Change], name: str, b
 @click.option(
     "--batch", "batch_size", type=click.IntRange(min=1), default=DEFAULT_BATCH, show_default=True, help="Changes a batch."
 )
-def apply(log: Path, file: BinaryIO, batch_size: int) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def apply(log: Path, file: BinaryIO, batch_size: int, as_json: bool) -> None:
     """Apply the change stream in FILE (or stdin) to LOG, from the cursor on that LOG stands at. Creates LOG if there is none.
 
     A line is a JSON object: op (put, delete or purge), key, value or value_base64 (of a put), cursor, and maybe version. A cursor
@@ -99,7 +101,7 @@ def apply(log: Path, file: BinaryIO, batch_size: int) -> None:
     line ends it with exit code 2, and what was applied before stays. Ctrl-C applies what has come, and ends with 130.
     """
     name = "stdin" if getattr(file, "name", "-") in ("-", "<stdin>") else printable(str(file.name))
-    with progress_bar("applying") as progress:
+    with progress_bar("applying", "bytes") as progress:
         _, snap = AppendLogSnapshot.open(log, progress=progress)
         with snap:
             start = time.perf_counter()
@@ -107,10 +109,14 @@ def apply(log: Path, file: BinaryIO, batch_size: int) -> None:
             elapsed_s = time.perf_counter() - start
             cursor = snap.cursor()
     rate = tally.applied / elapsed_s if elapsed_s else 0.0
-    click.echo(
-        f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, skipped {tally.skipped:,}; "
-        f"cursor {token_text(cursor)}; {rate:,.0f} changes/s"
-    )
+    if as_json:
+        facts = {**asdict(tally), "cursor": token_json(cursor), "elapsed_s": round(elapsed_s, 6), "changes_per_s": round(rate)}
+        click.echo(json.dumps(facts))
+    else:
+        click.echo(
+            f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, skipped {tally.skipped:,}; "
+            f"cursor {token_text(cursor)}; {rate:,.0f} changes/s"
+        )
     if tally.interrupted:
         raise click.exceptions.Exit(130)
 
@@ -126,15 +132,20 @@ def _size(file: BinaryIO) -> int:
 
 @click.command(epilog="Example: foldlog compact routes.log")
 @log_argument
-def compact(log: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compact(log: Path, as_json: bool) -> None:
     """Rewrite LOG as its state: one entry for each live key, and no history. Takes the space of both files meanwhile."""
     path = resolve(log)
     before = os.stat(path).st_size  # also refuses a log that is not there, which opening would create
-    with progress_bar("compacting") as progress:
+    with progress_bar("compacting", "entries", before) as progress:
         _, snap = AppendLogSnapshot.open(path, progress=progress)
         with snap:
             entries, compacted = len(snap), snap.report.compacted
     after = os.stat(path).st_size
+    if as_json:
+        facts = {"compacted": compacted, "size_before_bytes": before, "size_bytes": after, "entries": entries}
+        click.echo(json.dumps({"path": str(path), **facts}))
+        return
     done = "compacted" if compacted else "was compact already"
     click.echo(f"{done}: {size_text(before)} before, {size_text(after)} after, {counted(entries, 'entry')}")
 
@@ -142,12 +153,16 @@ def compact(log: Path) -> None:
 @click.command("import", epilog="Example: foldlog import backup-1 routes.log")
 @click.argument("artifact_dir", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-def import_(artifact_dir: Path, dest: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def import_(artifact_dir: Path, dest: Path, as_json: bool) -> None:
     """Verify the artifact at ARTIFACT_DIR in full, and make a log of it at DEST, which must not exist."""
     if not artifact_dir.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "no such folder", str(artifact_dir))
-    with progress_bar("importing") as progress:
+    with progress_bar("importing", "bytes") as progress:
         manifest = import_artifact(artifact_dir, dest, progress=progress)
+    if as_json:
+        click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
+        return
     payload = sum(file.size for file in manifest.files)
     click.echo(f"imported {size_text(payload)} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}")
 

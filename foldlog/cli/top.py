@@ -1,0 +1,227 @@
+"""The command `top`: a live view of a log, through a follower. It changes nothing, and works beside a writer or without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from foldlog.actors.follower import FollowerState
+from foldlog.cli.read import log_argument, writer_of
+from foldlog.cli.show import printable, size_text, token_json
+from foldlog.follow import Follower, follow
+from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, parse_frame_head
+from foldlog.storage.diff import diff
+from foldlog.storage.files import OS_FILES, ReadHandle
+from foldlog.storage.replay import read_head, resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RATE_WINDOW_S = 10.0
+"""Rates are of the last so many seconds."""
+
+
+class Picture(NamedTuple):
+    """What `top` shows at one moment; as JSON, these are the fields."""
+
+    path: str
+    state: str
+    reason: str
+    sequence: int
+    cursor: int | str | None
+    entries: int
+    batches_per_s: float | None
+    """Over the last `RATE_WINDOW_S`; None before there are two moments to compare."""
+    size_bytes: int | None
+    """None, as the four below, if there is no file or it does not read."""
+    base_bytes: int | None
+    """Of these: live at the last compaction."""
+    appended_bytes: int | None
+    """And what was appended since: a compaction frees what is dead of it."""
+    written_unix_s: float | None
+    """When the file was last written."""
+    last_change: str | None
+    """A key that the newest batches changed, and how; None if nothing changed while we looked."""
+    snapshot_age_s: float
+    """Since a batch was last seen, or since `top` began."""
+    locked: bool | None
+    """Whether a writer has it open; None if that cannot be told."""
+    writer_pid: int | None
+
+
+def base_end(handle: ReadHandle) -> int | None:
+    """Where the base of a log ends; None if its frames do not lead there. Cost: a read of 48 bytes for each leaf."""
+    seed, offset = read_head(handle).seed, FILE_HEAD.size
+    while True:
+        head = parse_frame_head(OS_FILES.read(handle.fd, FRAME_HEAD.size, offset), 0, seed)
+        if head is None:
+            return None
+        offset += head.size
+        if head.kind == KIND_BASE_END:
+            return offset
+
+
+class Watcher:
+    """Makes pictures of a log that is followed."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self._seen: deque[tuple[float, int]] = deque()  # (moment, sequence), the oldest about RATE_WINDOW_S ago
+        self._snapshot = follower.snapshot()
+        self._last_change: str | None = None
+        self._base: tuple[int, int | None] | None = None  # the inode of a file, and where its base ends
+
+    def look(self, now: float) -> Picture:
+        """The log as it is at `now`, of a monotonic clock. Cost: the difference to the last look."""
+        stats, path = self._follower.stats(), self._follower.path
+        size, base, written = self._file()
+        locked, pid = writer_of(path)
+        return Picture(
+            path=str(path),
+            state=str(stats.state),
+            reason=stats.reason,
+            sequence=stats.seq,
+            cursor=token_json(stats.cursor),
+            entries=stats.entries,
+            batches_per_s=self._rate(now, stats.seq),
+            size_bytes=size,
+            base_bytes=base,
+            appended_bytes=None if size is None or base is None else max(size - base, 0),
+            written_unix_s=written,
+            last_change=self._changed(),
+            snapshot_age_s=round(stats.snapshot_age_s, 3),
+            locked=locked,
+            writer_pid=pid,
+        )
+
+    def _rate(self, now: float, seq: int) -> float | None:
+        if self._seen and seq < self._seen[-1][1]:
+            self._seen.clear()  # the log went back
+        self._seen.append((now, seq))
+        while len(self._seen) > 2 and self._seen[1][0] <= now - RATE_WINDOW_S:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        return round((seq - before) / (now - then), 1) if now > then else None
+
+    def _changed(self) -> str | None:
+        newest = self._follower.snapshot()
+        if newest is not self._snapshot:
+            change = next(diff(self._snapshot, newest), None)
+            if change is not None:
+                self._last_change = f"{type(change).__name__.lower()} {change.key}"
+            self._snapshot = newest
+        return self._last_change
+
+    def _file(self) -> tuple[int | None, int | None, float | None]:
+        """Bytes of the file, bytes of its base, and when it was written. Only a file that was not seen before is read."""
+        try:
+            handle = ReadHandle(OS_FILES, self._follower.path)
+            status = OS_FILES.fstat(handle.fd)
+            if self._base is None or self._base[0] != status.st_ino:
+                self._base = (status.st_ino, base_end(handle))
+        except (OSError, FoldlogError):
+            return None, None, None
+        return status.st_size, self._base[1], status.st_mtime
+
+
+def rows_of(picture: Picture, unix_s: float) -> list[tuple[str, str]]:
+    """What a human is shown at `unix_s`."""
+    writer = "unknown" if picture.locked is None else "none"
+    if picture.locked:
+        writer = "yes" if picture.writer_pid is None else f"process {picture.writer_pid}"
+    rate = "-" if picture.batches_per_s is None else f"{picture.batches_per_s:,.1f} batches/s"
+    return [
+        ("log", printable(picture.path)),
+        ("state", picture.state + (f": {printable(picture.reason)}" if picture.reason else "")),
+        ("writer", writer),
+        ("sequence", f"{picture.sequence:,}"),
+        ("rate", rate),
+        ("cursor", "none" if picture.cursor is None else str(picture.cursor)),
+        ("entries", f"{picture.entries:,}"),
+        ("size", _size(picture.size_bytes)),
+        ("  base", _size(picture.base_bytes)),
+        ("  appended", _size(picture.appended_bytes)),
+        ("last write", "-" if picture.written_unix_s is None else f"{_age(unix_s - picture.written_unix_s)} ago"),
+        ("last change", "none seen" if picture.last_change is None else printable(picture.last_change)),
+        ("snapshot", f"{_age(picture.snapshot_age_s)} old"),
+    ]
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else size_text(size)
+
+
+def _age(seconds: float) -> str:
+    """A span of time for a human: 0.4 s, 12 s, 3 min, 5 h, 2 d."""
+    seconds = max(seconds, 0.0)
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
+
+
+def _pictures(watcher: Watcher, interval_s: float) -> Iterator[Picture]:
+    while True:
+        yield watcher.look(time.monotonic())
+        time.sleep(interval_s)
+
+
+def _text(picture: Picture) -> str:
+    return "\n".join(f"{name:<12} {value}" for name, value in rows_of(picture, time.time()))
+
+
+def _table(picture: Picture) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    colour = {FollowerState.FOLLOWING: "green", FollowerState.WAITING: "yellow"}.get(FollowerState(picture.state), "red")
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows_of(picture, time.time()):
+        table.add_row(Text(name, "dim"), Text(value, colour if name == "state" else "", overflow="ellipsis", no_wrap=True))
+    return table
+
+
+def _show_live(pictures: Iterator[Picture]) -> None:
+    from rich.live import Live
+
+    with Live(auto_refresh=False) as live:
+        for picture in pictures:
+            live.update(_table(picture), refresh=True)
+
+
+@click.command(epilog="Example: foldlog top routes.log (or, for scripts: foldlog top routes.log --once --json)")
+@log_argument
+@click.option("--once", is_flag=True, help="Print one picture and end. Exit code 2 if there is no log.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture, each on a line.")
+@click.option(
+    "--interval", "interval_s", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between pictures."
+)
+def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
+    """Show what happens in LOG, live, until Ctrl-C: state, writer, sequence, cursor, sizes, rate of batches, changes.
+
+    Only follows: changes nothing, takes no lock, and waits for a log that is not there yet. Into a pipe or a file it prints one
+    picture after the other, without colours.
+    """
+    if once:
+        OS_FILES.stat(resolve(log))  # FileNotFoundError, rather than a picture of nothing
+    with follow(log) as follower:
+        pictures = _pictures(Watcher(follower), interval_s)
+        if not (once or as_json) and sys.stdout.isatty():
+            _show_live(pictures)
+        for picture in pictures:
+            fields: dict[str, Any] = picture._asdict()
+            click.echo(json.dumps(fields) if as_json else _text(picture) + ("" if once else "\n"))
+            if once:
+                return
+
+
+COMMANDS = (top,)
