@@ -165,9 +165,12 @@ class Log:
         with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
             self.files.close(self.files.create(beside(self.path, "poison")))
 
-    def announce(self, file: LogFile) -> None:
-        """`file`, complete and synced, is about to take the log's place: should the writer die in between, it is known."""
-        self._successor = (self.identity(file.fd), file)
+    def announce(self, file: LogFile | None) -> None:
+        """`file`, complete and synced, is about to take the log's place; None: it did not.
+
+        Should the writer die in between, the file is known, and its descriptor, which has its lock, is closed with the log.
+        """
+        self._successor = None if file is None else (self.identity(file.fd), file)
 
     def known(self, identity: tuple[int, int]) -> Known | None:
         """What this log knows of the file with this (device, inode), if it is its own. Also when it was abandoned."""
@@ -233,8 +236,13 @@ class Log:
             self._lock.release()
 
     def _close_file(self) -> None:
-        if self.file.fd >= 0:
-            fd, self.file = self.file.fd, self.file._replace(fd=-1)
+        fds = {self.file.fd}
+        self.file = self.file._replace(fd=-1)
+        if self._successor is not None:
+            inode, successor = self._successor
+            fds.add(successor.fd)
+            self._successor = inode, successor._replace(fd=-1)
+        for fd in fds - {-1}:
             self.files.close(fd)
 
     def abandon(self, *, keep_lock: bool = False) -> None:

@@ -220,7 +220,11 @@ class Rewrite:
             raise StoreLocked(log.path, None)
         inode = log.identity(out.fd)
         log.announce(file)
-        log.files.replace(out.path, log.path)  # the last step that can fail
+        try:
+            log.files.replace(out.path, log.path)  # the last step that can fail
+        except BaseException:
+            log.announce(None)
+            raise
         self._adopted = True
         log.adopt(file, inode)
         return fold

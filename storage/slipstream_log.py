@@ -39,6 +39,7 @@ from foldlog.storage.slipstream import (
     encode_cursor,
     encode_item,
     encode_put,
+    is_one_bit_off,
     read_records,
     whole_record_after,
 )
@@ -283,9 +284,9 @@ SLIPSTREAM = SlipstreamFormat()
 def judge(bad: BadRecord, rest: bytes) -> tuple[Verdict, str]:
     """Whether `rest`, the bytes of a file from the bad record on, are torn or corrupt, and the reason.
 
-    Torn: a record that the end of the file cuts short and no whole record follows; nothing but zeros; or zeros from the start
-    of a sector on, which the bad record runs into and which are more than a cursor record at the end could have. All else
-    is corrupt: also a last record that is complete and does not verify, which the origin drops.
+    Torn: a record that the end of the file cuts short, if no whole one follows and no single bit makes it whole; nothing but
+    zeros; or zeros from the start of a sector on, which the bad record runs into and which are more than a cursor record at
+    the end could have. All else is corrupt: also a last record that is complete and does not verify, which the origin drops.
     """
     if bad.final:
         return Verdict.CORRUPT, bad.reason
@@ -295,6 +296,8 @@ def judge(bad: BadRecord, rest: bytes) -> tuple[Verdict, str]:
     if bad.cut_short:
         if (at := whole_record_after(rest, 1)) is not None:
             return Verdict.CORRUPT, f"a damaged length: a whole record follows at byte {bad.offset + at} ({bad.reason})"
+        if is_one_bit_off(rest):
+            return Verdict.CORRUPT, f"a damaged length: one bit makes a whole record of it ({bad.reason})"
         return Verdict.TORN, f"the last record ends early ({bad.reason})"
     lost = bad.offset + written + -(bad.offset + written) % SECTOR
     if lost < bad.end and bad.offset + len(rest) - lost >= MAX_CURSOR_BYTES:

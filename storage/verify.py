@@ -38,11 +38,14 @@ from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.protocol.updates import decode_batches
 from foldlog.storage import leaf
 from foldlog.storage.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.format import Known
 from foldlog.storage.log import Log, boot_id
 from foldlog.storage.recovery import Verdict, gather, judge
-from foldlog.storage.replay import resolve
+from foldlog.storage.replay import format_of, resolve
 from foldlog.storage.rewrite import Progress
 from foldlog.storage.scan import Chain
+from foldlog.storage.slipstream_log import SLIPSTREAM
+from foldlog.storage.slipstream_walk import check_records
 from foldlog.storage.walk import Piece, Walker, mended_head, seed_of_frames
 
 NO_CURSOR = WatchCursor.none()
@@ -97,10 +100,12 @@ def verify_log(
     """Check every invariant of a log, from a path or an open handle; up to the offset `end`, where its last frame must end.
 
     Without `end`, the whole file, whose tail may be torn. Needs no lock, and works beside a writer. InvalidFormatError if it
-    is no foldlog log or one of a newer format; OSError. Cost: about 1 us an entry, and the reading of the file.
+    is no log, or one of a newer format; OSError. Cost: about 1 us an entry, and the reading of the file.
     """
     handle = source if isinstance(source, ReadHandle) else ReadHandle(files, resolve(source))
     size = handle.files.fstat(handle.fd).st_size if end is None else end
+    if format_of(handle) is SLIPSTREAM:
+        return _verify_records(handle, size, None, tail_may_be_torn=end is None, progress=progress)
     try:
         return _Check(handle, size, tail_may_be_torn=end is None).run(progress)
     except EOFError as error:
@@ -113,11 +118,36 @@ def verify_live(log: Log, seq: int, progress: Progress | None = None) -> VerifyR
     Any thread may call it while batches are appended and the log is compacted.
     """
     file, size = log.here()
-    report = verify_log(file.handle, end=size, progress=progress)
+    if file.format is SLIPSTREAM:
+        known = Known(file.head, file.base_end)
+        report = _verify_records(file.handle, size, known, tail_may_be_torn=False, progress=progress)
+    else:
+        report = verify_log(file.handle, end=size, progress=progress)
     if report.ok and report.seq < seq:
         lost = Problem(size, 0, f"the log ends with batch {report.seq}, but batch {seq} was published")
         return replace(report, problems=(lost,))
     return report
+
+
+def _verify_records(
+    handle: ReadHandle, size: int, known: Known | None, *, tail_may_be_torn: bool, progress: Progress | None
+) -> VerifyReport:
+    """The other format, whose records have checksums and limits, and nothing else that could be checked."""
+    count, torn, bad = check_records(handle, size, tail_may_be_torn=tail_may_be_torn, known=known, progress=progress)
+    return VerifyReport(
+        path=handle.path,
+        size=size,
+        frames=count.records,
+        leaves=0,
+        entries=count.entries,
+        batches=count.batches,
+        seq=count.seq,
+        cursor=count.cursor,
+        sealed=False,
+        torn_bytes=torn.size if torn is not None else 0,
+        torn_reason=torn.reason if torn is not None else "",
+        problems=tuple(Problem(piece.offset, piece.size, piece.reason) for piece in bad),
+    )
 
 
 def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int | None, str]:
