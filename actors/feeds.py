@@ -247,7 +247,7 @@ class Subscription:
             feeds.remove(self.buffer)
             raise
         self.buffer.start_at(at)
-        self._events = _events(self.buffer, at, start, prefix)
+        self._events: Iterator[Event | None] = _events(self.buffer, at, start, prefix)
         self.ended: str | None = None
         """Why it is over; None while there may be events."""
 
@@ -265,6 +265,7 @@ class Subscription:
 
     def _finish(self, reason: str) -> None:
         self.ended = self.ended or reason
+        self._events = iter(())  # and with it, the snapshot
         self.feeds.remove(self.buffer)
         self.buffer.end(reason, drop=True)
 
