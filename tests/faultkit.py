@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,12 +96,16 @@ class Model:
         return [*(fold_of(self.acked[:count]) for count in range(self.durable, len(self.acked))), *self.in_process()]
 
 
+_boots = itertools.count(1)
+
+
 @contextlib.contextmanager
 def rebooted() -> Iterator[None]:
     """In the block, the machine has been restarted since anything was written."""
+    boot = f"boot {next(_boots)}"
     with pytest.MonkeyPatch.context() as patch:
         for module in ("replay", "log", "verify"):
-            patch.setattr(f"foldlog.storage.{module}.boot_id", lambda: "another boot")
+            patch.setattr(f"foldlog.storage.{module}.boot_id", lambda: boot)
         yield
 
 
@@ -159,12 +165,13 @@ class CrashCampaign:
             mutant(self._patch)
         self._limit = limit
         self._seen_changes = -1
+        self._looking = threading.RLock()
 
     def _before(self, call: Call) -> None:
-        if self.crash.changes == self._seen_changes:
-            return
-        self._seen_changes = self.crash.changes
-        self.look(f"before {call.operation} {call.nth}")
+        with self._looking:
+            if self.crash.changes != self._seen_changes:
+                self._seen_changes = self.crash.changes
+                self.look(f"before {call.operation} {call.nth}")
 
     def look(self, when: str) -> None:
         """Check every image of this moment."""

@@ -176,10 +176,7 @@ def check_what_was_made(bench: Bench, operation: Operation, *, complete: bool) -
     assert verify_log(copy).ok
 
 
-@pytest.mark.parametrize("sync", ["never", "always"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, sync):
+def fail_every_call(template: Path, folder: Path, operation: Operation, kind: str, sync: str) -> None:
     faults = 0
     for nth in itertools.count(1):
         assert nth < MAX_CALLS, "the operation never completes"
@@ -197,3 +194,25 @@ def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, 
     else:
         assert faults or operation.name == "verify"
     print(f"{faults} faults injected: {kind}, {operation.name}, sync={sync}")
+
+
+QUICK = [
+    ("EIO once", "never"),
+    ("ENOSPC for good", "always"),
+    ("7 bytes and ENOSPC", "never"),
+    ("7 bytes and no error", "always"),
+]
+REST = [pair for pair in itertools.product(KINDS, ("never", "always")) if pair not in QUICK]
+
+
+@pytest.mark.parametrize(("kind", "sync"), QUICK)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, sync):
+    fail_every_call(template, folder, operation, kind, sync)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sync"), REST)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_call_of_an_operation_may_fail_in_any_way(template, folder, operation, kind, sync):
+    fail_every_call(template, folder, operation, kind, sync)

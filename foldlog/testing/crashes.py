@@ -14,13 +14,15 @@ The model, after what journaling file systems promise and SQLite's and etcd's te
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from foldlog.storage.files import OS_FILES, Files
 
@@ -140,10 +142,24 @@ def _apply(names: dict[str, _File | _Folder], changes: dict[str, _File | _Folder
             names[name] = node
 
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _one_at_a_time(method: _Method) -> _Method:
+    """The call and the entry in the books are one step."""
+
+    @functools.wraps(method)
+    def locked(self: CrashFiles, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **options)
+
+    return cast(_Method, locked)
+
+
 class CrashFiles(Files):
     """Files under `root` whose every change is carried out by `inner` and noted. What stands there now counts as synced.
 
-    For one thread at a time. What does not go through it (another process, `shutil`) is not noticed.
+    Any thread may call it; an image is of one moment. What does not go through it (another process, `shutil`) is not noticed.
     """
 
     def __init__(self, root: Path, inner: Files = OS_FILES) -> None:
@@ -152,6 +168,7 @@ class CrashFiles(Files):
         """Changes and syncs so far: the places where a crash makes a difference."""
         self._top = self._scan(self.root)
         self._open: dict[int, _File] = {}
+        self._lock = threading.RLock()
 
     def _scan(self, path: Path) -> _Folder:
         folder = _Folder()
@@ -175,6 +192,11 @@ class CrashFiles(Files):
 
         For each state of the folders, what was synced alone, and all that was written, always come. None comes twice.
         """
+        with self._lock:
+            found = list(self._images(limit, seed))
+        return iter(found)
+
+    def _images(self, limit: int, seed: int) -> Iterator[Image]:
         chance = random.Random(seed)
         seen: set[tuple[tuple[str, bytes], ...]] = set()
         trees = list(_trees(self._top))
@@ -193,12 +215,15 @@ class CrashFiles(Files):
 
     # The calls.
 
+    @_one_at_a_time
     def open_read(self, path: Path) -> int:
         return self._opened(self.inner.open_read(path), path)
 
+    @_one_at_a_time
     def open_write(self, path: Path) -> int:
         return self._opened(self.inner.open_write(path), path)
 
+    @_one_at_a_time
     def create(self, path: Path, *, exclusive: bool = False) -> int:
         fd = self.inner.create(path, exclusive=exclusive)
         folder, name = self._place(path)
@@ -223,10 +248,12 @@ class CrashFiles(Files):
             self._open[fd] = node
         return fd
 
+    @_one_at_a_time
     def close(self, fd: int) -> None:
         self._open.pop(fd, None)
         self.inner.close(fd)
 
+    @_one_at_a_time
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         count = self.inner.write(fd, data, offset)
         node = self._open[fd]
@@ -237,6 +264,7 @@ class CrashFiles(Files):
         self.changes += 1
         return count
 
+    @_one_at_a_time
     def truncate(self, fd: int, size: int) -> None:
         self.inner.truncate(fd, size)
         node = self._open[fd]
@@ -245,16 +273,19 @@ class CrashFiles(Files):
         node.changed(size, size)
         self.changes += 1
 
+    @_one_at_a_time
     def sync(self, fd: int) -> None:
         self.inner.sync(fd)
         self._open[fd].settle()
         self.changes += 1
 
+    @_one_at_a_time
     def sync_failed(self, fd: int) -> None:
         """Note that a `sync` of `fd` failed, and was not carried out."""
         self._open[fd].lose()
         self.changes += 1
 
+    @_one_at_a_time
     def sync_dir(self, path: Path) -> None:
         self.inner.sync_dir(path)
         node: _File | _Folder = self._top
@@ -265,10 +296,12 @@ class CrashFiles(Files):
         node.settle()
         self.changes += 1
 
+    @_one_at_a_time
     def replace(self, source: Path, dest: Path) -> None:
         self.inner.replace(source, dest)
         self._rename(source, dest)
 
+    @_one_at_a_time
     def rename_new(self, source: Path, dest: Path) -> None:
         self.inner.rename_new(source, dest)
         self._rename(source, dest)
@@ -283,6 +316,7 @@ class CrashFiles(Files):
             folder.set({name: None})
         self.changes += 1
 
+    @_one_at_a_time
     def link_new(self, source: Path, dest: Path) -> None:
         self.inner.link_new(source, dest)
         folder, name = self._place(source)
@@ -290,12 +324,14 @@ class CrashFiles(Files):
         target.set({new_name: folder.names[name]})
         self.changes += 1
 
+    @_one_at_a_time
     def unlink(self, path: Path) -> None:
         self.inner.unlink(path)
         folder, name = self._place(path)
         folder.set({name: None})
         self.changes += 1
 
+    @_one_at_a_time
     def make_dir(self, path: Path) -> None:
         self.inner.make_dir(path)
         folder, name = self._place(path)
