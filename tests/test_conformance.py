@@ -9,11 +9,12 @@ from conformance import Kind, StoreConformance
 
 import foldlog
 from foldlog import AppendLogSnapshot
+from foldlog.protocol.store import FormatName
 
 
-def import_and_open(artifact: Path, dest: Path) -> foldlog.Store:
+def import_and_open(artifact: Path, dest: Path, format: FormatName = "foldlog") -> foldlog.Store:
     """Land an artifact, and open the threaded store on it."""
-    AppendLogSnapshot.import_artifact(artifact, dest)[1].close()
+    AppendLogSnapshot.import_artifact(artifact, dest, format=format)[1].close()
     return foldlog.open(dest)
 
 
@@ -29,6 +30,18 @@ KINDS = [
         foldlog.open,
         lambda path: foldlog.open(path, compact_threshold=0),
         import_and_open,
+    ),
+    Kind(
+        "engine, slipstream-v2",
+        lambda path: AppendLogSnapshot.open(path, format="slipstream-v2")[1],
+        lambda path: AppendLogSnapshot.open(path, 0, format="slipstream-v2")[1],
+        lambda artifact, dest: AppendLogSnapshot.import_artifact(artifact, dest, format="slipstream-v2")[1],
+    ),
+    Kind(
+        "store, slipstream-v2",
+        lambda path: foldlog.open(path, format="slipstream-v2"),
+        lambda path: foldlog.open(path, format="slipstream-v2", compact_threshold=0),
+        lambda artifact, dest: import_and_open(artifact, dest, "slipstream-v2"),
     ),
 ]
 

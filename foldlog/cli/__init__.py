@@ -4,6 +4,7 @@
     show.py     text, JSON, sizes, progress bars
     read.py     get, range, info, export       change nothing, lock nothing
     write.py    apply, compact, import         hold the writer's lock
+    convert.py  convert                        a log of one file format as a log of the other
     inspect.py  verify, salvage, dump          look at a log that may be damaged, and only look
     top.py      top                            a live view, through a follower
     demo.py     demo                           the whole life of a log, on real data
@@ -23,14 +24,14 @@ from typing import Any
 
 import click
 
-from foldlog.cli import demo, inspect, read, top, write
+from foldlog.cli import convert, demo, inspect, read, top, write
 from foldlog.cli.show import printable
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
 __all__ = ["exit_code", "main"]
 
-_MODULES = (read, write, inspect, top, demo)
+_MODULES = (read, write, convert, inspect, top, demo)
 _MISUSE = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EACCES, errno.EPERM),
     *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),

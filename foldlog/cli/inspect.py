@@ -12,13 +12,17 @@ from typing import Any, Literal
 import click
 
 from foldlog.cli.read import log_argument
-from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text, value_text
+from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
 from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, KIND_OPEN, KIND_SEAL, FrameHead
-from foldlog.protocol.updates import DecodedBatch, Put, decode_batches
+from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
 from foldlog.storage import leaf
 from foldlog.storage.files import OS_FILES, ReadHandle
-from foldlog.storage.replay import resolve
+from foldlog.storage.replay import format_of, resolve
 from foldlog.storage.salvage import Loss, salvage_log
+from foldlog.storage.slipstream import CURSOR, DELETE, PUT, Record
+from foldlog.storage.slipstream_log import SLIPSTREAM
+from foldlog.storage.slipstream_walk import walk_records
 from foldlog.storage.verify import Problem, VerifyReport, base_end_of, boot_of, head_and_seed, verify_log
 from foldlog.storage.walk import Piece, Walker
 
@@ -29,6 +33,8 @@ KIND_NAMES = {
     KIND_BASE_END: "BASE_END",
     KIND_SEAL: "SEAL",
 }
+RECORD_NAMES = {PUT: "PUT", DELETE: "DELETE", CURSOR: "CURSOR"}
+"""Of the records of the format "slipstream-v2"."""
 _DAMAGED = 1
 _SHOWN_KEYS = 5
 
@@ -161,6 +167,9 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
     """
     handle = ReadHandle(OS_FILES, resolve(log))
     size = OS_FILES.fstat(handle.fd).st_size
+    if format_of(handle) is SLIPSTREAM:
+        _dump_records(handle, size, as_json, bodies)
+        return
     head, seed, reason = head_and_seed(handle, size)
     assert seed is not None
     if as_json:
@@ -181,6 +190,37 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
                 click.echo(f"{'':>12}    {line}")
     if damaged:
         raise click.exceptions.Exit(_DAMAGED)
+
+
+def _dump_records(handle: ReadHandle, size: int, as_json: bool, bodies: bool) -> None:
+    damaged = False
+    for piece in walk_records(handle, size):
+        damaged |= bool(piece.reason) and not piece.torn
+        record = piece.record
+        fields: dict[str, Any] = {"offset": piece.offset, "size": piece.size, "ok": not piece.reason, "reason": piece.reason}
+        kind = None if record is None else RECORD_NAMES[record.kind]
+        if as_json:
+            click.echo(json.dumps(fields | {"kind": kind} | (_record_json(record) if record is not None and bodies else {})))
+            continue
+        text = counted(piece.size, "byte")
+        if record is None:
+            click.echo(f"{piece.offset:>12}  {text}: {piece.reason}")
+            continue
+        token = token_text(VersionToken(record.token))
+        what = f"cursor {token}" if record.kind == CURSOR else f"{printable(record.key)} @ {token}"
+        value = f" = {value_text(record.value)}" if bodies and record.value is not None else ""
+        click.echo(f"{piece.offset:>12}  {kind:<8} {text}  {what}{value}")
+    if damaged:
+        raise click.exceptions.Exit(_DAMAGED)
+
+
+def _record_json(record: Record) -> dict[str, Any]:
+    token = VersionToken(record.token)
+    if record.kind == CURSOR:
+        return {"cursor": token_json(token)}
+    if record.value is None:
+        return {"key": record.key, "version": token_json(token)}
+    return entry_json(KvEntry(record.key, record.value, token))
 
 
 def _kind(head: FrameHead) -> str:

@@ -10,18 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import click
 
 from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
-from foldlog.protocol.frames import FORMAT_VERSION
+from foldlog.protocol.store import FormatName
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.artifact import ExportManifest, export_fold
 from foldlog.storage.files import OS_FILES, ReadHandle
 from foldlog.storage.lock import beside
 from foldlog.storage.replay import Loaded, load_intact, resolve
 from foldlog.storage.rewrite import Progress
+from foldlog.storage.slipstream_log import SLIPSTREAM
 
 _NOTE_BYTES = 4096  # more than any note that a writer leaves
 _WRITE_BYTES = 64 * 1024
@@ -32,6 +33,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def log_argument(command: _F) -> _F:
     """The argument LOG, the first of most commands."""
     return click.argument("log", type=click.Path(path_type=Path))(command)
+
+
+def format_option(help: str, name: str = "--format", *, required: bool = False) -> Callable[[_F], _F]:
+    """An option that takes the name of a file format, as the argument `format_name`."""
+    return click.option(name, "format_name", type=click.Choice(get_args(FormatName)), required=required, help=help)
 
 
 class Opened(NamedTuple):
@@ -120,24 +126,27 @@ def info(log: Path, as_json: bool) -> None:
         writer = "unknown: the lock file cannot be read"
     elif facts["locked"]:
         writer = "yes" if facts["writer_pid"] is None else f"process {facts['writer_pid']}"
+    own = facts["format"] == "foldlog"
+    base = size_text(facts["base_bytes"])
     rows = [
         ("path", printable(facts["path"])),
         ("size", size_text(facts["size_bytes"])),
-        ("format", f"version {facts['format_version']}"),
+        ("format", f"version {facts['format_version']}" if own else facts["format"]),
         ("log id", facts["log_id"]),
         ("generation", facts["generation"]),
-        ("sequence", f"{facts['sequence']:,}"),
+        ("sequence", f"{facts['sequence']:,}" if own else None),
         ("cursor", token_text(fold.cursor())),
         ("entries", f"{facts['entries']:,}"),
-        ("base", f"{size_text(facts['base_bytes'])} in {counted(facts['leaves'], 'leaf')}"),
+        ("base", f"{base} in {counted(facts['leaves'], 'leaf')}" if own else base),
         ("appended", f"{size_text(facts['appended_bytes'])}, {counted(facts['batches_since_base'], 'batch')}"),
-        ("sealed", _sealed(facts)),
+        ("sealed", _sealed(facts) if own else None),
         ("writer", writer),
     ]
     if facts["torn_bytes"]:
         rows.append(("torn tail", f"{size_text(facts['torn_bytes'])}, left by a stopped writer or being written"))
     for name, value in rows:
-        click.echo(f"{name:<11} {value}")
+        if value is not None:  # else the format has no such thing
+            click.echo(f"{name:<11} {value}")
 
 
 def _sealed(facts: dict[str, Any]) -> str:
@@ -147,25 +156,27 @@ def _sealed(facts: dict[str, Any]) -> str:
 
 
 def describe(opened: Opened) -> dict[str, Any]:
-    """What `info` tells, as JSON values. Cost: O(changes since the last compaction)."""
+    """What `info` tells, as JSON values; null for what the format has not. Cost: O(changes since the last compaction)."""
     handle, loaded = opened
     end = loaded.chain.offset
     size = max(OS_FILES.fstat(handle.fd).st_size, end) if loaded.bad is not None else end
     locked, pid = writer_of(handle.path)
+    own = loaded.format is not SLIPSTREAM
     return {
         "path": str(handle.path),
         "size_bytes": size,
-        "format_version": FORMAT_VERSION,
-        "log_id": loaded.head.log_id.hex(),
-        "generation": f"{loaded.head.generation:016x}",
-        "sequence": loaded.chain.seq,
+        "format": loaded.format.name,
+        "format_version": int(loaded.format.backend_version),
+        "log_id": loaded.head.log_id.hex() if own else None,
+        "generation": f"{loaded.head.generation:016x}" if own else None,
+        "sequence": loaded.chain.seq if own else None,
         "cursor": token_json(loaded.fold.cursor()),
         "entries": len(loaded.fold),
-        "leaves": len(loaded.fold.base),
+        "leaves": len(loaded.fold.base) if own else None,
         "base_bytes": loaded.base_end,
         "appended_bytes": end - loaded.base_end,
         "batches_since_base": loaded.chain.seq - loaded.head.base_seq,
-        "sealed": loaded.sealed,
+        "sealed": loaded.sealed if own else None,
         "torn_bytes": size - end,
         "locked": locked,
         "writer_pid": pid,
@@ -207,15 +218,17 @@ def _pid(note: bytes) -> int | None:
 @log_argument
 @click.argument("dest_dir", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def export(log: Path, dest_dir: Path, as_json: bool) -> None:
+@format_option("The format of the artifact; without it, that of LOG.")
+def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | None) -> None:
     """Write the state of LOG as an artifact at DEST_DIR, which must not exist: a folder that `import` verifies.
 
     Needs no lock: the log may be open for writing, and the artifact holds what was written when the export began.
     """
     with progress_bar("reading", "bytes") as progress:
-        fold = read_log(log, progress).loaded.fold
+        loaded = read_log(log, progress).loaded
+        fold = loaded.fold
     with progress_bar("exporting", "entries") as progress:
-        manifest = export_fold(fold, dest_dir, progress=progress)
+        manifest = export_fold(fold, dest_dir, format=format_name or loaded.format.name, progress=progress)
     payload = sum(file.size for file in manifest.files)
     if as_json:
         click.echo(json.dumps({"dest_dir": os.fspath(dest_dir), "entries": len(fold), **manifest_json(manifest)}))

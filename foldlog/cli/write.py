@@ -14,9 +14,10 @@ from typing import BinaryIO
 
 import click
 
-from foldlog.cli.read import log_argument, manifest_json
+from foldlog.cli.read import format_option, log_argument, manifest_json
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, read_changes
+from foldlog.protocol.store import FormatName
 from foldlog.storage.append_log import AppendLogSnapshot
 from foldlog.storage.artifact import import_artifact
 from foldlog.storage.replay import resolve
@@ -91,7 +92,8 @@ def fold_stream(snap: AppendLogSnapshot, changes: Iterable[Change], name: str, b
     "--batch", "batch_size", type=click.IntRange(min=1), default=DEFAULT_BATCH, show_default=True, help="Changes a batch."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def apply(log: Path, file: BinaryIO, batch_size: int, as_json: bool) -> None:
+@format_option("The format of a new LOG; one that exists must be of it. Without it: foldlog's own, or that of LOG.")
+def apply(log: Path, file: BinaryIO, batch_size: int, as_json: bool, format_name: FormatName | None) -> None:
     """Apply the change stream in FILE (or stdin) to LOG, from the cursor on that LOG stands at. Creates LOG if there is none.
 
     A line is a JSON object: op (put, delete or purge), key, value or value_base64 (of a put), cursor, and maybe version. A cursor
@@ -102,7 +104,7 @@ def apply(log: Path, file: BinaryIO, batch_size: int, as_json: bool) -> None:
     """
     name = "stdin" if getattr(file, "name", "-") in ("-", "<stdin>") else printable(str(file.name))
     with progress_bar("applying", "bytes") as progress:
-        _, snap = AppendLogSnapshot.open(log, progress=progress)
+        _, snap = AppendLogSnapshot.open(log, format=format_name, progress=progress)
         with snap:
             start = time.perf_counter()
             tally = fold_stream(snap, read_changes(lines_of(file, progress, _size(file)), name), name, batch_size)
@@ -154,12 +156,16 @@ def compact(log: Path, as_json: bool) -> None:
 @click.argument("artifact_dir", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def import_(artifact_dir: Path, dest: Path, as_json: bool) -> None:
-    """Verify the artifact at ARTIFACT_DIR in full, and make a log of it at DEST, which must not exist."""
+@format_option("The format of DEST; without it, foldlog's own.")
+def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatName | None) -> None:
+    """Verify the artifact at ARTIFACT_DIR in full, and make a log of it at DEST, which must not exist.
+
+    The artifact is one of foldlog, or one of the append log of the Rust crate beyond-slipstream; its manifest tells.
+    """
     if not artifact_dir.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "no such folder", str(artifact_dir))
     with progress_bar("importing", "bytes") as progress:
-        manifest = import_artifact(artifact_dir, dest, progress=progress)
+        manifest = import_artifact(artifact_dir, dest, format=format_name, progress=progress)
     if as_json:
         click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
         return

@@ -1,0 +1,50 @@
+"""The command `convert`: a log of one file format as a log of the other."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import click
+
+from foldlog.cli.read import format_option, log_argument, read_log
+from foldlog.cli.show import counted, printable, progress_bar, size_text, token_text
+from foldlog.protocol.store import FormatName
+from foldlog.storage.files import OS_FILES
+from foldlog.storage.lock import WriterLock
+from foldlog.storage.replay import FORMATS, resolve
+from foldlog.storage.rewrite import write_new
+
+
+@click.command(epilog="Example: foldlog convert state.snap routes.log --to foldlog")
+@log_argument
+@click.argument("dest", type=click.Path(path_type=Path))
+@format_option("The format of DEST: foldlog's own, or that of the Rust crate beyond-slipstream.", "--to", required=True)
+def convert(log: Path, dest: Path, format_name: FormatName) -> None:
+    """Write the state of LOG, of either format, as a new log at DEST, which must not exist.
+
+    LOG is only read, and may be open for writing: DEST then holds what was written when this began. DEST appears complete or
+    not at all. The state and the cursor are carried over exactly. What is no state (the history, and with --to slipstream-v2 the
+    identity of the log and the numbers of its batches) is not.
+    """
+    given = Path(os.path.abspath(dest))
+    if OS_FILES.exists(given):
+        raise FileExistsError(errno.EEXIST, "a conversion never overwrites", str(given))
+    with progress_bar("converting") as progress:
+        _, loaded = read_log(log, progress)
+        fold = loaded.fold
+        lock = WriterLock(OS_FILES, resolve(given))
+        try:
+            lock.write(None)  # what a log that stood here before left as a note says nothing of this one
+            write_new(OS_FILES, resolve(given), fold, FORMATS[format_name], progress)
+        finally:
+            lock.release()
+    if loaded.bad is not None:
+        click.echo(f"left out a torn tail of {size_text(loaded.size - loaded.chain.offset)}", err=True)
+    what = f"{counted(len(fold), 'entry')} at cursor {token_text(fold.cursor())}"
+    shown = f"{printable(os.fspath(dest))}, {size_text(os.stat(given).st_size)}"
+    click.echo(f"converted {what} from {loaded.format.name} to {format_name}: {shown}")
+
+
+COMMANDS = (convert,)
