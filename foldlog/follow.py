@@ -51,6 +51,15 @@ def follow(path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S, files: Fi
     entries, and what was read since.
 
     Raises CorruptLogError, InvalidFormatError or OSError if there is a log that does not read.
+
+    >>> with foldlog.open("routes.log") as routes, foldlog.follow("routes.log") as follower:
+    ...     routes.put("a", b"10.0.0.1")
+    ...     routes.apply([Put("b", b"10.0.0.2")], WatchCursor.from_u64(1))
+    ...     follower.wait_for(WatchCursor.from_u64(1), timeout_s=20)
+    ...     len(follower)
+    VersionToken.from_u64(1)
+    2
+    2
     """
     if poll_interval_s <= 0:
         raise ValueError(f"poll_interval_s is above 0, got {poll_interval_s}")
@@ -97,6 +106,7 @@ class Follower:
         return True
 
     def __contains__(self, key: object) -> bool:
+        """Whether `key` is live."""
         return key in self.snapshot()
 
     def wait_for(self, cursor: WatchCursor, timeout_s: float) -> None:

@@ -81,6 +81,14 @@ def open(
     `files`, `step`: see `foldlog.testing`.
 
     Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and nothing stays open.
+
+    >>> with foldlog.open("routes.log") as routes:
+    ...     routes.apply([Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2")], WatchCursor.from_u64(1))
+    ...     routes.apply([Delete("b")], WatchCursor.from_u64(2))
+    ...     routes.range()
+    1
+    2
+    [KvEntry(key='a', value=b'10.0.0.1', version=VersionToken(''))]
     """
     check_format(format)
     if sync not in ("always", "interval", "never"):
@@ -175,6 +183,7 @@ class Store:
         return True
 
     def __contains__(self, key: object) -> bool:
+        """Whether `key` is live."""
         return key in self.snapshot()
 
     # Writing: by the writer, in the order of its mailbox.

@@ -65,6 +65,7 @@ class VersionToken(_Token):
 
     @property
     def is_unknown(self) -> bool:
+        """Whether this is the empty token."""
         return not self
 
 
@@ -93,6 +94,7 @@ class WatchCursor(_Token):
 
     @property
     def is_none(self) -> bool:
+        """Whether this is the empty cursor."""
         return not self
 
 

@@ -52,6 +52,7 @@ class KvEntry(_Write):
 
     @property
     def version(self) -> VersionToken:
+        """As the source gave it."""
         return VersionToken(tuple.__getitem__(self, 2))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
@@ -91,7 +92,11 @@ class Delete(_ByKind, _Removal):
 
 
 class Purge(_ByKind, _Removal):
-    """Remove `key` with its history, as a source does that keeps one. It folds as a delete does."""
+    """Remove `key` with its history, as a source does that keeps one. It folds as a delete does.
+
+    >>> Purge("a") == Delete("a"), Purge("a").version.is_unknown
+    (False, True)
+    """
 
     __slots__ = ()
 

@@ -29,6 +29,15 @@ class AppendLogSnapshot:
 
     What an answered `apply` means: it survives a killed process, always; it survives a power loss once `sync` or `close`
     has returned, or at once with `sync="always"`. For many threads, use `foldlog.open`.
+
+    >>> cursor, snap = AppendLogSnapshot.open("routes.log")
+    >>> cursor.is_none
+    True
+    >>> snap.apply([Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2"), Delete("b")], WatchCursor.from_u64(7))
+    1
+    >>> snap.get("a").value, snap.get("b"), snap.cursor()
+    (b'10.0.0.1', None, WatchCursor.from_u64(7))
+    >>> snap.close()
     """
 
     def __init__(self, engine: Engine, compact_threshold: int) -> None:

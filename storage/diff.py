@@ -29,6 +29,13 @@ def diff(old: FoldSnapshot, new: FoldSnapshot, prefix: str = "") -> Iterator[Put
     changed since the older base.
 
     CorruptLogError where a leaf that is needed does not verify: its log was cut or overwritten.
+
+    >>> with foldlog.open("routes.log") as routes:
+    ...     before = routes.snapshot()
+    ...     routes.apply([Put("a", b"10.0.0.1")], WatchCursor.from_u64(1))
+    ...     list(foldlog.diff(before, routes.snapshot()))
+    1
+    [Put(key='a', value=b'10.0.0.1', version=VersionToken(''))]
     """
     if old is new:
         return

@@ -138,6 +138,7 @@ class FoldSnapshot:
                 yield entry.key, entry.value
 
     def __contains__(self, key: object) -> bool:
+        """Whether `key` is live."""
         return isinstance(key, str) and self.get(key) is not None
 
     def __len__(self) -> int:
