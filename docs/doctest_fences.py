@@ -1,4 +1,4 @@
-"""For the build of the site: examples in docstrings (`>>>`) become blocks of code. An extension of griffe, which reads the source."""
+"""For the build of the site: examples in docstrings (`>>>`) become blocks of code. An extension of griffe."""
 
 from __future__ import annotations
 
