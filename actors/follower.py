@@ -72,7 +72,8 @@ class FollowerThread:
         if self._error is not None:
             raise self._error
         self.woken.set()  # for what came before the watch
-        self._watch = FileWatch(path, EVENTS, self.woken.set)
+        self._has_event = False
+        self._watch = FileWatch(path, EVENTS, self._on_event)
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
         try:
             self.thread.start()
@@ -84,16 +85,21 @@ class FollowerThread:
     def cursor(self) -> WatchCursor:
         return self.snapshot.cursor()
 
+    def _on_event(self) -> None:
+        self._has_event = True
+        self.woken.set()
+
     def _run(self) -> None:
         try:
             while not self._closing:
-                was_woken = self.woken.wait(self._poll_interval_s)
+                self.woken.wait(self._poll_interval_s)
                 self.woken.clear()
                 pause_s = MIN_PAUSE_S
+                has_event, self._has_event = self._has_event, False
                 while not self._closing and self._poll():
-                    if not was_woken:
+                    if not has_event:
                         self._watch.refresh()  # there was news, and no event
-                        was_woken = True
+                        has_event = True
                     if not self._tail.behind:
                         time.sleep(pause_s)
                         pause_s = min(pause_s * 1.5, MAX_PAUSE_S)
