@@ -321,14 +321,22 @@ def test_another_atexit_handler_finds_the_store_closed_and_does_not_hang(path):
 
 INTERRUPTED = """
     import os, signal, sys, threading, foldlog
-    gate, reached = threading.Event(), threading.Event()
+    gate, reached, heard = threading.Event(), threading.Event(), threading.Event()
     def step(name):
         if name == sys.argv[2] and not reached.is_set():
             reached.set()
             gate.wait(20)
+    def once(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        heard.set()
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, once)
     def interrupt():
         reached.wait(20)
-        os.kill(os.getpid(), signal.SIGINT)
+        while True:  # a signal that comes just before the main thread waits for a lock is not heard until it is released
+            os.kill(os.getpid(), signal.SIGINT)
+            if heard.wait(0.2):
+                return
     threading.Thread(target=interrupt, daemon=True).start()
 """
 
