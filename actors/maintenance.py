@@ -16,7 +16,7 @@ from foldlog.actors.requests import ExportRequest
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, WriterCrashed
 from foldlog.protocol.store import FormatName
 from foldlog.storage.artifact import export_fold
-from foldlog.storage.fold import ClosedFold, FoldSnapshot
+from foldlog.storage.fold import ClosedFold, FoldSnapshot, parts_of
 from foldlog.storage.rewrite import Cancelled, Rewrite
 
 CAUGHT_UP_BYTES = 256 * 1024
@@ -61,6 +61,13 @@ class Rewritten:
         self.rewrite.discard()
 
 
+class LetGo(NamedTuple):
+    """The writer has no more use for these folds: freeing them takes long, and shall stop nobody."""
+
+    folds: list[FoldSnapshot]
+    """Emptied by maintenance."""
+
+
 @dataclass(frozen=True, slots=True)
 class Heal:
     """To the writer: a background fsync failed, so the fold is to be written to a new file."""
@@ -82,6 +89,15 @@ class Look(NamedTuple):
 def _let_others_run(done: int, total: int) -> None:
     """Give the interpreter lock away between leaves, rather than have it taken away after 5 ms."""
     time.sleep(0)
+
+
+def _free(folds: list[FoldSnapshot]) -> None:
+    parts: list[object] = []
+    while folds:
+        parts += parts_of(folds.pop())
+    while parts:
+        parts.pop()
+        time.sleep(0)
 
 
 class Maintenance(SupervisedActor):
@@ -109,6 +125,8 @@ class Maintenance(SupervisedActor):
             self._compact(job.rewrite)
         elif isinstance(job, ExportJob):
             self._export(job)
+        elif isinstance(job, LetGo):
+            _free(job.folds)
         else:
             log.error("maintenance cannot serve %s", type(job).__name__)
 

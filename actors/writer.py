@@ -10,12 +10,13 @@ again, it is answered with WriterCrashed and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 
 from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
 from foldlog.actors.core import Core
-from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, Rewritten
+from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
 from foldlog.actors.requests import CompactRequest, ExportRequest, Request, ToldBatch, WriteRequest, as_request
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, LogRegressedError, StoreClosed, WriterCrashed
 from foldlog.protocol.frames import MAX_GROUP
@@ -286,6 +287,7 @@ class Writer(SupervisedActor):
             return
         engine, error = self.engine, done.error
         self._step("compact.finish")
+        old = LetGo([engine.fold])
         if error is None:
             try:
                 fold = engine.finish_rewrite(done.rewrite)
@@ -308,6 +310,8 @@ class Writer(SupervisedActor):
         log.info("%s: compacted to %d bytes in %.2f s", engine.path, engine.log.chain.offset, books.last_compaction_s)
         self._step("compact.finished")
         self._answer_wanted(None)
+        with contextlib.suppress(FoldlogError):  # maintenance may have been told to stop
+            self._maintenance.offer(Mail(old))
         if engine.log.poison is not None:
             raise LogPoisonedError(engine.path, engine.log.poison)  # the folder could not be synced
         self._core.note_synced(fold)

@@ -133,6 +133,10 @@ class Base:
             self._indexes[number] = index
         return index
 
+    def parts(self) -> list[object]:
+        """What it keeps in memory, in pieces of a leaf or a shard."""
+        return [*self._indexes, *self.cache]
+
     def body(self, number: int) -> bytes:
         """The body of a leaf, read and verified."""
         body = self._pread(self._lengths[number], self._offsets[number])

@@ -254,6 +254,15 @@ def prefix_end(prefix: str) -> str | None:
     return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
 
 
+def parts_of(fold: FoldSnapshot) -> list[object]:
+    """What a fold is made of, to be let go of piece by piece.
+
+    Freeing a large fold at once holds the interpreter lock for 100 ms and more, and closing the last descriptor of a file that
+    has no name any more frees its pages, which takes as long. What other snapshots share stays alive with them.
+    """
+    return [fold.base.handle, *fold.base.parts(), *fold.delta, *fold.runs]
+
+
 class ClosedFold:
     """Stands where a fold stood, once its store is closed: every use of it says StoreClosed, at no cost until then."""
 

@@ -168,7 +168,8 @@ class Rewrite:
 
     def __init__(self, log: Log, fold: FoldSnapshot) -> None:
         """Start from `fold`, which holds all that is in the log (or, if the log is poisoned, all that was acknowledged)."""
-        self._log, self._fold = log, fold
+        self._log = log
+        self._fold: FoldSnapshot | None = fold  # let go of once it is written: it holds the old base
         self._poisoned = log.poison is not None
         self._carried = log.chain  # behind what the new file has of the log
         self._out: NewFile | None = None
@@ -185,11 +186,12 @@ class Rewrite:
             if progress is not None:
                 progress(done, total)
 
-        log = self._log
+        log, fold, self._fold = self._log, self._fold, None
+        assert fold is not None, "a rewrite is written once"
         self._out = log.file.format.new_file(
-            log.files, temporary(log.path), seq=self._fold.seq, log_id=log.file.head.log_id, sync_each=log.sync_each
+            log.files, temporary(log.path), seq=fold.seq, log_id=log.file.head.log_id, sync_each=log.sync_each
         )
-        self._out.write_fold(self._fold, step)
+        self._out.write_fold(fold, step)
         self._out.sync()
 
     def catch_up(self) -> int:

@@ -1,0 +1,133 @@
+"""How long a reader pauses, and an apply stalls, while a writer runs at full speed, a compaction, or an export goes on.
+
+    python benchmarks/pauses.py [--entries 1000000] [--seconds 5]
+
+A reader thread calls `store.get` without end and notes how long each call took, the waiting for the interpreter lock included;
+another applies batches. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import foldlog
+from foldlog import Put, Store, VersionToken, WatchCursor
+
+BATCH = 100
+GOALS_MS = {"get p99.9": 10.0, "apply max": 100.0}
+
+
+def load(store: Store, entries: int, rng: random.Random) -> None:
+    """Fill the store with `entries` of 100 bytes, compacted."""
+    for start in range(0, entries, 10_000):
+        batch = [Put(f"key-{i:08d}", rng.randbytes(100), VersionToken.from_u64(i)) for i in range(start, start + 10_000)]
+        store.apply(batch, WatchCursor.from_u64(start + 1))
+    store.compact()
+
+
+class Reader(threading.Thread):
+    """Gets keys, and notes each call's time in seconds."""
+
+    def __init__(self, store: Store, keys: list[str]) -> None:
+        super().__init__(daemon=True)
+        self._store, self._keys = store, keys
+        self.times_s: list[float] = []
+        self.stopping = False
+
+    def run(self) -> None:
+        get, clock, note = self._store.get, time.perf_counter, self.times_s.append
+        while not self.stopping:
+            for key in self._keys:
+                before = clock()
+                get(key)
+                note(clock() - before)
+            time.sleep(0.0005)  # a reader that does something else, too, and not 10 million notes
+
+
+class Applier(threading.Thread):
+    """Applies batches of 100 at full speed, or paced, and notes each call's time in seconds."""
+
+    def __init__(self, store: Store, entries: int, pause_s: float) -> None:
+        super().__init__(daemon=True)
+        self._store, self._entries, self._pause_s = store, entries, pause_s
+        self.times_s: list[float] = []
+        self.stopping = False
+
+    def run(self) -> None:
+        rng = random.Random(5)
+        while not self.stopping:
+            batch = [Put(f"key-{rng.randrange(self._entries):08d}", b"x" * 100) for _ in range(BATCH)]
+            before = time.perf_counter()
+            self._store.apply(batch, WatchCursor.from_u64(7))
+            self.times_s.append(time.perf_counter() - before)
+            time.sleep(self._pause_s)
+
+
+def measure(store: Store, entries: int, work: Callable[[], None], apply_pause_s: float | None) -> tuple[list[float], list[float]]:
+    """The times of gets and of applies, sorted, while `work` runs."""
+    rng = random.Random(3)
+    reader = Reader(store, [f"key-{rng.randrange(entries):08d}" for _ in range(200)])
+    applier = None if apply_pause_s is None else Applier(store, entries, apply_pause_s)
+    threads = [thread for thread in (reader, applier) if thread is not None]
+    for thread in threads:
+        thread.start()
+    work()
+    for thread in threads:
+        thread.stopping = True
+        thread.join()
+    return sorted(reader.times_s), sorted(applier.times_s if applier else [])
+
+
+def row(name: str, times_s: list[float]) -> str:
+    """A line of the table, in milliseconds."""
+    if not times_s:
+        return f"| {name} | - | - | - | - | 0 |"
+    at = [times_s[min(int(len(times_s) * share), len(times_s) - 1)] * 1e3 for share in (0.5, 0.99, 0.999, 1.0)]
+    return f"| {name} | " + " | ".join(f"{ms:.3f}" for ms in at) + f" | {len(times_s)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    options = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="foldlog-pauses-") as folder,
+        foldlog.open(Path(folder) / "a.log", compact_threshold=1 << 40) as store,
+    ):
+        load(store, options.entries, random.Random(1))
+
+        def compact() -> None:
+            for start in range(0, options.entries, 10_000):  # so that every leaf is touched
+                keys = range(start, min(start + 10_000, options.entries), 100)
+                store.apply([Put(f"key-{i:08d}", b"y" * 99) for i in keys], WatchCursor.from_u64(9))
+            store.compact()
+
+        def export() -> None:
+            for number in range(3):
+                store.export_to(Path(folder) / f"artifact-{number}")
+
+        cases: list[tuple[str, Callable[[], None], float | None]] = [
+            ("nothing else", lambda: time.sleep(options.seconds), None),
+            ("applies at full speed", lambda: time.sleep(options.seconds), 0.0),
+            ("a compaction, 1 apply in 5 ms", compact, 0.005),
+            ("three exports, 1 apply in 5 ms", export, 0.005),
+        ]
+        print(f"{options.entries} entries of 100 bytes; batches of {BATCH}; goals: {GOALS_MS} ms; {sys.version.split()[0]}\n")
+        print("| while | p50 ms | p99 ms | p99.9 ms | max ms | calls |\n|---|---|---|---|---|---|")
+        for name, work, pause_s in cases:
+            gets, applies = measure(store, options.entries, work, pause_s)
+            print(row(f"get: {name}", gets))
+            if applies:
+                print(row(f"apply: {name}", applies), flush=True)
+
+
+if __name__ == "__main__":
+    main()
