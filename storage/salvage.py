@@ -196,7 +196,7 @@ class _Salvage:
     def _take_bad(self, piece: Piece) -> None:
         """Keep what verifies of a leaf that does not; the rest is told as lost when all is known."""
         if piece.head is None or piece.head.kind != KIND_LEAF:
-            self._bad.append(piece)
+            self._bad.append(piece._replace(body=b""))
             return
         kept, lost = _entries_that_verify(piece.body)
         self._rescued.update(kept)

@@ -28,6 +28,7 @@ from foldlog.storage.files import ReadHandle
 from foldlog.storage.rewrite import Progress
 
 NO_HEAD = "no frame head that verifies"
+_FIRST_CHUNK_BYTES = 512  # mostly the next frame is near: then more each time, up to:
 _CHUNK_BYTES = 1024 * 1024
 _SPARE_BYTES = 64 * 1024 * 1024
 _SPARE_FACTOR = 4
@@ -66,6 +67,9 @@ class Walker:
         """The file from `start` on, in pieces without a gap. Memory: a frame. Cost: as reading the file once, if it is sound."""
         at = start
         while at < self._size:
+            if self._spare < 0:
+                yield Piece(at, self._size - at, None, b"", "so much before this is bad that the rest was not searched")
+                return
             piece = self.frame(at)
             if piece is None:
                 stop = self._next_frame(at + 1)
@@ -117,11 +121,11 @@ class Walker:
         for at, head in _heads(self._handle, self._seed, start, self._size):
             if head.offset == at:
                 return at
-            if self._spare < 0:
-                break
             piece = self.frame(at)
             if piece is not None and not piece.reason:
                 self._spare -= head.size
+                return at
+            if self._spare < 0:
                 return at
         return self._size
 
@@ -137,12 +141,14 @@ def _heads(handle: ReadHandle, seed: int, start: int, size: int) -> Iterator[tup
 def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, bytes]]:
     """Where the magic of a frame stands, with room for a head; and the bytes of that head."""
     overlap = FRAME_HEAD.size - 1
-    for base in range(start, size - overlap, _CHUNK_BYTES):
-        chunk = handle.read(min(_CHUNK_BYTES + overlap, size - base), base)
+    base, step = start, _FIRST_CHUNK_BYTES
+    while base < size - overlap:
+        chunk = handle.read(min(step + overlap, size - base), base)
         at = chunk.find(FRAME_MAGIC)
-        while 0 <= at <= min(len(chunk) - FRAME_HEAD.size, _CHUNK_BYTES - 1):
+        while 0 <= at <= min(len(chunk) - FRAME_HEAD.size, step - 1):
             yield base + at, chunk[at : at + FRAME_HEAD.size]
             at = chunk.find(FRAME_MAGIC, at + 1)
+        base, step = base + step, min(2 * step, _CHUNK_BYTES)
 
 
 # A file head that does not verify. It seeds the checksums of all frames, so nothing is found without it.
