@@ -7,9 +7,12 @@
     recovery.py  torn or corrupt: the decision, as a pure function
     base.py      the leaves of a log, read when they are touched
     fold.py      base + delta + runs: one immutable state
+    format.py    what differs between the file formats
     log.py       the writer's side of a log: append, sync, poison
     rewrite.py   a fold into a new file: creation, compaction, export
-    replay.py    a log into a fold: what opening does
+    slipstream.py, slipstream_log.py, slipstream_walk.py    the format of the Rust crate: bytes, log, checks
+    replay.py    a log into a fold, whatever its format
+    opening.py   what opening a log for writing does: the lock, the replay, the repair
     artifact.py  export and import
     walk.py      all of a damaged log, piece by piece
     verify.py    every invariant, in code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,16 @@ def test_damage_is_told_with_all_that_stands_around_it(path: Path) -> None:
     assert not report.ok
     assert [(problem.offset, problem.size) for problem in report.problems] == [(6 + len(records[0]), len(records[1]))]
     assert (report.torn_bytes, report.frames, report.cursor) == (1, 6, u64(3))
+
+
+def test_the_file_that_the_page_dumps_is_the_one_it_describes(path: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "interchange.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```hex\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    snap = open_at(path, compact_threshold=1 << 40)
+    snap.apply([Put("a", b"x", VersionToken.from_u64(1))], u64(1))
+    snap.apply([Delete("a", VersionToken.from_u64(2))], u64(2))
+    snap.close()
+    assert path.read_bytes() == b"".join(bytes.fromhex(line[10:57]) for line in block.splitlines())
 
 
 # The two formats, and which one a file is.
