@@ -140,7 +140,7 @@ def fault_of(path: Path, allowed: list[View], files: Files = UNSYNCED) -> str:
     report = verify_log(path)
     if not (report.ok and report.sealed and not report.torn_bytes):
         return f"does not verify after a batch and a close: {report}"
-    left = [file.name for file in path.parent.iterdir() if ".tmp" in file.name or file.name.endswith(".poison")]
+    left = [file.name for file in path.parent.glob(f"{path.name}.*") if ".tmp" in file.name or file.name.endswith(".poison")]
     return f"leaves {left}" if left else ""
 
 
