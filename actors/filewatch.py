@@ -20,6 +20,14 @@ from watchdog.observers import Observer
 
 log = logging.getLogger("foldlog")
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """watchdog 7 calls it an error when its emitter looks for an event just as it is stopped."""
+    return "when the thread is inactive" not in str(record.msg)
+
+
+logging.getLogger("watchdog.observers.inotify").addFilter(_is_news)
+
 RETRY_S = 10.0
 """Before asking again for events that were not to be had: each try costs a thread."""
 

@@ -7,6 +7,7 @@
     convert.py  convert                        a log of one file format as a log of the other
     inspect.py  verify, salvage, dump          look at a log that may be damaged, and only look
     top.py      top                            a live view, through a follower
+    follow.py   tail, get --follow             changes as they come, through a follower
     demo.py     demo                           the whole life of a log, on real data
 
 Errors end in one line on stderr. Exit codes: 0 fine; 1 the store says no (damage, no such key, a full or failing disk);
@@ -24,14 +25,14 @@ from typing import Any
 
 import click
 
-from foldlog.cli import convert, demo, inspect, read, top, write
+from foldlog.cli import convert, demo, follow, inspect, read, top, write
 from foldlog.cli.show import printable
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
 __all__ = ["exit_code", "main"]
 
-_MODULES = (read, write, convert, inspect, top, demo)
+_MODULES = (read, follow, write, convert, inspect, top, demo)
 _MISUSE = {
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EACCES, errno.EPERM),
     *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),

@@ -65,12 +65,23 @@ def utf8(_context: click.Context, parameter: click.Parameter, value: str) -> str
     return value
 
 
-@click.command(epilog="Example: foldlog get routes.log tenants/a")
+@click.command(
+    epilog="""\b
+Examples:
+  foldlog get routes.log tenants/a
+  foldlog get --follow routes.log tenants/a"""
+)
 @log_argument
 @click.argument("key", callback=utf8)
 @click.option("--json", "as_json", is_flag=True, help="Print key, value (or value_base64) and version as JSON.")
-def get(log: Path, key: str, as_json: bool) -> None:
-    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none."""
+@click.option("--follow", is_flag=True, help="Then print it again, each on a line, whenever it changes, until Ctrl-C.")
+def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
+    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none, but with --follow it is waited for."""
+    if follow:
+        from foldlog.cli.follow import follow_key  # imported here: it takes longer than a `get`
+
+        follow_key(log, key, as_json)
+        return
     entry = read_log(log).loaded.fold.get(key)
     if entry is None:
         click.echo(f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True)

@@ -1,0 +1,168 @@
+"""Commands that follow a log that another process writes: `tail`, and `get --follow`. They change nothing and take no lock."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from foldlog.actors.feeds import Since
+from foldlog.actors.follower import FollowerState
+from foldlog.cli.read import log_argument, utf8
+from foldlog.cli.show import counted, entry_json, printable, token_json, token_text, value_text
+from foldlog.follow import Follower, follow
+from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, WatchCursor
+from foldlog.protocol.updates import KvEntry, Put, Update
+from foldlog.storage.files import OS_FILES
+from foldlog.storage.replay import resolve
+
+CHECK_S = 0.5
+"""How long a change of the follower's state may go unreported while nothing else happens."""
+_NUMBER = re.compile("0|[1-9][0-9]{0,19}")
+_HEX = re.compile("(?:0x)?((?:[0-9a-fA-F]{2})+)")
+
+
+def _cursor(_context: click.Context, parameter: click.Parameter, value: str | None) -> WatchCursor | None:
+    """A cursor as the other commands print it: a u64 as a number, other bytes in hex."""
+    if value is None:
+        return None
+    if _NUMBER.fullmatch(value) and int(value) <= U64_MAX:
+        return WatchCursor.from_u64(int(value))
+    found = _HEX.fullmatch(value)
+    if found is None or len(found[1]) > 2 * MAX_TOKEN_BYTES:
+        reason = f"{printable(value[:40])} is neither a number nor the hex of up to {MAX_TOKEN_BYTES} bytes"
+        raise click.BadParameter(reason, param=parameter)
+    return WatchCursor(bytes.fromhex(found[1]))
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  foldlog tail routes.log --prefix tenants/
+  foldlog tail routes.log --since 4711 --no-follow --json
+  foldlog tail a.log --json | grep --line-buffered '"op"' | foldlog apply b.log"""
+)
+@log_argument
+@click.option("--prefix", default="", callback=utf8, help="Only keys that start so.")
+@click.option(
+    "--since",
+    metavar="CURSOR",
+    callback=_cursor,
+    help="The changes behind this cursor, in place of the state: a number, or hex (0x...).",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object a line: changes as `foldlog apply` reads them, and marks."
+)
+@click.option("--no-follow", is_flag=True, help="End where the log ends by now, in place of waiting for more.")
+def tail(log: Path, prefix: str, since: WatchCursor | None, as_json: bool, no_follow: bool) -> None:
+    """Print the state of LOG, a mark once all of it is told, and then each change as it comes, until Ctrl-C.
+
+    A line is `put`, the key and the value, or `delete` (or `purge`) and the key, with tabs between; marks start with `#`.
+    With --since: the changes behind a cursor, if the log still has them, else exit code 1. A log that is not there yet is waited
+    for; compactions, and writers that come and go, are followed through. What goes wrong meanwhile is told on stderr.
+    """
+    if no_follow:
+        OS_FILES.stat(resolve(log))  # FileNotFoundError, rather than the state of nothing
+    with follow(log) as follower:
+        for event in _events(follower, prefix, since):
+            sys.stdout.write((_json_line(event) if as_json else _text_line(event)) + "\n")
+            if no_follow and isinstance(event, Synced):
+                return
+
+
+def follow_key(log: Path, key: str, as_json: bool) -> None:
+    """Print the value of a key, and again each time it changes, until Ctrl-C."""
+    with follow(log) as follower:
+        last: KvEntry | None = None
+        for event in _events(follower, key, None):
+            if isinstance(event, Synced):
+                if last is None:
+                    _note(f"{printable(str(log))}: no entry with key {printable(key)}; waiting")
+            elif isinstance(event, Changed) and event.update.key == key:
+                entry = KvEntry(*event.update) if isinstance(event.update, Put) else None
+                if entry != last:
+                    _print_entry(log, key, entry, as_json)
+                last = entry
+
+
+def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"key": key, "deleted": True} if entry is None else entry_json(entry)) + "\n")
+    elif entry is None:
+        _note(f"{printable(str(log))}: {printable(key)} was deleted")
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(entry.value + b"\n")
+
+
+def _events(follower: Follower, prefix: str, since: Since) -> Iterator[Event]:
+    """The events of a watch, for ever. Flushes the output when there is nothing to print; tells on stderr how the log fares."""
+    told = FollowerState.FOLLOWING
+    logging.getLogger("foldlog").addHandler(logging.NullHandler())  # it is told here, in one line each
+    with follower.watch(prefix, since) as watch:
+        while True:
+            event = watch.next(0.0)
+            if event is None:
+                sys.stdout.flush()
+                told = _tell_state(follower, told)
+                event = watch.next(CHECK_S)
+            if event is not None:
+                yield event
+            elif watch.ended is not None:
+                return
+
+
+def _tell_state(follower: Follower, told: FollowerState) -> FollowerState:
+    stats = follower.stats()
+    if stats.state is not told and stats.state is not FollowerState.REPLACED:
+        reason = f": {stats.reason}" if stats.reason else ""
+        _note(f"{printable(str(follower.path))}: {stats.state}{printable(reason)}")
+    return stats.state
+
+
+def _note(text: str) -> None:
+    sys.stdout.flush()
+    click.echo(f"foldlog: {text}", err=True)
+
+
+def _text_line(event: Event) -> str:
+    if isinstance(event, Changed):
+        update = event.update
+        line = f"{_op(update)}\t{printable(update.key)}"
+        return f"{line}\t{value_text(update.value)}" if isinstance(update, Put) else line
+    if isinstance(event, Synced):
+        return f"# synced at cursor {token_text(event.cursor)}, batch {event.seq}"
+    if isinstance(event, Lagged):
+        return f"# lagged: {counted(event.batches, 'batch')} behind cursor {token_text(event.cursor)} told as their difference"
+    return f"# rewound: {printable(event.reason)}"
+
+
+def _json_line(event: Event) -> str:
+    if isinstance(event, Changed):
+        update = event.update
+        fields: dict[str, Any] = {"op": _op(update)}
+        if isinstance(update, Put):
+            fields |= entry_json(KvEntry(*update))
+        else:
+            fields |= {"key": update.key, "version": token_json(update.version)}
+        return json.dumps(fields | {"cursor": token_json(event.cursor)})
+    if isinstance(event, Synced):
+        return json.dumps({"mark": "synced", "cursor": token_json(event.cursor), "sequence": event.seq})
+    if isinstance(event, Lagged):
+        return json.dumps({"mark": "lagged", "cursor": token_json(event.cursor), "batches": event.batches})
+    assert isinstance(event, Rewound)
+    return json.dumps({"mark": "rewound", "reason": event.reason})
+
+
+def _op(update: Update) -> str:
+    return type(update).__name__.lower()
+
+
+COMMANDS = (tail,)
