@@ -280,29 +280,37 @@ class FrameCodec:
         self._flags = FLAG_SYNC_EACH if sync_each else 0
 
     def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_BATCHES, batches_body(items), len(items), chain, synced_seq)
-
-    def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_OPEN, open_body(), 0, chain, synced_seq)
-
-    def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_SEAL, b"", 0, chain, synced_seq)
-
-    def _frame(self, kind: int, body: bytes, batches: int, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        seq = chain.seq + batches
-        synced_seq = min(synced_seq, chain.seq)
+        offset, link, seq, _ = chain
+        if synced_seq > seq:
+            synced_seq = seq
+        batches = len(items)
+        seq += batches
         frame, link = build_frame(
             self._seed,
-            kind,
-            body,
+            KIND_BATCHES,
+            batches_body(items),
             seq=seq,
             synced_seq=synced_seq,
-            offset=chain.offset,
-            link=chain.link,
+            offset=offset,
+            link=link,
             flags=self._flags,
             batches=batches,
         )
-        return frame, Chain(chain.offset + len(frame), link, seq, synced_seq)
+        return frame, Chain(offset + len(frame), link, seq, synced_seq)
+
+    def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_OPEN, open_body(), chain, synced_seq)
+
+    def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_SEAL, b"", chain, synced_seq)
+
+    def _frame(self, kind: int, body: bytes, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        offset, link, seq, _ = chain
+        synced_seq = min(synced_seq, seq)
+        frame, link = build_frame(
+            self._seed, kind, body, seq=seq, synced_seq=synced_seq, offset=offset, link=link, flags=self._flags
+        )
+        return frame, Chain(offset + len(frame), link, seq, synced_seq)
 
 
 def open_body() -> bytes:
