@@ -74,12 +74,18 @@ class Heal:
 
     urgent: ClassVar[bool] = True
 
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to do it: the next to open the log will."""
+
 
 @dataclass(frozen=True, slots=True)
 class CheckFile:
     """To the writer: the log's file seems to have been changed by someone else."""
 
     urgent: ClassVar[bool] = True
+
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to look."""
 
 
 class Look(NamedTuple):
