@@ -124,7 +124,7 @@ def harmed(raw: bytes, chance: random.Random) -> bytes:
     """A log with one to three stretches overwritten, zeroed, removed, repeated or inserted."""
     image = bytearray(raw)
     for _ in range(chance.randint(1, 3)):
-        start = chance.randrange(len(image))
+        start = chance.randrange(max(len(image), 1))
         size = chance.choice((1, 2, 7, 64, 512, 4096))
         stop = min(start + size, len(image))
         way = chance.randrange(5)
@@ -171,6 +171,7 @@ def nothing_wrong_is_read(path: Path, raw: bytes, images: Iterator[bytes]) -> tu
 
 
 def damage(path: Path, count: int, seed: int) -> None:
+    path.unlink(missing_ok=True)
     raw = write_log(path, batches_of(30), base=batches_of(40))
     chance = random.Random(seed)
     refused, torn = nothing_wrong_is_read(path, raw, (harmed(raw, chance) for _ in range(count)))
