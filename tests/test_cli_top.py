@@ -177,11 +177,21 @@ def test_the_writing_commands_tell_programs_what_they_did_as_json(log: Path, tmp
     assert exported["cursor"] == 5
     assert exported["size_bytes"] == sum(file["size"] for file in exported["files"])
     assert re.fullmatch("[0-9a-f]{64}", exported["files"][0]["blake3"])
+    theirs = tmp_path / "theirs.snap"
+    converted = json.loads(run("convert", log, theirs, "--to", "slipstream-v2", "--json").stdout)
+    assert (converted["from"], converted["to"], converted["entries"], converted["cursor"]) == ("foldlog", "slipstream-v2", 3, 5)
+    assert converted["size_bytes"] == theirs.stat().st_size
 
 
 @pytest.mark.parametrize("name", sorted(set(main.commands) - {"demo"}))
 def test_every_command_but_the_demo_speaks_json(name: str) -> None:
     assert "--json" in run(name, "--help").stdout
+
+
+def test_the_page_of_the_command_line_names_every_command() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    assert [name for name in main.commands if f"`foldlog {name}" not in page] == []
+    assert "..." not in run("--help").stdout.partition("Commands:")[2]  # sentences are whole
 
 
 def test_rates_are_told_in_the_unit_of_what_is_counted() -> None:

@@ -58,6 +58,12 @@ def _message(error: BaseException) -> str:
 class Cli(click.Group):
     """The group of all commands, which turns their errors into exit codes."""
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List each command with its whole first sentence, which click would cut short."""
+        commands = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name)) is not None]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(500)) for name, command in commands])
+
     def invoke(self, ctx: click.Context) -> Any:
         _fill_closed_streams()
         try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
 from foldlog.cli.read import format_option, log_argument, read_log
-from foldlog.cli.show import counted, printable, progress_bar, size_text, token_text
+from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.protocol.store import FormatName
 from foldlog.storage.files import OS_FILES
 from foldlog.storage.lock import WriterLock
@@ -21,7 +23,8 @@ from foldlog.storage.rewrite import write_new
 @log_argument
 @click.argument("dest", type=click.Path(path_type=Path))
 @format_option("The format of DEST: foldlog's own, or that of the Rust crate beyond-slipstream.", "--to", required=True)
-def convert(log: Path, dest: Path, format_name: FormatName) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> None:
     """Write the state of LOG, of either format, as a new log at DEST, which must not exist.
 
     LOG is only read, and may be open for writing: DEST then holds what was written when this began. DEST appears complete or
@@ -31,7 +34,7 @@ def convert(log: Path, dest: Path, format_name: FormatName) -> None:
     given = Path(os.path.abspath(dest))
     if OS_FILES.exists(given):
         raise FileExistsError(errno.EEXIST, "a conversion never overwrites", str(given))
-    with progress_bar("converting") as progress:
+    with progress_bar("converting", "entries", os.stat(log).st_size) as progress:
         _, loaded = read_log(log, progress)
         fold = loaded.fold
         lock = WriterLock(OS_FILES, resolve(given))
@@ -42,6 +45,11 @@ def convert(log: Path, dest: Path, format_name: FormatName) -> None:
             lock.release()
     if loaded.bad is not None:
         click.echo(f"left out a torn tail of {size_text(loaded.size - loaded.chain.offset)}", err=True)
+    if as_json:
+        facts: dict[str, Any] = {"path": os.fspath(log), "dest": os.fspath(dest), "from": loaded.format.name, "to": format_name}
+        facts |= {"entries": len(fold), "cursor": token_json(fold.cursor()), "size_bytes": os.stat(given).st_size}
+        click.echo(json.dumps(facts))
+        return
     what = f"{counted(len(fold), 'entry')} at cursor {token_text(fold.cursor())}"
     shown = f"{printable(os.fspath(dest))}, {size_text(os.stat(given).st_size)}"
     click.echo(f"converted {what} from {loaded.format.name} to {format_name}: {shown}")
