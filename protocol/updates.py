@@ -315,7 +315,7 @@ def _decode_item(item: object) -> DecodedBatch:
         if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
             raise ValueError("a version is not a token")
         kinds = set(map(type, values))
-        if not kinds <= {bytes, bool, type(None)} or any(value is True for value in values if type(value) is bool):
+        if not kinds <= {bytes, bool, type(None)} or (bool in kinds and any(value is True for value in values)):
             raise ValueError("a value is neither bytes, nil nor false")
         if max(map(len, filter(None, values)), default=0) > MAX_VALUE_BYTES:
             raise ValueError("an over-long value")

@@ -18,6 +18,7 @@ MERGE_RATIO = 4
 SETTLE_ENTRIES = 8192
 MAX_SETTLE_ENTRIES = 32_768
 PIECE_ENTRIES = 1024
+COLLECTED_ENTRIES = 65_536
 
 
 class Run(dict[str, Change]):
@@ -125,3 +126,42 @@ class Delta:
 
 
 EMPTY_DELTA = Delta([], [])
+
+
+class Collected:
+    """Changes of a log that is replayed, on their way into a delta: nobody reads meanwhile, so they settle once, at the end.
+
+    Settling them as they come copies each change about log(n) times; this copies each once.
+    """
+
+    def __init__(self) -> None:
+        self._runs = [Run()]
+
+    def add(self, changes: dict[str, Change]) -> None:
+        """The next changes, newer than all before."""
+        self._runs[-1].update(changes)
+        if len(self._runs[-1]) >= COLLECTED_ENTRIES:
+            self._runs.append(Run())
+
+    def settled(self) -> tuple[Delta, tuple[Run, ...]]:
+        """All of them so far, as a delta, or as runs if they are few."""
+        runs: list[Run] = []
+        for run in filter(None, self._runs):
+            if runs and len(runs[-1]) + len(run) <= COLLECTED_ENTRIES:
+                runs[-1] = Run(runs[-1])
+                runs[-1].update(run)
+            else:
+                runs.append(run)
+        self._runs = [*runs, Run()]  # what is in others' hands now does not change any more
+        if sum(map(len, runs)) < SETTLE_ENTRIES:
+            return EMPTY_DELTA, tuple(reversed(runs))
+        step = PIECE_ENTRIES // 2
+        firsts = ["", *sorted({key for run in runs for key in run.order()[step::step]})]
+        pieces = [Run() for _ in firsts]
+        for run in runs:
+            order = run.order()
+            stops = [bisect_left(order, first) for first in firsts[1:]]
+            for piece, start, stop in zip(pieces, [0, *stops], [*stops, len(order)], strict=True):
+                keys = order[start:stop]
+                piece.update(zip(keys, map(run.__getitem__, keys), strict=True))
+        return Delta(firsts, pieces), ()

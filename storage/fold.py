@@ -20,7 +20,7 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import SLICE, Batch, Change, KvEntry
 from foldlog.storage import leaf
 from foldlog.storage.base import EMPTY_BASE, SHARDS, Base
-from foldlog.storage.collector import paused_collector
+from foldlog.storage.collector import no_full_collections
 from foldlog.storage.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.leaf import Columns
 
@@ -95,7 +95,7 @@ class FoldSnapshot:
         blocks = self.blocks(prefix)
         for block in islice(blocks, _SMALL_RANGE_BLOCKS):
             entries += block
-        with paused_collector():
+        with no_full_collections():
             for block in blocks:
                 entries += block
         return entries

@@ -32,8 +32,8 @@ from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage import leaf, slipstream
 from foldlog.storage.base import Base
-from foldlog.storage.collector import paused_collector
-from foldlog.storage.delta import EMPTY_DELTA, Run
+from foldlog.storage.collector import no_full_collections
+from foldlog.storage.delta import Collected
 from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.format import Known, LogFormat
@@ -46,8 +46,6 @@ from foldlog.storage.slipstream_log import SLIPSTREAM
 
 NO_CURSOR = WatchCursor.none()
 OnDamage: TypeAlias = Literal["refuse", "cut"]
-SETTLE_ENTRIES = 65_536
-"""Changes that replay collects before they settle: nobody reads meanwhile, so larger pieces of work do no harm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,7 @@ class Replay:
         self.boot = ""
         self.sealed = False
         self.frames = 0
-        self._delta = EMPTY_DELTA
-        self._collected = Run()
+        self._collected = Collected()
         self._seq = head.base_seq
         self._cursor = WatchCursor.none()
 
@@ -119,11 +116,8 @@ class Replay:
                 raise ValueError(f"{len(batches)} batches, but the head says {frame.batches}")
             for batch in batches:
                 for changes in batch.changes():
-                    self._collected.update(changes)
+                    self._collected.add(changes)
             self._cursor = batches[-1].cursor
-            if len(self._collected) >= SETTLE_ENTRIES:
-                self._delta = self._delta.with_runs((self._collected,))
-                self._collected = Run()
         elif frame.kind == KIND_OPEN:
             self.boot = _boot_of(body)
         self.sealed = frame.kind == KIND_SEAL
@@ -133,10 +127,7 @@ class Replay:
 
     def fold(self) -> FoldSnapshot:
         """The state after all frames so far."""
-        delta, runs = self._delta, (self._collected,) if self._collected else ()
-        if len(self._collected) >= SETTLE_ENTRIES // 8:
-            delta, runs = delta.with_runs(runs), ()
-        return FoldSnapshot(self.base, delta, runs, self._seq, self._cursor)
+        return FoldSnapshot(self.base, *self._collected.settled(), self._seq, self._cursor)
 
 
 def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
@@ -207,7 +198,7 @@ class FrameFormat(LogFormat):
         replay = Replay(handle, head)
         bad: BadFrame | None = None
         try:
-            with paused_collector():
+            with no_full_collections():
                 for frame, body in read_frames(handle, head, chain, size):
                     try:
                         replay.feed(frame, body)

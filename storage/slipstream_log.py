@@ -19,8 +19,8 @@ from foldlog.protocol.frames import FileHead
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change
 from foldlog.storage.base import EMPTY_BASE
-from foldlog.storage.collector import paused_collector
-from foldlog.storage.delta import EMPTY_DELTA, PIECE_ENTRIES, Delta, Run
+from foldlog.storage.collector import no_full_collections
+from foldlog.storage.delta import EMPTY_DELTA, PIECE_ENTRIES, Collected, Delta, Run
 from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.format import BUFFER_BYTES, Known, Loaded, LogFile, LogFormat, NewFile, Progress
@@ -44,7 +44,6 @@ from foldlog.storage.slipstream import (
     whole_record_after,
 )
 
-SETTLE_ENTRIES = 65_536
 _REPORT_BYTES = 1024 * 1024
 
 
@@ -197,8 +196,7 @@ class _Replay(Count):
 
     def __init__(self, known: Known | None) -> None:
         super().__init__(known)
-        self._delta = EMPTY_DELTA
-        self._collected = Run()
+        self._collected = Collected()
 
     def feed(self, record: Record) -> None:
         if self._in_base or record[0] == CURSOR:
@@ -207,16 +205,13 @@ class _Replay(Count):
             self.records += 1
         kind, key, value, token, _ = record
         if kind != CURSOR:
-            self._collected[key] = (key, value, token)
-            if len(self._collected) >= SETTLE_ENTRIES:
-                self._delta = self._delta.with_runs((self._collected,))
-                self._collected = Run()
+            self._collected.add({key: (key, value, token)})
 
     def delta(self) -> Delta:
         """The live entries: what was removed needs no memory, for there is nothing below that it hides."""
-        delta = self._delta.with_runs((self._collected,)) if self._collected else self._delta
+        delta, runs = self._collected.settled()
         pieces = _Pieces()
-        for piece in delta:
+        for piece in (*delta, *runs):
             pieces.add([change for change in map(piece.__getitem__, piece.order()) if change[1] is not None])
         return pieces.delta()
 
@@ -254,7 +249,7 @@ class SlipstreamFormat(LogFormat):
         offset = reported = HEAD.size
         bad: BadRecord | None = None
         try:
-            with paused_collector():
+            with no_full_collections():
                 for record in read_records(handle, offset, size):
                     replay.feed(record)
                     offset = record.end

@@ -149,3 +149,27 @@ def test_no_run_or_piece_outgrows_what_one_call_may_touch():
     assert all(len(piece) <= delta.PIECE_ENTRIES for piece in fold.delta)
     assert sum(map(len, fold.runs)) < 2 * delta.MAX_SETTLE_ENTRIES
     assert len(fold) == 60_000
+
+
+@pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
+def test_what_replay_collects_settles_to_what_a_dict_would_hold(monkeypatch, limit):
+    monkeypatch.setattr(delta, "COLLECTED_ENTRIES", limit)
+    monkeypatch.setattr(delta, "SETTLE_ENTRIES", 50)
+    monkeypatch.setattr(delta, "PIECE_ENTRIES", 16)
+    rng = random.Random(limit)
+    collected, model = delta.Collected(), {}
+    for _ in range(200):
+        changes = {key: (key, rng.choice([None, b"%d" % rng.randrange(9)]), b"") for key in map(str, rng.sample(range(900), 7))}
+        collected.add(changes)
+        model.update(changes)
+        settled, runs = collected.settled()
+        found = {}
+        settled.copy_into(found, "", None)
+        for run in reversed(runs):
+            found.update(run)
+        assert found == model
+        assert not settled.firsts or all(settled.get(key) == change for key, change in model.items())
+    assert settled.firsts == sorted(set(settled.firsts))
+    assert settled.firsts[0] == ""
+    if limit >= 64:
+        assert max(map(len, settled)) <= 4 * 16

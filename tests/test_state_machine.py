@@ -198,7 +198,7 @@ def everything_small(monkeypatch):
         (foldlog.storage.delta, "PIECE_ENTRIES", 4),
         (foldlog.storage.delta, "SETTLE_ENTRIES", 8),
         (foldlog.storage.delta.EMPTY_DELTA, "settle_entries", 8),
-        (foldlog.storage.replay, "SETTLE_ENTRIES", 16),
+        (foldlog.storage.delta, "COLLECTED_ENTRIES", 16),
         (foldlog.storage.base, "_SHARD_BYTES", 2600),
         (foldlog.protocol.updates, "SLICE", 3),
         (foldlog.protocol.updates, "_SMALL_BATCH", 4),
