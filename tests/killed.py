@@ -8,7 +8,7 @@ For n = FIRST, FIRST + STRIDE, ... a child works on the log FOLDER/n/state.log, 
     moment     it is killed behind an answer, and so many microseconds, as the seed n says, while it works on
     same-log   the same, but all children work on FOLDER/state.log, one after the other
 
-A line of JSON tells of each: {"n", "acked", "done"}. Ends when a child completes, or after COUNT deaths.
+A line of JSON tells of each: {"n", "acked", "done", "error"}. Ends when a child completes, or after COUNT deaths.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def child(story: str, when: str, path: Path, nth: int, pipe: int) -> None:
         last = STORY_BATCHES if when == "call" else 1_000_000
         STORIES[story](path, files, lambda number: os.write(pipe, b"%d\n" % number) and None, last)
         os.write(pipe, b"done\n")
+    except BaseException as error:
+        os.write(pipe, f"{type(error).__name__}: {error}\n".encode())
     finally:
         os._exit(0)
 
@@ -138,7 +140,9 @@ def main() -> None:
         os.waitpid(pid, 0)
         lines = answers.decode().split("\n")[:-1]  # the last answer may be cut off: it was not given
         done = lines[-1:] == ["done"]
-        print(json.dumps({"n": n, "acked": [int(line) for line in lines if line != "done"], "done": done}), flush=True)
+        error = next((line for line in lines if not line.isdigit() and line != "done"), None)
+        acked = [int(line) for line in lines if line.isdigit()]
+        print(json.dumps({"n": n, "acked": acked, "done": done, "error": error}), flush=True)
         if done:
             break
 
