@@ -1,0 +1,262 @@
+"""What followers cost, as a Markdown table: delay, memory, the writer's slowdown; and a difference.
+
+    python benchmarks/followers.py            1,000,000 entries, up to 8 followers: about two minutes
+    python benchmarks/followers.py --quick    100,000 entries, less of everything: 20 seconds
+
+Followers run in processes of their own. A timing holds for one machine and one run only; the two rates that a slowdown
+compares are taken in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import foldlog
+from foldlog import AppendLogSnapshot, Put, VersionToken, WatchCursor, diff
+
+FOLLOWER = """
+import os, sys, time
+if sys.argv[2]:
+    os.sched_setaffinity(0, set(map(int, sys.argv[2].split(","))))
+import foldlog
+follower = foldlog.follow(sys.argv[1])
+print("open", flush=True)
+for line in sys.stdin:
+    command = line.split()
+    if command[0] == "wait":  # prints the moment at which each batch of a range is first seen
+        first, last = int(command[1]), int(command[2])
+        seen = []
+        for number in range(first, last + 1):
+            follower.wait_for(foldlog.WatchCursor.from_u64(number), 60)
+            seen.append(time.clock_gettime(time.CLOCK_MONOTONIC))
+        print(*seen, flush=True)
+    elif command[0] == "reach":
+        follower.wait_for(foldlog.WatchCursor.from_u64(int(command[1])), 60)
+        print("there", flush=True)
+"""
+
+
+class Process:
+    """A follower in a process of its own."""
+
+    def __init__(self, log: Path, cpus: set[int]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FOLLOWER, str(log), ",".join(map(str, cpus))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        assert self.read() == "open"
+
+    def ask(self, command: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+
+    def read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+@contextlib.contextmanager
+def followers(log: Path, count: int, cpus: set[int] = frozenset()) -> Iterator[list[Process]]:  # type: ignore[assignment]
+    """So many followers of a log, on these processors (or any), each open when this enters."""
+    processes: list[Process] = []
+    try:
+        processes.extend(Process(log, cpus) for _ in range(count))
+        yield processes
+    finally:
+        for process in processes:
+            process.close()
+
+
+def private_mb(pid: int) -> float:
+    """The memory that a process has for itself."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+
+
+def shared_mb(pid: int) -> float:
+    """Its proportional share of what it has together with others."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def fill(log: Path, entries: int) -> list[str]:
+    """A compacted log of so many entries of 100 bytes. Returns the keys."""
+    keys = [f"tenants/{number:08}/routes" for number in range(entries)]
+    with AppendLogSnapshot.open(log)[1] as snap:
+        for start in range(0, entries, 10_000):
+            batch = [Put(key, (key * 5)[:100].encode(), VersionToken.from_u64(1)) for key in keys[start : start + 10_000]]
+            snap.apply(batch, WatchCursor.from_u64(start + 1))
+        snap.compact()
+    return keys
+
+
+def measure_delay(log: Path, keys: list[str], batches: int, pause_s: float) -> tuple[float, float]:
+    """p50 and p99, in ms, from the answer of an `apply` to its sight in a follower in another process."""
+    with foldlog.open(log) as store, followers(log, 1) as (follower,):
+        first = (store.cursor().as_u64() or 0) + 1
+        follower.ask(f"wait {first} {first + batches - 1}")
+        answered = []
+        for number in range(first, first + batches):
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
+            store.apply([Put(random.choice(keys), b"x" * 100)], WatchCursor.from_u64(number))
+            answered.append(time.clock_gettime(time.CLOCK_MONOTONIC))
+        seen = [float(moment) for moment in follower.read().split()]
+    delays = sorted((then - at) * 1e3 for at, then in zip(answered, seen, strict=True))
+    return delays[len(delays) // 2], delays[len(delays) * 99 // 100]
+
+
+def latency(store: foldlog.Store, keys: list[str], rate: int, seconds: float) -> float:
+    """The median time of an `apply` of 10 updates, in us, at so many a second."""
+    number = store.cursor().as_u64() or 0
+    begun = time.monotonic()
+    took = []
+    for turn in range(int(rate * seconds)):
+        batch = [Put(key, b"x" * 100) for key in random.sample(keys, 10)]
+        at = time.perf_counter()
+        store.apply(batch, WatchCursor.from_u64(number + turn + 1))
+        took.append(time.perf_counter() - at)
+        time.sleep(max(begun + (turn + 1) / rate - time.monotonic(), 0.0))
+    return statistics.median(took) * 1e6
+
+
+def full_speed(store: foldlog.Store, keys: list[str], seconds: float) -> float:
+    """Batches of 10 updates a second, one after the other, each answered."""
+    number = store.cursor().as_u64() or 0
+    batches = [[Put(key, b"x" * 100) for key in random.sample(keys, 10)] for _ in range(100)]
+    begun = time.monotonic()
+    count = 0
+    while time.monotonic() < begun + seconds:
+        count += 1
+        store.apply(batches[count % 100], WatchCursor.from_u64(number + count))
+    return count / (time.monotonic() - begun)
+
+
+class Pace(NamedTuple):
+    """How fast the writer was."""
+
+    apply_us: float
+    """The median time of an apply at 200 a second."""
+    batches_per_s: float
+    """One apply after the other, each answered."""
+    cpu_us: float
+    """Processor time of the writer's process for each of these."""
+
+
+def measure_pace(log: Path, keys: list[str], count: int, seconds: float, cpus: set[int]) -> Pace:
+    """The writer's pace, with so many followers."""
+    with foldlog.open(log, compact_threshold=1 << 40) as store, followers(log, count, cpus) as processes:
+        apply_us = latency(store, keys, 200, seconds)
+        cpu, seq = time.process_time(), store.snapshot().seq
+        batches_per_s = full_speed(store, keys, seconds)
+        cpu_us = (time.process_time() - cpu) / (store.snapshot().seq - seq) * 1e6
+        for process in processes:
+            process.ask(f"reach {store.cursor().as_u64()}")
+        for process in processes:
+            assert process.read() == "there"
+    with AppendLogSnapshot.open(log)[1] as snap:
+        snap.compact()
+    return Pace(apply_us, batches_per_s, cpu_us)
+
+
+def measure_slowdown(
+    log: Path, keys: list[str], count: int, seconds: float, rounds: int, own_core: bool
+) -> list[tuple[float, float]]:
+    """Without and with followers, the medians of the rounds. With `own_core`, the writer has one that no follower uses."""
+    everywhere = os.sched_getaffinity(0)
+    mine = {min(everywhere)} if own_core else everywhere
+    os.sched_setaffinity(0, mine)
+    try:
+        rows = [
+            (measure_pace(log, keys, 0, seconds, set()), measure_pace(log, keys, count, seconds, everywhere - mine or everywhere))
+            for _ in range(rounds)
+        ]
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    alone, followed = zip(*rows, strict=True)
+    return [
+        (statistics.median(before), statistics.median(after))
+        for before, after in zip(zip(*alone, strict=True), zip(*followed, strict=True), strict=True)
+    ]
+
+
+def measure_diff(log: Path, keys: list[str], compacted: bool) -> float:
+    """Milliseconds for the difference of 1,000 random changes."""
+    with AppendLogSnapshot.open(log)[1] as snap:
+        old = snap.snapshot()
+        number = (snap.cursor().as_u64() or 0) + 1
+        changes = [Put(key, b"%d" % number) for key in random.sample(keys, 1000)]
+        snap.apply(changes, WatchCursor.from_u64(number))
+        if compacted:
+            snap.compact()
+        begun = time.perf_counter()
+        assert len(list(diff(old, snap.snapshot()))) == 1000
+        return (time.perf_counter() - begun) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100,000 entries, and less of everything")
+    quick = parser.parse_args().quick
+    entries = 100_000 if quick else 1_000_000
+    random.seed(5)
+    print(f"{entries:,} entries of 100 bytes; {os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n")
+    print("| what | measured | goal |\n|---|---|---|")
+
+    def row(what: str, measured: str, goal: str = "-") -> None:
+        print(f"| {what} | {measured} | {goal} |", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "state.log"
+        keys = fill(log, entries)
+        for count in (1, 4, 8):
+            with followers(log, count) as processes:
+                private = [private_mb(process.pid) for process in processes]
+                share = sum(shared_mb(process.pid) for process in processes)
+            text = f"{statistics.mean(private):.0f} MB each, {share:.0f} MB together with what they share"
+            row(f"private memory of {count} follower{'s' if count > 1 else ''} after open", text, "<= 60 MB each")
+        for pause_s in (0.02, 0.003):
+            p50, p99 = measure_delay(log, keys, 300 if quick else 1000, pause_s)
+            row(
+                f"delay to a follower, a batch every {pause_s * 1e3:.0f} ms, p50 / p99",
+                f"{p50:.2f} / {p99:.2f} ms",
+                "p50 <= 5 ms",
+            )
+        seconds, rounds = (1.0, 2) if quick else (2.0, 3)
+        for own_core in (True, False):
+            where = "with a core of its own" if own_core else "on cores that all share"
+            slow = measure_slowdown(log, keys, 8, seconds, rounds, own_core)
+            (alone, followed), full, cpu = slow
+            text = f"{alone:.0f} -> {followed:.0f} us, {followed / alone - 1:+.0%}"
+            row(f"an apply of 10 updates, 200 a second, with 8 followers, {where}", text, "<= +10 %")
+            text = f"{full[0]:,.0f} -> {full[1]:,.0f} a second, {full[1] / full[0] - 1:+.0%}"
+            row(f"applies of 10 updates at full speed, with 8 followers, {where}", text, ">= -10 %")
+            text = f"{cpu[0]:.0f} -> {cpu[1]:.0f} us, {cpu[1] / cpu[0] - 1:+.0%}"
+            row(f"the writer's processor time for each of these, {where}", text, "<= +10 %")
+        row("difference of 1,000 changes, behind the same base", f"{measure_diff(log, keys, False):.0f} ms")
+        row("difference of 1,000 changes, across a compaction", f"{measure_diff(log, keys, True):.0f} ms")
+
+
+if __name__ == "__main__":
+    main()
