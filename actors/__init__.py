@@ -6,6 +6,10 @@
     writer.py       owns the log and the newest fold: apply, compact, export
     readers.py      serve Get and Range messages from the published snapshot
     maintenance.py  the long work of compaction and export; syncing in the background
+    feeds.py        who is told of changes, and how, without holding up the writer
+    delivery.py     tells an actor
+    follower.py     a thread that reads a log as another process writes it
+    filewatch.py    wake-ups on file events, with a poll as the truth
     supervisor.py   starts them, restarts them by class of error, gives up by rule
 
 Data flows: a request -> the writer's mailbox -> the log -> `core.snapshot` -> readers and callers.

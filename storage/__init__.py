@@ -13,6 +13,9 @@
     slipstream.py, slipstream_log.py, slipstream_walk.py    the format of the Rust crate: bytes, log, checks
     replay.py    a log into a fold, whatever its format
     opening.py   what opening a log for writing does: the lock, the replay, the repair
+    tail.py      a log that another process writes, read on as it grows
+    backlog.py   the batches since a cursor
+    diff.py      the difference of two folds, at the cost of what changed
     artifact.py  export and import
     walk.py      all of a damaged log, piece by piece
     verify.py    every invariant, in code

@@ -26,7 +26,13 @@ def run(name: str, *arguments: object) -> list[str]:
 
 
 def test_every_example_has_a_test():
-    tested = {"threaded_service.py", "actors_by_message.py", "embedded_survives_crashes.py"}
+    tested = {
+        "threaded_service.py",
+        "actors_by_message.py",
+        "embedded_survives_crashes.py",
+        "feature_flags_web.py",
+        "cache_refresh_by_actor.py",
+    }
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -67,3 +73,29 @@ def test_an_embedded_store_survives_crashes():
     assert lines[0].startswith("12 crashes, ")
     assert lines[0].endswith("the store is running")
     assert lines[1:] == ["every confirmed batch is in the log, whole, and once"]
+
+
+def test_feature_flags_web_answers_from_its_workers_what_the_writer_wrote():
+    assert run("feature_flags_web.py") == [
+        "before there is a log: None",
+        "beta is 50% in each of 20 answers, dark is None",
+        "beta is 100% in each of 20 answers, behind a compaction",
+        "and without a writer: 100%",
+    ]
+
+
+def test_cache_refresh_by_actor_renders_again_what_changed_and_nothing_else():
+    assert run("cache_refresh_by_actor.py") == [
+        "in step with the store, 2 pages",
+        "home: <h1>Home</h1> (1 rendered so far)",
+        "about: <h1>About us</h1> (2 rendered so far)",
+        "home: <h1>Home</h1> (2 rendered so far)",
+        "about: <h1>About us</h1> (2 rendered so far)",
+        "home is out of date since 2",
+        "home: <h1>Welcome</h1> (3 rendered so far)",
+        "about: <h1>About us</h1> (3 rendered so far)",
+        "about is out of date since 3",
+        "about: None (3 rendered so far)",
+        "the store was closed; what is cached is still served",
+        "home: <h1>Welcome</h1> (3 rendered so far)",
+    ]
