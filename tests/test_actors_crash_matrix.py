@@ -27,6 +27,8 @@ from actor_kit import (
 
 from foldlog import Apply, FoldlogError, Get, Range, RequestTimeout, State
 
+pytestmark = pytest.mark.exhaustive
+
 ROUNDS = 6
 FIRST = {
     "writer.start": "writer.before_write",

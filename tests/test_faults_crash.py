@@ -20,6 +20,8 @@ from foldlog.storage.engine import Engine
 from foldlog.storage.log import Log
 from foldlog.testing import Fault, FaultyFiles
 
+pytestmark = pytest.mark.exhaustive
+
 Script = Callable[[CrashCampaign, str], None]
 
 

@@ -42,6 +42,8 @@ from foldlog.storage.salvage import salvage_log
 from foldlog.storage.verify import verify_log
 from foldlog.testing import flips, sampled_flips, splices
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

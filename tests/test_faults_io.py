@@ -22,6 +22,8 @@ from foldlog.protocol.updates import encode_batch
 from foldlog.storage.verify import verify_log
 from foldlog.testing import Fault, FaultyFiles
 
+pytestmark = pytest.mark.exhaustive
+
 STOOD_BEFORE = [1, 2, 3, 4]
 MAX_CALLS = 400
 

@@ -17,6 +17,8 @@ from foldlog.storage.salvage import SalvageReport, salvage_log
 from foldlog.storage.verify import verify_log
 from foldlog.testing import Fault, FaultyFiles, sampled_flips, splices
 
+pytestmark = pytest.mark.exhaustive
+
 COUNT = 12
 
 

@@ -25,6 +25,8 @@ from foldlog import AppendLogSnapshot, FoldlogError, RequestTimeout, State, Stor
 from foldlog.storage.verify import verify_log
 from foldlog.testing import STEPS, Fault, FaultyFiles, crash_at
 
+pytestmark = pytest.mark.exhaustive
+
 STOOD_BEFORE = [1, 2, 3]
 MAX_CALLS = 400
 

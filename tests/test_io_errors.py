@@ -19,6 +19,8 @@ from logfiles import read_state
 from foldlog import AppendLogSnapshot, Delete, FoldlogError, LogPoisonedError, Put, WatchCursor
 from foldlog.storage.files import Files
 
+pytestmark = pytest.mark.exhaustive
+
 
 class Failing(Files):
     """The operating system's files, of which the n-th call of an operation fails (and with `for_good`, all after it)."""

@@ -29,6 +29,8 @@ from foldlog.protocol.frames import FILE_HEAD
 from foldlog.storage.engine import Engine
 from foldlog.storage.files import Files
 
+pytestmark = pytest.mark.exhaustive
+
 SHAPES = [
     pytest.param({"sealed": False, "sync_each": False}, id="never synced"),
     pytest.param({"sealed": True, "sync_each": False}, id="sealed"),

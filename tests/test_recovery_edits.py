@@ -12,6 +12,8 @@ from foldlog import CorruptLogError, InvalidFormatError, Put
 from foldlog.protocol.frames import FRAME_MAGIC
 from foldlog.storage.engine import Engine
 
+pytestmark = pytest.mark.exhaustive
+
 BOOTS = pytest.mark.parametrize("rebooted", [False, True], ids=["same boot", "rebooted"])
 SYNCS = pytest.mark.parametrize("sync_each", [False, True], ids=["never synced", "each synced"])
 

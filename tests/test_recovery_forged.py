@@ -18,6 +18,8 @@ from foldlog.protocol.updates import decode_batches, encode_batch
 from foldlog.storage.engine import Engine
 from foldlog.storage.leaf import encode_leaf
 
+pytestmark = pytest.mark.exhaustive
+
 BOOTS = pytest.mark.parametrize("rebooted", [False, True], ids=["same boot", "rebooted"])
 EMPTY_BASE_END = msgpack.packb({"cursor": b"", "leaves": 0, "entries": 0, "digest": b""})
 

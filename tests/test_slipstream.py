@@ -31,6 +31,8 @@ from foldlog.storage.replay import load
 from foldlog.storage.slipstream_walk import walk_records
 from foldlog.storage.verify import verify_log
 
+pytestmark = pytest.mark.exhaustive
+
 STAMP = bytes.fromhex("0102030405060708090a")  # a FoundationDB versionstamp: 10 bytes
 
 

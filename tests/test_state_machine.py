@@ -34,6 +34,8 @@ import foldlog.storage.scan
 from foldlog import AppendLogSnapshot, Delete, FoldSnapshot, KvEntry, Purge, Put, VersionToken, WatchCursor
 from foldlog.storage.artifact import read_manifest
 
+pytestmark = pytest.mark.exhaustive
+
 KEYS = [
     "",
     *(f"{a}{b}" for a in "abc" for b in ["", *"0123456789"]),
