@@ -79,6 +79,8 @@ class Buffer:
         """Why nothing more will come; None while it may. What waits is still told."""
         self.deadline: float | None = None
         """Of the subscriber's present call (time.monotonic())."""
+        self.waited_before = 0
+        """Groups that waited when that call began, and do still: they are told, however little time it gives."""
 
     def __len__(self) -> int:
         """Groups that wait."""
@@ -113,6 +115,7 @@ class Buffer:
 
     def _drop_first(self) -> Group:
         group = self._groups.popleft()
+        self.waited_before -= 1
         self._updates -= group.updates
         self._bytes -= group.size
         return group
@@ -130,8 +133,8 @@ class Buffer:
 
     @property
     def is_late(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+        """Whether the deadline has passed, and all is told that waited before."""
+        return self.deadline is not None and self.waited_before <= 0 and time.monotonic() >= self.deadline
 
     def end(self, reason: str, *, drop: bool = False) -> None:
         """Nothing more will come. With `drop`, nor is told what waits."""
@@ -254,6 +257,7 @@ class Subscription:
     def next(self, timeout_s: float | None) -> Event | None:
         """The next event; None if there is none within `timeout_s`, or if it is over."""
         self.buffer.deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.buffer.waited_before = len(self.buffer)
         try:
             return next(self._events)
         except StopIteration:

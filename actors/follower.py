@@ -110,10 +110,12 @@ class FollowerThread:
                     if self._tail.behind:
                         continue
                     self._finds.append(time.monotonic())
+                    self._set_busy(self._finds[-1])
                     if self.busy:
                         break
                     time.sleep(PAUSE_S)
-                self._set_busy(time.monotonic())
+                else:
+                    self._set_busy(time.monotonic())
         finally:
             self._end()
 
@@ -129,31 +131,36 @@ class FollowerThread:
 
     def _poll(self) -> bool:
         """Take one step. Whether there was one."""
-        was_started = self._tail.started
         try:
-            step = self._tail.poll()
+            return self._step()
         except Exception as error:
             if not isinstance(error, (OSError, FoldlogError)):  # a bug must not end the thread: the next poll may do
                 log.exception("%s: following failed", self.path)
             self._fail(error)
             return False
+
+    def _step(self) -> bool:
+        was_started = self._tail.started
+        step = self._tail.poll()
         self._error = None
         if step is not None:
             self.snapshot, self.published_at = step.fold, time.monotonic()
-            if not isinstance(step, Jump) and step.batches:
-                self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
-            else:
-                self.feeds.jump(step.fold, step.rewound if isinstance(step, Jump) else "")
+            rewound = step.rewound if isinstance(step, Jump) else ""
             if isinstance(step, Jump):
                 self.reloads += was_started
-                if step.rewound:
-                    log.warning("%s: %s", self.path, step.rewound)
-                    self._rewound = step.rewound
+            if rewound:
+                log.warning("%s: %s", self.path, rewound)
+                self._rewound = rewound
         self._set_state()
-        if step is not None:
-            with self.advanced:
-                self.advanced.notify_all()
-        return step is not None
+        if step is None:
+            return False
+        with self.advanced:
+            self.advanced.notify_all()
+        if not isinstance(step, Jump) and step.batches:
+            self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
+        else:
+            self.feeds.jump(step.fold, rewound)
+        return True
 
     def _set_state(self) -> None:
         if self._tail.missing:

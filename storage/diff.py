@@ -78,8 +78,8 @@ def _own_changes(fold: FoldSnapshot, other: FoldSnapshot) -> dict[str, Change]:
 def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator[str]:
     """The keys, ascending, whose entries in the leaves differ.
 
-    The keys are cut at both ends of each leaf that the other base has not. Between two cuts lies no more than one such leaf of
-    each, and what else lies there is the same.
+    The keys are cut where a leaf begins that the other base has not. Between two cuts lies no more than one such leaf of each,
+    and what else lies there is the same.
     """
     if old is new:
         return
@@ -90,8 +90,7 @@ def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator
     }
     cuts = {low}
     for base, numbers in own.items():
-        for number in numbers:
-            cuts.update(base.firsts[number : number + 2])
+        cuts.update(map(base.firsts.__getitem__, numbers))
     lows = sorted(cut for cut in cuts if cut >= low and (high is None or cut < high))
     sides = [_OwnLeaves(base, set(numbers)) for base, numbers in own.items()]
     for start, end in zip(lows, [*lows[1:], high], strict=True):

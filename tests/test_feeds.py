@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from foldlog import (
     Changed,
     CursorExpired,
     Delete,
+    FoldSnapshot,
     ForkedStore,
     Lagged,
     Purge,
@@ -30,6 +31,9 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.actors import feeds as feeds_module
+from foldlog.actors.feeds import Subscription
+from foldlog.protocol.updates import encode_batch
+from foldlog.storage.engine import Engine
 
 Open = Callable[..., foldlog.Store]
 
@@ -519,3 +523,108 @@ def test_publishing_costs_the_same_whether_a_subscriber_reads_or_not():
         feeds.publish(fold, number, (), 10)
     assert time.monotonic() - begun < 1.0
     assert all(len(buffer) <= feeds_module.BUFFER_GROUPS for buffer in buffers)
+
+
+# Groups in an order that only a race makes: by hand.
+
+
+class Publisher:
+    """A store reduced to its feeds: it publishes when, and what, the test says."""
+
+    def __init__(self, path: Path) -> None:
+        self.engine = Engine(path)
+        self.feeds = feeds_module.Feeds()
+        self.folds = [self.engine.fold]
+        self.batches: list[Any] = [None]
+
+    def commit(self, *updates: Update) -> None:
+        batch = encode_batch(updates, cursor(len(self.folds)))
+        self.folds.append(self.engine.commit([batch]))
+        self.batches.append(batch)
+
+    def publish(self, first: int, last: int | None = None) -> None:
+        last = first if last is None else last
+        self.feeds.publish(self.folds[last], first, self.batches[first : last + 1], 10)
+
+    def subscribe(self, current: Callable[[], FoldSnapshot], prefix: str = "") -> Subscription:
+        return Subscription(self.feeds, current, prefix, None)
+
+
+@pytest.fixture
+def publisher(path: Path) -> Iterator[Publisher]:
+    publisher = Publisher(path)
+    for number in range(1, 8):
+        publisher.commit(Put("a", b"%d" % number), Put(f"n/{number}", b""))
+    yield publisher
+    publisher.engine.close()
+
+
+def drained(subscription: Subscription) -> list[Any]:
+    events = []
+    while (event := subscription.next(0.0)) is not None:
+        events.append(event)
+    return events
+
+
+def test_what_was_published_before_the_state_that_a_watch_begins_with_is_not_told_again(publisher: Publisher):
+    def current() -> FoldSnapshot:
+        publisher.publish(5)
+        publisher.feeds.jump(publisher.folds[4])  # a writer's restart, say, told late
+        publisher.publish(6)
+        return publisher.folds[6]
+
+    events = drained(publisher.subscribe(current))
+    assert isinstance(events[-1], Synced)
+    publisher.publish(7)
+
+
+def test_what_came_before_a_rewind_is_not_told_to_a_watch_that_begins_behind_it(publisher: Publisher):
+    """Published, rewound, and only then is the state read: the state is the older one, and what is newer is of the past."""
+
+    def current() -> FoldSnapshot:
+        publisher.publish(5)
+        publisher.feeds.jump(publisher.folds[2], "rewound")
+        return publisher.folds[2]
+
+    subscription = publisher.subscribe(current)
+    assert isinstance(drained(subscription)[-1], Synced)
+    publisher.publish(3)
+    assert [event.seq for event in drained(subscription)] == [3, 3]
+
+
+def test_a_group_that_went_missing_is_made_up_for_by_the_difference(publisher: Publisher):
+    subscription = publisher.subscribe(lambda: publisher.folds[2])
+    drained(subscription)
+    publisher.publish(5)
+    events = drained(subscription)
+    assert [event.update.key for event in events] == ["a", "n/3", "n/4", "n/5"]
+    publisher.publish(4, 6)
+    assert [event.update.key for event in drained(subscription)] == ["a", "n/6"], "of a group, what is new"
+
+
+def test_all_that_waits_is_told_to_a_call_that_does_not_wait(publisher: Publisher):
+    """Found in review: a group that did not match took the time of a call with none, though one behind it did."""
+    subscription = publisher.subscribe(lambda: publisher.folds[0], "n/6")
+    drained(subscription)
+    for number in range(1, 8):
+        publisher.publish(number)
+    event = subscription.next(0.0)
+    assert isinstance(event, Changed)
+    assert event.update.key == "n/6"
+
+
+def test_a_call_that_does_not_wait_ends_though_the_publisher_is_faster_than_it(publisher: Publisher, monkeypatch):
+    subscription = publisher.subscribe(lambda: publisher.folds[0], "nothing")
+    drained(subscription)
+    publisher.publish(1)
+    take, taken = subscription.buffer.take, []
+
+    def taking() -> Any:
+        taken.append(take())
+        if len(taken) < 6:
+            publisher.publish(1 + len(taken))
+        return taken[-1]
+
+    monkeypatch.setattr(subscription.buffer, "take", taking)
+    assert subscription.next(0.0) is None
+    assert len(taken) == 1

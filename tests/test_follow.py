@@ -368,6 +368,43 @@ def test_a_watch_that_could_not_be_had_is_tried_again_later_and_not_all_the_time
     watch.stop()
 
 
+def test_what_is_written_before_the_events_are_asked_for_is_found_at_once(follow: Follow, open_store: Open, monkeypatch):
+    """Between the first poll, on the caller's thread, and the watch, there is nobody to hear of it."""
+    store = open_store()
+
+    def late_watch(*given: Any) -> FileWatch:
+        store.apply(batch(1), cursor(1))
+        return FileWatch(*given, observer=SilentObserver)
+
+    monkeypatch.setattr(follower_module, "FileWatch", late_watch)
+    follower = follow(poll_interval_s=1000.0)
+    until(lambda: follower.cursor() == cursor(1), "it looks once more")
+
+
+def test_waiting_for_a_cursor_looks_at_the_log_at_once(follow: Follow, open_store: Open, monkeypatch):
+    store = open_store()
+    monkeypatch.setattr(follower_module, "FileWatch", lambda *given: FileWatch(*given, observer=SilentObserver))
+    follower = follow(poll_interval_s=1000.0)
+    store.apply(batch(1), cursor(1))
+    follower.wait_for(cursor(1), DEADLINE_S)
+
+
+def test_a_busy_log_is_polled_and_a_quiet_one_has_events_again(follow: Follow, open_store: Open, monkeypatch):
+    monkeypatch.setattr(follower_module, "BUSY_FINDS", 4)
+    store = open_store(sync="never")
+    follower = follow(poll_interval_s=1000.0)
+    number = 0
+    while not follower._thread.busy:
+        number += 1
+        assert number < 100_000
+        store.apply([Put("k", b"%d" % number)], cursor(number))
+    until(lambda: follower.cursor() == cursor(number), "polled")
+    until(lambda: not follower._thread.busy, "it is quiet")
+    until(lambda: follower._thread._watch.active, "and has events")
+    store.apply([Put("k", b"")], cursor(number + 1))
+    until(lambda: follower.cursor() == cursor(number + 1), "an event wakes it")
+
+
 # Ending, and what is left.
 
 

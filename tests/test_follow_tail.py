@@ -148,7 +148,11 @@ def test_half_a_frame_that_stays_is_waited_for_without_end_and_without_reading_t
 
 class Counting(Files):
     def __init__(self) -> None:
-        self.opens = 0
+        self.opens = self.reads = 0
+
+    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        self.reads += 1
+        return super().read_into(fd, buffer, offset)
 
     def open_read(self, path: Path) -> int:
         self.opens += 1
@@ -561,6 +565,20 @@ def test_junk_that_took_the_name_is_refused_and_read_once(path, snap):
     assert followed.fold.cursor() == cursor(1)
     assert not followed.rewinds
     assert counting.opens == opens + 1
+
+
+def test_a_damaged_log_is_not_read_over_and_over(path):
+    with AppendLogSnapshot.open(path)[1] as snap:
+        apply(snap, 1, 2)
+    damage(path, path.stat().st_size - 150)
+    followed = Followed(path, counting := Counting())
+    with pytest.raises(CorruptLogError):
+        followed.poll()
+    reads = counting.reads
+    for _ in range(20):
+        with pytest.raises(CorruptLogError):
+            followed.poll()
+    assert counting.reads == reads
 
 
 def test_an_error_of_the_disk_loses_nothing(path, snap):
