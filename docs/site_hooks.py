@@ -1,7 +1,7 @@
 """For the build of the site, called by mkdocs.
 
-The reference is read from the source, whose packages lie side by side in a checkout: a copy of them is put together as the installed
-package has them. And links that lead out of `docs/`, to a file of the source, become plain text.
+The reference is read from the source, whose packages lie side by side in a checkout: a copy of them is put together as the
+installed package has them. And links that lead out of `docs/`, to a file of the source, become plain text.
 """
 
 from __future__ import annotations

@@ -336,10 +336,13 @@ def done(mail: Any) -> bool:
     return future is None or future.done()
 
 
+NO_FORK_WARNING = ("-W", "ignore:This process:DeprecationWarning")  # Python 3.12 says so of every fork beside a thread
+
+
 def script(code: str, *arguments: object, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, with warnings as errors but for what the script is about."""
     return subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
+        [sys.executable, *NO_FORK_WARNING, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -117,6 +117,7 @@ def test_the_tests_that_come_with_the_sdist_have_all_they_need(dist: Path, fresh
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
-    run(fresh / "pip", "install", "-q", "--disable-pip-version-check", "pytest", "pytest-timeout", "hypothesis", cwd=tmp_path)
+    (wheel,) = dist.glob("*.whl")
+    run(fresh / "pip", "install", "-q", "--disable-pip-version-check", f"{wheel}[test]", cwd=tmp_path)
     out = run(fresh / "pytest", "-q", "tests/test_layout.py", "tests/test_tokens.py", "tests/test_golden.py", cwd=source)
     assert " passed" in out
