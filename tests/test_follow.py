@@ -236,8 +236,9 @@ def test_a_bug_in_following_ends_neither_the_thread_nor_the_reads(follow: Follow
         raise RuntimeError("injected")
 
     monkeypatch.setattr(follower._thread._tail, "poll", broken)
+    follower._thread.woken.set()
+    assert failed.wait(DEADLINE_S)  # so that no poll from before is under way any more
     store.apply(batch(2), cursor(2))
-    assert failed.wait(DEADLINE_S)
     state_of(follower, FollowerState.FAILED)
     assert follower.cursor() == cursor(1)
     monkeypatch.setattr(follower._thread._tail, "poll", poll)
