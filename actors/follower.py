@@ -154,12 +154,14 @@ class FollowerThread:
         self._set_state()
         if step is None:
             return False
-        with self.advanced:
-            self.advanced.notify_all()
-        if not isinstance(step, Jump) and step.batches:
-            self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
-        else:
-            self.feeds.jump(step.fold, rewound)
+        try:
+            if not isinstance(step, Jump) and step.batches:
+                self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
+            else:
+                self.feeds.jump(step.fold, rewound)
+        finally:
+            with self.advanced:
+                self.advanced.notify_all()
         return True
 
     def _set_state(self) -> None:
