@@ -27,6 +27,7 @@ def run(name: str, *arguments: object) -> list[str]:
 
 def test_every_example_has_a_test():
     tested = {
+        "ten_lines.py",
         "threaded_service.py",
         "actors_by_message.py",
         "embedded_survives_crashes.py",
@@ -34,6 +35,11 @@ def test_every_example_has_a_test():
         "cache_refresh_by_actor.py",
     }
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_ten_lines_count_their_runs(tmp_path):
+    assert run("ten_lines.py", tmp_path / "settings.log") == ["run 1"]
+    assert run("ten_lines.py", tmp_path / "settings.log") == ["run 2"]
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["temporary log", "log of its own"])
