@@ -25,7 +25,7 @@ from foldlog.storage.tail import Jump, Tail
 
 PAUSE_S = 0.002
 """After a poll that found something: more is likely to come at once."""
-BUSY_PAUSE_S = 0.006
+BUSY_PAUSE_S = 0.008
 """Between polls while the log is busy: half of it is the delay that a change has then."""
 BUSY_WINDOW_S = 0.25
 BUSY_FINDS = 20
