@@ -249,12 +249,12 @@ class Supervisor:
                 self._give_up(f"{actor.name} died: {reason}")
                 self._answer_opened(StoreFailed(core.reason))
             return
+        if actor is self.writer and core.state is State.RUNNING:
+            core.state, core.reason = State.RESTARTING, reason
         delay_s *= random.uniform(0.5, 1.0)  # so that stores that failed together do not come back together
         restarts_s.append(now)
         core.books.restarts.append(Restart(actor.name, reason, time.time(), delay_s))
         log.warning("%s: %s died (%s); restarting in %.2f s", config.path, actor.name, reason, delay_s, exc_info=error)
-        if actor is self.writer and core.state is State.RUNNING:
-            core.state, core.reason = State.RESTARTING, reason
         self._due[actor] = now + delay_s
 
     def _end_unopened(self, error: BaseException) -> None:
