@@ -14,9 +14,12 @@ that a frame of another file is junk here. `offset` is where the frame stands, `
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgpack
 from crc32c import crc32c
+
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 
 FORMAT_VERSION = 1
 FILE_MAGIC = b"\x89FLG\r\n\x1a\n"  # as PNG's: a non-ASCII byte and both line ends catch a transfer that mangles text
@@ -119,6 +122,32 @@ def parse_frame_head(buffer: bytes | bytearray | memoryview, at: int, seed: int)
     if magic != FRAME_MAGIC or crc32c(buffer[at + 8 : at + FRAME_HEAD.size], seed) != fields[0]:
         return None
     return FrameHead(*fields)
+
+
+def parse_open(body: bytes | memoryview) -> str:
+    """The boot id in the body of an OPEN frame. ValueError for anything else."""
+    try:
+        boot = msgpack.unpackb(body, max_map_len=8)["boot"]
+    except Exception as error:
+        raise ValueError(f"an undecodable OPEN frame: {type(error).__name__}") from None
+    if type(boot) is not str:
+        raise ValueError("an OPEN frame without a boot id")
+    return boot
+
+
+def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, Any, Any, bytes]:
+    """Cursor, leaves, entries and digest in the body of a BASE_END frame. ValueError for anything else.
+
+    The counts are as they stand there, of any type, and the digest of any length: to be compared, or checked by `verify.py`.
+    """
+    try:
+        end = msgpack.unpackb(body, max_map_len=8)
+        cursor, leaves, entries, digest = end["cursor"], end["leaves"], end["entries"], end["digest"]
+    except Exception as error:
+        raise ValueError(f"an undecodable end of the base: {type(error).__name__}") from None
+    if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes:
+        raise ValueError("the end of the base has a bad field")
+    return WatchCursor(cursor), leaves, entries, digest
 
 
 def build_frame(

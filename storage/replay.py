@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import msgpack
 from blake3 import blake3
 
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError
@@ -25,10 +24,12 @@ from foldlog.protocol.frames import (
     KIND_SEAL,
     FileHead,
     FrameHead,
+    parse_base_end,
     parse_file_head,
+    parse_open,
 )
 from foldlog.protocol.store import FormatName
-from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage import leaf, slipstream
 from foldlog.storage.base import Base
@@ -119,7 +120,7 @@ class Replay:
                     self._collected.add(changes)
             self._cursor = batches[-1].cursor
         elif frame.kind == KIND_OPEN:
-            self.boot = _boot_of(body)
+            self.boot = parse_open(body)
         self.sealed = frame.kind == KIND_SEAL
         self._seq = frame.seq
         self.frames += 1
@@ -131,27 +132,11 @@ class Replay:
 
 
 def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
-    try:
-        end = msgpack.unpackb(body, max_map_len=8)
-        cursor, leaves, entries, digest = end["cursor"], end["leaves"], end["entries"], end["digest"]
-    except Exception as error:
-        raise ValueError(f"an undecodable end of the base: {type(error).__name__}") from None
-    if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes:
-        raise ValueError("the end of the base has a bad field")
+    cursor, leaves, entries, digest = parse_base_end(body)
     if leaves != len(base) or entries != base.entries:
         raise ValueError(f"the base has {len(base)} leaves and {base.entries} entries, but its end says {leaves} and {entries}")
     base.digest = digest
-    return WatchCursor(cursor)
-
-
-def _boot_of(body: memoryview) -> str:
-    try:
-        boot = msgpack.unpackb(body, max_map_len=8)["boot"]
-    except Exception as error:
-        raise ValueError(f"an undecodable OPEN frame: {type(error).__name__}") from None
-    if type(boot) is not str:
-        raise ValueError("an OPEN frame without a boot id")
-    return boot
+    return cursor
 
 
 def load(handle: ReadHandle, progress: Progress | None = None, known: Known | None = None) -> Loaded:

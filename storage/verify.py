@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import msgpack
 from blake3 import blake3
 
 from foldlog.protocol.errors import InvalidFormatError, LogChangedError
@@ -32,9 +31,11 @@ from foldlog.protocol.frames import (
     KIND_OPEN,
     FileHead,
     FrameHead,
+    parse_base_end,
     parse_file_head,
+    parse_open,
 )
-from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import decode_batches
 from foldlog.storage import leaf
 from foldlog.storage.files import OS_FILES, Files, ReadHandle
@@ -300,7 +301,7 @@ class _Check:
             if self._base_complete:  # else it may be among what is bad
                 raise ValueError("a frame before the end of the base")
         if kind == KIND_OPEN:
-            self._boot, self._in_session = boot_of(body), True
+            self._boot, self._in_session = parse_open(body), True
             return
         if not self._in_session:
             raise ValueError("a frame that no OPEN frame precedes")
@@ -350,25 +351,8 @@ class _Check:
 
 
 def base_end_of(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
-    """Cursor, leaves, entries and digest of a BASE_END body. ValueError for anything else."""
-    try:
-        end = msgpack.unpackb(body, max_map_len=8)
-        cursor, leaves, entries, digest = end["cursor"], end["leaves"], end["entries"], end["digest"]
-    except Exception as error:
-        raise ValueError(f"an undecodable end of the base: {type(error).__name__}") from None
-    if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes or len(digest) != 32:
+    """`parse_base_end`, with counts that are whole numbers and a digest of 32 bytes. ValueError for anything else."""
+    cursor, leaves, entries, digest = parse_base_end(body)
+    if type(leaves) is not int or type(entries) is not int or len(digest) != 32:
         raise ValueError("the end of the base has a bad field")
-    if type(leaves) is not int or type(entries) is not int:
-        raise ValueError("the end of the base has a bad field")
-    return WatchCursor(cursor), leaves, entries, digest
-
-
-def boot_of(body: bytes | memoryview) -> str:
-    """The boot id in an OPEN body. ValueError for anything else."""
-    try:
-        boot = msgpack.unpackb(body, max_map_len=8)["boot"]
-    except Exception as error:
-        raise ValueError(f"an undecodable OPEN frame: {type(error).__name__}") from None
-    if type(boot) is not str:
-        raise ValueError("an OPEN frame without a boot id")
-    return boot
+    return cursor, leaves, entries, digest

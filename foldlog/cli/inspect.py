@@ -13,7 +13,7 @@ import click
 
 from foldlog.cli.read import log_argument
 from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
-from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, KIND_OPEN, KIND_SEAL, FrameHead
+from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, KIND_OPEN, KIND_SEAL, FrameHead, parse_open
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
 from foldlog.storage import leaf
@@ -23,7 +23,7 @@ from foldlog.storage.salvage import Loss, salvage_log
 from foldlog.storage.slipstream import CURSOR, DELETE, PUT, Record
 from foldlog.storage.slipstream_log import SLIPSTREAM
 from foldlog.storage.slipstream_walk import walk_records
-from foldlog.storage.verify import Problem, VerifyReport, base_end_of, boot_of, head_and_seed, verify_log
+from foldlog.storage.verify import Problem, VerifyReport, base_end_of, head_and_seed, verify_log
 from foldlog.storage.walk import Piece, Walker
 
 KIND_NAMES = {
@@ -266,7 +266,7 @@ def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
             where = f"cursor {token_text(cursor)}"
             yield f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest {digest.hex()}"
         elif head.kind == KIND_OPEN:
-            yield f"boot {printable(boot_of(body)) or 'unknown'}"
+            yield f"boot {printable(parse_open(body)) or 'unknown'}"
     except ValueError as error:
         yield f"undecodable: {printable(str(error))}"
 
