@@ -16,6 +16,7 @@
     tail.py      a log that another process writes, read on as it grows
     backlog.py   the batches since a cursor
     diff.py      the difference of two folds, at the cost of what changed
+    strict_json.py   JSON from outside: manifests, change streams
     artifact.py  export and import
     walk.py      all of a damaged log, piece by piece
     verify.py    every invariant, in code

@@ -33,6 +33,7 @@ from foldlog.storage.format import Loaded, LogFormat, check_format
 from foldlog.storage.lock import WriterLock, temporary
 from foldlog.storage.replay import FORMATS, resolve
 from foldlog.storage.rewrite import Progress, write_new
+from foldlog.storage.strict_json import parse_object
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
@@ -332,14 +333,7 @@ def _read_manifest(files: Files, root: Path, root_fd: int) -> ExportManifest:
 
 def parse_manifest(raw: bytes) -> ExportManifest:
     """The manifest in `raw`. ValueError names the field at fault."""
-    try:
-        fields = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"is not JSON as it should be: {error}") from None
-    if type(fields) is not dict:
-        raise ValueError("is not a JSON object")
+    fields = parse_object(raw, "is not JSON as it should be: {}".format)
     _check_fields("", fields, _FIELDS)
     if fields["schema_version"] != SCHEMA_VERSION or type(fields["schema_version"]) is not int:
         raise ValueError(f"schema_version is {fields['schema_version']!r}, this foldlog reads {SCHEMA_VERSION}")
@@ -380,14 +374,3 @@ def _check_fields(where: str, fields: dict[str, Any], expected: frozenset[str]) 
         raise ValueError(f"{where}{missing[0]} is missing")
     if unknown := sorted(fields.keys() - expected):
         raise ValueError(f"{where}{unknown[0][:40]!a} is not a field of a manifest")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a field occurs twice")
-    return fields
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")

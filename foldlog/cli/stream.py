@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, VersionToken, WatchCursor
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, Delete, Purge, Put, Update
+from foldlog.storage.strict_json import parse_object
 
 MAX_LINE_BYTES = 128 * 1024 * 1024
 """The largest value with every byte escaped as \\u00XX takes 96 MiB. A longer line is no line."""
@@ -113,28 +114,15 @@ def parse_change(line: bytes, number: int = 1) -> Change:
 def _object(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        fields = json.loads(line.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at character {error.pos}") from None
-    if type(fields) is not dict:
-        raise ValueError("is not a JSON object")
-    return fields
+    return parse_object(line, _reason)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a field occurs twice")
-    return fields
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not JSON: {error.msg} at character {error.pos}"
+    return str(error)
 
 
 def _key(key: object) -> tuple[str, int]:
