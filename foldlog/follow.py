@@ -6,11 +6,9 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn
 
 import pykka
 
@@ -20,9 +18,8 @@ from foldlog.actors.follower import FollowerState, FollowerThread
 from foldlog.protocol.errors import ForkedStore, RequestTimeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import KvEntry
 from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.readable import Readable
 from foldlog.storage.replay import resolve
 
 POLL_INTERVAL_S = 0.5
@@ -66,48 +63,15 @@ def follow(path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S, files: Fi
     return Follower(FollowerThread(resolve(path), files, poll_interval_s))
 
 
-class Follower:
+class Follower(Readable):
     """A log that is followed. Any thread may call any method."""
 
     def __init__(self, thread: FollowerThread) -> None:
         """Not for callers: use `foldlog.follow`."""
-        self._thread = thread
+        self._thread = self._published = thread
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _close_dropped, thread, self._pid)
         self._finalizer.atexit = False
-
-    def get(self, key: str) -> KvEntry | None:
-        """The live entry of `key`, or None. Cost: as `Store.get`."""
-        return self._thread.snapshot.get(key)
-
-    def range(self, prefix: str = "") -> list[KvEntry]:
-        """All live entries under `prefix`, ascending by key."""
-        return self._thread.snapshot.range(prefix)
-
-    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """`range`, streamed from one snapshot. An error of `f` stops the scan and propagates."""
-        self._thread.snapshot.for_each_in_range(prefix, f)
-
-    def snapshot(self) -> FoldSnapshot:
-        """The state after the last batch that was seen: immutable."""
-        snapshot = self._thread.snapshot
-        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
-        return cast(FoldSnapshot, snapshot)
-
-    def cursor(self) -> WatchCursor:
-        """The position up to which everything is seen."""
-        return self._thread.snapshot.cursor()
-
-    def __len__(self) -> int:
-        """Live entries."""
-        return len(self.snapshot())
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __contains__(self, key: object) -> bool:
-        """Whether `key` is live."""
-        return key in self.snapshot()
 
     def wait_for(self, cursor: WatchCursor, timeout_s: float) -> None:
         """Return once everything up to `cursor` is seen. RequestTimeout if that takes longer.
@@ -168,12 +132,6 @@ class Follower:
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedStore(f"the follower of {self.path} was opened before this process was forked; open one here")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a follower cannot be pickled; open one in the other process")

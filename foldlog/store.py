@@ -16,8 +16,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self, cast
+from typing import Any
 
 import pykka
 
@@ -30,12 +29,12 @@ from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
-from foldlog.protocol.updates import KvEntry, Update, encode_batch
+from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifact import ExportManifest
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
 from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.format import check_format
+from foldlog.storage.readable import Readable
 from foldlog.storage.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.verify import VerifyReport, verify_live
 
@@ -130,12 +129,12 @@ def _no_step(name: str) -> None:
     pass
 
 
-class Store:
+class Store(Readable):
     """A store that is open. Any thread may call any method."""
 
     def __init__(self, core: Core, supervisor: Supervisor) -> None:
         """Not for callers: use `foldlog.open`."""
-        self._core = core
+        self._core = self._published = core
         self._supervisor = supervisor
         self._offer = supervisor.writer.inbox.offer
         # The actors hold the core and not the store, so a store that is dropped can be noticed.
@@ -143,48 +142,10 @@ class Store:
         self._finalizer.atexit = False
         _live[supervisor] = os.getpid()
 
-    # Reading: on the caller's thread, from the published snapshot.
-
-    def get(self, key: str) -> KvEntry | None:
-        """The live entry of `key`, or None if it is absent or deleted.
-
-        Cost: 0.3 us for an entry that was read before, 2-4 us for the first read of one from disk. No message, no lock.
-        """
-        return self._core.snapshot.get(key)
-
-    def range(self, prefix: str = "") -> list[KvEntry]:
-        """All live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry."""
-        return self._core.snapshot.range(prefix)
-
-    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """`range`, streamed from one snapshot: holds a leaf at a time. An error of `f` stops the scan and propagates."""
-        self._core.snapshot.for_each_in_range(prefix, f)
-
-    def snapshot(self) -> FoldSnapshot:
-        """The state after the last published batch: immutable, safe to hold and to share among threads."""
-        snapshot = self._core.snapshot
-        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
-        return cast(FoldSnapshot, snapshot)
-
-    def cursor(self) -> WatchCursor:
-        """The position up to which every update is folded in and written."""
-        return self._core.snapshot.cursor()
-
     @property
     def synced_cursor(self) -> WatchCursor:
         """The position up to which every update survives a power loss: what to acknowledge upstream, if that matters."""
         return self._core.synced_cursor
-
-    def __len__(self) -> int:
-        """Live entries."""
-        return len(self.snapshot())
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __contains__(self, key: object) -> bool:
-        """Whether `key` is live."""
-        return key in self.snapshot()
 
     # Writing: by the writer, in the order of its mailbox.
 
@@ -386,15 +347,6 @@ class Store:
     def _check_process(self) -> None:
         if self._core.state is State.FORKED:
             raise ForkedStore(f"{self.path} was opened before this process was forked")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an open store cannot be pickled; open a follower in the other process")
 
     def __repr__(self) -> str:
         return f"<foldlog.Store {str(self.path)!r} {self.state}>"

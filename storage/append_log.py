@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import KvEntry, Update, encode_batch
+from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage import artifact
 from foldlog.storage.artifact import ExportManifest
 from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, Engine, check_threshold
 from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.fold import ClosedFold, FoldSnapshot
+from foldlog.storage.readable import Readable
 from foldlog.storage.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.rewrite import Progress
 from foldlog.storage.verify import VerifyReport, verify_live
@@ -24,7 +23,7 @@ from foldlog.storage.verify import VerifyReport, verify_live
 StrPath: TypeAlias = str | os.PathLike[str]
 
 
-class AppendLogSnapshot:
+class AppendLogSnapshot(Readable):
     """A durable fold in one file, for one thread at a time.
 
     What an answered `apply` means: it survives a killed process, always; it survives a power loss once `sync` or `close`
@@ -42,10 +41,9 @@ class AppendLogSnapshot:
 
     def __init__(self, engine: Engine, compact_threshold: int) -> None:
         """Not for callers: use `open`, `load` or `import_artifact`."""
-        self._engine = engine
+        self._engine = self._published = engine
         self._threshold = compact_threshold
         self._retry_bytes = 0  # after a compaction that failed: how much must be appended before the next is tried
-        self._fold: FoldSnapshot | ClosedFold = engine.fold
         self.report: OpenReport = engine.report
         """What opening found and did."""
 
@@ -125,9 +123,8 @@ class AppendLogSnapshot:
         the same. LogChangedError if someone else touched the file. Survives a killed process on return; power loss only
         with sync="always". Cost: 3-6 us, and 1-2 us an update.
         """
-        self._fold.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
-        self._fold = self._engine.commit((encode_batch(updates, cursor),))
-        seq = self._fold.seq
+        self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        seq = self._engine.commit((encode_batch(updates, cursor),)).seq
         if self._engine.should_compact(max(self._threshold, self._retry_bytes)):
             try:
                 self.compact()
@@ -136,46 +133,18 @@ class AppendLogSnapshot:
                 self._retry_bytes = 2 * self._engine.log.appended_bytes
         return seq
 
-    def get(self, key: str) -> KvEntry | None:
-        """The live entry of `key`, or None. Cost: 0.2-0.3 us read before, 2-4 us for the first read of an entry from disk."""
-        return self._fold.get(key)
-
-    def range(self, prefix: str = "") -> list[KvEntry]:
-        """All live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry."""
-        return self._fold.range(prefix)
-
-    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """`range`, streamed: holds a leaf of entries at a time. An error of `f` stops the scan and propagates."""
-        self._fold.for_each_in_range(prefix, f)
-
-    def cursor(self) -> WatchCursor:
-        """The last applied, persisted cursor; the none-cursor where nothing was applied."""
-        return self._fold.cursor()
-
-    def snapshot(self) -> FoldSnapshot:
-        """The state as it is now, immutable: later batches do not show in it."""
-        self._fold.seq  # noqa: B018
-        return self._engine.fold
-
-    def __len__(self) -> int:
-        """Live entries."""
-        return len(self.snapshot())
-
-    def __bool__(self) -> bool:
-        return True
-
     def compact(self, progress: Progress | None = None) -> None:
         """Rewrite the log as its fold, if it is not that already. Also clears the poison that a failed fsync left.
 
         On an error the log goes on as it was. Cost: a copy of the untouched leaves, about 1 us an entry for the others.
         """
-        self._fold.seq  # noqa: B018
-        self._fold = self._engine.compact(progress)
+        self._engine.snapshot.seq  # noqa: B018
+        self._engine.compact(progress)
         self._retry_bytes = 0
 
     def sync(self) -> None:
         """Make all applied batches survive a power loss. LogPoisonedError if the disk refuses: `compact` recovers."""
-        self._fold.seq  # noqa: B018
+        self._engine.snapshot.seq  # noqa: B018
         self._engine.log.sync()
 
     def export_to(
@@ -199,17 +168,7 @@ class AppendLogSnapshot:
 
     def close(self) -> None:
         """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on."""
-        self._fold = ClosedFold(f"{self._engine.path} is closed")
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an open store cannot be pickled; open a follower in the other process")
 
 
 def _with_compaction(report: OpenReport, engine: Engine, poisoned: bool) -> OpenReport:

@@ -10,7 +10,7 @@ from foldlog.protocol.updates import Batch
 from foldlog.storage.base import EMPTY_BASE
 from foldlog.storage.delta import EMPTY_DELTA
 from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.fold import ClosedFold, FoldSnapshot
 from foldlog.storage.lock import WriterLock
 from foldlog.storage.log import Log
 from foldlog.storage.opening import open_log
@@ -66,6 +66,8 @@ class Engine:
         # Invariant: fold.seq == log.chain.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
         # the assignment behind it; then `_next` is what the log holds.
         self._next = self.fold
+        # What the callers read: the fold, until the engine is closed.
+        self.snapshot: FoldSnapshot | ClosedFold = self.fold
         # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
         self._since: FoldSnapshot | None = None
 
@@ -80,7 +82,7 @@ class Engine:
         """
         log = self.log
         if self.fold.seq != log.chain.seq and self._next.seq == log.chain.seq and log.poison is None:
-            self.fold = self._next
+            self.fold = self.snapshot = self._next
         since = self._since
         if staged is None:
             staged = self.fold.with_group(batches)
@@ -90,7 +92,7 @@ class Engine:
             log.sync()
         if since is not None:
             self._since = since.with_group(batches)
-        self.fold = self._next
+        self.fold = self.snapshot = self._next
         return self.fold
 
     @property
@@ -114,7 +116,7 @@ class Engine:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
-        self.fold = self._next = rewrite.finish(since)
+        self.fold = self.snapshot = self._next = rewrite.finish(since)
         self._since = None
         return self.fold
 
@@ -138,4 +140,5 @@ class Engine:
 
     def close(self) -> None:
         """Sync, seal and release the log. Closing twice is fine."""
+        self.snapshot = ClosedFold(f"{self.path} is closed")
         self.log.close()

@@ -8,7 +8,7 @@ import pytest
 from conformance import Kind, StoreConformance
 
 import foldlog
-from foldlog import AppendLogSnapshot
+from foldlog import AppendLogSnapshot, Put, StoreClosed, WatchCursor
 from foldlog.protocol.store import FormatName
 
 
@@ -53,3 +53,13 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 class TestEveryStore(StoreConformance):
     """The suite itself is in `conformance.py`."""
+
+
+def test_every_kind_counts_its_entries_and_knows_them_and_is_true_also_when_empty(kind: Kind, path: Path) -> None:
+    with kind.open(path) as store:
+        assert (len(store), bool(store), "k" in store) == (0, True, False)
+        store.apply([Put("k", b"v")], WatchCursor.from_u64(1))
+        assert (len(store), "k" in store, 7 in store) == (1, True, False)
+    for use in (lambda: len(store), lambda: "k" in store, lambda: store.snapshot()):
+        with pytest.raises(StoreClosed):
+            use()

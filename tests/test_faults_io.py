@@ -51,8 +51,7 @@ class Bench:
         return self.snap
 
     def apply_group(self, numbers: tuple[int, ...]) -> None:
-        snap = self.opened
-        snap._fold = snap._engine.commit([encode_batch(batch(number), WatchCursor.from_u64(number)) for number in numbers])
+        self.opened._engine.commit([encode_batch(batch(number), WatchCursor.from_u64(number)) for number in numbers])
 
 
 class Operation(NamedTuple):

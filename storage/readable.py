@@ -1,0 +1,72 @@
+"""Reading: what every open store offers, on the caller's thread, from the snapshot that is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, Self, cast
+
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import KvEntry
+from foldlog.storage.fold import ClosedFold, FoldSnapshot
+
+
+class Publisher(Protocol):
+    """Holds the snapshot that is to be read, and replaces it whole."""
+
+    snapshot: FoldSnapshot | ClosedFold
+
+
+class Readable:
+    """A store that is open, read through the snapshot that stands in it when a method is called."""
+
+    _published: Publisher  # not the store: one that is dropped is freed at once, and can be noticed
+
+    def get(self, key: str) -> KvEntry | None:
+        """The live entry of `key`, or None if it is absent or deleted.
+
+        Cost: 0.2-0.3 us for an entry that was read before, 2-4 us for the first read of one from disk. No message, no lock.
+        """
+        return self._published.snapshot.get(key)
+
+    def range(self, prefix: str = "") -> list[KvEntry]:
+        """All live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry."""
+        return self._published.snapshot.range(prefix)
+
+    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
+        """`range`, streamed from one snapshot: holds a leaf at a time. An error of `f` stops the scan and propagates."""
+        self._published.snapshot.for_each_in_range(prefix, f)
+
+    def snapshot(self) -> FoldSnapshot:
+        """The state that reads see now: immutable, safe to hold and to share among threads; later batches do not show in it."""
+        snapshot = self._published.snapshot
+        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
+        return cast(FoldSnapshot, snapshot)
+
+    def cursor(self) -> WatchCursor:
+        """The position up to which every update is folded in and written; the none-cursor where nothing was applied."""
+        return self._published.snapshot.cursor()
+
+    def __len__(self) -> int:
+        """Live entries."""
+        return len(self.snapshot())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        """Whether `key` is live."""
+        return key in self.snapshot()
+
+    def close(self) -> None:
+        """End the store. Closing twice is fine."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open store cannot be pickled; open a follower in the other process")
