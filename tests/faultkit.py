@@ -18,10 +18,11 @@ import pytest
 from foldlog import AppendLogSnapshot, Delete, FoldlogError, LogPoisonedError, Put, Update, VersionToken, WatchCursor
 from foldlog.storage.files import Files
 from foldlog.storage.verify import verify_log
-from foldlog.testing import Call, CrashFiles, FaultyFiles, UnsyncedFiles
+from foldlog.testing import Call, CrashFiles, Fault, FaultyFiles, UnsyncedFiles
 
 View = dict[str, bytes]
 UNSYNCED = UnsyncedFiles()
+MAX_CALLS = 400
 
 
 def batch(number: int) -> list[Update]:
@@ -117,6 +118,37 @@ def descriptors() -> set[str]:
         with contextlib.suppress(OSError):
             found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
     return {name for name in found if not name.split(" ", 1)[1].startswith(("/proc", "socket:", "pipe:"))}
+
+
+def run_with(fault: Fault, files: FaultyFiles, run: Callable[[], object]) -> tuple[list[Call], Exception | None]:
+    """Run with a fault in it. Returns the calls that the fault hit, and the error that came of it."""
+    files.arm(fault)
+    failed: Exception | None = None
+    try:
+        run()
+    except (OSError, FoldlogError) as error:
+        failed = error
+    fired = list(files.fired)
+    files.arm()
+    return fired, failed
+
+
+def fail_every_call(folder: Path, operation: str, attempt: Callable[[Path, int], bool]) -> int:
+    """Attempt an operation with a fault in call 1, 2, 3, ... until it does not come any more. Returns how many came.
+
+    `attempt` takes a folder to make, and the number of the call; it returns whether the fault came. Nothing may be left open.
+    """
+    for nth in range(1, MAX_CALLS):
+        own = folder / str(nth)
+        count = len(os.listdir("/proc/self/fd"))
+        came = attempt(own, nth)
+        if len(os.listdir("/proc/self/fd")) != count:
+            left = {name for name in descriptors() if str(folder) in name}  # garbage is collected by now
+            assert not left, f"{operation} with a fault in call {nth} leaves open {left}"
+        shutil.rmtree(own)
+        if not came:
+            return nth - 1
+    raise AssertionError("the operation never completes")
 
 
 def fault_of(path: Path, allowed: list[View], files: Files = UNSYNCED) -> str:

@@ -104,14 +104,20 @@ def a_failed_write(campaign: CrashCampaign, sync: str) -> None:
     campaign.look("at the end")
 
 
-def a_failed_fsync(campaign: CrashCampaign, sync: str) -> None:
-    """An fsync fails once. The disk has lost what it should have saved, and says so only this once."""
+def opened_until_an_fsync_failed(campaign: CrashCampaign) -> AppendLogSnapshot:
+    """Open the campaign's log, and apply two batches. The fsync of the second fails."""
     snap = opened(campaign, "always")
     campaign.model.apply(snap, 1, durable=True)
     campaign.files.arm(Fault("sync", 1, errno.EIO))
     with contextlib.suppress(LogPoisonedError):
         campaign.model.apply(snap, 2, durable=True)
     campaign.files.arm()
+    return snap
+
+
+def a_failed_fsync(campaign: CrashCampaign, sync: str) -> None:
+    """An fsync fails once. The disk has lost what it should have saved, and says so only this once."""
+    snap = opened_until_an_fsync_failed(campaign)
     with contextlib.suppress(LogPoisonedError):
         campaign.model.apply(snap, 3, durable=True)
     snap.compact()
@@ -124,12 +130,7 @@ def a_failed_fsync(campaign: CrashCampaign, sync: str) -> None:
 
 
 def a_failed_fsync_and_a_new_process(campaign: CrashCampaign, sync: str) -> None:
-    snap = opened(campaign, "always")
-    campaign.model.apply(snap, 1, durable=True)
-    campaign.files.arm(Fault("sync", 1, errno.EIO))
-    with contextlib.suppress(LogPoisonedError):
-        campaign.model.apply(snap, 2, durable=True)
-    campaign.files.arm()
+    snap = opened_until_an_fsync_failed(campaign)
     snap._engine.log.abandon()
     _, snap = AppendLogSnapshot.open(campaign.path, files=campaign.files, sync="always")
     campaign.model.acked = [1, 2] if "key2" in view(snap) else [1]

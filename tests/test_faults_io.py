@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from faultkit import UNSYNCED, Model, batch, descriptors, fault_of, fold_of, quick_folder, view
+from faultkit import UNSYNCED, Model, batch, fail_every_call, fault_of, fold_of, quick_folder, run_with, view
 
 from foldlog import AppendLogSnapshot, FoldlogError, LogPoisonedError, WatchCursor
 from foldlog.protocol.updates import encode_batch
@@ -25,7 +24,6 @@ from foldlog.testing import Fault, FaultyFiles
 pytestmark = pytest.mark.exhaustive
 
 STOOD_BEFORE = [1, 2, 3, 4]
-MAX_CALLS = 400
 
 
 class Bench:
@@ -135,14 +133,7 @@ def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
         bench.open()
         if operation.written:
             bench.model.apply(bench.snap, 5, durable=True)
-    bench.files.arm(fault)
-    failed: BaseException | None = None
-    try:
-        operation.run(bench)
-    except (OSError, FoldlogError) as error:
-        failed = error
-    fired = list(bench.files.fired)
-    bench.files.arm()
+    fired, failed = run_with(fault, bench.files, lambda: operation.run(bench))
     what = f"{operation.name} with {fault}, which hit {fired[:1]}"
     if not fired:
         assert failed is None, what
@@ -177,19 +168,11 @@ def check_what_was_made(bench: Bench, operation: Operation, *, complete: bool) -
     assert verify_log(copy).ok
 
 
-def fail_every_call(template: Path, folder: Path, operation: Operation, kind: str, sync: str) -> None:
-    faults = 0
-    for nth in itertools.count(1):
-        assert nth < MAX_CALLS, "the operation never completes"
-        count = len(os.listdir("/proc/self/fd"))
-        came = one_fault(Bench(template, folder / str(nth), sync=sync), operation, KINDS[kind](nth))
-        if len(os.listdir("/proc/self/fd")) != count:
-            left = {name for name in descriptors() if str(folder) in name}  # garbage is collected by now
-            assert not left, f"{operation.name} with a fault in call {nth} leaves open {left}"
-        shutil.rmtree(folder / str(nth))
-        if not came:
-            break
-        faults += 1
+def every_call_fails(template: Path, folder: Path, operation: Operation, kind: str, sync: str) -> None:
+    def attempt(own: Path, nth: int) -> bool:
+        return one_fault(Bench(template, own, sync=sync), operation, KINDS[kind](nth))
+
+    faults = fail_every_call(folder, operation.name, attempt)
     if kind.startswith("7 bytes"):
         assert faults or operation.name in ("sync", "verify", "close", "open")
     else:
@@ -209,11 +192,11 @@ REST = [pair for pair in itertools.product(KINDS, ("never", "always")) if pair n
 @pytest.mark.parametrize(("kind", "sync"), QUICK)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, sync):
-    fail_every_call(template, folder, operation, kind, sync)
+    every_call_fails(template, folder, operation, kind, sync)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "sync"), REST)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_every_call_of_an_operation_may_fail_in_any_way(template, folder, operation, kind, sync):
-    fail_every_call(template, folder, operation, kind, sync)
+    every_call_fails(template, folder, operation, kind, sync)

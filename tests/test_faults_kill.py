@@ -25,6 +25,7 @@ from foldlog.storage.verify import verify_log
 TESTS = Path(__file__).parent
 STORY_BATCHES, TOGETHER = 12, 4  # as in killed.py
 TIMEOUT_S = 120
+CAMPAIGN = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -101,7 +102,9 @@ def test_a_process_that_dies_before_any_call_loses_nothing_that_it_answered(fold
     print(f"{count} deaths before a call, {story}, 0 losses")
 
 
-def die_at_moments(story: str, folder: Path, count: int) -> None:
+@pytest.mark.parametrize("count", [20, pytest.param(300, marks=CAMPAIGN)])
+@pytest.mark.parametrize("story", ["engine", "store"])
+def test_a_process_that_is_killed_at_any_moment_loses_nothing_that_it_answered(folder, story, count):
     answers = 0
     for death in deaths(story, "moment", folder, count=count):
         path = folder / str(death["n"]) / "state.log"
@@ -113,19 +116,9 @@ def die_at_moments(story: str, folder: Path, count: int) -> None:
     print(f"{answers} answers before deaths at moments by chance, {story}, 0 losses")
 
 
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=CAMPAIGN)])
 @pytest.mark.parametrize("story", ["engine", "store"])
-def test_a_process_that_is_killed_at_any_moment_loses_nothing_that_it_answered(folder, story):
-    die_at_moments(story, folder, 20)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("story", ["engine", "store"])
-def test_a_process_that_is_killed_at_hundreds_of_moments_loses_nothing_that_it_answered(folder, story):
-    die_at_moments(story, folder, 300)
-
-
-def die_under_a_follower(story: str, folder: Path, count: int) -> None:
+def test_processes_that_die_one_after_the_other_lose_nothing_and_leave_a_follower_right(folder, story, count):
     """Process after process dies on one log, which a follower in this one reads all the while."""
     path = folder / "state.log"
     follower = foldlog.follow(path, poll_interval_s=0.05)
@@ -152,18 +145,6 @@ def die_under_a_follower(story: str, folder: Path, count: int) -> None:
     finally:
         follower.close()
     print(f"{answered} answers by processes that died one after the other, {story}, 0 losses")
-
-
-@pytest.mark.parametrize("story", ["engine", "store"])
-def test_processes_that_die_one_after_the_other_lose_nothing_and_leave_a_follower_right(folder, story):
-    die_under_a_follower(story, folder, 10)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("story", ["engine", "store"])
-def test_a_hundred_processes_that_die_one_after_the_other_leave_a_follower_right(folder, story):
-    die_under_a_follower(story, folder, 100)
 
 
 FILE_LIMIT = """

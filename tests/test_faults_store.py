@@ -9,8 +9,6 @@ import contextlib
 import errno
 import itertools
 import logging
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from faultkit import UNSYNCED, CrashCampaign, batch, descriptors, fault_of, fold_of, quick_folder, view
+from faultkit import UNSYNCED, CrashCampaign, batch, fail_every_call, fault_of, fold_of, quick_folder, run_with, view
 
 import foldlog
 from foldlog import AppendLogSnapshot, FoldlogError, RequestTimeout, State, Store, StoreFailed, WatchCursor
@@ -28,7 +26,6 @@ from foldlog.testing import STEPS, Fault, FaultyFiles, crash_at
 pytestmark = pytest.mark.exhaustive
 
 STOOD_BEFORE = [1, 2, 3]
-MAX_CALLS = 400
 
 
 @pytest.fixture
@@ -114,14 +111,7 @@ def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
     if operation.opened:
         bench.open()
         bench.apply(4)
-    bench.files.arm(fault)
-    failed: Exception | None = None
-    try:
-        operation.run(bench)
-    except (OSError, FoldlogError) as error:
-        failed = error
-    fired = list(bench.files.fired)
-    bench.files.arm()
+    fired, failed = run_with(fault, bench.files, lambda: operation.run(bench))
     assert fired or failed is None
     store = bench.store
     if store is not None and operation.name != "close":
@@ -147,33 +137,21 @@ def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
     return bool(fired)
 
 
-def every_call(folder: Path, operation: Operation, kind: str) -> int:
-    for nth in itertools.count(1):
-        assert nth < MAX_CALLS, "the operation never completes"
-        count = len(os.listdir("/proc/self/fd"))
-        bench = Bench(folder / str(nth))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_call_of_a_stores_operation_may_fail(folder, operation, kind):
+    def attempt(own: Path, nth: int) -> bool:
+        bench = Bench(own)
         try:
-            came = one_fault(bench, operation, KINDS[kind](nth))
+            return one_fault(bench, operation, KINDS[kind](nth))
         except Exception as error:
             error.add_note(f"{operation.name}, {KINDS[kind](nth)}, which hit {[call[:3] for call in bench.files.fired[:1]]}")
             if bench.store is not None:
                 bench.files.disarm()
                 bench.store.close()
             raise
-        del bench
-        if len(os.listdir("/proc/self/fd")) != count:
-            left = {name for name in descriptors() if str(folder) in name}  # garbage is collected by now
-            assert not left, f"{operation.name} with a fault in call {nth} leaves open {left}"
-        shutil.rmtree(folder / str(nth))
-        if not came:
-            return nth - 1
-    raise AssertionError
 
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_every_call_of_a_stores_operation_may_fail(folder, operation, kind):
-    faults = every_call(folder, operation, kind)
+    faults = fail_every_call(folder, operation.name, attempt)
     assert faults >= 1
     print(f"{faults} faults injected: {kind}, {operation.name}, store")
 

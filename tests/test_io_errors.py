@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import pytest
+from faultkit import view
 from logfiles import read_state
 
 from foldlog import AppendLogSnapshot, Delete, FoldlogError, LogPoisonedError, Put, WatchCursor
@@ -103,8 +104,18 @@ def no_more_than(before: set[str]) -> bool:
     return descriptors() <= before
 
 
-def view(snap) -> dict[str, bytes]:
-    return {entry.key: entry.value for entry in snap.range("")}
+def holding_a(path: Path, sync="never") -> AppendLogSnapshot:
+    """A new log that holds a, by its first batch."""
+    _, snap = AppendLogSnapshot.open(path, sync=sync)
+    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    return snap
+
+
+def takes_b_and_keeps_both(snap: AppendLogSnapshot, path: Path) -> None:
+    """Apply b, and close: both are there."""
+    snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
+    snap.close()
+    assert set(read_state(path).entries) == {"a", "b"}
 
 
 BATCHES = [[Put("a", b"1"), Put("b", b"1")], [Put("a", b"2"), Delete("b"), Put("c", bytes(700))], [Put("b", b"3")], [Delete("c")]]
@@ -189,8 +200,7 @@ def test_nothing_acknowledged_is_lost_whichever_call_fails(tmp_path, operation, 
 
 @pytest.mark.parametrize("takes", [1, 47, 60, 100])
 def test_a_write_that_falls_short_and_fails_is_cut_back(path, takes):
-    _, snap = AppendLogSnapshot.open(path)
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path)
     before = path.read_bytes()
     files = Failing("write", 1, errno.ENOSPC, takes=takes)
     snap._engine.log.files = files
@@ -199,14 +209,11 @@ def test_a_write_that_falls_short_and_fails_is_cut_back(path, takes):
     assert files.fired
     assert path.read_bytes() == before
     assert view(snap) == {"a": b"1"}
-    snap.apply([Put("b", b"3")], WatchCursor.from_u64(2))
-    snap.close()
-    assert set(read_state(path).entries) == {"a", "b"}
+    takes_b_and_keeps_both(snap, path)
 
 
 def test_a_cut_that_is_not_synced_poisons_the_log(path):
-    _, snap = AppendLogSnapshot.open(path)
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path)
 
     class Both(Failing):
         def sync(self, fd):
@@ -220,14 +227,11 @@ def test_a_cut_that_is_not_synced_poisons_the_log(path):
         with pytest.raises(LogPoisonedError):
             snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     snap.compact()
-    snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
-    snap.close()
-    assert set(read_state(path).entries) == {"a", "b"}
+    takes_b_and_keeps_both(snap, path)
 
 
 def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
-    _, snap = AppendLogSnapshot.open(path, sync="always")
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path, sync="always")
     files = Failing("sync", 1, errno.EIO)
     snap._engine.log.files = files
     with pytest.raises(LogPoisonedError, match="fsync"):
@@ -251,8 +255,7 @@ def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
 
 
 def test_the_next_process_rewrites_a_poisoned_log_too(path):
-    _, snap = AppendLogSnapshot.open(path)
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path)
     snap._engine.log.files = Failing("sync", 1, errno.EIO)
     with pytest.raises(LogPoisonedError):
         snap.sync()
@@ -294,8 +297,7 @@ def test_an_applied_batch_is_acknowledged_though_the_compaction_behind_it_fails(
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EXDEV, errno.EACCES], ids=errno.errorcode.get)
 @pytest.mark.parametrize("operation", ["create", "replace", "write", "sync"])
 def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error):
-    _, snap = AppendLogSnapshot.open(path)
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path)
     before = path.read_bytes(), path.stat().st_ino
     snap._engine.log.files = Failing(operation, 1, error)
     with pytest.raises(OSError, match=r"\[Errno"):
@@ -310,8 +312,7 @@ def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error
 
 
 def test_a_rename_is_the_last_step_of_a_compaction_that_can_fail(path):
-    _, snap = AppendLogSnapshot.open(path)
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path)
 
     class NoMoreAfterTheRename(Failing):
         def replace(self, source, dest):
@@ -330,16 +331,13 @@ def test_a_rename_is_the_last_step_of_a_compaction_that_can_fail(path):
 
 
 def test_an_unsynced_rename_poisons_the_new_file(path):
-    _, snap = AppendLogSnapshot.open(path)
-    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap = holding_a(path)
     snap._engine.log.files = Failing("sync_dir", 1, errno.EIO)
     snap.compact()
     with pytest.raises(LogPoisonedError, match="folder"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     snap.compact()
-    snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
-    snap.close()
-    assert set(read_state(path).entries) == {"a", "b"}
+    takes_b_and_keeps_both(snap, path)
 
 
 @pytest.mark.parametrize("operation", ["write", "create", "sync", "sync_dir", "open_read", "make_dir", "rename_new"])
