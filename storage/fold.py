@@ -226,19 +226,11 @@ class FoldSnapshot:
     def span_columns(self, span: Span) -> Columns:
         """The live entries of a span."""
         if span.leaf < 0:
-            columns = Columns([], [], [])
-        elif span.whole:
-            columns = self.base.columns(span.leaf)
-        else:
-            columns = self.base.columns(span.leaf, span.low, span.high)
+            return leaf.columns_of(span.changes)
+        low, high = (None, None) if span.whole else (span.low, span.high)
         if not span.changes:
-            return columns
-        if len(span.changes) * 8 < len(columns.keys):
-            return leaf.patched_columns(columns, span.changes)
-        merged = leaf.changes_of(columns)
-        merged.update(span.changes)
-        live = [change for change in map(merged.__getitem__, sorted(merged)) if change[1] is not None]
-        return Columns([c[0] for c in live], [c[1] for c in live], [c[2] for c in live])  # type: ignore[misc]
+            return self.base.columns(span.leaf, low, high)
+        return leaf.merged_columns(self.base.body(span.leaf), span.changes, low, high)
 
     def _leaf_keys(self, span: Span) -> list[str]:
         if span.leaf < 0:

@@ -25,7 +25,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
-from operator import add, lt, sub
+from operator import add, itemgetter, lt, sub
 from typing import NamedTuple
 
 from crc32c import crc32c
@@ -59,8 +59,8 @@ def leaf_end(keys: Sequence[str], values: Sequence[bytes], start: int) -> int | 
     """Where the leaf that starts with entry `start` ends (exclusive), or None if it goes on past these entries."""
     stop = min(len(keys), start + MAX_ENTRIES)
     full = stop - start == MAX_ENTRIES
-    sizes = list(map(add, map(len, keys[start:stop]), map(len, values[start:stop])))
-    if sum(sizes) >= MAX_LEAF_BYTES:
+    if sum(map(len, keys[start:stop])) + sum(map(len, values[start:stop])) >= MAX_LEAF_BYTES:
+        sizes = map(add, map(len, keys[start:stop]), map(len, values[start:stop]))
         stop = start + bisect_left(list(accumulate(sizes)), MAX_LEAF_BYTES) + 1
         full = True
     first = start + MIN_ENTRIES - 1
@@ -176,8 +176,7 @@ def decode_leaf(body: bytes | memoryview, low: str | None = None, high: str | No
     """The entries of a leaf with low <= key < high; None is no bound. Cost: 25 ns a key, 0.3 us an entry in the bounds."""
     count, index_len, keys_len, _ = HEAD.unpack_from(body)
     keys = decode_keys(body)
-    start = 0 if low is None else bisect_left(keys, low)
-    stop = count if high is None else bisect_left(keys, high)
+    start, stop = _bounds(keys, low, high)
     if start >= stop:
         return Columns([], [], [])
     ends = HEAD.size + keys_len
@@ -185,6 +184,10 @@ def decode_leaf(body: bytes | memoryview, low: str | None = None, high: str | No
     values = _slices(body, index_len, "I", ends, start, stop)
     versions = _slices(body, version_ends + 2 * count, "H", version_ends, start, stop)
     return Columns(keys if stop - start == count else keys[start:stop], values, versions)
+
+
+def _bounds(keys: list[str], low: str | None, high: str | None) -> tuple[int, int]:
+    return 0 if low is None else bisect_left(keys, low), len(keys) if high is None else bisect_left(keys, high)
 
 
 def _slices(body: bytes | memoryview, base: int, width: str, ends_at: int, start: int, stop: int) -> list[bytes]:
@@ -275,9 +278,23 @@ def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
     return bytes(patched)
 
 
-def patched_columns(columns: Columns, changes: dict[str, Change]) -> Columns:
-    """The entries with a few changes made. Cost: copies the columns, and 1 us a change."""
-    keys, values, versions = columns.keys.copy(), columns.values.copy(), columns.versions.copy()
+def merged_columns(body: bytes, changes: dict[str, Change], low: str | None = None, high: str | None = None) -> Columns:
+    """The entries of a leaf with low <= key < high, once `changes`, all within these bounds, are made.
+
+    Cost: that of decoding the leaf, and 1 us a change if they are few, else 0.3 us an entry. A stretch of which every entry
+    is overwritten, as when an upstream sends its state anew, is not decoded.
+    """
+    if len(changes) * 8 < HEAD.unpack_from(body)[0]:
+        return _patched_columns(decode_leaf(body, low, high), changes)
+    keys = decode_keys(body)
+    start, stop = _bounds(keys, low, high)
+    if all(map(changes.__contains__, keys[start:stop])):
+        return columns_of(changes)
+    return columns_of(changes_of(decode_leaf(body, low, high)) | changes)
+
+
+def _patched_columns(columns: Columns, changes: dict[str, Change]) -> Columns:
+    keys, values, versions = columns
     for key, value, version in changes.values():
         at = bisect_left(keys, key)
         present = at < len(keys) and keys[at] == key
@@ -290,9 +307,22 @@ def patched_columns(columns: Columns, changes: dict[str, Change]) -> Columns:
             keys.insert(at, key)
             values.insert(at, value)
             versions.insert(at, version)
-    return Columns(keys, values, versions)
+    return columns
 
 
 def changes_of(columns: Columns) -> dict[str, Change]:
     """The entries by key."""
     return dict(zip(columns.keys, zip(*columns)))  # noqa: B905
+
+
+def columns_of(changes: dict[str, Change]) -> Columns:
+    """What lives of the changes, in key order."""
+    rows = [*map(changes.__getitem__, sorted(changes))]
+    if not all(map(_value_of, rows)):  # a delete, or an empty value
+        rows = [change for change in rows if change[1] is not None]
+    if not rows:
+        return Columns([], [], [])
+    return Columns(*map(list, zip(*rows, strict=True)))
+
+
+_value_of = itemgetter(1)
