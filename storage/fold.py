@@ -21,7 +21,7 @@ from foldlog.protocol.updates import SLICE, Batch, Change, KvEntry
 from foldlog.storage import leaf
 from foldlog.storage.base import EMPTY_BASE, SHARDS, Base
 from foldlog.storage.collector import no_full_collections
-from foldlog.storage.delta import EMPTY_DELTA, Delta, Run, pushed
+from foldlog.storage.delta import EMPTY_DELTA, STEP_ENTRIES, Delta, Run, pushed
 from foldlog.storage.leaf import Columns
 
 _SHARD_MASK = SHARDS - 1
@@ -178,8 +178,8 @@ class FoldSnapshot:
         delta, runs = self.delta, self.runs
         for newest in changes:
             runs = pushed(runs, newest)
-            if runs and len(runs[-1]) >= delta.settle_entries:
-                delta, runs = delta.with_runs(runs), ()
+            if runs and (len(runs[0]) >= STEP_ENTRIES or len(runs[-1]) >= delta.settle_entries):
+                delta, runs = delta.with_due(runs, len(newest))
         return FoldSnapshot(self.base, delta, runs, seq, cursor)
 
     def with_group(self, batches: Sequence[Batch]) -> FoldSnapshot:

@@ -118,8 +118,8 @@ class RecordFile(NewFile):
         return chain._replace(offset=stop, seq=chain.seq + cursors)
 
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        # The pieces of `since` are disjoint, so that their order means nothing.
-        delta = self._delta.with_runs(tuple(since.delta)) if len(since.delta) else self._delta
+        older = tuple(reversed([*since.delta]))
+        delta = self._delta.with_runs(older) if older else self._delta
         return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor())
 
 

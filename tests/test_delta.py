@@ -146,9 +146,59 @@ def test_no_run_or_piece_outgrows_what_one_call_may_touch():
     fold = FoldSnapshot.empty()
     updates = [Put(f"{n:06}", b"v", VersionToken.unknown()) for n in range(60_000)]
     fold = fold.with_batch(encode_batch(updates, WatchCursor.none()).changes, 1, WatchCursor.none())
-    assert all(len(piece) <= delta.PIECE_ENTRIES for piece in fold.delta)
+    *pieces, settling = fold.delta
+    assert len(pieces) == len(fold.delta) > 50
+    assert all(len(piece) <= delta.PIECE_ENTRIES for piece in pieces)
+    assert len(settling) <= 2 * delta.SETTLE_ENTRIES
     assert sum(map(len, fold.runs)) < 2 * delta.MAX_SETTLE_ENTRIES
     assert len(fold) == 60_000
+
+
+@given(st.lists(changes, max_size=30), keys, keys | st.none())
+def test_what_settles_bit_by_bit_reads_the_same_at_every_step(batches, low, high):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, entries in (("PIECE_ENTRIES", 4), ("SETTLE_ENTRIES", 8), ("STEP_ENTRIES", 2)):
+            patch.setattr(delta, name, entries)
+        current, runs, expected = EMPTY_DELTA, (), {}
+        held = []
+        for batch in filter(None, batches):
+            expected.update(batch)
+            current, runs = current.with_due(pushed(runs, batch), len(batch))
+            held.append((current, runs, dict(expected)))
+        for settled, newer, state in held:
+            for key in state:
+                in_runs = next((run[key] for run in newer if key in run), None)
+                assert (in_runs or settled.get(key)) == state[key]
+            found: dict = {}
+            settled.copy_into(found, low, high)
+            for run in reversed(newer):
+                run.copy_into(found, low, high)
+            if high is None or low < high:
+                assert found == {key: value for key, value in state.items() if key >= low and (high is None or key < high)}
+            assert {key: value for run in (*settled, *reversed(newer)) for key, value in run.items()} == state
+
+
+@pytest.mark.parametrize("size", [1, 100, 1000])
+def test_no_batch_waits_until_a_whole_delta_is_copied(monkeypatch, size):
+    """Pieces copied by one batch, while 40,000 settled changes take in 8,192 and more that fall into every one of them."""
+    settled = EMPTY_DELTA.with_runs((Run({f"{n:06}": change(f"{n:06}", 1) for n in range(40_000)}),))
+    assert len(settled) > 75
+    monkeypatch.setattr(delta, "Run", Counted)
+    rng = random.Random(7)
+    runs: tuple[Run, ...] = ()
+    pieces: list[int] = []
+    settlings = late = 0
+    current = settled
+    for _ in range(20_000 // size):
+        batch = {key: change(key, 2) for key in (f"{rng.randrange(40_000):06}" for _ in range(size))}
+        before, was_settling = set(map(id, current)), bool(current._settling)
+        current, runs = current.with_due(pushed(runs, batch), len(batch))
+        late += was_settling and not runs
+        pieces.append(len(set(map(id, current)) - before))
+        settlings += was_settling and not current._settling
+    assert settlings >= 1
+    assert not late, "one was due while another was still settling"
+    assert max(pieces) <= 2 + len(settled) * 2 * max(size, delta.STEP_ENTRIES) // delta.SETTLE_ENTRIES
 
 
 @pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
