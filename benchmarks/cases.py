@@ -11,7 +11,8 @@ import random
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -19,13 +20,15 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import workload
-from subjects import ENGINES, NEVER, THREADED, Diskcache, Foldlog, Store, StoreSynced, Subject
+from subjects import ENGINES, NEVER, READ_BY_MANY, THREADED, Diskcache, Foldlog, Store, StoreSynced, Subject
 
 PASS_LIMIT_S = 2.0
-"""A pass of reads or writes of a slow subject ends after this time; its figure is the mean of what it did."""
-
-
-COMMITS_S = 2.0
+"""Writes, ranges and asks of a slow subject end after this time; the figure is the mean of what was done."""
+LARGE = 1_000_000
+"""At more entries, only some cases are run."""
+KEYS = 1_000_000
+"""A pass of gets reads all entries, or so many of them, chosen at random, where there are more."""
+THREADS_S = 2.0
 
 
 class Trial(NamedTuple):
@@ -57,6 +60,8 @@ class Trial(NamedTuple):
 class Case(NamedTuple):
     run: Callable[[Trial], dict[str, float]]
     subjects: tuple[type[Subject], ...] = ENGINES
+    large: bool = False
+    """Also run at more than 1,000,000 entries."""
 
 
 def settle() -> None:
@@ -71,7 +76,15 @@ def private_mb() -> float:
     return sum(int(row[1]) for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:")) * 1024 / 1e6
 
 
-def mean_s(call: Callable[[Any], Any], arguments: list[Any], chunk: int = 1000) -> float:
+def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
+    """The mean time of a call, over all arguments."""
+    start = perf_counter()
+    for argument in arguments:
+        call(argument)
+    return (perf_counter() - start) / len(arguments)
+
+
+def limited_mean_s(call: Callable[[Any], Any], arguments: list[Any], chunk: int = 1) -> float:
     """The mean time of a call, over all arguments or `PASS_LIMIT_S`."""
     done = 0
     start = perf_counter()
@@ -125,38 +138,43 @@ def open_batches(trial: Trial) -> dict[str, float]:
 # Reading
 
 
+def random_keys(trial: Trial) -> list[str]:
+    """The keys of all entries in random order, or of `KEYS` of them."""
+    return [workload.key(n) for n in random.Random(trial.seed).sample(range(trial.entries), min(trial.entries, KEYS))]
+
+
 def gets(trial: Trial) -> dict[str, float]:
     store = trial.subject(trial.copy())
-    keys = [workload.key(number) for number in workload.shuffled(trial.entries, trial.seed)]
-    again = [workload.key(number) for number in workload.shuffled(trial.entries, trial.seed + "again")]
+    keys = random_keys(trial)
+    again = keys.copy()
+    random.Random(trial.seed + "again").shuffle(again)
     absent = [workload.absent_key(number) for number in workload.shuffled(min(trial.entries, 200_000), trial.seed)]
-    hot = keys[:1000] * 200
     settle()
-    first = mean_s(store.get, keys)
+    figures = {"get_first": mean_s(store.get, keys)}
     mean_s(store.get, again)
-    random.Random(trial.seed).shuffle(keys)
-    steady = mean_s(store.get, keys)
-    mean_s(store.get, hot[:1000])
-    return {
-        "get_first": first,
-        "get_steady": steady,
-        "get_hot": mean_s(store.get, hot),
-        "get_absent": mean_s(store.get, absent),
-    }
+    return {**figures, "get_steady": mean_s(store.get, keys), "get_absent": mean_s(store.get, absent)}
+
+
+def hot_gets(trial: Trial) -> dict[str, float]:
+    store = trial.subject(trial.copy())
+    hot = random_keys(trial)[:1000]
+    settle()
+    mean_s(store.get, hot)
+    return {"get_hot": mean_s(store.get, hot * 200)}
 
 
 def hot_gets_with_changes(trial: Trial) -> dict[str, float]:
     """Hot keys while changes stand above the base: after one settled batch, and a few runs."""
     store = trial.subject(trial.copy())
-    hot = [workload.key(number) for number in workload.shuffled(trial.entries, trial.seed)[:1000]] * 200
+    hot = random_keys(trial)[:1000]
     for batch, cursor in batches(trial, workload.shuffled(trial.entries, "hot")[:11_111], 1000):
         store.apply(batch, cursor)
     for number, (batch, cursor) in enumerate(batches(trial, workload.shuffled(trial.entries, "hotter")[:60], 1)):
         if number % 3:
             store.apply(batch, cursor)
     settle()
-    mean_s(store.get, hot[:1000])
-    return {"get_hot_changed": mean_s(store.get, hot)}
+    mean_s(store.get, hot)
+    return {"get_hot_changed": mean_s(store.get, hot * 200)}
 
 
 def ranges(trial: Trial) -> dict[str, float]:
@@ -168,7 +186,7 @@ def ranges(trial: Trial) -> dict[str, float]:
         prefixes = workload.prefixes(trial.entries, width, count, trial.seed)
         assert len(store.range(prefixes[0])) == width
         settle()
-        figures[f"range_{width}"] = mean_s(store.range, prefixes, chunk=1)
+        figures[f"range_{width}"] = limited_mean_s(store.range, prefixes)
     settle()
     start = perf_counter()
     found = store.range("")
@@ -180,16 +198,19 @@ def ranges(trial: Trial) -> dict[str, float]:
 # Writing
 
 
-def batches(trial: Trial, numbers: Iterable[int], size: int) -> list[tuple[list[Any], Any]]:
+def each_batch(trial: Trial, numbers: Iterable[int], size: int) -> Iterator[tuple[list[Any], Any]]:
     """Updates of the entries `numbers` in batches, each with its cursor, as the subject takes them."""
     subject = trial.subject
     records = workload.records(iter(numbers), trial.seed)
-    found = []
     count = 0
     while batch := [subject.record(key, value, count) for key, value in islice(records, size)]:
         count += len(batch)
-        found.append((batch, subject.position(count)))
-    return found
+        yield batch, subject.position(count)
+
+
+def batches(trial: Trial, numbers: Iterable[int], size: int) -> list[tuple[list[Any], Any]]:
+    """The same, made before the clock starts."""
+    return list(each_batch(trial, numbers, size))
 
 
 def timed_applies(store: Subject, work: list[tuple[list[Any], Any]]) -> list[float]:
@@ -322,34 +343,73 @@ def artifacts(trial: Trial) -> dict[str, float]:
 # Many threads
 
 
+def rate(calls: list[Callable[[threading.Event], int]]) -> float:
+    """What all of `calls`, each in a thread until it is told to stop, did in a second."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(len(calls)) as pool:
+        start = perf_counter()
+        running = [pool.submit(call, stop) for call in calls]
+        stop.wait(THREADS_S)
+        stop.set()
+        return sum(done.result() for done in running) / (perf_counter() - start)
+
+
 def commits(trial: Trial) -> dict[str, float]:
     """Commits of one update a second, from 1, 4 and 16 threads that each wait for their own."""
     store = trial.subject(trial.copy())
-    figures = {}
-    for threads in (1, 4, 16):
-        work = batches(trial, workload.shuffled(min(trial.entries, 50_000), f"{threads}"), 1)
-        done = [0] * threads
-        stop = threading.Event()
 
-        def commit(number: int, work: Any = work, done: Any = done, stop: Any = stop, step: int = threads) -> None:
+    def committing(work: list[tuple[list[Any], Any]]) -> Callable[[threading.Event], int]:
+        def run(stop: threading.Event) -> int:
             mine = store.for_thread()
-            for batch, cursor in cycle(work[number::step]):  # the clock ends it, never the work
+            done = 0
+            for batch, cursor in cycle(work):  # the clock ends it, never the work
                 if stop.is_set():
                     break
                 mine.apply(batch, cursor)
-                done[number] += 1
+                done += 1
             if mine is not store:
                 mine.close()
+            return done
 
-        running = [threading.Thread(target=commit, args=(number,)) for number in range(threads)]
-        start = perf_counter()
-        for thread in running:
-            thread.start()
-        stop.wait(COMMITS_S)
-        stop.set()
-        for thread in running:
-            thread.join()
-        figures[f"commits_{threads}"] = sum(done) / (perf_counter() - start)
+        return run
+
+    figures = {}
+    for threads in (1, 4, 16):
+        work = batches(trial, workload.shuffled(min(trial.entries, 50_000), f"{threads}"), 1)
+        figures[f"commits_{threads}"] = rate([committing(work[number::threads]) for number in range(threads)])
+    store.close()
+    return figures
+
+
+def reads(trial: Trial) -> dict[str, float]:
+    """Gets a second, of 1,000 keys over and over, from 1 to 8 threads, and from 4 while a fifth applies batches of 100."""
+    store = trial.subject(trial.copy())
+    hot = random_keys(trial)[:1000]
+
+    def reading(stop: threading.Event) -> int:
+        mine = store.for_thread()
+        done = 0
+        while not stop.is_set():
+            mean_s(mine.get, hot)
+            done += len(hot)
+        if mine is not store:
+            mine.close()
+        return done
+
+    work = batches(trial, workload.shuffled(trial.entries, trial.seed)[:100_000], 100)
+
+    def writing(stop: threading.Event) -> int:
+        mine = store.for_thread()
+        for batch, cursor in cycle(work):
+            if stop.is_set():
+                break
+            mine.apply(batch, cursor)
+        if mine is not store:
+            mine.close()
+        return 0  # what it does is not counted
+
+    figures = {f"reads_{threads}": rate([reading] * threads) for threads in (1, 2, 4, 8)}
+    figures["reads_4_writing"] = rate([*[reading] * 4, writing])
     store.close()
     return figures
 
@@ -358,14 +418,17 @@ def store_calls(trial: Trial) -> dict[str, float]:
     """What one caller sees of the store: applies, asynchronous applies, and reads by message."""
     from foldlog.protocol.messages import Get, Range
 
-    subject: Any = trial.subject(trial.copy())
     choose = random.Random(trial.seed).randrange
     figures = {}
     for size in (1, 10, 100, 1000):
         work = batches(trial, [choose(trial.entries) for _ in range(20_000 if size == 1 else 100_000)], size)
+        subject: Any = trial.subject(trial.copy())
         settle()
         times = timed_applies(subject, work)
+        subject.close()
+        gc.unfreeze()
         figures[f"store_apply_{size}"] = sum(times) / (len(times) * size)
+    subject = trial.subject(trial.copy())
     work = batches(trial, [choose(trial.entries) for _ in range(20_000)], 1)
     settle()
     start = perf_counter()
@@ -373,40 +436,43 @@ def store_calls(trial: Trial) -> dict[str, float]:
     futures[-1].result(60)
     figures["store_apply_async_1"] = (perf_counter() - start) / len(work)
     asks = [Get(workload.key(choose(trial.entries))) for _ in range(5000)]
-    figures["ask_get"] = mean_s(subject.store.reader.ask, asks)
+    figures["ask_get"] = limited_mean_s(subject.store.reader.ask, asks)
     asks = [Range(prefix) for prefix in workload.prefixes(trial.entries, 100, 1000, trial.seed)]
-    figures["ask_range_100"] = mean_s(subject.store.reader.ask, asks)
+    figures["ask_range_100"] = limited_mean_s(subject.store.reader.ask, asks)
     subject.close()
     return figures
 
 
 ALONE = (Foldlog,)
 CASES: dict[str, Case] = {
-    "open": Case(open_compacted),
+    "open": Case(open_compacted, large=True),
     "open_batches": Case(open_batches, ALONE),
-    "get": Case(gets),
+    "get": Case(gets, large=True),
+    "get_hot": Case(hot_gets, large=True),
     "get_changed": Case(hot_gets_with_changes, ALONE),
-    "range": Case(ranges, tuple(subject for subject in ENGINES if subject is not Diskcache)),
+    "range": Case(ranges, tuple(subject for subject in ENGINES if subject is not Diskcache), large=True),
     "apply": Case(applies),
     "load": Case(load),
     "compact": Case(compactions, ALONE),
     "artifact": Case(artifacts, ALONE),
     "commits": Case(commits, THREADED),
+    "reads": Case(reads, READ_BY_MANY),
     "store": Case(store_calls, (Store, StoreSynced)),
 }
 
 
 def prepare(subject: type[Subject], entries: int, folder: Path) -> None:
-    """Make the stores that trials start from, unless they are there."""
+    """Make the stores that trials start from, unless they are there. Large ones are loaded in key order, which is faster."""
     path = folder / subject.name
     done = folder / f"{subject.name}.done"
     if done.exists():
         return
     trial = Trial(subject, entries, folder, folder, "prepare")
-    work = batches(trial, workload.shuffled(entries, "load"), workload.BATCH)
-    for suffix in ("", "-batches") if subject is Foldlog else ("",):
+    large = entries > LARGE
+    for suffix in ("", "-batches") if subject is Foldlog and not large else ("",):
         store = subject(path.with_name(path.name + suffix))
-        for batch, cursor in work:
+        numbers = range(entries) if large else workload.shuffled(entries, "load")
+        for batch, cursor in each_batch(trial, numbers, workload.BATCH):
             store.apply(batch, cursor)
         if not suffix:
             store.load_done()

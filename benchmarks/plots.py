@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import FIGURES, number
+from report import FIGURES, GOAL_ENTRIES, number
 
 BESIDE = {
     "open": "open",
@@ -29,7 +29,8 @@ def plot(run: dict[str, Any], folder: Path) -> list[Path]:
         return []
     matplotlib.use("Agg")
     sizes = sorted(run["samples"], key=int)
-    paths = [_peers(run["samples"][sizes[-1]], int(sizes[-1]), folder / "peers.png")]
+    beside = GOAL_ENTRIES if GOAL_ENTRIES in sizes else sizes[-1]
+    paths = [_peers(run["samples"][beside], int(beside), folder / "peers.png")]
     if len(sizes) > 1:
         paths.append(_growth(run["samples"], sizes, folder / "growth.png"))
     return paths
@@ -72,7 +73,9 @@ def _peers(samples: dict[str, dict[str, list[float]]], entries: int, path: Path)
 def _growth(samples: dict[str, Any], sizes: list[str], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    subjects = [subject for subject in samples[sizes[-1]] if not subject.endswith("-synced")]
+    subjects = [
+        subject for subject in samples[sizes[0]] if not subject.startswith("foldlog-") and not subject.endswith("-synced")
+    ]
     figure, grid = plt.subplots(2, 3, figsize=(14, 7))
     for axes, name in zip(grid.flat, GROWTH, strict=True):
         if not any(name in samples[size].get(subject, {}) for size in sizes for subject in subjects):

@@ -1,6 +1,6 @@
 """Figures into Markdown: `report.py DOCUMENT RESULTS.json ...` puts the tables of one or more runs into a document.
 
-A table replaces what stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is goals, figures, ratios or threads.
+A table replaces what stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is goals, figures, ratios, threads or large.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ FIGURES: dict[str, Figure] = {
     "commits_1": _rate("commits of one update, 1 thread"),
     "commits_4": _rate("commits of one update, 4 threads"),
     "commits_16": _rate("commits of one update, 16 threads"),
+    **{f"reads_{threads}": _rate(f"gets of hot keys, threads: {threads}") for threads in (1, 2, 4, 8)},
+    "reads_4_writing": _rate("the same, threads: 4, while a fifth applies batches of 100"),
     **{f"store_apply_{size}": _us(f"apply through the store, batches of {size}, a record") for size in (1, 10, 100, 1000)},
     "store_apply_async_1": _us("apply_async, batches of 1, a record"),
     "ask_get": _us("ask a reader to get"),
@@ -117,7 +119,7 @@ GOALS: dict[str, Goal] = {
     "store_apply_1000": Goal("2.0", 2.0),
 }
 
-THREADED = ("commits", "store", "ask")
+THREADED = ("commits", "reads", "store", "ask")
 """How the names of the figures of many threads begin."""
 
 Samples = dict[str, dict[str, dict[str, list[float]]]]
@@ -203,15 +205,17 @@ def merged(runs: list[dict[str, Any]]) -> Samples:
 
 
 def refresh(document: Path, runs: list[dict[str, Any]]) -> None:
-    """Put the tables of the runs, at the goals' number of entries, into a document."""
-    samples = merged(runs)[GOAL_ENTRIES]
-    threaded = {subject: figures for subject, figures in samples.items() if "commits_1" in figures}
+    """Put the tables of the runs into a document: at the goals' number of entries, and at the largest."""
+    every = merged(runs)
+    samples = every[GOAL_ENTRIES]
+    threaded = {s: {n: v for n, v in f.items() if n.startswith(THREADED)} for s, f in samples.items()}
     engines = {subject: figures for subject, figures in samples.items() if "get_hot" in figures}
     tables = {
         "goals": goals(samples),
-        "figures": table({s: {n: v for n, v in f.items() if not n.startswith("commits")} for s, f in engines.items()}),
+        "figures": table({s: {n: v for n, v in f.items() if not n.startswith(THREADED)} for s, f in engines.items()}),
         "ratios": ratios(samples),
-        "threads": table({s: {n: v for n, v in f.items() if n.startswith(THREADED)} for s, f in threaded.items()}),
+        "threads": table({subject: figures for subject, figures in threaded.items() if figures}),
+        "large": table(every[max(every, key=int)]),
     }
     text = document.read_text(encoding="utf-8")
     for name, rows in tables.items():

@@ -1,6 +1,6 @@
 """Measure foldlog beside a plain dict and the stores that a user would pick instead.
 
-    python benchmarks/run.py                       everything, at 10,000, 100,000 and 1,000,000 entries (an hour or so)
+    python benchmarks/run.py                       everything, at 10,000 to 10,000,000 entries (an hour or two)
     python benchmarks/run.py --only get range --peers dict lmdb --entries 100000
     python benchmarks/run.py --peers               foldlog alone
 
@@ -24,10 +24,10 @@ import time
 from operator import itemgetter
 from pathlib import Path
 
-from cases import CASES
+from cases import CASES, LARGE
 from plots import plot
 from report import Samples, markdown
-from subjects import PEERS
+from subjects import PEERS, SLOW
 
 HERE = Path(__file__).parent
 DISTURBED = 0.15
@@ -74,13 +74,15 @@ def trial(case: str, subject: str, entries: int, prepared: Path, seed: str) -> d
         shutil.rmtree(scratch)
 
 
-def plan(only: list[str], peers: list[str]) -> list[tuple[str, str]]:
+def plan(only: list[str], peers: list[str], entries: int) -> list[tuple[str, str]]:
     """(case, subject) of one repeat."""
+    large = entries > LARGE
     return [
         (name, subject.name)
         for name, case in CASES.items()
         for subject in case.subjects
-        if name in only and (subject.name in peers or subject.name not in PEERS)
+        if name in only and (case.large or not large)
+        if (subject.name in peers or subject.name not in PEERS) and not (large and subject.name in SLOW)
     ]
 
 
@@ -96,7 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}"
     )
-    parser.add_argument("--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000, 10_000_000])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
         "--attempts", type=int, default=1, help="run a trial again, so often at most, if others kept the machine busy"
@@ -106,8 +108,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where stores are kept; with it, prepared stores are used again")
     args = parser.parse_args()
 
-    steps = plan(args.only, args.peers)
-    subjects = list(dict.fromkeys(subject for _, subject in steps))
     work = args.work or Path(tempfile.mkdtemp(prefix="foldlog-benchmark-"))
     args.out.mkdir(parents=True, exist_ok=True)
     samples: Samples = {}
@@ -117,6 +117,8 @@ def main() -> None:
         for entries in args.entries:
             prepared = work / str(entries)
             prepared.mkdir(parents=True, exist_ok=True)
+            steps = plan(args.only, args.peers, entries)
+            subjects = list(dict.fromkeys(subject for _, subject in steps))
             at_size = samples[str(entries)] = {subject: {} for subject in subjects}
             for subject in subjects:
                 trial("prepare", subject, entries, prepared, "prepare")

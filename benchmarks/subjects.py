@@ -306,5 +306,8 @@ ENGINES = (Foldlog, PlainDict, Lmdb, Rocksdict, Sqlite, Diskcache)
 """One thread, no waiting for the disk."""
 THREADED = (Store, StoreSynced, Lmdb, LmdbSynced, Sqlite, SqliteSynced)
 """Many threads, with and without waiting for the disk."""
+READ_BY_MANY = (Store, PlainDict, Lmdb, Sqlite)
 SUBJECTS: dict[str, type[Subject]] = {subject.name: subject for subject in (*ENGINES, *THREADED)}
 PEERS = tuple(name for name in SUBJECTS if not name.startswith("foldlog"))
+SLOW = ("diskcache",)
+"""Left out of the largest stores: it would take ten minutes to load one."""
