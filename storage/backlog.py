@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgpack
-
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
-from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, FileHead, FrameHead
+from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, FileHead, FrameHead, parse_base_end
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage.files import ReadHandle
@@ -33,7 +31,7 @@ def batches_since(fold: FoldSnapshot, cursor: WatchCursor) -> Iterator[tuple[int
     chain = Chain.start(head)
     try:
         for frame, body in read_frames(handle, head, chain, size):
-            if frame.kind == KIND_BASE_END and end_cursor(body) == cursor:
+            if frame.kind == KIND_BASE_END and parse_base_end(body)[0] == cursor:
                 return _batches_behind(handle, head, chain.after(frame), size, frame.seq, fold.seq)
             if frame.kind == KIND_BATCHES:
                 batches = decoded(frame, body)
@@ -75,9 +73,3 @@ def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
     if len(batches) != frame.batches:
         raise BadFrame(frame.offset, f"{len(batches)} batches, but the head says {frame.batches}", final=True)
     return batches
-
-
-def end_cursor(body: memoryview) -> bytes:
-    """The cursor in the body of a BASE_END frame."""
-    cursor: bytes = msgpack.unpackb(body)["cursor"]
-    return cursor

@@ -67,7 +67,7 @@ class FoldSnapshot:
     def get(self, key: str) -> KvEntry | None:
         """The live entry of `key`, or None if it is absent or deleted.
 
-        Cost: 0.2-0.3 us for an entry that was read before, 2-4 us for the first read of one from disk.
+        Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read of one from disk.
         """
         for run in self.runs:
             change = run.get(key)

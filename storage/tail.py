@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError
-from foldlog.protocol.frames import FRAME_HEAD, KIND_BASE_END, KIND_BATCHES, FileHead, FrameHead, parse_frame_head
+from foldlog.protocol.frames import FRAME_HEAD, KIND_BASE_END, KIND_BATCHES, FileHead, FrameHead, parse_base_end, parse_frame_head
 from foldlog.protocol.updates import Batch, DecodedBatch
-from foldlog.storage.backlog import decoded, end_cursor
+from foldlog.storage.backlog import decoded
 from foldlog.storage.files import Files, ReadHandle
 from foldlog.storage.fold import FoldSnapshot
 from foldlog.storage.recovery import Verdict
@@ -259,7 +259,7 @@ class _Joint:
         elif frame.seq == self._seq and batches:
             self.found = frame.body_crc == self._place.batches_crc
         elif frame.seq == self._seq and frame.kind == KIND_BASE_END:
-            self.found = end_cursor(body) == self._cursor  # the batches themselves are not there any more
+            self.found = parse_base_end(body)[0] == self._cursor  # the batches themselves are not there any more
         if batches and frame.seq > self._seq and self.news is not None:
             self.news += batches
             self.news_bytes += frame.size
