@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, repeat
+from heapq import merge
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, NoReturn
 
 from foldlog.protocol.errors import StoreClosed
@@ -142,7 +143,7 @@ class FoldSnapshot:
         return isinstance(key, str) and self.get(key) is not None
 
     def __len__(self) -> int:
-        """Live entries. Cost: O(changes since the last compaction) on the first call, then nothing."""
+        """Live entries. Cost on the first call: 1 us a leaf, and O(changes since the last compaction); then nothing."""
         if self._entries is None:
             entries = self.base.entries
             for span in self.spans("", None):
@@ -201,12 +202,11 @@ class FoldSnapshot:
     def spans(self, low: str, high: str | None) -> Iterator[Span]:
         """The stretches that make up low <= key < high, ascending: cut at each leaf and at each piece of the delta."""
         firsts = self.base.firsts
-        cuts = {low}
-        for starts in (firsts, self.delta.firsts):
-            stop = len(starts) if high is None else bisect_left(starts, high)
-            cuts.update(starts[bisect_right(starts, low) : stop])
-        lows = sorted(cuts)
-        for start, end in zip(lows, [*lows[1:], high], strict=True):
+        cuts = merge(_between(firsts, low, high), _between(self.delta.firsts, low, high))
+        start = low
+        for end in chain(cuts, (high,)):
+            if end == start:
+                continue  # a leaf and a piece begin there
             number = bisect_right(firsts, start) - 1
             leaf_high = firsts[number + 1] if number + 1 < len(firsts) else None
             whole = number >= 0 and start <= firsts[number] and end == leaf_high
@@ -215,6 +215,8 @@ class FoldSnapshot:
             for run in reversed(self.runs):
                 run.copy_into(changes, start, end)
             yield Span(number, whole, start, end, changes)
+            if end is not None:
+                start = end
 
     def columns(self, low: str, high: str | None) -> Iterator[Columns]:
         """The live entries with low <= key < high, span by span."""
@@ -238,6 +240,12 @@ class FoldSnapshot:
         keys = self.base.index(span.leaf).keys
         stop = len(keys) if span.high is None else bisect_left(keys, span.high)
         return keys[bisect_left(keys, span.low) : stop]
+
+
+def _between(starts: list[str], low: str, high: str | None) -> Iterator[str]:
+    """Those of `starts` above `low` and below `high`, one by one: a range may be left early."""
+    stop = len(starts) if high is None else bisect_left(starts, high)
+    return map(starts.__getitem__, range(bisect_right(starts, low), stop))
 
 
 def prefix_end(prefix: str) -> str | None:
