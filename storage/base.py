@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from crc32c import crc32c
 
@@ -90,6 +92,25 @@ class Base:
         self._reads.append(0)
         self._weight += len(body) + count * _ENTRY_OVERHEAD
         self.entries += count
+
+    def inherit(self, old: Base, changes: Iterable[Mapping[str, Change]]) -> None:
+        """Remember what was read of `old`, with `changes` made to it, oldest first, that led from there to here.
+
+        Cost: 20 ns for each entry in the cache, 0.1 us for each change, 1 us for each leaf; nothing if `old` was never read.
+        """
+        if not any(old.cache):
+            return
+        self.cache = [shard.copy() for shard in old.cache]
+        self._cached_bytes = old._cached_bytes.copy()
+        for key, change in chain.from_iterable(piece.items() for piece in changes):
+            shard = hash(key) & SHARDS - 1
+            read = self.cache[shard].pop(key, None)
+            if read is not None:
+                self._cached_bytes[shard] -= len(read[1] or b"") + _ENTRY_OVERHEAD
+                if change[1] is not None:
+                    self._remember(change)
+        known = {old.identity(number): index for number, index in enumerate(old._indexes) if index is not None}
+        self._indexes = [known.get(self.identity(number)) for number in range(len(self))]
 
     def __len__(self) -> int:
         """Leaves."""

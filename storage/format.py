@@ -111,6 +111,9 @@ class NewFile(ABC):
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
         """Write `fold`, as the first thing. Equal states give equal bytes, but for ids."""
 
+    def keep_warm(self, fold: FoldSnapshot) -> None:  # noqa: B027 - a format that keeps all in memory has nothing to do
+        """Remember of `fold`, which was written, what was read of it: a compaction is not to make hot keys cold."""
+
     @abstractmethod
     def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
         """Append what stands in `source`, of the same format, from `chain` to `stop`. Returns the chain at `stop`."""

@@ -78,6 +78,9 @@ class FrameWriter(NewFile):
         self.base = write_base(self, fold, progress)
         self.base_end = self.chain.offset
 
+    def keep_warm(self, fold: FoldSnapshot) -> None:
+        self.base.inherit(fold.base, (*fold.delta, *reversed(fold.runs)))
+
     def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
         flags = self._carried_flags
         for frame, body in read_frames(source.handle, source.head, chain, stop):
@@ -193,6 +196,7 @@ class Rewrite:
         )
         self._out.write_fold(fold, step)
         self._out.sync()
+        self._out.keep_warm(fold)
 
     def catch_up(self) -> int:
         """Carry over and sync what was appended by now. Returns the bytes carried; any thread may run it."""

@@ -1,4 +1,4 @@
-"""The base reads ahead: of a leaf that is read often, the rest comes at once, where the cache can hold the whole base."""
+"""What the base keeps in memory: what was read; the rest of a leaf that is read often; and that across a compaction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foldlog import AppendLogSnapshot, CorruptLogError, KvEntry, Put, VersionToken, WatchCursor
+from foldlog import AppendLogSnapshot, CorruptLogError, Delete, KvEntry, Put, VersionToken, WatchCursor
 from foldlog.storage import base, leaf
 from foldlog.testing import FaultyFiles
 
@@ -86,3 +86,39 @@ def test_reading_ahead_counts_each_entry_once(tmp_path: Path) -> None:
         assert sum(map(len, held.cache)) == ENTRIES
         cached = [change for shard in held.cache for change in shard.values()]
         assert sum(held._cached_bytes) == sum(len(change[1] or b"") + base._ENTRY_OVERHEAD for change in cached)
+
+
+def test_a_compaction_leaves_what_was_read_in_memory_and_up_to_date(tmp_path: Path) -> None:
+    files = FaultyFiles()
+    with AppendLogSnapshot.open(tmp_path / "log", files=files)[1] as snap:
+        snap.apply([Put(f"key-{n:05d}", b"%d" % n) for n in range(5000)], WatchCursor.from_u64(1))
+        snap.compact()
+        read = [f"key-{n:05d}" for n in range(0, 5000, 250)]
+        before = {k: snap.get(k) for k in read}
+        changes: list[Put | Delete] = [Put(read[3], b"first"), Delete(read[4]), Put(read[5], b"grown" * 1000)]
+        snap.apply([*changes, Put("key-00001", b"never read"), Put("key-99999", b"new")], WatchCursor.from_u64(2))
+        snap.apply([Put(read[3], b"second"), Delete(read[6])], WatchCursor.from_u64(3))
+        snap.compact()
+        assert snap.snapshot().is_base
+        files.arm()
+        expected = {k: (None if entry is None else entry.value) for k, entry in before.items()}
+        expected |= {read[3]: b"second", read[4]: None, read[5]: b"grown" * 1000, read[6]: None}
+        live = [k for k in read if expected[k] is not None]
+        assert {k: entry and entry.value for k in live if (entry := snap.get(k))} == {k: expected[k] for k in live}
+        assert files.counts["read"] == 0, "what was read before the compaction is in memory still"
+        assert [snap.get(k) for k in (read[4], read[6])] == [None, None]
+        files.arm()
+        assert snap.get("key-04751") == KvEntry("key-04751", b"4751", VersionToken.unknown())
+        assert files.counts["read"] == 1, "nor is the index of a leaf that stayed as it was read again"
+        assert [e.value for e in snap.range("key-0000")] == [b"0", b"never read", *(b"%d" % n for n in range(2, 10))]
+        held = snap.snapshot().base
+        cached = [change for shard in held.cache for change in shard.values()]
+        assert len(cached) == len(live) + 1
+        assert sum(held._cached_bytes) == sum(len(change[1] or b"") + base._ENTRY_OVERHEAD for change in cached)
+
+
+def test_a_compaction_of_what_was_never_read_remembers_nothing(tmp_path: Path) -> None:
+    with AppendLogSnapshot.open(made(tmp_path / "log"))[1] as snap:
+        snap.apply([Put(key(1), b"new")], WatchCursor.from_u64(2))
+        snap.compact()
+        assert not any(snap.snapshot().base.cache)
