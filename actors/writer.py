@@ -229,12 +229,12 @@ class Writer(SupervisedActor):
             core.feeds.publish(fold, fold.seq - len(batches) + 1, batches, sum(len(batch.item) for batch in batches))
         self._step("writer.after_publish")
         books, now = core.books, time.monotonic()
-        for request in written:
-            books.latencies_s.append(now - request.created)
-            request.succeed(request.seq)
         books.batches += len(written)
         books.groups += 1
         books.largest_group = max(books.largest_group, len(written))
+        for request in written:
+            books.latencies_s.append(now - request.created)
+            request.succeed(request.seq)
 
     def _write_failed(self, requests: list[WriteRequest], error: OSError | FoldlogError) -> None:
         """Nothing of the group is in the log: tell its callers. What this writer cannot go on from, it dies of."""

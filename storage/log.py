@@ -41,6 +41,7 @@ class Log:
         self.poison: str | None = None
         self.synced_seq = file.chain.synced_seq
         """The last batch that is known to survive a power loss."""
+        self._synced_offset = -1  # where the file ended at the last sync
         self._lock = lock
         self._path = os.fspath(path)
         self._inode = self.identity(file.fd)
@@ -155,6 +156,7 @@ class Log:
             self._note_synced(chain)
 
     def _note_synced(self, chain: Chain) -> None:
+        self._synced_offset = chain.offset
         self.synced_seq = max(self.synced_seq, chain.seq)
         with contextlib.suppress(OSError):
             self._lock.write(Watermark(self.file.head.log_id, chain.seq, chain.offset))
@@ -218,7 +220,8 @@ class Log:
                 self.release()
 
     def _seal(self) -> None:
-        self.sync()
+        if self._synced_offset != self.chain.offset:
+            self.sync()
         try:
             self.check_unchanged()
         except LogChangedError:
