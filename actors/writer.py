@@ -195,12 +195,14 @@ class Writer(SupervisedActor):
     def _commit(self, requests: list[WriteRequest]) -> None:
         engine = self.engine
         self._in_hand = [*requests]
-        staged = engine.fold
+        staged, folded = engine.fold, 0  # with the first so many of the batches
         written: list[WriteRequest] = []
         batches: list[Batch] = []
         for request in requests:
             if not request.start():
                 continue
+            if request.reads and folded < len(batches):
+                staged, folded = staged.with_group(batches[folded:]), len(batches)
             try:
                 batch = request.decide(staged)
             except Exception as error:
@@ -208,12 +210,13 @@ class Writer(SupervisedActor):
                     raise
                 request.fail(error)
                 continue
-            staged = staged.with_batch(batch.changes, staged.seq + 1, batch.cursor)
-            request.seq = staged.seq
             written.append(request)
             batches.append(batch)
+            request.seq = engine.fold.seq + len(batches)
         if not batches:
             return
+        if folded < len(batches):
+            staged = staged.with_group(batches[folded:])
         self._step("writer.before_write")
         try:
             fold = engine.commit(batches, staged)
