@@ -198,14 +198,16 @@ class Log:
             if self.poison is not None:
                 self.poison = None
                 remove_quietly(self.files, beside(self.path, "poison"))
-            self.files.close(old.fd)
+            self._synced_offset = -1
             try:
                 self.files.sync_dir(self.path.parent)
             except OSError as error:
                 # The old name may come back after a power loss, and take what is acknowledged from now on with it.
                 self.poison_with(f"syncing the folder failed after a rewrite: {error}")
-                return
-            self._note_synced(file.chain)
+            else:
+                self._note_synced(file.chain)
+            with contextlib.suppress(OSError):  # of a file that has no name any more
+                self.files.close(old.fd)
 
     def close(self) -> None:
         """Sync and seal what was appended, and release the lock. Closing twice is fine."""

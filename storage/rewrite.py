@@ -17,7 +17,7 @@ import msgpack
 from blake3 import blake3
 from crc32c import crc32c
 
-from foldlog.protocol.errors import StoreLocked
+from foldlog.protocol.errors import StoreClosed, StoreLocked
 from foldlog.protocol.frames import (
     FLAG_SYNC_EACH,
     FRAME_HEAD,
@@ -75,11 +75,11 @@ class FrameWriter(NewFile):
         return chain.offset + FRAME_HEAD.size
 
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
-        self.base = write_base(self, fold, progress)
+        self.base, self._copied = write_base(self, fold, progress)
         self.base_end = self.chain.offset
 
     def keep_warm(self, fold: FoldSnapshot) -> None:
-        self.base.inherit(fold.base, (*fold.delta, *reversed(fold.runs)))
+        self.base.inherit(fold.base, self._copied, (*fold.delta, *reversed(fold.runs)))
 
     def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
         flags = self._carried_flags
@@ -100,12 +100,14 @@ class FrameWriter(NewFile):
         return super().log_file(format, handle)
 
 
-def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None) -> Base:
-    """Write `fold` as leaves and a BASE_END frame. Returns the base as it stands there, without a handle yet.
+def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None) -> tuple[Base, dict[int, int]]:
+    """Write `fold` as leaves and a BASE_END frame. Returns the base as it stands there, without a handle yet, and which
+    of its leaves (by number) are copies of which of the old base's.
 
     Cost: a copy for leaves without changes, about 1 us an entry for the others.
     """
     base = Base(None)
+    copies: dict[int, int] = {}
     digest = blake3()
     keys: list[str] = []
     values: list[bytes] = []
@@ -132,6 +134,8 @@ def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None =
     for span in fold.spans("", None):
         copied = _copied_leaf(fold, span) if span.whole and not keys else None
         if copied is not None:
+            if not span.changes:
+                copies[len(base)] = span.leaf
             emit(*copied)
         else:
             columns = fold.span_columns(span)
@@ -144,7 +148,7 @@ def write_base(out: FrameWriter, fold: FoldSnapshot, progress: Progress | None =
     emit_leaves(last=True)
     end = {"cursor": bytes(fold.cursor()), "leaves": len(base), "entries": base.entries, "digest": digest.digest()}
     out.add(KIND_BASE_END, msgpack.packb(end))
-    return base
+    return base, copies
 
 
 def _copied_leaf(fold: FoldSnapshot, span: Span) -> tuple[bytes, int | None] | None:
@@ -217,10 +221,13 @@ class Rewrite:
         """
         log, out = self._log, self._out
         assert out is not None
+        if log.closed:
+            raise StoreClosed(f"{log.path} was closed while it was compacted")
         self.catch_up()
         if not self._poisoned:
             log.check_unchanged()
-        file = out.log_file(log.file.format, ReadHandle(log.files, out.path))
+        handle = ReadHandle(log.files, out.path)
+        file = out.log_file(log.file.format, handle)
         fold = out.fold_with(since)
         if not log.files.lock(out.fd):
             raise StoreLocked(log.path, None)
@@ -232,6 +239,7 @@ class Rewrite:
             log.announce(None)
             raise
         self._adopted = True
+        handle.path = log.path
         log.adopt(file, inode)
         return fold
 
