@@ -57,8 +57,6 @@ class WriteRequest(Request):
     """A batch to be written; the future gives its sequence."""
 
     __slots__ = ("batch", "seq")
-    reads = False
-    """Whether `decide` looks at the fold."""
 
     def __init__(self, batch: Batch | None) -> None:
         super().__init__()
@@ -99,7 +97,6 @@ class LocalWrite(WriteRequest):
     """
 
     __slots__ = ("_expected", "_key", "_must_be_new", "_value")
-    reads = True
 
     def __init__(self, key: str, value: bytes | None, *, must_be_new: bool = False, expected: VersionToken | None = None) -> None:
         """Put `value`, or delete if it is None; only if the key is new, or at version `expected`."""

@@ -201,12 +201,12 @@ class Writer(SupervisedActor):
         for request in requests:
             if not request.start():
                 continue
-            if request.reads and folded < len(batches):
+            if request.batch is None and folded < len(batches):  # it decides by what is folded
                 staged, folded = staged.with_group(batches[folded:]), len(batches)
             try:
                 batch = request.decide(staged)
             except Exception as error:
-                if not isinstance(error, (FoldlogError, TypeError, ValueError)) and not isinstance(request, ToldBatch):
+                if not isinstance(error, (OSError, FoldlogError, TypeError, ValueError)) and not isinstance(request, ToldBatch):
                     raise
                 request.fail(error)
                 continue

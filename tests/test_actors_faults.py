@@ -9,8 +9,9 @@ import os
 import pytest
 from actor_kit import DEADLINE_S, FATAL, Ledger, batch, cursor, in_thread, read_back, results, until
 
-from foldlog import Apply, FoldlogError, Get, LogChangedError, State, StoreFailed, WriterCrashed
+from foldlog import Apply, FoldlogError, Get, LogChangedError, Put, State, StoreFailed, WriterCrashed
 from foldlog.actors.requests import WriteRequest
+from foldlog.testing import Fault, FaultyFiles
 
 
 def commit_group(store, steps, numbers):
@@ -297,3 +298,19 @@ def test_a_log_that_others_changed_is_left_alone_and_reads_go_on(open_store, pat
 def close(store):
     with contextlib.suppress(FoldlogError, OSError):
         store.close(DEADLINE_S)
+
+
+def test_an_entry_that_cannot_be_read_fails_the_write_that_looks_at_it_and_no_other(open_store):
+    files = FaultyFiles()
+    store = open_store(files=files)
+    store.apply([Put("bad", b"x" * 777), *(Put(f"k{number}", b"v") for number in range(50))], cursor(1))
+    store.compact()
+    files.arm(Fault(operation="read", error=errno.EIO, lasting=True))
+    for _ in range(4):
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            store.create("bad", b"n", timeout_s=DEADLINE_S)
+    store.put("other", b"1", timeout_s=DEADLINE_S)
+    files.disarm()
+    assert store.state is State.RUNNING
+    assert store.stats().restarts == ()
+    assert store.get("bad").value == b"x" * 777
