@@ -32,7 +32,7 @@ from foldlog.storage.fold import FoldSnapshot
 BUFFER_GROUPS = 1024
 """Commit groups that wait for a subscriber before it lags."""
 BUFFER_UPDATES = 32_768
-"""Updates in them: what a fold settles at once, so that waiting groups hold no more than two versions of its delta."""
+"""Updates in them: what a fold settles as one, so that waiting groups hold no more than two versions of each of its pieces."""
 BUFFER_BYTES = 16 * 1024 * 1024
 """What they may hold, encoded. One group always fits, whatever its size."""
 

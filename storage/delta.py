@@ -75,14 +75,16 @@ _NOTHING = Run()
 class Delta:
     """Settled changes, in pieces by key, and the run that is settling into them. Immutable."""
 
-    __slots__ = ("_done", "_pieces", "_settling", "firsts", "settle_entries")
+    __slots__ = ("_done", "_pieces", "firsts", "settle_entries", "settling")
 
     def __init__(
         self, firsts: list[str], pieces: list[Run], settling: Run = _NOTHING, done: int = 0, settle_entries: int | None = None
     ) -> None:
         # firsts[i] <= every key of pieces[i] < firsts[i + 1]; the first of them is "", so that every key has a piece.
         self.firsts, self._pieces = firsts, pieces
-        self._settling, self._done = settling, done  # newer than the pieces, and in the first `done` of them already
+        self.settling = settling
+        """The run that is on its way into the pieces: newer than they are. Empty, or in the first `_done` of them already."""
+        self._done = done
         if settle_entries is None:
             settle_entries = min(max(SETTLE_ENTRIES, sum(map(len, pieces)) // 8), MAX_SETTLE_ENTRIES)
         self.settle_entries = settle_entries
@@ -95,17 +97,17 @@ class Delta:
     def __iter__(self) -> Iterator[Run]:
         """What it is made of, the newest last."""
         yield from self._pieces
-        if self._settling:
-            yield self._settling
+        if self.settling:
+            yield self.settling
 
     def get(self, key: str) -> Change | None:
-        return self._settling.get(key) or self._pieces[bisect_right(self.firsts, key) - 1].get(key)
+        return self.settling.get(key) or self._pieces[bisect_right(self.firsts, key) - 1].get(key)
 
     def with_due(self, runs: tuple[Run, ...], arrived: int) -> tuple[Delta, tuple[Run, ...]]:
         """The delta and the runs, newest first, after a batch of `arrived` changes, once its share of what is due has settled."""
         if len(runs[-1]) >= self.settle_entries:
             return self._advanced()._taking(runs), ()
-        if self._settling and len(runs[0]) >= STEP_ENTRIES:
+        if self.settling and len(runs[0]) >= STEP_ENTRIES:
             # Such runs come at least once in 4/3 STEP_ENTRIES changes, so this is done before the next run is due.
             share = 2 * max(arrived, STEP_ENTRIES) / self.settle_entries
             return self._advanced(int(share * len(self)) + 1), runs
@@ -123,7 +125,7 @@ class Delta:
 
     def _advanced(self, count: int = sys.maxsize) -> Delta:
         """What is settling, settled into `count` pieces more."""
-        newest = self._settling
+        newest = self.settling
         if not newest:
             return self
         keys = newest.order()
@@ -163,8 +165,8 @@ class Delta:
         stop = len(self.firsts) if high is None else bisect_left(self.firsts, high)
         for piece in self._pieces[start:stop]:
             piece.copy_into(result, low, high)
-        if self._settling:
-            self._settling.copy_into(result, low, high)
+        if self.settling:
+            self.settling.copy_into(result, low, high)
 
 
 EMPTY_DELTA = Delta([], [])

@@ -139,6 +139,7 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Sync, seal and release the log. Closing twice is fine."""
+        """Sync, seal and release the log, and let go of the fold. Closing twice is fine."""
         self.snapshot = ClosedFold(f"{self.path} is closed")
+        self.fold = self._next = FoldSnapshot.empty()
         self.log.close()

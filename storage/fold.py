@@ -22,7 +22,7 @@ from foldlog.protocol.updates import SLICE, Batch, Change, KvEntry
 from foldlog.storage import leaf
 from foldlog.storage.base import EMPTY_BASE, SHARDS, Base
 from foldlog.storage.collector import no_full_collections
-from foldlog.storage.delta import EMPTY_DELTA, STEP_ENTRIES, Delta, Run, pushed
+from foldlog.storage.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.leaf import Columns
 
 _SHARD_MASK = SHARDS - 1
@@ -179,24 +179,19 @@ class FoldSnapshot:
         delta, runs = self.delta, self.runs
         for newest in changes:
             runs = pushed(runs, newest)
-            if runs and (len(runs[0]) >= STEP_ENTRIES or len(runs[-1]) >= delta.settle_entries):
+            if runs and (delta.settling or len(runs[-1]) >= delta.settle_entries):
                 delta, runs = delta.with_due(runs, len(newest))
         return FoldSnapshot(self.base, delta, runs, seq, cursor)
 
     def with_group(self, batches: Sequence[Batch]) -> FoldSnapshot:
         """The fold after a commit group, at least one batch. Small batches make one run together: 0.1 us each, not 1.5."""
-        runs: list[dict[str, Change]] = []
-        collected: dict[str, Change] = {}
-        for batch in batches:
-            for changes in batch.changes:
-                if len(collected) + len(changes) > SLICE:
-                    runs.append(collected)
-                    collected = {}
-                if collected:
-                    collected.update(changes)
-                else:
-                    collected = changes if len(batches) == 1 else changes.copy()
-        runs.append(collected)
+        if len(batches) == 1:
+            return self.with_batch(batches[0].changes, self.seq + 1, batches[0].cursor)
+        runs: list[dict[str, Change]] = [{}]
+        for changes in chain.from_iterable(batch.changes for batch in batches):
+            if len(runs[-1]) + len(changes) > SLICE:
+                runs.append({})
+            runs[-1].update(changes)
         return self.with_batch(tuple(runs), self.seq + len(batches), batches[-1].cursor)
 
     def spans(self, low: str, high: str | None) -> Iterator[Span]:

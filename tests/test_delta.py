@@ -105,6 +105,16 @@ def test_a_delta_copies_only_the_pieces_that_a_change_falls_into():
     assert len(after) - len(big) <= 1
 
 
+def test_folding_a_batch_leaves_it_as_it_is():
+    """8,192 updates of ten keys make a small first slice, which must not take in the second."""
+    batch = encode_batch([Put(f"a{n % 10}", b"1") for n in range(8192)] + [Put("b", b"2")], WatchCursor.none())
+    before = [dict(changes) for changes in batch.changes]
+    assert len(before) == 2
+    FoldSnapshot.empty().with_group([batch])
+    FoldSnapshot.empty().with_group([batch, batch])
+    assert [*batch.changes] == before
+
+
 class Counted(Run):
     """Counts what is copied out of runs and into new ones."""
 
@@ -191,11 +201,11 @@ def test_no_batch_waits_until_a_whole_delta_is_copied(monkeypatch, size):
     current = settled
     for _ in range(20_000 // size):
         batch = {key: change(key, 2) for key in (f"{rng.randrange(40_000):06}" for _ in range(size))}
-        before, was_settling = set(map(id, current)), bool(current._settling)
+        before, was_settling = set(map(id, current)), bool(current.settling)
         current, runs = current.with_due(pushed(runs, batch), len(batch))
         late += was_settling and not runs
         pieces.append(len(set(map(id, current)) - before))
-        settlings += was_settling and not current._settling
+        settlings += was_settling and not current.settling
     assert settlings >= 1
     assert not late, "one was due while another was still settling"
     assert max(pieces) <= 2 + len(settled) * 2 * max(size, delta.STEP_ENTRIES) // delta.SETTLE_ENTRIES

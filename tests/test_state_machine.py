@@ -199,6 +199,7 @@ def everything_small(monkeypatch):
         (foldlog.storage.leaf, "MAX_LEAF_BYTES", 900),
         (foldlog.storage.delta, "PIECE_ENTRIES", 4),
         (foldlog.storage.delta, "SETTLE_ENTRIES", 8),
+        (foldlog.storage.delta, "STEP_ENTRIES", 1),
         (foldlog.storage.delta.EMPTY_DELTA, "settle_entries", 8),
         (foldlog.storage.delta, "COLLECTED_ENTRIES", 16),
         (foldlog.storage.base, "_SHARD_BYTES", 2600),
