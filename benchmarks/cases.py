@@ -432,7 +432,7 @@ def store_calls(trial: Trial) -> dict[str, float]:
     work = batches(trial, [choose(trial.entries) for _ in range(20_000)], 1)
     settle()
     start = perf_counter()
-    futures = [subject.store.apply_async(batch, cursor) for batch, cursor in work]
+    futures = [subject.store.apply_async(batch, cursor, 60) for batch, cursor in work]  # waits where the mailbox is full
     futures[-1].result(60)
     figures["store_apply_async_1"] = (perf_counter() - start) / len(work)
     asks = [Get(workload.key(choose(trial.entries))) for _ in range(5000)]

@@ -3,7 +3,9 @@
     python benchmarks/pauses.py [--entries 1000000] [--seconds 5]
 
 A reader thread calls `store.get` without end and notes how long each call took, the waiting for the interpreter lock included;
-another applies batches. Prints a Markdown table.
+another applies batches. Then all of it again, with a thread in the reader's place that only lets the interpreter lock go and asks
+for it back, while every other one has to let it go as soon as it can: what that takes is how long one call into C held it.
+Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ def load(store: Store, entries: int, rng: random.Random) -> None:
     store.compact()
 
 
+def random_keys(entries: int) -> list[str]:
+    """200 keys, always the same."""
+    choose = random.Random(3).randrange
+    return [f"key-{choose(entries):08d}" for _ in range(200)]
+
+
 class Reader(threading.Thread):
     """Gets keys, and notes each call's time in seconds."""
 
@@ -49,6 +57,27 @@ class Reader(threading.Thread):
                 get(key)
                 note(clock() - before)
             time.sleep(0.0005)  # a reader that does something else, too, and not 10 million notes
+
+
+class Holds(threading.Thread):
+    """Gives the interpreter lock away, takes it back as soon as it can be had, and notes the time in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.times_s: list[float] = []
+        self.stopping = False
+
+    def run(self) -> None:
+        usual = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            while not self.stopping:
+                before = time.perf_counter()
+                time.sleep(0)
+                self.times_s.append(time.perf_counter() - before)
+                time.sleep(0.0002)
+        finally:
+            sys.setswitchinterval(usual)
 
 
 class Applier(threading.Thread):
@@ -70,19 +99,16 @@ class Applier(threading.Thread):
             time.sleep(self._pause_s)
 
 
-def measure(store: Store, entries: int, work: Callable[[], None], apply_pause_s: float | None) -> tuple[list[float], list[float]]:
-    """The times of gets and of applies, sorted, while `work` runs."""
-    rng = random.Random(3)
-    reader = Reader(store, [f"key-{rng.randrange(entries):08d}" for _ in range(200)])
-    applier = None if apply_pause_s is None else Applier(store, entries, apply_pause_s)
-    threads = [thread for thread in (reader, applier) if thread is not None]
+def measure(watcher: Reader | Holds, applier: Applier | None, work: Callable[[], None]) -> tuple[list[float], list[float]]:
+    """The times that both noted, sorted, while `work` runs."""
+    threads = [thread for thread in (watcher, applier) if thread is not None]
     for thread in threads:
         thread.start()
     work()
     for thread in threads:
         thread.stopping = True
         thread.join()
-    return sorted(reader.times_s), sorted(applier.times_s if applier else [])
+    return sorted(watcher.times_s), sorted(applier.times_s if applier else [])
 
 
 def row(name: str, times_s: list[float]) -> str:
@@ -112,7 +138,7 @@ def main() -> None:
 
         def export() -> None:
             for number in range(3):
-                store.export_to(Path(folder) / f"artifact-{number}")
+                store.export_to(Path(folder) / f"artifact-{number}-{time.monotonic_ns()}")
 
         cases: list[tuple[str, Callable[[], None], float | None]] = [
             ("nothing else", lambda: time.sleep(options.seconds), None),
@@ -122,11 +148,15 @@ def main() -> None:
         ]
         print(f"{options.entries} entries of 100 bytes; batches of {BATCH}; goals: {GOALS_MS} ms; {sys.version.split()[0]}\n")
         print("| while | p50 ms | p99 ms | p99.9 ms | max ms | calls |\n|---|---|---|---|---|---|")
-        for name, work, pause_s in cases:
-            gets, applies = measure(store, options.entries, work, pause_s)
-            print(row(f"get: {name}", gets))
-            if applies:
-                print(row(f"apply: {name}", applies), flush=True)
+        keys = random_keys(options.entries)
+        for kind in ("get", "hold of the lock"):
+            for name, work, pause_s in cases:
+                watcher = Reader(store, keys) if kind == "get" else Holds()
+                applier = None if pause_s is None else Applier(store, options.entries, pause_s)
+                noted, applies = measure(watcher, applier, work)
+                print(row(f"{kind}: {name}", noted), flush=True)
+                if applies and kind == "get":
+                    print(row(f"apply: {name}", applies), flush=True)
 
 
 if __name__ == "__main__":
