@@ -45,6 +45,7 @@ _U32_PAIR = struct.Struct("<II")
 _U16 = struct.Struct("<H")
 _U16_PAIR = struct.Struct("<HH")
 _SEPARATOR = b"\xff"
+_value_of = itemgetter(1)  # of a change
 
 
 class Columns(NamedTuple):
@@ -174,20 +175,23 @@ def decode_keys(index: bytes | memoryview) -> list[str]:
 
 def decode_leaf(body: bytes | memoryview, low: str | None = None, high: str | None = None) -> Columns:
     """The entries of a leaf with low <= key < high; None is no bound. Cost: 25 ns a key, 0.3 us an entry in the bounds."""
-    count, index_len, keys_len, _ = HEAD.unpack_from(body)
     keys = decode_keys(body)
-    start, stop = _bounds(keys, low, high)
+    return _entries(body, keys, *_bounds(keys, low, high))
+
+
+def _bounds(keys: list[str], low: str | None, high: str | None) -> tuple[int, int]:
+    return 0 if low is None else bisect_left(keys, low), len(keys) if high is None else bisect_left(keys, high)
+
+
+def _entries(body: bytes | memoryview, keys: list[str], start: int, stop: int) -> Columns:
     if start >= stop:
         return Columns([], [], [])
+    count, index_len, keys_len, _ = HEAD.unpack_from(body)
     ends = HEAD.size + keys_len
     version_ends = ends + 8 * count
     values = _slices(body, index_len, "I", ends, start, stop)
     versions = _slices(body, version_ends + 2 * count, "H", version_ends, start, stop)
     return Columns(keys if stop - start == count else keys[start:stop], values, versions)
-
-
-def _bounds(keys: list[str], low: str | None, high: str | None) -> tuple[int, int]:
-    return 0 if low is None else bisect_left(keys, low), len(keys) if high is None else bisect_left(keys, high)
 
 
 def _slices(body: bytes | memoryview, base: int, width: str, ends_at: int, start: int, stop: int) -> list[bytes]:
@@ -284,13 +288,13 @@ def merged_columns(body: bytes, changes: dict[str, Change], low: str | None = No
     Cost: that of decoding the leaf, and 1 us a change if they are few, else 0.3 us an entry. A stretch of which every entry
     is overwritten, as when an upstream sends its state anew, is not decoded.
     """
-    if len(changes) * 8 < HEAD.unpack_from(body)[0]:
-        return _patched_columns(decode_leaf(body, low, high), changes)
     keys = decode_keys(body)
     start, stop = _bounds(keys, low, high)
+    if len(changes) * 8 < stop - start:
+        return _patched_columns(_entries(body, keys, start, stop), changes)
     if all(map(changes.__contains__, keys[start:stop])):
         return columns_of(changes)
-    return columns_of(changes_of(decode_leaf(body, low, high)) | changes)
+    return columns_of(changes_of(_entries(body, keys, start, stop)) | changes)
 
 
 def _patched_columns(columns: Columns, changes: dict[str, Change]) -> Columns:
@@ -323,6 +327,3 @@ def columns_of(changes: dict[str, Change]) -> Columns:
     if not rows:
         return Columns([], [], [])
     return Columns(*map(list, zip(*rows, strict=True)))
-
-
-_value_of = itemgetter(1)
