@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self, cast
@@ -17,7 +18,7 @@ class Publisher(Protocol):
     snapshot: FoldSnapshot | ClosedFold
 
 
-class Readable:
+class Readable(ABC):
     """A store that is open, read through the snapshot that stands in it when a method is called."""
 
     _published: Publisher  # not the store: one that is dropped is freed at once, and can be noticed
@@ -58,9 +59,9 @@ class Readable:
         """Whether `key` is live."""
         return key in self.snapshot()
 
+    @abstractmethod
     def close(self) -> None:
         """End the store. Closing twice is fine."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

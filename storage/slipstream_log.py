@@ -118,8 +118,8 @@ class RecordFile(NewFile):
         return chain._replace(offset=stop, seq=chain.seq + cursors)
 
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        older = tuple(reversed([*since.delta]))
-        delta = self._delta.with_runs(older) if older else self._delta
+        newest_first = tuple(since.delta)[::-1]
+        delta = self._delta.with_runs(newest_first) if newest_first else self._delta
         return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor())
 
 
