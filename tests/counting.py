@@ -56,22 +56,22 @@ class LeafCounter:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.keys = self.entries = self.encoded = 0
-        decode_keys, decode_leaf, encode_leaf = leaf.decode_keys, leaf.decode_leaf, leaf.encode_leaf
+        decode_keys, entries, encode_leaf = leaf.decode_keys, leaf._entries, leaf.encode_leaf
 
         def counted_keys(index: bytes | memoryview) -> list[str]:
             self.keys += 1
             return decode_keys(index)
 
-        def counted_leaf(body: bytes | memoryview, low: str | None = None, high: str | None = None) -> Columns:
+        def counted_entries(body: bytes | memoryview, keys: list[str], start: int, stop: int) -> Columns:
             self.entries += 1
-            return decode_leaf(body, low, high)
+            return entries(body, keys, start, stop)
 
         def counted_encode(*columns: Any) -> bytes:
             self.encoded += 1
             return encode_leaf(*columns)
 
         patch.setattr(leaf, "decode_keys", counted_keys)
-        patch.setattr(leaf, "decode_leaf", counted_leaf)
+        patch.setattr(leaf, "_entries", counted_entries)
         patch.setattr(rewrite, "encode_leaf", counted_encode)
 
     def forget(self) -> None:
