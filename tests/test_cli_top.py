@@ -137,15 +137,19 @@ def test_top_on_a_terminal_is_live_and_ctrl_c_ends_it_quietly(log: Path) -> None
     try:
         with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=env) as process:
             os.close(theirs)
-            shown = b""
-            while shown.count(b"snapshot") < 3:
-                shown += os.read(ours, 65_536)
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(OSError):
-                while piece := os.read(ours, 65_536):
-                    shown += piece
-            assert process.stderr is not None
-            assert process.stderr.read() == b""
+            try:
+                shown = b""
+                while shown.count(b"snapshot") < 3:
+                    shown += os.read(ours, 65_536)
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(OSError):
+                    while piece := os.read(ours, 65_536):
+                        shown += piece
+                assert process.stderr is not None
+                assert process.stderr.read() == b""
+            except BaseException:
+                process.kill()  # or leaving the block would wait for it
+                raise
     finally:
         os.close(ours)
     assert process.returncode == 130
