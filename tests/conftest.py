@@ -21,9 +21,8 @@ settings.register_profile(
 )
 settings.load_profile("foldlog")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as in the background of a shell; the programs that tests start must hear it
+# Ignored in the background of a shell; but what the tests start must hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
