@@ -117,9 +117,14 @@ class Inbox:
             taken.clear()
             self._filled.notify()
 
-    def refuse(self, refusal: Refusal, *, drain: bool) -> None:
-        """From now on answer every message with an error. With `drain`, also those that wait; else they are still served."""
+    def refuse(self, refusal: Refusal, *, drain: bool, publish: Callable[[], None] | None = None) -> None:
+        """From now on answer every message with an error. With `drain`, also those that wait; else they are still served.
+
+        `publish` tells others of it in the same moment: whoever sees what it does is refused, and whoever is refused sees it.
+        """
         with self._lock:
+            if publish is not None:
+                publish()
             self._refusal = refusal
             drained = list(self._waiting) if drain else []
             if drain:

@@ -270,10 +270,13 @@ class Supervisor:
 
     def _give_up(self, reason: str) -> None:
         core = self.core
-        core.state, core.reason = State.FAILED, reason
-        log.error("%s: failed: %s", core.config.path, reason)
+
+        def publish() -> None:
+            core.reason, core.state = reason, State.FAILED
+
         self._due = {actor: due for actor, due in self._due.items() if actor in self.readers}  # reading goes on
-        self.writer.inbox.refuse(self._failed, drain=True)
+        self.writer.inbox.refuse(self._failed, drain=True, publish=publish)
+        log.error("%s: failed: %s", core.config.path, reason)
         self.writer.abandon_requests(StoreFailed(f"{reason}; whether this was written is unknown until the store is reopened"))
         self._abandon_the_dead()
 

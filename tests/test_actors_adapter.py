@@ -182,6 +182,21 @@ def test_asks_that_race_with_the_end_of_an_actor_are_all_answered(nothing_left):
 # The mailbox.
 
 
+def test_whoever_sees_what_a_refusal_publishes_is_refused():
+    inbox = Inbox()
+    tried = []
+
+    def publish():
+        tried.append(in_thread(inbox.offer, Mail("seen it, and tries")))
+        with pytest.raises(TimeoutError):
+            tried[0].result(0.05)  # kept waiting: neither taken nor refused
+
+    inbox.refuse(lambda: StoreClosed("over"), drain=True, publish=publish)
+    with pytest.raises(StoreClosed):
+        tried[0].result(DEADLINE_S)
+    assert len(inbox) == 0
+
+
 def test_a_mailbox_that_refuses_answers_asks_raises_to_tellers_and_lets_stops_through():
     inbox = Inbox()
     inbox.refuse(lambda: StoreClosed("over"), drain=True)
