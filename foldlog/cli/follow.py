@@ -15,11 +15,11 @@ import click
 from foldlog.actors.feeds import Since
 from foldlog.actors.follower import FollowerState
 from foldlog.cli.read import log_argument, utf8
-from foldlog.cli.show import counted, entry_json, printable, token_json, token_text, value_text
+from foldlog.cli.show import counted, entry_json, op_text, printable, token_json, token_text, value_text
 from foldlog.follow import Follower, follow
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, WatchCursor
-from foldlog.protocol.updates import KvEntry, Put, Update
+from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.files import OS_FILES
 from foldlog.storage.replay import resolve
 
@@ -135,7 +135,7 @@ def _note(text: str) -> None:
 def _text_line(event: Event) -> str:
     if isinstance(event, Changed):
         update = event.update
-        line = f"{_op(update)}\t{printable(update.key)}"
+        line = f"{op_text(update)}\t{printable(update.key)}"
         return f"{line}\t{value_text(update.value)}" if isinstance(update, Put) else line
     if isinstance(event, Synced):
         return f"# synced at cursor {token_text(event.cursor)}, batch {event.seq}"
@@ -147,7 +147,7 @@ def _text_line(event: Event) -> str:
 def _json_line(event: Event) -> str:
     if isinstance(event, Changed):
         update = event.update
-        fields: dict[str, Any] = {"op": _op(update)}
+        fields: dict[str, Any] = {"op": op_text(update)}
         if isinstance(update, Put):
             fields |= entry_json(KvEntry(*update))
         else:
@@ -159,10 +159,6 @@ def _json_line(event: Event) -> str:
         return json.dumps({"mark": "lagged", "cursor": token_json(event.cursor), "batches": event.batches})
     assert isinstance(event, Rewound)
     return json.dumps({"mark": "rewound", "reason": event.reason})
-
-
-def _op(update: Update) -> str:
-    return type(update).__name__.lower()
 
 
 COMMANDS = (tail,)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import click
 
 from foldlog.cli.read import log_argument
-from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
+from foldlog.cli.show import counted, entry_json, op_text, printable, progress_bar, size_text, token_json, token_text, value_text
 from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, KIND_OPEN, KIND_SEAL, FrameHead, parse_open
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
@@ -273,7 +273,7 @@ def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
 
 def _update_lines(batch: DecodedBatch) -> Iterator[str]:
     for update in batch.updates():
-        line = f"{type(update).__name__.lower()} {printable(update.key)} @ {token_text(update.version)}"
+        line = f"{op_text(update)} {printable(update.key)} @ {token_text(update.version)}"
         yield f"{line} = {value_text(update.value)}" if isinstance(update, Put) else line
 
 

@@ -240,19 +240,23 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
         fold = loaded.fold
     with progress_bar("exporting", "entries") as progress:
         manifest = export_fold(fold, dest_dir, format=format_name or loaded.format.name, progress=progress)
-    payload = sum(file.size for file in manifest.files)
     if as_json:
         click.echo(json.dumps({"dest_dir": os.fspath(dest_dir), "entries": len(fold), **manifest_json(manifest)}))
         return
-    shown = printable(os.fspath(dest_dir))
-    click.echo(f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size_text(payload)}")
+    shown, size = printable(os.fspath(dest_dir)), size_text(payload_bytes(manifest))
+    click.echo(f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size}")
+
+
+def payload_bytes(manifest: ExportManifest) -> int:
+    """What an artifact takes, but for its manifest."""
+    return sum(file.size for file in manifest.files)
 
 
 def manifest_json(manifest: ExportManifest) -> dict[str, Any]:
     """What a manifest says, as JSON values."""
     return {
         "cursor": token_json(manifest.cursor),
-        "size_bytes": sum(file.size for file in manifest.files),
+        "size_bytes": payload_bytes(manifest),
         "files": [{"path": file.path, "size": file.size, "blake3": file.blake3} for file in manifest.files],
     }
 

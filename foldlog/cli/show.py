@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from foldlog.protocol.tokens import VersionToken, WatchCursor
-from foldlog.protocol.updates import KvEntry
+from foldlog.protocol.updates import KvEntry, Update
 from foldlog.storage.rewrite import Progress
 
 REFRESH_S = 0.1
@@ -48,6 +48,11 @@ def token_text(token: VersionToken | WatchCursor) -> str:
     """A token for a human."""
     shown = token_json(token)
     return "none" if shown is None else str(shown)
+
+
+def op_text(update: Update) -> str:
+    """What an update does, as the change stream spells it: put, delete or purge."""
+    return type(update).__name__.lower()
 
 
 def entry_json(entry: KvEntry) -> dict[str, Any]:

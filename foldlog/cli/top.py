@@ -14,7 +14,7 @@ import click
 
 from foldlog.actors.follower import FollowerState
 from foldlog.cli.read import log_argument, writer_of
-from foldlog.cli.show import printable, size_text, token_json
+from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, parse_frame_head
@@ -116,7 +116,7 @@ class Watcher:
         if newest is not self._snapshot:
             change = next(diff(self._snapshot, newest), None)
             if change is not None:
-                self._last_change = f"{type(change).__name__.lower()} {change.key}"
+                self._last_change = f"{op_text(change)} {change.key}"
             self._snapshot = newest
         return self._last_change
 

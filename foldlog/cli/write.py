@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import click
 
-from foldlog.cli.read import format_option, log_argument, manifest_json
+from foldlog.cli.read import format_option, log_argument, manifest_json, payload_bytes
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, read_changes
 from foldlog.protocol.store import FormatName
@@ -169,8 +169,7 @@ def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatNa
     if as_json:
         click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
         return
-    payload = sum(file.size for file in manifest.files)
-    click.echo(f"imported {size_text(payload)} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}")
+    click.echo(f"imported {size_text(payload_bytes(manifest))} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}")
 
 
 COMMANDS = (apply, compact, import_)
