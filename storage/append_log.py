@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Self
 
 from foldlog.protocol.errors import FoldlogError
-from foldlog.protocol.store import FormatName
+from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage import artifact
@@ -19,8 +18,6 @@ from foldlog.storage.readable import Readable
 from foldlog.storage.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.rewrite import Progress
 from foldlog.storage.verify import VerifyReport, verify_live
-
-StrPath: TypeAlias = str | os.PathLike[str]
 
 
 class AppendLogSnapshot(Readable):

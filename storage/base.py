@@ -107,7 +107,7 @@ class Base:
             shard = hash(key) & SHARDS - 1
             read = self.cache[shard].pop(key, None)
             if read is not None:
-                self._cached_bytes[shard] -= len(read[1] or b"") + _ENTRY_OVERHEAD
+                self._cached_bytes[shard] -= _cached_size(read)
                 if change[1] is not None:
                     self._remember(change)
         for number, origin in copies.items():
@@ -147,7 +147,7 @@ class Base:
 
     def _remember(self, change: Change) -> None:
         key = change[0]
-        size = len(change[1] or b"") + _ENTRY_OVERHEAD
+        size = _cached_size(change)
         if size > _SHARD_BYTES // 4:
             return
         shard = hash(key) & SHARDS - 1
@@ -171,7 +171,7 @@ class Base:
         for change in zip(keys, columns.values, columns.versions, strict=True):
             shard = hash(change[0]) & SHARDS - 1
             if cache[shard].setdefault(change[0], change) is change:
-                weights[shard] += len(change[1]) + _ENTRY_OVERHEAD
+                weights[shard] += _cached_size(change)
 
     def index(self, number: int) -> Index:
         """The index of a leaf, kept from the first touch on."""
@@ -209,6 +209,10 @@ class Base:
     def _corrupt(self, number: int, reason: str) -> CorruptLogError:
         assert self.handle is not None
         return CorruptLogError(self.handle.path, self._offsets[number], reason)
+
+
+def _cached_size(change: Change) -> int:
+    return len(change[1] or b"") + _ENTRY_OVERHEAD
 
 
 EMPTY_BASE = Base(None)
