@@ -84,7 +84,9 @@ class Inbox:
                     deadline = time.monotonic() + timeout_s
                 rest = deadline - time.monotonic()
                 if rest <= 0:
-                    raise Backpressure(f"{len(self._waiting)} requests ({self._bytes} bytes) wait for the writer already")
+                    raise Backpressure(
+                        f"{len(self._waiting)} requests ({self._bytes} bytes) wait for the writer already"
+                    )
                 self._emptied.wait(rest)
         reply(mail)  # nobody is left to be stopped
 
@@ -93,7 +95,13 @@ class Inbox:
             return False  # one request always fits, whatever its size
         return len(self._waiting) >= self._max_messages or self._bytes + weight > self._max_bytes
 
-    def take(self, taken: list[Mail], group: tuple[type, ...] = (), limit: int = 1, timeout_s: float | None = None) -> None:
+    def take(
+        self,
+        taken: list[Mail],
+        group: tuple[type, ...] = (),
+        limit: int = 1,
+        timeout_s: float | None = None,
+    ) -> None:
         """Wait for a message, up to `timeout_s`, and move it to `taken`; if it is of `group`, those behind it that are, too.
 
         `taken` belongs to the actor: what it holds survives the actor's death.
@@ -103,7 +111,9 @@ class Inbox:
                 self._filled.wait_for(self._waiting.__len__, timeout_s)
             while self._waiting and len(taken) < limit:
                 mail = self._waiting[0]
-                if taken and not (isinstance(mail.message, group) and isinstance(taken[0].message, group)):
+                if taken and not (
+                    isinstance(mail.message, group) and isinstance(taken[0].message, group)
+                ):
                     break
                 taken.append(self._waiting.popleft())
                 self._bytes -= getattr(mail.message, "weight", 0)
@@ -117,7 +127,9 @@ class Inbox:
             taken.clear()
             self._filled.notify()
 
-    def refuse(self, refusal: Refusal, *, drain: bool, publish: Callable[[], None] | None = None) -> None:
+    def refuse(
+        self, refusal: Refusal, *, drain: bool, publish: Callable[[], None] | None = None
+    ) -> None:
         """From now on answer every message with an error. With `drain`, also those that wait; else they are still served.
 
         `publish` tells others of it in the same moment: whoever sees what it does is refused, and whoever is refused sees it.
@@ -169,7 +181,11 @@ def answer_error(mail: Mail, error: Exception | None) -> None:
     elif mail.reply_to is not None:
         reply(mail, error=error)
     elif error is not None:
-        log.error("a message was told to an actor that cannot serve it: %r: %s", type(mail.message).__name__, error)
+        log.error(
+            "a message was told to an actor that cannot serve it: %r: %s",
+            type(mail.message).__name__,
+            error,
+        )
 
 
 def reply(mail: Mail, value: Any = None, error: Exception | None = None) -> None:
@@ -249,7 +265,9 @@ class SupervisedActor(pykka.ThreadingActor):
 
     def resume(self) -> None:
         """Go on in a new thread, after a crash. RuntimeError if there is none to be had; it can be tried again."""
-        self.thread = threading.Thread(target=self._actor_loop, name=f"foldlog-{self.name}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._actor_loop, name=f"foldlog-{self.name}", daemon=True
+        )
         self._start_actor_loop()
 
     def _start_actor_loop(self) -> None:
@@ -269,7 +287,9 @@ class SupervisedActor(pykka.ThreadingActor):
             self._post(Started(self))
             while not self.actor_stopped.is_set():
                 self.busy_since = None
-                if not self.taken:  # a predecessor that died while it stopped has left that to be done
+                if (
+                    not self.taken
+                ):  # a predecessor that died while it stopped has left that to be done
                     self.inbox.take(self.taken, self.group, self.group_limit, self.tick_s)
                 self.busy_since = time.monotonic()
                 self._serve()

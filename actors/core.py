@@ -18,11 +18,11 @@ from typing import Literal, NamedTuple, TypeAlias
 from foldlog.actors.feeds import Feeds
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD
-from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.fold import ClosedFold, FoldSnapshot
-from foldlog.storage.log import Log
-from foldlog.storage.replay import OnDamage, OpenReport
+from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD
+from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
+from foldlog.storage.formats.replay import OnDamage, OpenReport
+from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.log.log import Log
 
 log = logging.getLogger("foldlog")
 

@@ -78,7 +78,9 @@ class Delivery:
                     raise pykka.ActorDeadError
             else:
                 in_flight.append(self._ref.ask(event, block=False))
-            while in_flight and self._settle(in_flight[0], wait=len(in_flight) >= IN_FLIGHT or self._failures > 0):
+            while in_flight and self._settle(
+                in_flight[0], wait=len(in_flight) >= IN_FLIGHT or self._failures > 0
+            ):
                 in_flight.popleft()
                 if self._failures >= MAX_FAILURES:
                     subscription.close(f"the actor failed on {MAX_FAILURES} events in a row")

@@ -25,9 +25,9 @@ from foldlog.protocol.errors import CursorExpired, FoldlogError
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Put, batches_body, decode_batches
-from foldlog.storage.backlog import batches_since
-from foldlog.storage.diff import diff
-from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.fold.diff import diff
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.log.backlog import batches_since
 
 BUFFER_GROUPS = 1024
 """Commit groups that wait for a subscriber before it lags."""
@@ -45,10 +45,17 @@ class Group:
     __slots__ = ("_batches", "_decoded", "first_seq", "fold", "rewound", "size", "updates")
 
     def __init__(
-        self, fold: FoldSnapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int, rewound: str = ""
+        self,
+        fold: FoldSnapshot,
+        first_seq: int,
+        batches: Sequence[Batch | DecodedBatch],
+        size: int,
+        rewound: str = "",
     ) -> None:
         self.fold, self.first_seq, self.size, self.rewound = fold, first_seq, size, rewound
-        self.updates = sum(batch.length if isinstance(batch, Batch) else len(batch.keys) for batch in batches)
+        self.updates = sum(
+            batch.length if isinstance(batch, Batch) else len(batch.keys) for batch in batches
+        )
         self._batches = batches
         self._decoded: list[DecodedBatch] | None = None
 
@@ -61,7 +68,10 @@ class Group:
         """The batches with their updates in order. Decoded on the first call, for all subscribers."""
         if self._decoded is None:
             self._decoded = [
-                decode_batches(batches_body((batch.item,)))[0] if isinstance(batch, Batch) else batch for batch in self._batches
+                decode_batches(batches_body((batch.item,)))[0]
+                if isinstance(batch, Batch)
+                else batch
+                for batch in self._batches
             ]
         return self._decoded
 
@@ -92,7 +102,11 @@ class Buffer:
             self._groups.append(group)
             self._updates += group.updates
             self._bytes += group.size
-            over = len(self._groups) > BUFFER_GROUPS or self._updates > BUFFER_UPDATES or self._bytes > BUFFER_BYTES
+            over = (
+                len(self._groups) > BUFFER_GROUPS
+                or self._updates > BUFFER_UPDATES
+                or self._bytes > BUFFER_BYTES
+            )
             if over and len(self._groups) > 1:
                 lost = self._lost or Lost(group.fold, 0, "")
                 batches = lost.batches + sum(map(len, self._groups))
@@ -125,7 +139,9 @@ class Buffer:
         with self._changed:
             if not self._groups and self._lost is None and self.ended is None:
                 rest = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
-                self._changed.wait_for(lambda: self._groups or self._lost is not None or self.ended is not None, rest)
+                self._changed.wait_for(
+                    lambda: self._groups or self._lost is not None or self.ended is not None, rest
+                )
             if self._lost is not None:
                 lost, self._lost = self._lost, None
                 return lost
@@ -134,7 +150,11 @@ class Buffer:
     @property
     def is_late(self) -> bool:
         """Whether the deadline has passed, and all is told that waited before."""
-        return self.deadline is not None and self.waited_before <= 0 and time.monotonic() >= self.deadline
+        return (
+            self.deadline is not None
+            and self.waited_before <= 0
+            and time.monotonic() >= self.deadline
+        )
 
     def end(self, reason: str, *, drop: bool = False) -> None:
         """Nothing more will come. With `drop`, nor is told what waits."""
@@ -177,7 +197,9 @@ class Feeds:
         """Whether anybody listens."""
         return bool(self._buffers)
 
-    def publish(self, fold: FoldSnapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int) -> None:
+    def publish(
+        self, fold: FoldSnapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int
+    ) -> None:
         """Tell of a commit group, `size` bytes encoded. Cost: an append for each subscription."""
         if self._buffers:
             self._push(Group(fold, first_seq, batches, size))
@@ -234,7 +256,9 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 class Subscription:
     """The events of one subscriber. One thread reads them; any thread may close."""
 
-    def __init__(self, feeds: Feeds, current: Callable[[], FoldSnapshot], prefix: str, since: Since) -> None:
+    def __init__(
+        self, feeds: Feeds, current: Callable[[], FoldSnapshot], prefix: str, since: Since
+    ) -> None:
         """CursorExpired if the log does not reach back to `since`. It does not keep the store from being dropped."""
         if not isinstance(prefix, str):
             raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
@@ -242,7 +266,9 @@ class Subscription:
             raise TypeError(f"since is a WatchCursor or a FoldSnapshot, not {type(since).__name__}")
         self.buffer = Buffer()
         self.feeds = feeds
-        feeds.add(self.buffer)  # first: what is published while the start is read must not fall between
+        feeds.add(
+            self.buffer
+        )  # first: what is published while the start is read must not fall between
         try:
             at = current()
             start = _start(at, prefix, since)
@@ -262,7 +288,10 @@ class Subscription:
             return next(self._events)
         except StopIteration:
             self._finish(self.buffer.ended or "over")
-        except (OSError, FoldlogError) as error:  # a snapshot whose file was overwritten does not read
+        except (
+            OSError,
+            FoldlogError,
+        ) as error:  # a snapshot whose file was overwritten does not read
             self._finish(f"the difference cannot be told: {error}")
             raise
         return None
@@ -282,14 +311,22 @@ def _start(at: FoldSnapshot, prefix: str, since: Since) -> Iterator[Event]:
     if isinstance(since, FoldSnapshot):
         return _difference(since, at, prefix)
     if since is None or since.is_none:
-        return (Changed(Put(*entry), at.cursor(), at.seq) for block in at.blocks(prefix) for entry in block)
+        return (
+            Changed(Put(*entry), at.cursor(), at.seq)
+            for block in at.blocks(prefix)
+            for entry in block
+        )
     batches = batches_since(at, since)
     if batches is None:
-        raise CursorExpired(f"{since!r} is not in the log any more: it was compacted, or never there")
+        raise CursorExpired(
+            f"{since!r} is not in the log any more: it was compacted, or never there"
+        )
     return (event for seq, batch in batches for event in _changes(seq, batch, prefix))
 
 
-def _events(buffer: Buffer, at: FoldSnapshot, start: Iterator[Event], prefix: str) -> Iterator[Event | None]:
+def _events(
+    buffer: Buffer, at: FoldSnapshot, start: Iterator[Event], prefix: str
+) -> Iterator[Event | None]:
     """What was told reaches up to `at`, always: with it, a difference is exact."""
     yield from start
     del start
@@ -306,7 +343,9 @@ def _events(buffer: Buffer, at: FoldSnapshot, start: Iterator[Event], prefix: st
             yield event
             told = True
         if isinstance(taken, Lost) or taken.rewound or taken.fold.seq >= at.seq:
-            at = taken.fold  # also if nothing differs: it may stand in a newer file, and let go of the older one
+            at = (
+                taken.fold
+            )  # also if nothing differs: it may stand in a newer file, and let go of the older one
         del taken
         if not told and buffer.is_late:
             yield None
@@ -382,5 +421,10 @@ class Watch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

@@ -68,9 +68,14 @@ class FileWatch(FileSystemEventHandler):
         try:
             observer = self._make_observer()
             self._folder = self._folder_now()
-            observer.schedule(self, os.fspath(self._file.parent), recursive=False, event_filter=self._events)
+            observer.schedule(
+                self, os.fspath(self._file.parent), recursive=False, event_filter=self._events
+            )
             observer.start()
-        except (OSError, RuntimeError) as error:  # no watches or instances left, no such folder, no more threads
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # no watches or instances left, no such folder, no more threads
             if not self._told:
                 log.info("%s: no file events (%s): polling only", self._path, error)
             self._told = True
@@ -83,7 +88,11 @@ class FileWatch(FileSystemEventHandler):
         if self._observer is None and time.monotonic() < self._retry_at:
             return
         with contextlib.suppress(OSError):
-            if self._observer is not None and self._folder_now() == self._folder and self._observer.is_alive():
+            if (
+                self._observer is not None
+                and self._folder_now() == self._folder
+                and self._observer.is_alive()
+            ):
                 return
             self.stop()
             self.start()

@@ -19,9 +19,9 @@ from foldlog.actors.feeds import Feeds
 from foldlog.actors.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.files import Files
-from foldlog.storage.fold import ClosedFold, FoldSnapshot
-from foldlog.storage.tail import Jump, Tail
+from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
+from foldlog.storage.log.files import Files
+from foldlog.storage.log.tail import Jump, Tail
 
 PAUSE_S = 0.002
 """After a poll that found something: more is likely to come at once."""
@@ -71,7 +71,9 @@ class FollowerThread:
         self._rewound = ""
         self._error: Exception | None = None
         self._closing = False
-        while self._poll():  # on the caller's thread: what stands in the log now is there when follow() returns
+        while (
+            self._poll()
+        ):  # on the caller's thread: what stands in the log now is there when follow() returns
             if self._tail.started and not self._tail.behind:
                 break
         if self._error is not None:
@@ -100,7 +102,9 @@ class FollowerThread:
     def _run(self) -> None:
         try:
             while not self._closing:
-                self.woken.wait(min(BUSY_PAUSE_S, self._poll_interval_s) if self.busy else self._poll_interval_s)
+                self.woken.wait(
+                    min(BUSY_PAUSE_S, self._poll_interval_s) if self.busy else self._poll_interval_s
+                )
                 self.woken.clear()
                 has_event, self._has_event = self._has_event, False
                 while not self._closing and self._poll():
@@ -134,7 +138,9 @@ class FollowerThread:
         try:
             return self._step()
         except Exception as error:
-            if not isinstance(error, (OSError, FoldlogError)):  # a bug must not end the thread: the next poll may do
+            if not isinstance(
+                error, (OSError, FoldlogError)
+            ):  # a bug must not end the thread: the next poll may do
                 log.exception("%s: following failed", self.path)
             self._fail(error)
             return False

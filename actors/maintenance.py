@@ -15,9 +15,9 @@ from foldlog.actors.filewatch import FileWatch
 from foldlog.actors.requests import ExportRequest
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, WriterCrashed
 from foldlog.protocol.store import FormatName
-from foldlog.storage.artifact import export_fold
-from foldlog.storage.fold import ClosedFold, FoldSnapshot, parts_of
-from foldlog.storage.rewrite import Cancelled, Rewrite
+from foldlog.storage.artifacts.artifact import export_fold
+from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot, parts_of
+from foldlog.storage.formats.rewrite import Cancelled, Rewrite
 
 CAUGHT_UP_BYTES = 256 * 1024
 """What may be left for the writer to carry over while it stands still: well under a millisecond of copying."""
@@ -154,7 +154,11 @@ class Maintenance(SupervisedActor):
         try:
             self._step("export.write")
             manifest = export_fold(
-                job.fold, job.request.dest_dir, format=job.format, files=self._core.config.files, progress=_let_others_run
+                job.fold,
+                job.request.dest_dir,
+                format=job.format,
+                files=self._core.config.files,
+                progress=_let_others_run,
             )
             self._step("export.written")
         except (OSError, FoldlogError, ValueError, TypeError) as error:
@@ -193,7 +197,9 @@ class Syncer(SupervisedActor):
         self.taken[:] = stop_only(self.taken)
         if self._watch is None:
             kinds = (FileDeletedEvent, FileMovedEvent, FileCreatedEvent)
-            self._watch = FileWatch(self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look())))
+            self._watch = FileWatch(
+                self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look()))
+            )
             self._look()  # what happened before there were events
 
     def handle(self, mails: list[Mail]) -> None:

@@ -17,7 +17,7 @@ from foldlog.protocol.messages import Apply, Compact, Export
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Batch, Delete, Put, encode_batch
-from foldlog.storage.fold import FoldSnapshot
+from foldlog.storage.fold.snapshot import FoldSnapshot
 
 
 class Request:
@@ -85,7 +85,9 @@ class ToldBatch(WriteRequest):
         if self.batch is None:
             apply, self._apply = self._apply, None
             if apply is None:  # an iterator may have lost some of them by now
-                raise ValueError("the updates could not be read to their end, and are not read twice")
+                raise ValueError(
+                    "the updates could not be read to their end, and are not read twice"
+                )
             self.batch = encode_batch(apply.updates, apply.cursor)
         return self.batch
 
@@ -98,7 +100,14 @@ class LocalWrite(WriteRequest):
 
     __slots__ = ("_expected", "_key", "_must_be_new", "_value")
 
-    def __init__(self, key: str, value: bytes | None, *, must_be_new: bool = False, expected: VersionToken | None = None) -> None:
+    def __init__(
+        self,
+        key: str,
+        value: bytes | None,
+        *,
+        must_be_new: bool = False,
+        expected: VersionToken | None = None,
+    ) -> None:
         """Put `value`, or delete if it is None; only if the key is new, or at version `expected`."""
         update = Delete(key) if value is None else Put(key, value)
         checked = encode_batch((update,), WatchCursor.none())  # to complain in the caller's thread
@@ -106,7 +115,12 @@ class LocalWrite(WriteRequest):
             raise TypeError(f"expected is a VersionToken, not {type(expected).__name__}")
         super().__init__(None)
         self.weight = len(checked.item)
-        self._key, self._value, self._must_be_new, self._expected = key, value, must_be_new, expected
+        self._key, self._value, self._must_be_new, self._expected = (
+            key,
+            value,
+            must_be_new,
+            expected,
+        )
 
     def decide(self, fold: FoldSnapshot) -> Batch:
         if self._must_be_new or self._expected is not None:
@@ -114,9 +128,15 @@ class LocalWrite(WriteRequest):
             if self._must_be_new and entry is not None:
                 raise KeyExists(self._key, entry.version)
             if self._expected is not None and (entry is None or entry.version != self._expected):
-                raise VersionMismatch(self._key, self._expected, None if entry is None else entry.version)
+                raise VersionMismatch(
+                    self._key, self._expected, None if entry is None else entry.version
+                )
         version = VersionToken.from_u64(fold.seq + 1)
-        update = Delete(self._key, version) if self._value is None else Put(self._key, self._value, version)
+        update = (
+            Delete(self._key, version)
+            if self._value is None
+            else Put(self._key, self._value, version)
+        )
         return encode_batch((update,), fold.cursor())
 
 
@@ -152,7 +172,11 @@ def as_request(mail: Mail) -> Mail:
     def answer(future: Future[Any]) -> None:
         error = future.exception()
         if mail.reply_to is not None:
-            reply(mail, None if error else future.result(), error if isinstance(error, Exception) else None)
+            reply(
+                mail,
+                None if error else future.result(),
+                error if isinstance(error, Exception) else None,
+            )
         elif error is not None:
             log.error("%s was told to the writer and failed: %s", type(message).__name__, error)
 

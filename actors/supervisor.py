@@ -55,9 +55,16 @@ from foldlog.protocol.errors import (
     StoreFailed,
     StoreLocked,
 )
-from foldlog.storage.fold import ClosedFold
+from foldlog.storage.fold.snapshot import ClosedFold
 
-PERMANENT = (CorruptLogError, InvalidFormatError, StoreLocked, LogChangedError, LogRegressedError, ForkedStore)
+PERMANENT = (
+    CorruptLogError,
+    InvalidFormatError,
+    StoreLocked,
+    LogChangedError,
+    LogRegressedError,
+    ForkedStore,
+)
 """What starting again cannot mend."""
 MAX_DELAY_S = 5.0
 HEALTH_CHECK_S = 1.0
@@ -76,7 +83,13 @@ class Reopen(NamedTuple):
 
 
 def next_restart_delay_s(
-    error: BaseException, restarts_s: Sequence[float], now_s: float, *, max_restarts: int, window_s: float, delay_s: float
+    error: BaseException,
+    restarts_s: Sequence[float],
+    now_s: float,
+    *,
+    max_restarts: int,
+    window_s: float,
+    delay_s: float,
 ) -> float | None:
     """How long to wait before an actor that died of `error` is started again; None to give up.
 
@@ -99,7 +112,10 @@ class Supervisor:
         self.maintenance = Maintenance(core, self.post)
         self.writer = Writer(core, self.post, self.maintenance.inbox)
         self.maintenance.writer_inbox = self.writer.inbox
-        self.readers = [Reader(core, self.post, self.reader_inbox, number) for number in range(core.config.readers)]
+        self.readers = [
+            Reader(core, self.post, self.reader_inbox, number)
+            for number in range(core.config.readers)
+        ]
         self.syncer = Syncer(core, self.post, self.writer.inbox)
         self._others: list[SupervisedActor] = [self.maintenance, self.syncer, *self.readers]
         self._running: set[SupervisedActor] = set()
@@ -118,7 +134,9 @@ class Supervisor:
 
     def owns(self, thread: threading.Thread) -> bool:
         """Whether `thread` is one of the store's own, which must not wait for it."""
-        return thread is self.thread or any(actor.thread is thread for actor in (self.writer, *self._others))
+        return thread is self.thread or any(
+            actor.thread is thread for actor in (self.writer, *self._others)
+        )
 
     def after_fork(self) -> None:
         """In a forked child: no thread of the store lives here. Reads go on from the snapshot; all else is refused."""
@@ -138,7 +156,11 @@ class Supervisor:
             while self.core.state is not State.CLOSED:
                 self._wait()
         except BaseException as error:
-            log.critical("the supervisor of %s died; the store only reads from now on", self.core.config.path, exc_info=True)
+            log.critical(
+                "the supervisor of %s died; the store only reads from now on",
+                self.core.config.path,
+                exc_info=True,
+            )
             self._give_up(f"the supervisor died: {error!r}")
             self._answer_opened(error)
             self._stop_all()
@@ -147,7 +169,11 @@ class Supervisor:
 
     def _wait(self) -> None:
         now = time.monotonic()
-        for actor in [actor for actor, due in self._due.items() if due <= now or self.core.state is State.CLOSING]:
+        for actor in [
+            actor
+            for actor, due in self._due.items()
+            if due <= now or self.core.state is State.CLOSING
+        ]:
             del self._due[actor]
             self._resume(actor)
         timeout_s = min([HEALTH_CHECK_S, *(max(due - now, 0.0) for due in self._due.values())])
@@ -210,7 +236,9 @@ class Supervisor:
             if actor is self.writer:
                 self._stop_error = self._stop_error or self.writer.stop_error
             if core.state not in (State.CLOSING, State.CLOSED, State.FAILED):
-                log.warning("%s: %s was stopped by its host; the store closes", core.config.path, actor.name)
+                log.warning(
+                    "%s: %s was stopped by its host; the store closes", core.config.path, actor.name
+                )
             self._begin_close()
             return
         if core.state is State.STARTING:
@@ -251,10 +279,19 @@ class Supervisor:
             return
         if actor is self.writer and core.state is State.RUNNING:
             core.state, core.reason = State.RESTARTING, reason
-        delay_s *= random.uniform(0.5, 1.0)  # so that stores that failed together do not come back together
+        delay_s *= random.uniform(
+            0.5, 1.0
+        )  # so that stores that failed together do not come back together
         restarts_s.append(now)
         core.books.restarts.append(Restart(actor.name, reason, time.time(), delay_s))
-        log.warning("%s: %s died (%s); restarting in %.2f s", config.path, actor.name, reason, delay_s, exc_info=error)
+        log.warning(
+            "%s: %s died (%s); restarting in %.2f s",
+            config.path,
+            actor.name,
+            reason,
+            delay_s,
+            exc_info=error,
+        )
         self._due[actor] = now + delay_s
 
     def _end_unopened(self, error: BaseException) -> None:
@@ -274,15 +311,23 @@ class Supervisor:
         def publish() -> None:
             core.reason, core.state = reason, State.FAILED
 
-        self._due = {actor: due for actor, due in self._due.items() if actor in self.readers}  # reading goes on
+        self._due = {
+            actor: due for actor, due in self._due.items() if actor in self.readers
+        }  # reading goes on
         self.writer.inbox.refuse(self._failed, drain=True, publish=publish)
         log.error("%s: failed: %s", core.config.path, reason)
-        self.writer.abandon_requests(StoreFailed(f"{reason}; whether this was written is unknown until the store is reopened"))
+        self.writer.abandon_requests(
+            StoreFailed(
+                f"{reason}; whether this was written is unknown until the store is reopened"
+            )
+        )
         self._abandon_the_dead()
 
     def _abandon_the_dead(self) -> None:
         """Answer what waits for actors that will not be started again before `reopen`."""
-        dead = [actor for actor in self._others if actor not in self._running and actor not in self._due]
+        dead = [
+            actor for actor in self._others if actor not in self._running and actor not in self._due
+        ]
         for actor in dead:
             actor.abandon(self._failed())
         if self.maintenance in dead:
@@ -332,7 +377,11 @@ class Supervisor:
 
     def _check_health(self, now_s: float) -> None:
         busy_since = self.writer.busy_since
-        if self.core.state is State.RESTARTING and self.writer in self._running and busy_since is None:
+        if (
+            self.core.state is State.RESTARTING
+            and self.writer in self._running
+            and busy_since is None
+        ):
             self._on_started(self.writer)  # it was stuck when the store was reopened, and came back
         if self.core.state is State.RUNNING and busy_since is not None:
             stuck_s = now_s - busy_since

@@ -17,14 +17,28 @@ import time
 from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
 from foldlog.actors.core import Core
 from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
-from foldlog.actors.requests import CompactRequest, ExportRequest, Request, ToldBatch, WriteRequest, as_request
-from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, LogRegressedError, StoreClosed, WriterCrashed
+from foldlog.actors.requests import (
+    CompactRequest,
+    ExportRequest,
+    Request,
+    ToldBatch,
+    WriteRequest,
+    as_request,
+)
+from foldlog.protocol.errors import (
+    FoldlogError,
+    LogChangedError,
+    LogPoisonedError,
+    LogRegressedError,
+    StoreClosed,
+    WriterCrashed,
+)
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.messages import Apply
 from foldlog.protocol.updates import Batch
-from foldlog.storage.engine import Engine
-from foldlog.storage.lock import WriterLock
-from foldlog.storage.rewrite import Rewrite
+from foldlog.storage.engines.engine import Engine
+from foldlog.storage.formats.rewrite import Rewrite
+from foldlog.storage.log.lock import WriterLock
 
 GROUP_BYTES = 16 * 1024 * 1024
 """A commit group of more than one batch holds no more: it is built in memory before it is written."""
@@ -41,7 +55,9 @@ class Writer(SupervisedActor):
         super().__init__("writer", post, Inbox(config.mailbox_batches, config.mailbox_bytes))
         self._core, self._step = core, config.step
         self._maintenance = maintenance
-        self._lock: WriterLock | None = None  # kept from start to start, so that nobody steps in between
+        self._lock: WriterLock | None = (
+            None  # kept from start to start, so that nobody steps in between
+        )
         self._engine: Engine | None = None
         self._in_hand: list[Request] = []
         """What is being worked on: of `taken`, those that a crash can be blamed on."""
@@ -65,8 +81,15 @@ class Writer(SupervisedActor):
         self._step("writer.start")
         self._drop_rewrite()
         crashed = self._engine and self._engine.log
-        if crashed and crashed.poison is None and not crashed.closed and not self._core.config.files.exists(crashed.path):
-            crashed.poison_with("was deleted while the writer was down")  # or replaying would begin an empty log
+        if (
+            crashed
+            and crashed.poison is None
+            and not crashed.closed
+            and not self._core.config.files.exists(crashed.path)
+        ):
+            crashed.poison_with(
+                "was deleted while the writer was down"
+            )  # or replaying would begin an empty log
         if crashed and crashed.poison is not None:
             self._heal()
         else:
@@ -74,7 +97,9 @@ class Writer(SupervisedActor):
         self._core.log, self._core.report = self.engine.log, self.engine.report
         fold = self.engine.fold
         self._core.publish(fold)
-        self._core.feeds.jump(fold)  # some of it may have been written by the crashed writer, and never told of
+        self._core.feeds.jump(
+            fold
+        )  # some of it may have been written by the crashed writer, and never told of
         self._settle_taken()
         self._compact_if_due()
 
@@ -103,7 +128,12 @@ class Writer(SupervisedActor):
                 raise
         self._engine = engine
         if engine.report.cut_bytes:
-            log.warning("%s: cut %d bytes off: %s", config.path, engine.report.cut_bytes, engine.report.cut_reason)
+            log.warning(
+                "%s: cut %d bytes off: %s",
+                config.path,
+                engine.report.cut_bytes,
+                engine.report.cut_reason,
+            )
         if engine.log.poison is not None:
             self._heal()
         else:
@@ -130,12 +160,18 @@ class Writer(SupervisedActor):
                 again.append(mail)
             elif request.future.done():
                 continue
-            elif isinstance(request, WriteRequest) and request.seq is not None and request.seq <= self.engine.fold.seq:
+            elif (
+                isinstance(request, WriteRequest)
+                and request.seq is not None
+                and request.seq <= self.engine.fold.seq
+            ):
                 request.succeed(request.seq)
             elif request not in in_hand:
                 again.append(mail)
             elif request.attempts:
-                request.fail(WriterCrashed("the writer died twice with this in hand; it was not applied"))
+                request.fail(
+                    WriterCrashed("the writer died twice with this in hand; it was not applied")
+                )
             else:
                 request.attempts += 1
                 again.append(mail)
@@ -166,11 +202,15 @@ class Writer(SupervisedActor):
             self._finish_rewrite(first)
         elif isinstance(first, Heal):
             if self.engine.log.poison is not None:
-                raise LogPoisonedError(self.engine.path, self.engine.log.poison)  # starting again heals
+                raise LogPoisonedError(
+                    self.engine.path, self.engine.log.poison
+                )  # starting again heals
         elif isinstance(first, CheckFile):
             self._check_file()
         else:
-            error = TypeError(f"the writer takes Apply, Compact and Export, not {type(first).__name__}")
+            error = TypeError(
+                f"the writer takes Apply, Compact and Export, not {type(first).__name__}"
+            )
             if mails[0].reply_to is None:
                 log.error("%s", error)
             reply(mails[0], error=error)
@@ -206,7 +246,9 @@ class Writer(SupervisedActor):
             try:
                 batch = request.decide(staged)
             except Exception as error:
-                if not isinstance(error, (OSError, FoldlogError, TypeError, ValueError)) and not isinstance(request, ToldBatch):
+                if not isinstance(
+                    error, (OSError, FoldlogError, TypeError, ValueError)
+                ) and not isinstance(request, ToldBatch):
                     raise
                 request.fail(error)
                 continue
@@ -229,7 +271,12 @@ class Writer(SupervisedActor):
         if core.config.sync == "always":
             core.note_synced(fold)
         if core.feeds.wanted:
-            core.feeds.publish(fold, fold.seq - len(batches) + 1, batches, sum(len(batch.item) for batch in batches))
+            core.feeds.publish(
+                fold,
+                fold.seq - len(batches) + 1,
+                batches,
+                sum(len(batch.item) for batch in batches),
+            )
         self._step("writer.after_publish")
         books, now = core.books, time.monotonic()
         books.batches += len(written)
@@ -247,7 +294,9 @@ class Writer(SupervisedActor):
             raise error  # starting again heals, and tries these once more
         for request in requests:
             request.seq = None
-            request.fail(copy.copy(error))  # one each: raising one object in many threads would mix their tracebacks
+            request.fail(
+                copy.copy(error)
+            )  # one each: raising one object in many threads would mix their tracebacks
         if isinstance(error, LogChangedError):
             raise error
 
@@ -277,7 +326,8 @@ class Writer(SupervisedActor):
         if engine.is_compact:
             self._answer_wanted(None)
         elif self._wanted or (
-            engine.should_compact(self._core.config.compact_threshold) and engine.log.chain.offset >= self._compact_from
+            engine.should_compact(self._core.config.compact_threshold)
+            and engine.log.chain.offset >= self._compact_from
         ):
             self._step("compact.begin")
             self._rewrite = engine.begin_rewrite()
@@ -310,7 +360,12 @@ class Writer(SupervisedActor):
         books.compactions += 1
         books.last_compaction_s = time.monotonic() - self._rewrite_started
         books.last_compaction_unix_s = time.time()
-        log.info("%s: compacted to %d bytes in %.2f s", engine.path, engine.log.chain.offset, books.last_compaction_s)
+        log.info(
+            "%s: compacted to %d bytes in %.2f s",
+            engine.path,
+            engine.log.chain.offset,
+            books.last_compaction_s,
+        )
         self._step("compact.finished")
         self._answer_wanted(None)
         with contextlib.suppress(FoldlogError):  # maintenance may have been told to stop
@@ -369,4 +424,7 @@ def _check_successor(engine: Engine, crashed: Engine) -> None:
     if engine.log.file.head.log_id != crashed.log.file.head.log_id:
         raise LogChangedError(engine.path, "was replaced by another log")
     if engine.fold.seq < crashed.fold.seq:
-        raise LogRegressedError(engine.path, f"ends with batch {engine.fold.seq}, but batch {crashed.fold.seq} was published")
+        raise LogRegressedError(
+            engine.path,
+            f"ends with batch {engine.fold.seq}, but batch {crashed.fold.seq} was published",
+        )

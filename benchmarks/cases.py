@@ -20,7 +20,17 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import workload
-from subjects import ENGINES, NEVER, READ_BY_MANY, THREADED, Diskcache, Foldlog, Store, StoreSynced, Subject
+from subjects import (
+    ENGINES,
+    NEVER,
+    READ_BY_MANY,
+    THREADED,
+    Diskcache,
+    Foldlog,
+    Store,
+    StoreSynced,
+    Subject,
+)
 
 PASS_LIMIT_S = 2.0
 """Writes, ranges and asks of a slow subject end after this time; the figure is the mean of what was done."""
@@ -49,7 +59,9 @@ class Trial(NamedTuple):
     def copy(self, suffix: str = "") -> Path:
         """A copy of the prepared store, to change."""
         source = self.prepared / (self.subject.name + suffix)
-        target = Path(tempfile.mkdtemp(dir=self.scratch)) / source.name  # a folder of its own: foldlog keeps notes beside a log
+        target = (
+            Path(tempfile.mkdtemp(dir=self.scratch)) / source.name
+        )  # a folder of its own: foldlog keeps notes beside a log
         if source.is_dir():
             shutil.copytree(source, target)
         else:
@@ -73,7 +85,11 @@ def settle() -> None:
 def private_mb() -> float:
     """Memory that is this process's own: Private_Clean + Private_Dirty of /proc/self/smaps_rollup, in MB."""
     rows = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
-    return sum(int(row[1]) for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:")) * 1024 / 1e6
+    return (
+        sum(int(row[1]) for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:"))
+        * 1024
+        / 1e6
+    )
 
 
 def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
@@ -114,11 +130,16 @@ def open_compacted(trial: Trial) -> dict[str, float]:
     choose = random.Random(trial.seed).randrange
     for _ in range(100_000):
         store.get(workload.key(choose(trial.entries)))
-    return {"open": took, "memory_start": before, "memory_open": after_open, "memory_gets": private_mb()}
+    return {
+        "open": took,
+        "memory_start": before,
+        "memory_open": after_open,
+        "memory_gets": private_mb(),
+    }
 
 
 def open_batches(trial: Trial) -> dict[str, float]:
-    from foldlog.storage.engine import Engine
+    from foldlog.storage.engines.engine import Engine
 
     path, first = trial.copy("-batches"), workload.key(trial.entries // 3)
     settle()
@@ -132,7 +153,11 @@ def open_batches(trial: Trial) -> dict[str, float]:
     start = perf_counter()
     store = trial.subject(path)
     assert store.get(first) is not None
-    return {"open_batches": served, "open_batches_compacted": perf_counter() - start, "memory_open_batches": memory}
+    return {
+        "open_batches": served,
+        "open_batches_compacted": perf_counter() - start,
+        "memory_open_batches": memory,
+    }
 
 
 # Reading
@@ -140,7 +165,10 @@ def open_batches(trial: Trial) -> dict[str, float]:
 
 def random_keys(trial: Trial) -> list[str]:
     """The keys of all entries in random order, or of `KEYS` of them."""
-    return [workload.key(n) for n in random.Random(trial.seed).sample(range(trial.entries), min(trial.entries, KEYS))]
+    return [
+        workload.key(n)
+        for n in random.Random(trial.seed).sample(range(trial.entries), min(trial.entries, KEYS))
+    ]
 
 
 def gets(trial: Trial) -> dict[str, float]:
@@ -148,11 +176,18 @@ def gets(trial: Trial) -> dict[str, float]:
     keys = random_keys(trial)
     again = keys.copy()
     random.Random(trial.seed + "again").shuffle(again)
-    absent = [workload.absent_key(number) for number in workload.shuffled(min(trial.entries, 200_000), trial.seed)]
+    absent = [
+        workload.absent_key(number)
+        for number in workload.shuffled(min(trial.entries, 200_000), trial.seed)
+    ]
     settle()
     figures = {"get_first": mean_s(store.get, keys)}
     mean_s(store.get, again)
-    return {**figures, "get_steady": mean_s(store.get, keys), "get_absent": mean_s(store.get, absent)}
+    return {
+        **figures,
+        "get_steady": mean_s(store.get, keys),
+        "get_absent": mean_s(store.get, absent),
+    }
 
 
 def hot_gets(trial: Trial) -> dict[str, float]:
@@ -169,7 +204,9 @@ def hot_gets_with_changes(trial: Trial) -> dict[str, float]:
     hot = random_keys(trial)[:1000]
     for batch, cursor in batches(trial, workload.shuffled(trial.entries, "hot")[:11_111], 1000):
         store.apply(batch, cursor)
-    for number, (batch, cursor) in enumerate(batches(trial, workload.shuffled(trial.entries, "hotter")[:60], 1)):
+    for number, (batch, cursor) in enumerate(
+        batches(trial, workload.shuffled(trial.entries, "hotter")[:60], 1)
+    ):
         if number % 3:
             store.apply(batch, cursor)
     settle()
@@ -191,7 +228,9 @@ def ranges(trial: Trial) -> dict[str, float]:
     start = perf_counter()
     found = store.range("")
     figures["range_all"] = perf_counter() - start
-    assert trial.entries <= len(found) <= trial.entries + 1  # some keep the cursor among the entries
+    assert (
+        trial.entries <= len(found) <= trial.entries + 1
+    )  # some keep the cursor among the entries
     return figures
 
 
@@ -235,7 +274,9 @@ def applies(trial: Trial) -> dict[str, float]:
     for kind in ("fresh", "overwrite"):
         for size in (1, 10, 100, 1000):
             if kind == "fresh":
-                numbers = [trial.entries + number for number in workload.shuffled(count, trial.seed)]
+                numbers = [
+                    trial.entries + number for number in workload.shuffled(count, trial.seed)
+                ]
             else:
                 numbers = [choose(trial.entries) for _ in range(count)]
             work = batches(trial, numbers, size)
@@ -337,7 +378,11 @@ def artifacts(trial: Trial) -> dict[str, float]:
     assert snap.get(workload.key(trial.entries // 3)) is not None
     imported = perf_counter() - start
     snap.close()
-    return {"export": exported, "import": imported, "disk_write": write_and_sync(trial.scratch / "floor", landed.stat().st_size)}
+    return {
+        "export": exported,
+        "import": imported,
+        "disk_write": write_and_sync(trial.scratch / "floor", landed.stat().st_size),
+    }
 
 
 # Many threads
@@ -376,7 +421,9 @@ def commits(trial: Trial) -> dict[str, float]:
     figures = {}
     for threads in (1, 4, 16):
         work = batches(trial, workload.shuffled(min(trial.entries, 50_000), f"{threads}"), 1)
-        figures[f"commits_{threads}"] = rate([committing(work[number::threads]) for number in range(threads)])
+        figures[f"commits_{threads}"] = rate(
+            [committing(work[number::threads]) for number in range(threads)]
+        )
     store.close()
     return figures
 
@@ -421,7 +468,9 @@ def store_calls(trial: Trial) -> dict[str, float]:
     choose = random.Random(trial.seed).randrange
     figures = {}
     for size in (1, 10, 100, 1000):
-        work = batches(trial, [choose(trial.entries) for _ in range(20_000 if size == 1 else 100_000)], size)
+        work = batches(
+            trial, [choose(trial.entries) for _ in range(20_000 if size == 1 else 100_000)], size
+        )
         subject: Any = trial.subject(trial.copy())
         settle()
         times = timed_applies(subject, work)
@@ -432,7 +481,9 @@ def store_calls(trial: Trial) -> dict[str, float]:
     work = batches(trial, [choose(trial.entries) for _ in range(20_000)], 1)
     settle()
     start = perf_counter()
-    futures = [subject.store.apply_async(batch, cursor, 60) for batch, cursor in work]  # waits where the mailbox is full
+    futures = [
+        subject.store.apply_async(batch, cursor, 60) for batch, cursor in work
+    ]  # waits where the mailbox is full
     futures[-1].result(60)
     figures["store_apply_async_1"] = (perf_counter() - start) / len(work)
     asks = [Get(workload.key(choose(trial.entries))) for _ in range(5000)]
@@ -450,7 +501,9 @@ CASES: dict[str, Case] = {
     "get": Case(gets, large=True),
     "get_hot": Case(hot_gets, large=True),
     "get_changed": Case(hot_gets_with_changes, ALONE),
-    "range": Case(ranges, tuple(subject for subject in ENGINES if subject is not Diskcache), large=True),
+    "range": Case(
+        ranges, tuple(subject for subject in ENGINES if subject is not Diskcache), large=True
+    ),
     "apply": Case(applies),
     "load": Case(load),
     "compact": Case(compactions, ALONE),

@@ -92,7 +92,14 @@ def followers(log: Path, count: int, cpus: set[int] = frozenset()) -> Iterator[l
 def private_mb(pid: int) -> float:
     """The memory that a process has for itself."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))) / 1024
+    return (
+        sum(
+            int(line.split()[1])
+            for line in lines
+            if line.startswith(("Private_Clean", "Private_Dirty"))
+        )
+        / 1024
+    )
 
 
 def shared_mb(pid: int) -> float:
@@ -106,7 +113,10 @@ def fill(log: Path, entries: int) -> list[str]:
     keys = [f"tenants/{number:08}/routes" for number in range(entries)]
     with AppendLogSnapshot.open(log)[1] as snap:
         for start in range(0, entries, 10_000):
-            batch = [Put(key, (key * 5)[:100].encode(), VersionToken.from_u64(1)) for key in keys[start : start + 10_000]]
+            batch = [
+                Put(key, (key * 5)[:100].encode(), VersionToken.from_u64(1))
+                for key in keys[start : start + 10_000]
+            ]
             snap.apply(batch, WatchCursor.from_u64(start + 1))
         snap.compact()
     return keys
@@ -166,7 +176,10 @@ class Pace(NamedTuple):
 
 def measure_pace(log: Path, keys: list[str], count: int, seconds: float, cpus: set[int]) -> Pace:
     """The writer's pace, with so many followers."""
-    with foldlog.open(log, compact_threshold=1 << 40) as store, followers(log, count, cpus) as processes:
+    with (
+        foldlog.open(log, compact_threshold=1 << 40) as store,
+        followers(log, count, cpus) as processes,
+    ):
         apply_us = latency(store, keys, 200, seconds)
         cpu, seq = time.process_time(), store.snapshot().seq
         batches_per_s = full_speed(store, keys, seconds)
@@ -189,7 +202,10 @@ def measure_slowdown(
     os.sched_setaffinity(0, mine)
     try:
         rows = [
-            (measure_pace(log, keys, 0, seconds, set()), measure_pace(log, keys, count, seconds, everywhere - mine or everywhere))
+            (
+                measure_pace(log, keys, 0, seconds, set()),
+                measure_pace(log, keys, count, seconds, everywhere - mine or everywhere),
+            )
             for _ in range(rounds)
         ]
     finally:
@@ -216,12 +232,18 @@ def measure_diff(log: Path, keys: list[str], compacted: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 entries, and less of everything")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="100,000 entries, and less of everything"
+    )
     quick = parser.parse_args().quick
     entries = 100_000 if quick else 1_000_000
     random.seed(5)
-    print(f"{entries:,} entries of 100 bytes; {os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n")
+    print(
+        f"{entries:,} entries of 100 bytes; {os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n"
+    )
     print("| what | measured | goal |\n|---|---|---|")
 
     def row(what: str, measured: str, goal: str = "-") -> None:
@@ -235,7 +257,11 @@ def main() -> None:
                 private = [private_mb(process.pid) for process in processes]
                 share = sum(shared_mb(process.pid) for process in processes)
             text = f"{statistics.mean(private):.0f} MB each, {share:.0f} MB together with what they share"
-            row(f"private memory of {count} follower{'s' if count > 1 else ''} after open", text, "<= 60 MB each")
+            row(
+                f"private memory of {count} follower{'s' if count > 1 else ''} after open",
+                text,
+                "<= 60 MB each",
+            )
         for pause_s in (0.02, 0.003):
             p50, p99 = measure_delay(log, keys, 300 if quick else 1000, pause_s)
             row(
@@ -249,13 +275,21 @@ def main() -> None:
             slow = measure_slowdown(log, keys, 8, seconds, rounds, own_core)
             (alone, followed), full, cpu = slow
             text = f"{alone:.0f} -> {followed:.0f} us, {followed / alone - 1:+.0%}"
-            row(f"an apply of 10 updates, 200 a second, with 8 followers, {where}", text, "<= +10 %")
+            row(
+                f"an apply of 10 updates, 200 a second, with 8 followers, {where}", text, "<= +10 %"
+            )
             text = f"{full[0]:,.0f} -> {full[1]:,.0f} a second, {full[1] / full[0] - 1:+.0%}"
             row(f"applies of 10 updates at full speed, with 8 followers, {where}", text, ">= -10 %")
             text = f"{cpu[0]:.0f} -> {cpu[1]:.0f} us, {cpu[1] / cpu[0] - 1:+.0%}"
             row(f"the writer's processor time for each of these, {where}", text, "<= +10 %")
-        row("difference of 1,000 changes, behind the same base", f"{measure_diff(log, keys, False):.0f} ms")
-        row("difference of 1,000 changes, across a compaction", f"{measure_diff(log, keys, True):.0f} ms")
+        row(
+            "difference of 1,000 changes, behind the same base",
+            f"{measure_diff(log, keys, False):.0f} ms",
+        )
+        row(
+            "difference of 1,000 changes, across a compaction",
+            f"{measure_diff(log, keys, True):.0f} ms",
+        )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ GOALS_MS = {"get p99.9": 10.0, "apply max": 100.0}
 def load(store: Store, entries: int, rng: random.Random) -> None:
     """Fill the store with `entries` of 100 bytes, compacted."""
     for start in range(0, entries, 10_000):
-        batch = [Put(f"key-{i:08d}", rng.randbytes(100), VersionToken.from_u64(i)) for i in range(start, start + 10_000)]
+        batch = [
+            Put(f"key-{i:08d}", rng.randbytes(100), VersionToken.from_u64(i))
+            for i in range(start, start + 10_000)
+        ]
         store.apply(batch, WatchCursor.from_u64(start + 1))
     store.compact()
 
@@ -92,14 +95,18 @@ class Applier(threading.Thread):
     def run(self) -> None:
         rng = random.Random(5)
         while not self.stopping:
-            batch = [Put(f"key-{rng.randrange(self._entries):08d}", b"x" * 100) for _ in range(BATCH)]
+            batch = [
+                Put(f"key-{rng.randrange(self._entries):08d}", b"x" * 100) for _ in range(BATCH)
+            ]
             before = time.perf_counter()
             self._store.apply(batch, WatchCursor.from_u64(7))
             self.times_s.append(time.perf_counter() - before)
             time.sleep(self._pause_s)
 
 
-def measure(watcher: Reader | Holds, applier: Applier | None, work: Callable[[], None]) -> tuple[list[float], list[float]]:
+def measure(
+    watcher: Reader | Holds, applier: Applier | None, work: Callable[[], None]
+) -> tuple[list[float], list[float]]:
     """The times that both noted, sorted, while `work` runs."""
     threads = [thread for thread in (watcher, applier) if thread is not None]
     for thread in threads:
@@ -115,12 +122,17 @@ def row(name: str, times_s: list[float]) -> str:
     """A line of the table, in milliseconds."""
     if not times_s:
         return f"| {name} | - | - | - | - | 0 |"
-    at = [times_s[min(int(len(times_s) * share), len(times_s) - 1)] * 1e3 for share in (0.5, 0.99, 0.999, 1.0)]
+    at = [
+        times_s[min(int(len(times_s) * share), len(times_s) - 1)] * 1e3
+        for share in (0.5, 0.99, 0.999, 1.0)
+    ]
     return f"| {name} | " + " | ".join(f"{ms:.3f}" for ms in at) + f" | {len(times_s)} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
@@ -146,7 +158,9 @@ def main() -> None:
             ("a compaction, 1 apply in 5 ms", compact, 0.005),
             ("three exports, 1 apply in 5 ms", export, 0.005),
         ]
-        print(f"{options.entries} entries of 100 bytes; batches of {BATCH}; goals: {GOALS_MS} ms; {sys.version.split()[0]}\n")
+        print(
+            f"{options.entries} entries of 100 bytes; batches of {BATCH}; goals: {GOALS_MS} ms; {sys.version.split()[0]}\n"
+        )
         print("| while | p50 ms | p99 ms | p99.9 ms | max ms | calls |\n|---|---|---|---|---|---|")
         keys = random_keys(options.entries)
         for kind in ("get", "hold of the lock"):

@@ -56,7 +56,13 @@ def _peers(samples: dict[str, dict[str, list[float]]], entries: int, path: Path)
         values = [median(samples[subject][name]) * scale for subject in shown]
         for subject, value in zip(shown, values, strict=True):
             axes.plot(value, subject, "o", color=_color(subjects, subject))
-            axes.annotate(f" {number(value)}", (value, subject), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                f" {number(value)}",
+                (value, subject),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
         axes.grid(axis="x", alpha=0.3)
         axes.set_xscale("log")
         axes.margins(x=0.25, y=0.15)
@@ -74,20 +80,35 @@ def _growth(samples: dict[str, Any], sizes: list[str], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     subjects = [
-        subject for subject in samples[sizes[0]] if not subject.startswith("foldlog-") and not subject.endswith("-synced")
+        subject
+        for subject in samples[sizes[0]]
+        if not subject.startswith("foldlog-") and not subject.endswith("-synced")
     ]
     figure, grid = plt.subplots(2, 3, figsize=(14, 7))
     for axes, name in zip(grid.flat, GROWTH, strict=True):
-        if not any(name in samples[size].get(subject, {}) for size in sizes for subject in subjects):
+        if not any(
+            name in samples[size].get(subject, {}) for size in sizes for subject in subjects
+        ):
             axes.set_axis_off()
             continue
         scale = FIGURES[name].scale
         for subject in subjects:
-            points = [(int(size), samples[size][subject][name]) for size in sizes if name in samples[size].get(subject, {})]
+            points = [
+                (int(size), samples[size][subject][name])
+                for size in sizes
+                if name in samples[size].get(subject, {})
+            ]
             if points:
                 middle = [median(values) * scale for _, values in points]
                 color = _color(subjects, subject)
-                axes.plot([size for size, _ in points], middle, marker="o", markersize=3, label=subject, color=color)
+                axes.plot(
+                    [size for size, _ in points],
+                    middle,
+                    marker="o",
+                    markersize=3,
+                    label=subject,
+                    color=color,
+                )
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_title(f"{FIGURES[name].title}, {FIGURES[name].unit}", fontsize=9)

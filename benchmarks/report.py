@@ -44,7 +44,9 @@ def _rate(title: str) -> Figure:
 
 FIGURES: dict[str, Figure] = {
     "open": _ms("open, to the first get"),
-    "open_batches": _s("open 1000-record batches, to the first get (engine below `AppendLogSnapshot`, not compacted)"),
+    "open_batches": _s(
+        "open 1000-record batches, to the first get (engine below `AppendLogSnapshot`, not compacted)"
+    ),
     "open_batches_compacted": _s("open 1000-record batches, compacted, to the first get"),
     "memory_start": _mb("private memory before open"),
     "memory_open": _mb("private memory after open"),
@@ -76,9 +78,15 @@ FIGURES: dict[str, Figure] = {
     "commits_1": _rate("commits of one update, 1 thread"),
     "commits_4": _rate("commits of one update, 4 threads"),
     "commits_16": _rate("commits of one update, 16 threads"),
-    **{f"reads_{threads}": _rate(f"gets of hot keys, threads: {threads}") for threads in (1, 2, 4, 8)},
+    **{
+        f"reads_{threads}": _rate(f"gets of hot keys, threads: {threads}")
+        for threads in (1, 2, 4, 8)
+    },
     "reads_4_writing": _rate("the same, threads: 4, while a fifth applies batches of 100"),
-    **{f"store_apply_{size}": _us(f"apply through the store, batches of {size}, a record") for size in (1, 10, 100, 1000)},
+    **{
+        f"store_apply_{size}": _us(f"apply through the store, batches of {size}, a record")
+        for size in (1, 10, 100, 1000)
+    },
     "store_apply_async_1": _us("apply_async, batches of 1, a record"),
     "ask_get": _us("ask a reader to get"),
     "ask_range_100": _ms("ask a reader for a range of 100"),
@@ -143,7 +151,10 @@ def table(samples: dict[str, dict[str, list[float]]]) -> str:
     subjects = list(samples)
     rows = ["| | unit | " + " | ".join(subjects) + " |", "|---|---|" + "---:|" * len(subjects)]
     for name, figure in FIGURES.items():
-        cells = [cell(name, samples[subject][name]) if name in samples[subject] else "" for subject in subjects]
+        cells = [
+            cell(name, samples[subject][name]) if name in samples[subject] else ""
+            for subject in subjects
+        ]
         if any(cells):
             rows.append(f"| {figure.title} | {figure.unit} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
@@ -157,18 +168,27 @@ RATIOS = ("open", "get_hot", "get_first", "get_steady", "get_absent", "range_100
 def ratios(samples: dict[str, dict[str, list[float]]]) -> str:
     """What each peer takes, in multiples of what foldlog takes in the same run."""
     ours = samples.get("foldlog", {})
-    peers = [subject for subject in samples if not subject.startswith("foldlog") and samples[subject].keys() & set(RATIOS)]
+    peers = [
+        subject
+        for subject in samples
+        if not subject.startswith("foldlog") and samples[subject].keys() & set(RATIOS)
+    ]
     rows = []
     for name in RATIOS:
         cells = [
-            f"{median(samples[peer][name]) / median(ours[name]):.2g}" if name in samples[peer] and name in ours else ""
+            f"{median(samples[peer][name]) / median(ours[name]):.2g}"
+            if name in samples[peer] and name in ours
+            else ""
             for peer in peers
         ]
         if any(cells):
             rows.append(f"| {FIGURES[name].title} | " + " | ".join(cells) + " |")
     if not rows:
         return ""
-    head = ["| time, in multiples of foldlog's | " + " | ".join(peers) + " |", "|---|" + "---:|" * len(peers)]
+    head = [
+        "| time, in multiples of foldlog's | " + " | ".join(peers) + " |",
+        "|---|" + "---:|" * len(peers),
+    ]
     return "\n".join([*head, *rows])
 
 
@@ -177,11 +197,22 @@ def goals(samples: dict[str, dict[str, list[float]]]) -> str:
     rows = []
     for name, goal in GOALS.items():
         figure = FIGURES[name]
-        measured = next((samples[s][name] for s in ("foldlog", "foldlog-store") if name in samples.get(s, {})), None)
+        measured = next(
+            (samples[s][name] for s in ("foldlog", "foldlog-store") if name in samples.get(s, {})),
+            None,
+        )
         if measured is not None:
             met = "met" if median(measured) * figure.scale <= goal.limit else "**missed**"
-            rows.append(f"| {figure.title} | {figure.unit} | {goal.origin} | {goal.limit:g} | {cell(name, measured)} | {met} |")
-    return "\n".join(["| | unit | origin | goal | measured | |", "|---|---|---:|---:|---:|---|", *rows]) if rows else ""
+            rows.append(
+                f"| {figure.title} | {figure.unit} | {goal.origin} | {goal.limit:g} | {cell(name, measured)} | {met} |"
+            )
+    return (
+        "\n".join(
+            ["| | unit | origin | goal | measured | |", "|---|---|---:|---:|---:|---|", *rows]
+        )
+        if rows
+        else ""
+    )
 
 
 def markdown(run: dict[str, Any]) -> str:
@@ -208,11 +239,18 @@ def refresh(document: Path, runs: list[dict[str, Any]]) -> None:
     """Put the tables of the runs into a document: at the goals' number of entries, and at the largest."""
     every = merged(runs)
     samples = every[GOAL_ENTRIES]
-    threaded = {s: {n: v for n, v in f.items() if n.startswith(THREADED)} for s, f in samples.items()}
+    threaded = {
+        s: {n: v for n, v in f.items() if n.startswith(THREADED)} for s, f in samples.items()
+    }
     engines = {subject: figures for subject, figures in samples.items() if "get_hot" in figures}
     tables = {
         "goals": goals(samples),
-        "figures": table({s: {n: v for n, v in f.items() if not n.startswith(THREADED)} for s, f in engines.items()}),
+        "figures": table(
+            {
+                s: {n: v for n, v in f.items() if not n.startswith(THREADED)}
+                for s, f in engines.items()
+            }
+        ),
         "ratios": ratios(samples),
         "threads": table({subject: figures for subject, figures in threaded.items() if figures}),
         "large": table(every[max(every, key=int)]),
@@ -225,4 +263,7 @@ def refresh(document: Path, runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    refresh(Path(sys.argv[1]), [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[2:]])
+    refresh(
+        Path(sys.argv[1]),
+        [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[2:]],
+    )

@@ -37,10 +37,14 @@ DISTURBED = 0.15
 def busy_s() -> float:
     """CPU time that all processors have spent on anything since boot, stolen time included; 0 where the system does not tell."""
     try:
-        ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        ticks = [
+            int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        ]
     except OSError:
         return 0.0
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # without idle and waiting for the disk
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf(
+        "SC_CLK_TCK"
+    )  # without idle and waiting for the disk
 
 
 def quiet_trial(
@@ -55,7 +59,9 @@ def quiet_trial(
         figures = trial(case, subject, entries, prepared, seed)
         after, now = busy_s(), os.times()
         ours = now.children_user + now.children_system - spent.children_user - spent.children_system
-        others = max(0.0, after - before - ours) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+        others = (
+            max(0.0, after - before - ours) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+        )
         best = min(best, (figures, others), key=itemgetter(1))
         if others <= DISTURBED:
             break
@@ -66,7 +72,16 @@ def trial(case: str, subject: str, entries: int, prepared: Path, seed: str) -> d
     """Run one case in a fresh process."""
     scratch = Path(tempfile.mkdtemp(dir=prepared.parent))
     try:
-        command = [sys.executable, str(HERE / "trial.py"), case, subject, str(entries), str(prepared), str(scratch), seed]
+        command = [
+            sys.executable,
+            str(HERE / "trial.py"),
+            case,
+            subject,
+            str(entries),
+            str(prepared),
+            str(scratch),
+            seed,
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         figures: dict[str, float] = json.loads(done.stdout)
         return figures
@@ -82,7 +97,8 @@ def plan(only: list[str], peers: list[str], entries: int) -> list[tuple[str, str
         for name, case in CASES.items()
         for subject in case.subjects
         if name in only and (case.large or not large)
-        if (subject.name in peers or subject.name not in PEERS) and not (large and subject.name in SLOW)
+        if (subject.name in peers or subject.name not in PEERS)
+        and not (large and subject.name in SLOW)
     ]
 
 
@@ -94,18 +110,39 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000, 10_000_000])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(CASES),
+        default=list(CASES),
+        metavar="NAME",
+        help=f"of {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000, 10_000_000]
+    )
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
-        "--attempts", type=int, default=1, help="run a trial again, so often at most, if others kept the machine busy"
+        "--attempts",
+        type=int,
+        default=1,
+        help="run a trial again, so often at most, if others kept the machine busy",
     )
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=list(PEERS),
+        metavar="PEER",
+        help=", ".join(PEERS),
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
-    parser.add_argument("--work", type=Path, help="where stores are kept; with it, prepared stores are used again")
+    parser.add_argument(
+        "--work", type=Path, help="where stores are kept; with it, prepared stores are used again"
+    )
     args = parser.parse_args()
 
     work = args.work or Path(tempfile.mkdtemp(prefix="foldlog-benchmark-"))
@@ -124,11 +161,16 @@ def main() -> None:
                 trial("prepare", subject, entries, prepared, "prepare")
             for repeat in range(args.repeat):
                 for case, subject in steps:
-                    figures, others = quiet_trial(case, subject, entries, prepared, f"{case}-{repeat}", args.attempts)
+                    figures, others = quiet_trial(
+                        case, subject, entries, prepared, f"{case}-{repeat}", args.attempts
+                    )
                     for name, value in figures.items():
                         at_size[subject].setdefault(name, []).append(value)
                     disturbed.append(others)
-                    print(f"{entries:,} entries, {repeat + 1}: {case} of {subject}; others used {others:.0%}", file=sys.stderr)
+                    print(
+                        f"{entries:,} entries, {repeat + 1}: {case} of {subject}; others used {others:.0%}",
+                        file=sys.stderr,
+                    )
                 (args.out / "results.json").write_text(json.dumps(run, indent=1))
                 (args.out / "results.md").write_text(markdown(run))
     finally:

@@ -165,7 +165,9 @@ class Sqlite(Subject):
         self._db = db = sqlite3.connect(path, timeout=60, isolation_level=None)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(f"PRAGMA synchronous={self.synchronous}")
-        db.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID"
+        )
         db.execute("CREATE TABLE IF NOT EXISTS cursor (one INTEGER PRIMARY KEY, raw BLOB)")
         execute = db.execute
         self.get = lambda key: execute("SELECT value FROM entries WHERE key = ?", (key,)).fetchone()
@@ -207,7 +209,9 @@ class Lmdb(Subject):
     def __init__(self, path: Path) -> None:
         import lmdb
 
-        self._env = env = lmdb.open(os.fspath(path), map_size=1 << 36, sync=self.sync, max_dbs=0, subdir=True)
+        self._env = env = lmdb.open(
+            os.fspath(path), map_size=1 << 36, sync=self.sync, max_dbs=0, subdir=True
+        )
         begin = env.begin
 
         def get(key: str) -> bytes | None:
@@ -288,7 +292,9 @@ class Diskcache(Subject):
     def __init__(self, path: Path) -> None:
         import diskcache
 
-        self._cache = cache = diskcache.Cache(os.fspath(path), eviction_policy="none", size_limit=1 << 40, cull_limit=0)
+        self._cache = cache = diskcache.Cache(
+            os.fspath(path), eviction_policy="none", size_limit=1 << 40, cull_limit=0
+        )
         self.get = cache.get
 
     def apply(self, updates: list[Any], cursor: Any) -> None:

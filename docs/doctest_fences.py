@@ -7,7 +7,9 @@ from typing import Any
 
 import griffe
 
-_EXAMPLE = re.compile(r"^>>> .*(?:\n(?!\s*$).*)*(?:\n\n>>> .*(?:\n(?!\s*$).*)*)*", flags=re.MULTILINE)
+_EXAMPLE = re.compile(
+    r"^>>> .*(?:\n(?!\s*$).*)*(?:\n\n>>> .*(?:\n(?!\s*$).*)*)*", flags=re.MULTILINE
+)
 
 
 def fenced(docstring: str) -> str:

@@ -26,8 +26,6 @@ def on_config(config: Any) -> Any:
     _copies.append(folder)
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(root / "foldlog", Path(folder) / "foldlog", ignore=ignore)
-    for package in ("protocol", "storage", "actors"):
-        shutil.copytree(root / package, Path(folder) / "foldlog" / package, ignore=ignore)
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [folder]
     return config
 

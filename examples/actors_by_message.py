@@ -44,7 +44,10 @@ class Stock(pykka.ThreadingActor):
         left = (int(entry.value) if entry else 0) - message.count
         if left < 0:
             return None
-        updates = [Put(f"stock/{message.item}", b"%d" % left), Put(f"order/{message.number}", message.item.encode())]
+        updates = [
+            Put(f"stock/{message.item}", b"%d" % left),
+            Put(f"order/{message.number}", message.item.encode()),
+        ]
         self._writer.ask(Apply(updates, WatchCursor.from_u64(message.number)), timeout=TIMEOUT_S)
         return left
 
@@ -78,11 +81,16 @@ class Display(pykka.ThreadingActor):
 
 def main(path: Path) -> None:
     with foldlog.open(path) as store:
-        store.writer.ask(Apply([Put("stock/apple", b"10"), Put("stock/pear", b"3")], WatchCursor.from_u64(1)), timeout=TIMEOUT_S)
+        store.writer.ask(
+            Apply([Put("stock/apple", b"10"), Put("stock/pear", b"3")], WatchCursor.from_u64(1)),
+            timeout=TIMEOUT_S,
+        )
         stock = Stock.start(store.reader, store.writer)
         display = Display.start(until=7)
         events = display.proxy()
-        synced, complete, over = (event.get(timeout=TIMEOUT_S) for event in (events.synced, events.complete, events.over))
+        synced, complete, over = (
+            event.get(timeout=TIMEOUT_S) for event in (events.synced, events.complete, events.over)
+        )
         store.subscribe(display, "stock/")
         assert synced.wait(TIMEOUT_S)
         print("the display shows", events.shown.get(timeout=TIMEOUT_S))

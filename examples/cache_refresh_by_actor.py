@@ -77,12 +77,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         with foldlog.open(Path(folder) / "site.log") as store:
-            store.apply([Put("page/home", b"Home"), Put("page/about", b"About us"), Put("css/a", b"")], WatchCursor.from_u64(1))
+            store.apply(
+                [Put("page/home", b"Home"), Put("page/about", b"About us"), Put("css/a", b"")],
+                WatchCursor.from_u64(1),
+            )
             store.subscribe(cache, "page/")
             print(news.get(timeout=TIMEOUT_S))
             for name in ("home", "about", "home", "about"):
                 show(name)
-            store.apply([Put("page/home", b"Welcome"), Put("css/a", b"h1 {}")], WatchCursor.from_u64(2))
+            store.apply(
+                [Put("page/home", b"Welcome"), Put("css/a", b"h1 {}")], WatchCursor.from_u64(2)
+            )
             print(news.get(timeout=TIMEOUT_S))
             show("home")
             show("about")

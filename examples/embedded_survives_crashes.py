@@ -50,7 +50,9 @@ def write(store: foldlog.Store, thread: int) -> list[str]:
     for number in range(BATCHES):
         key = f"{thread}/{number}"
         try:
-            store.apply([Put(f"a/{key}", b"x"), Put(f"b/{key}", b"x")], WatchCursor.from_u64(number))
+            store.apply(
+                [Put(f"a/{key}", b"x"), Put(f"b/{key}", b"x")], WatchCursor.from_u64(number)
+            )
         except WriterCrashed:
             continue  # met by two crashes in a row: certainly not applied
         confirmed.append(key)
@@ -58,21 +60,33 @@ def write(store: foldlog.Store, thread: int) -> list[str]:
 
 
 def main(path: Path) -> None:
-    logging.getLogger("foldlog").setLevel(logging.CRITICAL)  # or each crash is told with its traceback
+    logging.getLogger("foldlog").setLevel(
+        logging.CRITICAL
+    )  # or each crash is told with its traceback
     saboteur = Saboteur()
     # The supervisor waits longer with each restart in a row, and gives up after five within a minute. So many crashes are not
     # what it expects of a healthy program, so this one tells it to forgive sooner.
     with foldlog.open(path, step=saboteur, max_restarts=CRASHES, restart_window_s=0.1) as store:
         with ThreadPoolExecutor(THREADS) as pool:
-            confirmed = [key for keys in pool.map(lambda thread: write(store, thread), range(THREADS)) for key in keys]
-        print(f"{saboteur.crashes} crashes, {len(store.stats().restarts)} restarts; the store is {store.state}")
+            confirmed = [
+                key
+                for keys in pool.map(lambda thread: write(store, thread), range(THREADS))
+                for key in keys
+            ]
+        print(
+            f"{saboteur.crashes} crashes, {len(store.stats().restarts)} restarts; the store is {store.state}"
+        )
     _, log = AppendLogSnapshot.open(path)
     with log:
         found = {entry.key for entry in log.range("")}
         batches = log.snapshot().seq
     assert found == {f"{half}/{key}" for half in "ab" for key in confirmed}
     assert batches == len(confirmed)
-    print("every confirmed batch is in the log, whole, and once" if len(confirmed) > THREADS * BATCHES // 2 else "too few")
+    print(
+        "every confirmed batch is in the log, whole, and once"
+        if len(confirmed) > THREADS * BATCHES // 2
+        else "too few"
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def flags() -> foldlog.Follower:
         return _followers[os.getpid()]
 
 
-def app(environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]) -> Iterable[bytes]:
+def app(
+    environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], Any]
+) -> Iterable[bytes]:
     """The WSGI application."""
     follower = flags()
     at = parse_qs(environ.get("QUERY_STRING", "")).get("at")
@@ -62,13 +64,21 @@ def app(environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, 
     entry = snapshot.get(environ["PATH_INFO"].removeprefix("/"))
     if entry is None:
         return answer(start_response, "404 Not Found", {"error": "no such flag"})
-    fields = {"value": entry.value.decode(), "cursor": snapshot.cursor().as_u64(), "worker": os.getpid()}
+    fields = {
+        "value": entry.value.decode(),
+        "cursor": snapshot.cursor().as_u64(),
+        "worker": os.getpid(),
+    }
     return answer(start_response, "200 OK", fields)
 
 
-def answer(start_response: Callable[[str, list[tuple[str, str]]], Any], status: str, fields: dict[str, Any]) -> Iterable[bytes]:
+def answer(
+    start_response: Callable[[str, list[tuple[str, str]]], Any], status: str, fields: dict[str, Any]
+) -> Iterable[bytes]:
     body = json.dumps(fields).encode()
-    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    start_response(
+        status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    )
     return [body]
 
 
@@ -104,7 +114,10 @@ def ask(port: int, path: str) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.create_server(("127.0.0.1", 0), backlog=64) as listener,
+    ):
         os.environ["FLAGS_LOG"] = str(Path(folder) / "flags.log")
         port = listener.getsockname()[1]
         workers = []
@@ -127,7 +140,11 @@ def main() -> None:
 def play(port: int) -> None:
     print("before there is a log:", ask(port, "flags/beta"))
     with foldlog.open(os.environ["FLAGS_LOG"]) as store:
-        changes = [[Put("flags/beta", b"5%"), Put("flags/dark", b"on")], [Put("flags/beta", b"50%")], [Delete("flags/dark")]]
+        changes = [
+            [Put("flags/beta", b"5%"), Put("flags/dark", b"on")],
+            [Put("flags/beta", b"50%")],
+            [Delete("flags/dark")],
+        ]
         for number, updates in enumerate(changes, 1):
             store.apply(updates, WatchCursor.from_u64(number))
         found = [ask(port, "flags/beta?at=3") for _ in range(20)]
@@ -136,7 +153,9 @@ def play(port: int) -> None:
         store.compact()
         store.apply([Put("flags/beta", b"100%")], WatchCursor.from_u64(4))
         found = [ask(port, "flags/beta?at=4") for _ in range(20)]
-        assert all(one is not None and (one["value"], one["cursor"]) == ("100%", 4) for one in found)
+        assert all(
+            one is not None and (one["value"], one["cursor"]) == ("100%", 4) for one in found
+        )
         print(f"beta is 100% in each of {len(found)} answers, behind a compaction")
     last = ask(port, "flags/beta")
     assert last is not None

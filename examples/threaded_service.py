@@ -23,7 +23,10 @@ def upstream(after: WatchCursor) -> Iterator[tuple[WatchCursor, list[Update]]]:
     last = after.as_u64() or 0
     for revision in range(last + 1, last + 201):
         host, version = f"route/{revision % 20:02}", VersionToken.from_u64(revision)
-        updates: list[Update] = [Put(host, b"10.0.0.%d" % (revision % 250), version), Put("revision", b"%d" % revision, version)]
+        updates: list[Update] = [
+            Put(host, b"10.0.0.%d" % (revision % 250), version),
+            Put("revision", b"%d" % revision, version),
+        ]
         if revision % 50 == 0:
             updates.append(Delete("route/00", version))
         yield WatchCursor.from_u64(revision), updates

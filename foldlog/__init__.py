@@ -32,11 +32,11 @@ from foldlog.protocol.messages import Apply, Compact, Export, Get, Page, Range, 
 from foldlog.protocol.store import SnapshotStore
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Purge, Put, Update
-from foldlog.storage.append_log import AppendLogSnapshot
-from foldlog.storage.artifact import ArtifactFile, ExportManifest
-from foldlog.storage.diff import diff
-from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.replay import OpenReport
+from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
+from foldlog.storage.engines.append_log import AppendLogSnapshot
+from foldlog.storage.fold.diff import diff
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.replay import OpenReport
 from foldlog.store import Store, open
 from foldlog.version import __version__
 

@@ -18,9 +18,9 @@ from foldlog.actors.follower import FollowerState, FollowerThread
 from foldlog.protocol.errors import ForkedStore, RequestTimeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.files import OS_FILES, Files
+from foldlog.storage.formats.replay import resolve
+from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
-from foldlog.storage.replay import resolve
 
 POLL_INTERVAL_S = 0.5
 
@@ -40,7 +40,9 @@ class FollowerStats:
     """Since the last batch was seen."""
 
 
-def follow(path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S, files: Files = OS_FILES) -> Follower:
+def follow(
+    path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S, files: Files = OS_FILES
+) -> Follower:
     """Follow the log at `path`, which a writer in this or another process has open, or will create.
 
     What stands in the log is there on return; what is appended follows within milliseconds, woken by file events, and within
@@ -87,7 +89,9 @@ class Follower(Readable):
             while not _reached(self.cursor(), cursor):
                 rest = deadline - time.monotonic()
                 if rest <= 0:
-                    raise RequestTimeout(f"{cursor!r} was not seen within {timeout_s} s; at {self.cursor()!r}")
+                    raise RequestTimeout(
+                        f"{cursor!r} was not seen within {timeout_s} s; at {self.cursor()!r}"
+                    )
                 self._thread.advanced.wait(rest)
 
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
@@ -95,7 +99,9 @@ class Follower(Readable):
         self._check_process()
         return Watch(Subscription(self._thread.feeds, self.snapshot, prefix, since), self)
 
-    def subscribe(self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None) -> Delivery:
+    def subscribe(
+        self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
+    ) -> Delivery:
         """`watch`, told to an actor: each event is a message to it. See `Store.subscribe`."""
         self._check_process()
         return Delivery(actor_ref, Subscription(self._thread.feeds, self.snapshot, prefix, since))
@@ -131,7 +137,9 @@ class Follower(Readable):
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
-            raise ForkedStore(f"the follower of {self.path} was opened before this process was forked; open one here")
+            raise ForkedStore(
+                f"the follower of {self.path} was opened before this process was forked; open one here"
+            )
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a follower cannot be pickled; open one in the other process")
@@ -146,5 +154,7 @@ def _reached(at: WatchCursor, wanted: WatchCursor) -> bool:
 
 def _close_dropped(thread: FollowerThread, pid: int) -> None:
     if os.getpid() == pid and thread.state is not FollowerState.CLOSED:
-        warnings.warn("a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2)
+        warnings.warn(
+            "a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2
+        )
         thread.ask_to_close()  # no more than that: a collection of garbage calls this, on any thread

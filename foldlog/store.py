@@ -30,13 +30,13 @@ from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, S
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
-from foldlog.storage.artifact import ExportManifest
-from foldlog.storage.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
-from foldlog.storage.files import OS_FILES, Files
-from foldlog.storage.format import check_format
+from foldlog.storage.artifacts.artifact import ExportManifest
+from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
+from foldlog.storage.formats.registry import check_format
+from foldlog.storage.formats.replay import OnDamage, OpenReport, resolve
+from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
-from foldlog.storage.replay import OnDamage, OpenReport, resolve
-from foldlog.storage.verify import VerifyReport, verify_live
+from foldlog.storage.repair.verify import VerifyReport, verify_live
 
 APPLY_TIMEOUT_S = 30.0
 JOB_TIMEOUT_S = 600.0
@@ -149,7 +149,9 @@ class Store(Readable):
 
     # Writing: by the writer, in the order of its mailbox.
 
-    def apply(self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = APPLY_TIMEOUT_S) -> int:
+    def apply(
+        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = APPLY_TIMEOUT_S
+    ) -> int:
         """Atomically fold the updates and advance the cursor. Returns the batch's sequence, once written and published.
 
         TypeError or ValueError at once for updates that are not sound. Backpressure if the mailbox stays full, OSError if
@@ -160,7 +162,9 @@ class Store(Readable):
         seq: int = self._send(WriteRequest(encode_batch(updates, cursor)), timeout_s)
         return seq
 
-    def apply_async(self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = 0.0) -> Future[int]:
+    def apply_async(
+        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = 0.0
+    ) -> Future[int]:
         """`apply`, answered to the future that is returned; many in flight make one commit group.
 
         Batches of one thread are written in the order of its calls. `timeout_s` is how long to wait for room in the mailbox:
@@ -182,11 +186,15 @@ class Store(Readable):
         """`put`, for a key that must not exist: else KeyExists."""
         return self._write(LocalWrite(key, value, must_be_new=True), timeout_s)
 
-    def update(self, key: str, value: bytes, *, expected: VersionToken, timeout_s: float = APPLY_TIMEOUT_S) -> VersionToken:
+    def update(
+        self, key: str, value: bytes, *, expected: VersionToken, timeout_s: float = APPLY_TIMEOUT_S
+    ) -> VersionToken:
         """`put`, for an entry that must be at version `expected`: else VersionMismatch. Check and write are one step."""
         return self._write(LocalWrite(key, value, expected=expected), timeout_s)
 
-    def delete(self, key: str, *, expected: VersionToken | None = None, timeout_s: float = APPLY_TIMEOUT_S) -> VersionToken:
+    def delete(
+        self, key: str, *, expected: VersionToken | None = None, timeout_s: float = APPLY_TIMEOUT_S
+    ) -> VersionToken:
         """Remove `key`; with `expected`, only at that version: else VersionMismatch. Returns the version of the removal."""
         return self._write(LocalWrite(key, None, expected=expected), timeout_s)
 
@@ -201,17 +209,27 @@ class Store(Readable):
             return request.future.result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
             if request.future.done() and not request.future.cancelled():
-                return request.future.result()  # it came in the last moment, or is itself an error of this kind
+                return (
+                    request.future.result()
+                )  # it came in the last moment, or is itself an error of this kind
             if request.future.cancel():
-                raise RequestTimeout(f"no answer within {timeout_s} s; the request was withdrawn") from None
-            raise RequestTimeout(f"no answer within {timeout_s} s; its outcome is unknown") from None
+                raise RequestTimeout(
+                    f"no answer within {timeout_s} s; the request was withdrawn"
+                ) from None
+            raise RequestTimeout(
+                f"no answer within {timeout_s} s; its outcome is unknown"
+            ) from None
 
     def compact(self, timeout_s: float = JOB_TIMEOUT_S) -> None:
         """Rewrite the log as its fold, behind the readers and while applies go on. Returns when it is done."""
         self._send(CompactRequest(), timeout_s)
 
     def export_to(
-        self, dest_dir: StrPath, timeout_s: float = JOB_TIMEOUT_S, *, format: FormatName | None = None
+        self,
+        dest_dir: StrPath,
+        timeout_s: float = JOB_TIMEOUT_S,
+        *,
+        format: FormatName | None = None,
     ) -> ExportManifest:
         """Write the state, with all batches before this call, as an artifact at `dest_dir`, while applies go on.
 
@@ -220,7 +238,9 @@ class Store(Readable):
         FileExistsError if `dest_dir` exists. It appears complete or not at all.
         """
         check_format(format)
-        manifest: ExportManifest = self._send(ExportRequest(os.path.abspath(os.fspath(dest_dir)), format), timeout_s)
+        manifest: ExportManifest = self._send(
+            ExportRequest(os.path.abspath(os.fspath(dest_dir)), format), timeout_s
+        )
         return manifest
 
     def verify(self) -> VerifyReport:
@@ -258,7 +278,9 @@ class Store(Readable):
         self._check_process()
         return Watch(Subscription(self._core.feeds, self.snapshot, prefix, since), self)
 
-    def subscribe(self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None) -> Delivery:
+    def subscribe(
+        self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
+    ) -> Delivery:
         """`watch`, told to an actor: each event is a message to it. Ends with the store, the actor, or `cancel()`.
 
         The last message is Ended. An actor that is slow is told Lagged, as a slow iterator is; one that fails on three events
@@ -342,7 +364,9 @@ class Store(Readable):
 
     def _check_thread(self) -> None:
         if self._supervisor.owns(threading.current_thread()):
-            raise FoldlogError("called from a thread of the store's own, which would wait for itself: use apply_async")
+            raise FoldlogError(
+                "called from a thread of the store's own, which would wait for itself: use apply_async"
+            )
 
     def _check_process(self) -> None:
         if self._core.state is State.FORKED:
@@ -357,7 +381,9 @@ class Store(Readable):
 _live: weakref.WeakKeyDictionary[Supervisor, int] = weakref.WeakKeyDictionary()
 
 
-def _close(supervisor: Supervisor, ended: threading.Event, timeout_s: float) -> BaseException | None:
+def _close(
+    supervisor: Supervisor, ended: threading.Event, timeout_s: float
+) -> BaseException | None:
     future: Future[BaseException | None] = Future()
     supervisor.post(CloseNow(future))
     if supervisor.owns(threading.current_thread()):
@@ -367,7 +393,9 @@ def _close(supervisor: Supervisor, ended: threading.Event, timeout_s: float) -> 
         if future.done():
             break
         if time.monotonic() > deadline:
-            return RequestTimeout(f"the store did not close within {timeout_s} s; the writer still has the log")
+            return RequestTimeout(
+                f"the store did not close within {timeout_s} s; the writer still has the log"
+            )
     supervisor.thread.join(max(deadline - time.monotonic(), 0.1))
     return future.result() if future.done() else None
 

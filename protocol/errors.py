@@ -24,7 +24,12 @@ class _FileError(FoldlogError):
 
 class _FrameError(FoldlogError):
     def __init__(
-        self, path: Path | str, offset: int, reason: str, last_good_seq: int | None = None, last_good_cursor: bytes = b""
+        self,
+        path: Path | str,
+        offset: int,
+        reason: str,
+        last_good_seq: int | None = None,
+        last_good_cursor: bytes = b"",
     ) -> None:
         super().__init__(path, offset, reason, last_good_seq, last_good_cursor)
         self.path, self.offset, self.reason = Path(path), offset, reason
@@ -132,5 +137,9 @@ class VersionMismatch(FoldlogError):
         self.key, self.expected, self.actual = key, expected, actual
 
     def __str__(self) -> str:
-        found = "no entry" if self.actual is None else f"version {bytes(self.actual).hex() or 'unknown'}"
+        found = (
+            "no entry"
+            if self.actual is None
+            else f"version {bytes(self.actual).hex() or 'unknown'}"
+        )
         return f"key {self.key!r}: expected version {bytes(self.expected).hex() or 'unknown'}, found {found}"

@@ -25,10 +25,14 @@ FORMAT_VERSION = 1
 FILE_MAGIC = b"\x89FLG\r\n\x1a\n"  # as PNG's: a non-ASCII byte and both line ends catch a transfer that mangles text
 FILE_HEAD = struct.Struct("<8sHHI16sQQI")
 
-FRAME_MAGIC = b"\xf5fr\xa7"  # no zero byte, so that a lost (zeroed) sector never looks like a frame's start
+FRAME_MAGIC = (
+    b"\xf5fr\xa7"  # no zero byte, so that a lost (zeroed) sector never looks like a frame's start
+)
 FRAME_HEAD = struct.Struct("<4sIIIQQQIBBH")
 _CHECKED = struct.Struct("<IIQQQIBBH")  # the frame head after its checksum
-TRAILER = b"\xa5\x5a\xc3\x3c"  # no zero byte, so that the last sector of a whole frame is never all zero
+TRAILER = (
+    b"\xa5\x5a\xc3\x3c"  # no zero byte, so that the last sector of a whole frame is never all zero
+)
 FRAME_OVERHEAD = FRAME_HEAD.size + len(TRAILER)
 
 KIND_OPEN = 1
@@ -36,7 +40,7 @@ KIND_OPEN = 1
 KIND_BATCHES = 2
 """The batches of one commit group. Body: see `updates.py`."""
 KIND_LEAF = 3
-"""Up to 512 entries of the base, in key order. Body: see `storage/leaf.py`."""
+"""Up to 512 entries of the base, in key order. Body: see `storage/fold/leaf.py`."""
 KIND_BASE_END = 4
 """The base is whole. Body: msgpack {"cursor", "leaves", "entries", "digest"}."""
 KIND_SEAL = 5
@@ -63,7 +67,16 @@ class FileHead(NamedTuple):
 
     def pack(self) -> bytes:
         """The 52 bytes of the head."""
-        body = FILE_HEAD.pack(FILE_MAGIC, FORMAT_VERSION, 0, FILE_HEAD.size, self.log_id, self.generation, self.base_seq, 0)[:-4]
+        body = FILE_HEAD.pack(
+            FILE_MAGIC,
+            FORMAT_VERSION,
+            0,
+            FILE_HEAD.size,
+            self.log_id,
+            self.generation,
+            self.base_seq,
+            0,
+        )[:-4]
         return body + crc32c(body).to_bytes(4, "little")
 
     @property
@@ -80,14 +93,20 @@ class FileHead(NamedTuple):
 def parse_file_head(raw: bytes) -> FileHead:
     """The head of a log from its first bytes. ValueError says what is wrong with it."""
     if len(raw) < FILE_HEAD.size:
-        raise ValueError("not a foldlog log: shorter than a file head" if raw else "not a foldlog log: the file is empty")
+        raise ValueError(
+            "not a foldlog log: shorter than a file head"
+            if raw
+            else "not a foldlog log: the file is empty"
+        )
     magic, version, flags, length, log_id, generation, base_seq, crc = FILE_HEAD.unpack_from(raw)
     if magic != FILE_MAGIC:
         raise ValueError("not a foldlog log: wrong magic")
     if crc32c(raw[: FILE_HEAD.size - 4]) != crc:
         raise ValueError("the file head does not verify")
     if version != FORMAT_VERSION or flags or length != FILE_HEAD.size:
-        raise ValueError(f"format version {version}, flags {flags:#x}: this foldlog reads version {FORMAT_VERSION}")
+        raise ValueError(
+            f"format version {version}, flags {flags:#x}: this foldlog reads version {FORMAT_VERSION}"
+        )
     return FileHead(log_id, generation, base_seq)
 
 
@@ -114,7 +133,9 @@ class FrameHead(NamedTuple):
         return FRAME_OVERHEAD + self.body_len
 
 
-def parse_frame_head(buffer: bytes | bytearray | memoryview, at: int, seed: int) -> FrameHead | None:
+def parse_frame_head(
+    buffer: bytes | bytearray | memoryview, at: int, seed: int
+) -> FrameHead | None:
     """The frame head at `buffer[at:]`, or None if there is none whose checksum is right."""
     if len(buffer) - at < FRAME_HEAD.size:
         return None
@@ -142,7 +163,12 @@ def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, Any, Any, byt
     """
     try:
         end = msgpack.unpackb(body, max_map_len=8)
-        cursor, leaves, entries, digest = end["cursor"], end["leaves"], end["entries"], end["digest"]
+        cursor, leaves, entries, digest = (
+            end["cursor"],
+            end["leaves"],
+            end["entries"],
+            end["digest"],
+        )
     except Exception as error:
         raise ValueError(f"an undecodable end of the base: {type(error).__name__}") from None
     if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes:
@@ -165,7 +191,15 @@ def build_frame(
 ) -> tuple[bytes, int]:
     """A whole frame, and its head checksum: the link of the frame after it."""
     checked = _CHECKED.pack(
-        len(body), crc32c(body) if body_crc is None else body_crc, seq, synced_seq, offset, link, kind, flags, batches
+        len(body),
+        crc32c(body) if body_crc is None else body_crc,
+        seq,
+        synced_seq,
+        offset,
+        link,
+        kind,
+        flags,
+        batches,
     )
     crc = crc32c(checked, seed)
     return b"".join((FRAME_MAGIC, crc.to_bytes(4, "little"), checked, body, TRAILER)), crc

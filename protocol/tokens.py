@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Self
 
-MAX_TOKEN_BYTES = 10  # a FoundationDB versionstamp; the writer and the readers of a log both refuse more
+MAX_TOKEN_BYTES = (
+    10  # a FoundationDB versionstamp; the writer and the readers of a log both refuse more
+)
 U64_BYTES = 8
 U64_MAX = 2**64 - 1
 
@@ -24,7 +26,9 @@ class _Token(bytes):
             raise TypeError(f"{cls.__name__} takes bytes, not {type(raw).__name__}")
         token = super().__new__(cls, raw)
         if len(token) > MAX_TOKEN_BYTES:
-            raise ValueError(f"{cls.__name__} takes at most {MAX_TOKEN_BYTES} bytes, got {len(token)}")
+            raise ValueError(
+                f"{cls.__name__} takes at most {MAX_TOKEN_BYTES} bytes, got {len(token)}"
+            )
         return token
 
     @classmethod
@@ -42,7 +46,11 @@ class _Token(bytes):
 
     def __repr__(self) -> str:
         number = self.as_u64()
-        return f"{type(self).__name__}({self.hex()!r})" if number is None else f"{type(self).__name__}.from_u64({number})"
+        return (
+            f"{type(self).__name__}({self.hex()!r})"
+            if number is None
+            else f"{type(self).__name__}.from_u64({number})"
+        )
 
     __str__ = __repr__
 
@@ -89,7 +97,9 @@ class WatchCursor(_Token):
     def from_version(cls, version: VersionToken) -> WatchCursor:
         """The position right after the update that carries `version`."""
         if not isinstance(version, VersionToken):
-            raise TypeError(f"WatchCursor.from_version takes a VersionToken, not {type(version).__name__}")
+            raise TypeError(
+                f"WatchCursor.from_version takes a VersionToken, not {type(version).__name__}"
+            )
         return cls(version)
 
     @property

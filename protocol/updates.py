@@ -134,8 +134,14 @@ class DecodedBatch(NamedTuple):
     def updates(self) -> list[Update]:
         """The updates, in upstream order."""
         return [
-            Delete(key, version) if value is None else Purge(key, version) if value is False else Put(key, value, version)  # type: ignore[arg-type]
-            for key, value, version in zip(self.keys, self.values, map(VersionToken, self.versions), strict=True)
+            Delete(key, version)
+            if value is None
+            else Purge(key, version)
+            if value is False
+            else Put(key, value, version)  # type: ignore[arg-type]
+            for key, value, version in zip(
+                self.keys, self.values, map(VersionToken, self.versions), strict=True
+            )
         ]
 
     def changes(self) -> tuple[dict[str, Change], ...]:
@@ -165,7 +171,9 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
     check_cursor(cursor)
     if type(updates) is not list and type(updates) is not tuple:
         if isinstance(updates, (Put, Delete, Purge)) or not isinstance(updates, Iterable):
-            raise TypeError(f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}")
+            raise TypeError(
+                f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}"
+            )
         updates = tuple(updates)
     if not updates:
         return Batch(cursor, msgpack.packb([cursor, [], [], []]), (), 0)
@@ -180,11 +188,15 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
         _explain(updates)
         raise
     if len(item) > MAX_ITEM_BYTES:
-        raise ValueError(f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}")
+        raise ValueError(
+            f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}"
+        )
     return Batch(cursor, item, _changes(keys, values, list(map(bytes, versions))), len(keys))
 
 
-def _columns(updates: Sequence[Update]) -> tuple[Sequence[str], Sequence[Any], Sequence[VersionToken]]:
+def _columns(
+    updates: Sequence[Update],
+) -> tuple[Sequence[str], Sequence[Any], Sequence[VersionToken]]:
     keys: Sequence[Any]
     values: Sequence[Any]
     versions: Sequence[Any]
@@ -212,7 +224,9 @@ def _columns(updates: Sequence[Update]) -> tuple[Sequence[str], Sequence[Any], S
             else:
                 raise TypeError(f"update {index} is a Put, Delete or Purge, not {kind.__name__}")
         puts = [update[1] for update in updates if type(update) is Put]
-        sound = set(map(type, puts)) <= {bytes} and max(map(len, puts), default=0) <= MAX_VALUE_BYTES
+        sound = (
+            set(map(type, puts)) <= {bytes} and max(map(len, puts), default=0) <= MAX_VALUE_BYTES
+        )
     if not (
         sound
         and set(map(type, keys)) == {str}
@@ -239,17 +253,26 @@ def _check(index: int, update: Update) -> None:
     except UnicodeEncodeError as error:
         fail(ValueError, f"key {update.key[:40]!r} has a lone surrogate at character {error.start}")
     if size > MAX_KEY_BYTES:
-        fail(ValueError, f"key {update.key[:40]!r}... takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}")
+        fail(
+            ValueError,
+            f"key {update.key[:40]!r}... takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}",
+        )
     if type(update) is Put:
         if type(update.value) is not bytes:
-            fail(TypeError, f"the value of key {update.key[:40]!r} is bytes, not {type(update.value).__name__}")
+            fail(
+                TypeError,
+                f"the value of key {update.key[:40]!r} is bytes, not {type(update.value).__name__}",
+            )
         if len(update.value) > MAX_VALUE_BYTES:
             fail(
                 ValueError,
                 f"the value of key {update.key[:40]!r} takes {len(update.value)} bytes, over the limit of {MAX_VALUE_BYTES}",
             )
     if type(update.version) is not VersionToken:
-        fail(TypeError, f"the version of key {update.key[:40]!r} is a VersionToken, not {type(update.version).__name__}")
+        fail(
+            TypeError,
+            f"the version of key {update.key[:40]!r} is a VersionToken, not {type(update.version).__name__}",
+        )
 
 
 def _pack_columns(cursor: bytes, *columns: Sequence[Any]) -> bytes:
@@ -261,19 +284,28 @@ def _pack_columns(cursor: bytes, *columns: Sequence[Any]) -> bytes:
         parts.append(packer.pack_array_header(count))
         for start in range(0, count, SLICE):
             piece = column[start : start + SLICE]
-            parts.append(packer.pack(piece)[1 if len(piece) < 16 else 3 :])  # without the array header of its own
+            parts.append(
+                packer.pack(piece)[1 if len(piece) < 16 else 3 :]
+            )  # without the array header of its own
     return b"".join(parts)
 
 
-def _changes(keys: Sequence[str], values: Sequence[Any], versions: Sequence[bytes]) -> tuple[dict[str, Change], ...]:
+def _changes(
+    keys: Sequence[str], values: Sequence[Any], versions: Sequence[bytes]
+) -> tuple[dict[str, Change], ...]:
     if len(keys) == 1:
         return ({keys[0]: (keys[0], values[0] if type(values[0]) is bytes else None, versions[0])},)
     if bool in set(map(type, values)):
         values = [None if value is False else value for value in values]
     if len(keys) <= SLICE:
-        return (dict(zip(keys, zip(keys, values, versions))),) if keys else ()  # noqa: B905 - columns of equal length
+        return (dict(zip(keys, zip(keys, values, versions))),) if keys else ()
     return tuple(
-        dict(zip(keys[i : i + SLICE], zip(keys[i : i + SLICE], values[i : i + SLICE], versions[i : i + SLICE])))  # noqa: B905
+        dict(
+            zip(
+                keys[i : i + SLICE],
+                zip(keys[i : i + SLICE], values[i : i + SLICE], versions[i : i + SLICE]),
+            )
+        )
         for i in range(0, len(keys), SLICE)
     )
 
@@ -289,7 +321,9 @@ def decode_batches(body: bytes | memoryview) -> list[DecodedBatch]:
     """The batches of a BATCHES body. ValueError for anything that `encode_batch` would not have written."""
     try:
         # A record takes at least three bytes of body, so a longer array is a lie; refuse it before it is allocated.
-        items = msgpack.unpackb(body, max_array_len=max(4, len(body) // 3), max_map_len=0, max_ext_len=0)
+        items = msgpack.unpackb(
+            body, max_array_len=max(4, len(body) // 3), max_map_len=0, max_ext_len=0
+        )
     except Exception as error:  # msgpack raises half a dozen kinds, TypeError among them
         raise ValueError(f"undecodable: {type(error).__name__}: {error}") from None
     if type(items) is not list or not items:
@@ -310,12 +344,16 @@ def _decode_item(item: object) -> DecodedBatch:
     if keys:
         if set(map(type, keys)) != {str}:
             raise ValueError("a key is not text")
-        if max(map(len, keys)) > _SAFE_KEY_CHARS and any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
+        if max(map(len, keys)) > _SAFE_KEY_CHARS and any(
+            len(key.encode()) > MAX_KEY_BYTES for key in keys
+        ):
             raise ValueError("an over-long key")
         if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
             raise ValueError("a version is not a token")
         kinds = set(map(type, values))
-        if not kinds <= {bytes, bool, type(None)} or (bool in kinds and any(value is True for value in values)):
+        if not kinds <= {bytes, bool, type(None)} or (
+            bool in kinds and any(value is True for value in values)
+        ):
             raise ValueError("a value is neither bytes, nil nor false")
         if max(map(len, filter(None, values)), default=0) > MAX_VALUE_BYTES:
             raise ValueError("an over-long value")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol, Self, cast
 
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
-from foldlog.storage.fold import ClosedFold, FoldSnapshot
+from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 
 
 class Publisher(Protocol):
@@ -66,7 +66,12 @@ class Readable(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __reduce__(self) -> NoReturn:

@@ -34,7 +34,15 @@ __all__ = ["exit_code", "main"]
 
 _MODULES = (read, follow, write, convert, inspect, top, demo)
 _MISUSE = {
-    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EACCES, errno.EPERM),
+    *(
+        errno.ENOENT,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENOTEMPTY,
+        errno.EACCES,
+        errno.EPERM,
+    ),
     *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
 }
 
@@ -45,7 +53,11 @@ def exit_code(error: BaseException) -> int:
         return 2
     if isinstance(error, FoldlogError):
         return 1
-    return 2 if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in _MISUSE) else 1
+    return (
+        2
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in _MISUSE)
+        else 1
+    )
 
 
 def _message(error: BaseException) -> str:
@@ -60,9 +72,15 @@ class Cli(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List each command with its whole first sentence, which click would cut short."""
-        commands = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name)) is not None]
+        commands = [
+            (name, command)
+            for name in self.list_commands(ctx)
+            if (command := self.get_command(ctx, name)) is not None
+        ]
         with formatter.section("Commands"):
-            formatter.write_dl([(name, command.get_short_help_str(500)) for name, command in commands])
+            formatter.write_dl(
+                [(name, command.get_short_help_str(500)) for name, command in commands]
+            )
 
     def invoke(self, ctx: click.Context) -> Any:
         _fill_closed_streams()
@@ -88,7 +106,9 @@ def _fill_closed_streams() -> None:
     """Let closed standard streams lead nowhere: else a log would get the descriptor of stderr, and what is written there."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)  # the lowest free one, which is `fd` itself, unless something took that
+            null = os.open(
+                os.devnull, os.O_RDWR
+            )  # the lowest free one, which is `fd` itself, unless something took that
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
@@ -106,7 +126,8 @@ def _drop_stdout() -> None:
 
 
 @click.group(
-    cls=Cli, epilog='Completion of commands and files: eval "$(_FOLDLOG_COMPLETE=bash_source foldlog)" (or zsh_, fish_).'
+    cls=Cli,
+    epilog='Completion of commands and files: eval "$(_FOLDLOG_COMPLETE=bash_source foldlog)" (or zsh_, fish_).',
 )
 @click.version_option(__version__, prog_name="foldlog")
 def main() -> None:

@@ -13,16 +13,20 @@ import click
 from foldlog.cli.read import format_option, log_argument, read_log
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.protocol.store import FormatName
-from foldlog.storage.files import OS_FILES
-from foldlog.storage.lock import WriterLock
-from foldlog.storage.replay import FORMATS, resolve
-from foldlog.storage.rewrite import write_new
+from foldlog.storage.formats.replay import FORMATS, resolve
+from foldlog.storage.formats.rewrite import write_new
+from foldlog.storage.log.files import OS_FILES
+from foldlog.storage.log.lock import WriterLock
 
 
 @click.command(epilog="Example: foldlog convert state.snap routes.log --to foldlog")
 @log_argument
 @click.argument("dest", type=click.Path(path_type=Path))
-@format_option("The format of DEST: foldlog's own, or that of the Rust crate beyond-slipstream.", "--to", required=True)
+@format_option(
+    "The format of DEST: foldlog's own, or that of the Rust crate beyond-slipstream.",
+    "--to",
+    required=True,
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> None:
     """Write the state of LOG, of either format, as a new log at DEST, which must not exist.
@@ -39,15 +43,28 @@ def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> No
         fold = loaded.fold
         lock = WriterLock(OS_FILES, resolve(given))
         try:
-            lock.write(None)  # what a log that stood here before left as a note says nothing of this one
+            lock.write(
+                None
+            )  # what a log that stood here before left as a note says nothing of this one
             write_new(OS_FILES, resolve(given), fold, FORMATS[format_name], progress)
         finally:
             lock.release()
     if loaded.bad is not None:
-        click.echo(f"left out a torn tail of {size_text(loaded.size - loaded.chain.offset)}", err=True)
+        click.echo(
+            f"left out a torn tail of {size_text(loaded.size - loaded.chain.offset)}", err=True
+        )
     if as_json:
-        facts: dict[str, Any] = {"path": os.fspath(log), "dest": os.fspath(dest), "from": loaded.format.name, "to": format_name}
-        facts |= {"entries": len(fold), "cursor": token_json(fold.cursor()), "size_bytes": os.stat(given).st_size}
+        facts: dict[str, Any] = {
+            "path": os.fspath(log),
+            "dest": os.fspath(dest),
+            "from": loaded.format.name,
+            "to": format_name,
+        }
+        facts |= {
+            "entries": len(fold),
+            "cursor": token_json(fold.cursor()),
+            "size_bytes": os.stat(given).st_size,
+        }
         click.echo(json.dumps(facts))
         return
     what = f"{counted(len(fold), 'entry')} at cursor {token_text(fold.cursor())}"

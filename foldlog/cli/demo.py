@@ -31,10 +31,10 @@ from foldlog.cli.stream import read_changes
 from foldlog.cli.write import Tally, fold_stream
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry
-from foldlog.storage.append_log import AppendLogSnapshot
-from foldlog.storage.artifact import import_artifact
-from foldlog.storage.fold import FoldSnapshot
-from foldlog.storage.rewrite import Progress
+from foldlog.storage.artifacts.artifact import import_artifact
+from foldlog.storage.engines.append_log import AppendLogSnapshot
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.rewrite import Progress
 
 ALL_CODE_POINTS = range(0x110000)
 IDEOGRAPHS = (range(0xF900, 0xFB00),)
@@ -50,7 +50,9 @@ class Database:
     """One version of the Unicode character database."""
 
     def __init__(self, source: Any) -> None:
-        self._source = source  # the module, or its older version: an object with the functions of the module
+        self._source = (
+            source  # the module, or its older version: an object with the functions of the module
+        )
         major, minor, update = source.unidata_version.split(".")
         self.version = int(major) * 10_000 + int(minor) * 100 + int(update)
 
@@ -82,7 +84,11 @@ class History:
         self._cursor = 0
         leaving = [code for part in LEAVING for code in part if code in code_points]
         self._step("the characters of Unicode 3.2.0", code_points, self._add_old)
-        self._step(f"what Unicode {unicodedata.unidata_version} changed and added", code_points, self._add_new)
+        self._step(
+            f"what Unicode {unicodedata.unidata_version} changed and added",
+            code_points,
+            self._add_new,
+        )
         self._step("compatibility ideographs and presentation forms deleted", leaving, self._delete)
         self._step("the same purged, and some put back", leaving, self._purge)
 
@@ -137,7 +143,12 @@ def differences(fold: FoldSnapshot, model: Model) -> Iterator[str]:
     for block in fold.blocks():
         for key, value, version in block:
             held = expected.pop(key, None)
-            if held is None or value != held[0].encode() or version != VersionToken.from_u64(held[1]) or key <= last:
+            if (
+                held is None
+                or value != held[0].encode()
+                or version != VersionToken.from_u64(held[1])
+                or key <= last
+            ):
                 yield key
             last = key
     yield from expected
@@ -195,12 +206,16 @@ def run(folder: Path, code_points: Sequence[int] = ALL_CODE_POINTS) -> bool:
     with report.part("compact") as progress:
         before = log.stat().st_size
         AppendLogSnapshot.open(log, progress=progress)[1].close()
-    report.line(f"{size_text(before)} before, {size_text(log.stat().st_size)} after: no history, and an index for each leaf")
+    report.line(
+        f"{size_text(before)} before, {size_text(log.stat().st_size)} after: no history, and an index for each leaf"
+    )
     with report.part("export and import") as progress:
         with AppendLogSnapshot.open(log)[1] as snap:
             manifest = snap.export_to(artifact, progress)
         import_artifact(artifact, copy, progress=progress)
-    report.line(f"artifact of {size_text(manifest.files[0].size)}, blake3 {manifest.files[0].blake3[:16]}...")
+    report.line(
+        f"artifact of {size_text(manifest.files[0].size)}, blake3 {manifest.files[0].blake3[:16]}..."
+    )
     with report.part("compare the imported copy with the dict"):
         imported = read_log(copy).loaded.fold
         wrong = list(differences(imported, history.model))
@@ -232,13 +247,20 @@ def _told(cursor: WatchCursor, tally: Tally, log: Path) -> str:
 
 
 def _shown(entry: KvEntry | None) -> str:
-    return "no entry" if entry is None else f"{value_text(entry.value)}  (version {token_text(entry.version)})"
+    return (
+        "no entry"
+        if entry is None
+        else f"{value_text(entry.value)}  (version {token_text(entry.version)})"
+    )
 
 
 def _verdict(wrong: list[str], entries: int, report: Report) -> bool:
     if wrong:
         shown = ", ".join(map(printable, wrong[:5]))
-        click.echo(f"foldlog: the log and the dict differ in {counted(len(wrong), 'key')}: {shown}", err=True)
+        click.echo(
+            f"foldlog: the log and the dict differ in {counted(len(wrong), 'key')}: {shown}",
+            err=True,
+        )
         return False
     report.line(f"verified against a dict: {entries:,} entries equal")
     return True
@@ -246,7 +268,10 @@ def _verdict(wrong: list[str], entries: int, report: Report) -> bool:
 
 @click.command(epilog="Example: foldlog demo")
 @click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Work and leave the files here, instead of in a temporary folder."
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Work and leave the files here, instead of in a temporary folder.",
 )
 def demo(folder: Path | None) -> None:
     """Fold the Unicode character database: apply, stop, resume, read, verify, compact, export, import. Takes a few seconds.

@@ -15,13 +15,21 @@ import click
 from foldlog.actors.feeds import Since
 from foldlog.actors.follower import FollowerState
 from foldlog.cli.read import log_argument, utf8
-from foldlog.cli.show import counted, entry_json, op_text, printable, token_json, token_text, value_text
+from foldlog.cli.show import (
+    counted,
+    entry_json,
+    op_text,
+    printable,
+    token_json,
+    token_text,
+    value_text,
+)
 from foldlog.follow import Follower, follow
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, WatchCursor
 from foldlog.protocol.updates import KvEntry, Put
-from foldlog.storage.files import OS_FILES
-from foldlog.storage.replay import resolve
+from foldlog.storage.formats.replay import resolve
+from foldlog.storage.log.files import OS_FILES
 
 CHECK_S = 0.5
 """How long a change of the follower's state may go unreported while nothing else happens."""
@@ -29,7 +37,9 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,19}")
 _HEX = re.compile("(?:0x)?((?:[0-9a-fA-F]{2})+)")
 
 
-def _cursor(_context: click.Context, parameter: click.Parameter, value: str | None) -> WatchCursor | None:
+def _cursor(
+    _context: click.Context, parameter: click.Parameter, value: str | None
+) -> WatchCursor | None:
     """A cursor as the other commands print it: a u64 as a number, other bytes in hex."""
     if value is None:
         return None
@@ -58,9 +68,14 @@ Examples:
     help="The changes behind this cursor, in place of the state: a number, or hex (0x...).",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object a line: changes as `foldlog apply` reads them, and marks."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object a line: changes as `foldlog apply` reads them, and marks.",
 )
-@click.option("--no-follow", is_flag=True, help="End where the log ends by now, in place of waiting for more.")
+@click.option(
+    "--no-follow", is_flag=True, help="End where the log ends by now, in place of waiting for more."
+)
 def tail(log: Path, prefix: str, since: WatchCursor | None, as_json: bool, no_follow: bool) -> None:
     """Print the state of LOG, a mark once all of it is told, and then each change as it comes, until Ctrl-C.
 
@@ -94,7 +109,9 @@ def follow_key(log: Path, key: str, as_json: bool) -> None:
 
 def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps({"key": key, "deleted": True} if entry is None else entry_json(entry)) + "\n")
+        sys.stdout.write(
+            json.dumps({"key": key, "deleted": True} if entry is None else entry_json(entry)) + "\n"
+        )
     elif entry is None:
         _note(f"{printable(str(log))}: {printable(key)} was deleted")
     else:
@@ -105,7 +122,9 @@ def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> N
 def _events(follower: Follower, prefix: str, since: Since) -> Iterator[Event]:
     """The events of a watch, for ever. Flushes the output when there is nothing to print; tells on stderr how the log fares."""
     told = FollowerState.FOLLOWING
-    logging.getLogger("foldlog").addHandler(logging.NullHandler())  # it is told here, in one line each
+    logging.getLogger("foldlog").addHandler(
+        logging.NullHandler()
+    )  # it is told here, in one line each
     with follower.watch(prefix, since) as watch:
         while True:
             event = watch.next(0.0)
@@ -154,9 +173,13 @@ def _json_line(event: Event) -> str:
             fields |= {"key": update.key, "version": token_json(update.version)}
         return json.dumps(fields | {"cursor": token_json(event.cursor)})
     if isinstance(event, Synced):
-        return json.dumps({"mark": "synced", "cursor": token_json(event.cursor), "sequence": event.seq})
+        return json.dumps(
+            {"mark": "synced", "cursor": token_json(event.cursor), "sequence": event.seq}
+        )
     if isinstance(event, Lagged):
-        return json.dumps({"mark": "lagged", "cursor": token_json(event.cursor), "batches": event.batches})
+        return json.dumps(
+            {"mark": "lagged", "cursor": token_json(event.cursor), "batches": event.batches}
+        )
     assert isinstance(event, Rewound)
     return json.dumps({"mark": "rewound", "reason": event.reason})
 

@@ -12,19 +12,43 @@ from typing import Any, Literal
 import click
 
 from foldlog.cli.read import log_argument
-from foldlog.cli.show import counted, entry_json, op_text, printable, progress_bar, size_text, token_json, token_text, value_text
-from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, KIND_OPEN, KIND_SEAL, FrameHead, parse_open
+from foldlog.cli.show import (
+    counted,
+    entry_json,
+    op_text,
+    printable,
+    progress_bar,
+    size_text,
+    token_json,
+    token_text,
+    value_text,
+)
+from foldlog.protocol.frames import (
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    KIND_SEAL,
+    FrameHead,
+    parse_open,
+)
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
-from foldlog.storage import leaf
-from foldlog.storage.files import OS_FILES, ReadHandle
-from foldlog.storage.replay import format_of, resolve
-from foldlog.storage.salvage import Loss, salvage_log
-from foldlog.storage.slipstream import CURSOR, DELETE, PUT, Record
-from foldlog.storage.slipstream_log import SLIPSTREAM
-from foldlog.storage.slipstream_walk import walk_records
-from foldlog.storage.verify import Problem, VerifyReport, base_end_of, head_and_seed, verify_log
-from foldlog.storage.walk import Piece, Walker
+from foldlog.storage.fold import leaf
+from foldlog.storage.formats.replay import format_of, resolve
+from foldlog.storage.formats.slipstream import CURSOR, DELETE, PUT, Record
+from foldlog.storage.formats.slipstream_log import SLIPSTREAM
+from foldlog.storage.formats.slipstream_walk import walk_records
+from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.repair.salvage import Loss, salvage_log
+from foldlog.storage.repair.verify import (
+    Problem,
+    VerifyReport,
+    base_end_of,
+    head_and_seed,
+    verify_log,
+)
+from foldlog.storage.repair.walk import Piece, Walker
 
 KIND_NAMES = {
     KIND_OPEN: "OPEN",
@@ -79,11 +103,15 @@ def _print_report(report: VerifyReport) -> None:
     for problem in report.problems:
         click.echo(f"{_span(problem)}: {printable(problem.reason)}")
     if report.torn_bytes:
-        click.echo(f"torn tail of {size_text(report.torn_bytes)}, left by a stopped writer: {report.torn_reason}")
+        click.echo(
+            f"torn tail of {size_text(report.torn_bytes)}, left by a stopped writer: {report.torn_reason}"
+        )
     held = f"{counted(report.frames, 'frame')}, {counted(report.leaves, 'leaf')}, {counted(report.batches, 'batch')}"
     where = f"up to batch {report.seq:,} at cursor {token_text(report.cursor)}"
     verdict = "ok" if report.ok else f"damaged, {counted(len(report.problems), 'problem')}"
-    click.echo(f"{printable(str(report.path))}: {verdict}: {size_text(report.size)}, {held} {where}")
+    click.echo(
+        f"{printable(str(report.path))}: {verdict}: {size_text(report.size)}, {held} {where}"
+    )
 
 
 def _span(where: Problem | Loss) -> str:
@@ -92,7 +120,12 @@ def _span(where: Problem | Loss) -> str:
 
 @click.command(epilog="Example: foldlog salvage damaged.log --output saved.log")
 @log_argument
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The new log, which must not exist.")
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The new log, which must not exist.",
+)
 @click.option(
     "--cursor",
     type=click.Choice(["safe", "last"]),
@@ -127,7 +160,9 @@ def salvage(log: Path, output: Path, cursor: Literal["safe", "last"], as_json: b
         where = f"up to batch {report.seq:,}, cursor {token_text(report.cursor)}"
         if report.cursor != report.last_cursor:
             where += f" (the last batch kept has {token_text(report.last_cursor)})"
-        click.echo(f"{printable(str(report.output))}: {kept}, {where}; {counted(len(report.losses), 'loss')}")
+        click.echo(
+            f"{printable(str(report.output))}: {kept}, {where}; {counted(len(report.losses), 'loss')}"
+        )
     if report.losses:
         raise click.exceptions.Exit(_DAMAGED)
 
@@ -159,7 +194,9 @@ def _loss_text(loss: Loss) -> str:
 @click.command(epilog="Example: foldlog dump routes.log --bodies")
 @log_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
-@click.option("--bodies", is_flag=True, help="Print what the frames hold, too: batches with their updates.")
+@click.option(
+    "--bodies", is_flag=True, help="Print what the frames hold, too: batches with their updates."
+)
 def dump(log: Path, as_json: bool, bodies: bool) -> None:
     """Print every frame of LOG: offset, size, kind, sequences and checksums; and where there is none, the bytes that are not.
 
@@ -173,10 +210,24 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
     head, seed, reason = head_and_seed(handle, size)
     assert seed is not None
     if as_json:
-        fields = {} if head is None else {"log_id": head.log_id.hex(), "generation": head.generation, "base_seq": head.base_seq}
-        click.echo(json.dumps({"offset": 0, "kind": "HEAD", **fields, "ok": not reason, "reason": reason}))
+        fields = (
+            {}
+            if head is None
+            else {
+                "log_id": head.log_id.hex(),
+                "generation": head.generation,
+                "base_seq": head.base_seq,
+            }
+        )
+        click.echo(
+            json.dumps({"offset": 0, "kind": "HEAD", **fields, "ok": not reason, "reason": reason})
+        )
     else:
-        shown = "" if head is None else f"log {head.log_id.hex()} generation {head.generation:016x} base batch {head.base_seq}  "
+        shown = (
+            ""
+            if head is None
+            else f"log {head.log_id.hex()} generation {head.generation:016x} base batch {head.base_seq}  "
+        )
         click.echo(f"{0:>12}  {shown}{reason or 'ok'}")
     damaged = bool(reason)
     for piece in Walker(handle, seed, size).pieces():
@@ -197,10 +248,21 @@ def _dump_records(handle: ReadHandle, size: int, as_json: bool, bodies: bool) ->
     for piece in walk_records(handle, size):
         damaged |= bool(piece.reason) and not piece.torn
         record = piece.record
-        fields: dict[str, Any] = {"offset": piece.offset, "size": piece.size, "ok": not piece.reason, "reason": piece.reason}
+        fields: dict[str, Any] = {
+            "offset": piece.offset,
+            "size": piece.size,
+            "ok": not piece.reason,
+            "reason": piece.reason,
+        }
         kind = None if record is None else RECORD_NAMES[record.kind]
         if as_json:
-            click.echo(json.dumps(fields | {"kind": kind} | (_record_json(record) if record is not None and bodies else {})))
+            click.echo(
+                json.dumps(
+                    fields
+                    | {"kind": kind}
+                    | (_record_json(record) if record is not None and bodies else {})
+                )
+            )
             continue
         text = counted(piece.size, "byte")
         if record is None:
@@ -240,13 +302,28 @@ def _piece_text(piece: Piece) -> str:
 
 
 def _piece_json(piece: Piece, bodies: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"offset": piece.offset, "size": piece.size, "ok": not piece.reason, "reason": piece.reason}
+    fields: dict[str, Any] = {
+        "offset": piece.offset,
+        "size": piece.size,
+        "ok": not piece.reason,
+        "reason": piece.reason,
+    }
     head = piece.head
     if head is None:
         return {**fields, "kind": None}
-    fields |= {"kind": _kind(head), "seq": head.seq, "synced_seq": head.synced_seq, "batches": head.batches, "flags": head.flags}
+    fields |= {
+        "kind": _kind(head),
+        "seq": head.seq,
+        "synced_seq": head.synced_seq,
+        "batches": head.batches,
+        "flags": head.flags,
+    }
     fields |= {"written_for": head.offset, "body_len": head.body_len}
-    fields |= {"head_crc": f"{head.crc:08x}", "link": f"{head.link:08x}", "body_crc": f"{head.body_crc:08x}"}
+    fields |= {
+        "head_crc": f"{head.crc:08x}",
+        "link": f"{head.link:08x}",
+        "body_crc": f"{head.body_crc:08x}",
+    }
     if bodies and not piece.reason:
         fields["body"] = list(_body_lines(head, piece.body))
     return fields

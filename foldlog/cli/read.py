@@ -14,15 +14,24 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import click
 
-from foldlog.cli.show import counted, entry_json, printable, progress_bar, size_text, token_json, token_text, value_text
+from foldlog.cli.show import (
+    counted,
+    entry_json,
+    printable,
+    progress_bar,
+    size_text,
+    token_json,
+    token_text,
+    value_text,
+)
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.updates import KvEntry
-from foldlog.storage.artifact import ExportManifest, export_fold
-from foldlog.storage.files import OS_FILES, ReadHandle
-from foldlog.storage.lock import beside
-from foldlog.storage.replay import Loaded, load_intact, resolve
-from foldlog.storage.rewrite import Progress
-from foldlog.storage.slipstream_log import SLIPSTREAM
+from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
+from foldlog.storage.formats.replay import Loaded, load_intact, resolve
+from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.formats.slipstream_log import SLIPSTREAM
+from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.lock import beside
 
 _NOTE_BYTES = 4096  # more than any note that a writer leaves
 _WRITE_BYTES = 64 * 1024
@@ -35,9 +44,13 @@ def log_argument(command: _F) -> _F:
     return click.argument("log", type=click.Path(path_type=Path))(command)
 
 
-def format_option(help: str, name: str = "--format", *, required: bool = False) -> Callable[[_F], _F]:
+def format_option(
+    help: str, name: str = "--format", *, required: bool = False
+) -> Callable[[_F], _F]:
     """An option that takes the name of a file format, as the argument `format_name`."""
-    return click.option(name, "format_name", type=click.Choice(get_args(FormatName)), required=required, help=help)
+    return click.option(
+        name, "format_name", type=click.Choice(get_args(FormatName)), required=required, help=help
+    )
 
 
 class Opened(NamedTuple):
@@ -73,8 +86,17 @@ Examples:
 )
 @log_argument
 @click.argument("key", callback=utf8)
-@click.option("--json", "as_json", is_flag=True, help="Print key, value (or value_base64) and version as JSON.")
-@click.option("--follow", is_flag=True, help="Then print it again, each on a line, whenever it changes, until Ctrl-C.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print key, value (or value_base64) and version as JSON.",
+)
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Then print it again, each on a line, whenever it changes, until Ctrl-C.",
+)
 def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
     """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none, but with --follow it is waited for."""
     if follow:
@@ -117,7 +139,9 @@ def range_(log: Path, prefix: str, as_json: bool, keys_only: bool, limit: int | 
 def _line(entry: KvEntry, as_json: bool, keys_only: bool) -> str:
     if as_json:
         return json.dumps({"key": entry.key} if keys_only else entry_json(entry))
-    return printable(entry.key) if keys_only else f"{printable(entry.key)}\t{value_text(entry.value)}"
+    return (
+        printable(entry.key) if keys_only else f"{printable(entry.key)}\t{value_text(entry.value)}"
+    )
 
 
 @click.command(epilog="Example: foldlog info routes.log --json")
@@ -149,12 +173,20 @@ def info(log: Path, as_json: bool) -> None:
         ("cursor", token_text(fold.cursor())),
         ("entries", f"{facts['entries']:,}"),
         ("base", f"{base} in {counted(facts['leaves'], 'leaf')}" if own else base),
-        ("appended", f"{size_text(facts['appended_bytes'])}, {counted(facts['batches_since_base'], 'batch')}"),
+        (
+            "appended",
+            f"{size_text(facts['appended_bytes'])}, {counted(facts['batches_since_base'], 'batch')}",
+        ),
         ("sealed", _sealed(facts) if own else None),
         ("writer", writer),
     ]
     if facts["torn_bytes"]:
-        rows.append(("torn tail", f"{size_text(facts['torn_bytes'])}, left by a stopped writer or being written"))
+        rows.append(
+            (
+                "torn tail",
+                f"{size_text(facts['torn_bytes'])}, left by a stopped writer or being written",
+            )
+        )
     for name, value in rows:
         if value is not None:  # else the format has no such thing
             click.echo(f"{name:<11} {value}")
@@ -239,12 +271,20 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
         loaded = read_log(log, progress).loaded
         fold = loaded.fold
     with progress_bar("exporting", "entries") as progress:
-        manifest = export_fold(fold, dest_dir, format=format_name or loaded.format.name, progress=progress)
+        manifest = export_fold(
+            fold, dest_dir, format=format_name or loaded.format.name, progress=progress
+        )
     if as_json:
-        click.echo(json.dumps({"dest_dir": os.fspath(dest_dir), "entries": len(fold), **manifest_json(manifest)}))
+        click.echo(
+            json.dumps(
+                {"dest_dir": os.fspath(dest_dir), "entries": len(fold), **manifest_json(manifest)}
+            )
+        )
         return
     shown, size = printable(os.fspath(dest_dir)), size_text(payload_bytes(manifest))
-    click.echo(f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size}")
+    click.echo(
+        f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size}"
+    )
 
 
 def payload_bytes(manifest: ExportManifest) -> int:
@@ -257,7 +297,9 @@ def manifest_json(manifest: ExportManifest) -> dict[str, Any]:
     return {
         "cursor": token_json(manifest.cursor),
         "size_bytes": payload_bytes(manifest),
-        "files": [{"path": file.path, "size": file.size, "blake3": file.blake3} for file in manifest.files],
+        "files": [
+            {"path": file.path, "size": file.size, "blake3": file.blake3} for file in manifest.files
+        ],
     }
 
 

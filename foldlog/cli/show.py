@@ -14,7 +14,7 @@ from typing import Any
 
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Update
-from foldlog.storage.rewrite import Progress
+from foldlog.storage.formats.rewrite import Progress
 
 REFRESH_S = 0.1
 """Between two updates of a progress bar, which cost about 20 us each."""
@@ -91,7 +91,9 @@ def rate_text(per_s: float | None, unit: str) -> str:
 
 
 @contextmanager
-def progress_bar(label: str, unit: str = "", file_size: int | None = None) -> Iterator[Progress | None]:
+def progress_bar(
+    label: str, unit: str = "", file_size: int | None = None
+) -> Iterator[Progress | None]:
     """A progress bar on stderr while the block runs, with rate and time left, as a callback (done, total).
 
     None if stderr is no terminal. A total of 0 is unknown. The total may change: each step of a longer job fills the bar
@@ -101,16 +103,31 @@ def progress_bar(label: str, unit: str = "", file_size: int | None = None) -> It
         yield None
         return
     from rich.console import Console  # imported here: it takes longer than a `get`
-    from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        ProgressColumn,
+        Task,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as Bars
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             counted_unit = "bytes" if file_size is not None and task.total == file_size else unit
-            return Text(rate_text(task.finished_speed or task.speed, counted_unit), "progress.data.speed")
+            return Text(
+                rate_text(task.finished_speed or task.speed, counted_unit), "progress.data.speed"
+            )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=None)
         due = 0.0

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, VersionToken, WatchCursor
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, Delete, Purge, Put, Update
-from foldlog.storage.strict_json import parse_object
+from foldlog.storage.artifacts.strict_json import parse_object
 
 MAX_LINE_BYTES = 128 * 1024 * 1024
 """The largest value with every byte escaped as \\u00XX takes 96 MiB. A longer line is no line."""
@@ -56,7 +56,9 @@ class Change(NamedTuple):
     """Bytes of the key and the value."""
 
 
-def lines_of(file: BinaryIO, progress: Callable[[int, int], object] | None = None, total: int = 0) -> Iterator[bytes]:
+def lines_of(
+    file: BinaryIO, progress: Callable[[int, int], object] | None = None, total: int = 0
+) -> Iterator[bytes]:
     """The lines of a file or pipe, each as soon as it is whole. `progress` is told (bytes read, `total`)."""
     done = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -94,7 +96,11 @@ def parse_change(line: bytes, number: int = 1) -> Change:
     if op not in _OPS:
         raise ValueError(f"op is put, delete or purge, not {_shown(op)}")
     key, key_bytes = _key(fields["key"])
-    version = _token("version", VersionToken, fields["version"]) if fields.get("version") is not None else VersionToken.unknown()
+    version = (
+        _token("version", VersionToken, fields["version"])
+        if fields.get("version") is not None
+        else VersionToken.unknown()
+    )
     cursor = _token("cursor", WatchCursor, fields["cursor"])
     if cursor.is_none:
         raise ValueError("cursor is empty")
@@ -108,7 +114,9 @@ def parse_change(line: bytes, number: int = 1) -> Change:
         raise ValueError(f"a {op} has no value")
     else:
         update = Delete(key, version) if op == "delete" else Purge(key, version)
-    return Change(number, update, cursor, fields["cursor"] if type(fields["cursor"]) is int else None, size)
+    return Change(
+        number, update, cursor, fields["cursor"] if type(fields["cursor"]) is int else None, size
+    )
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -166,7 +174,9 @@ def _token(name: str, kind: type[_Token], given: object) -> _Token:
             raise ValueError(f"{name} is 0 to 2**64 - 1, not {_shown(given)}")
         return kind.from_u64(given)
     if type(given) is not str or not _HEX.fullmatch(given) or len(given) > 2 * MAX_TOKEN_BYTES:
-        raise ValueError(f"{name} is a number, or the hex of up to {MAX_TOKEN_BYTES} bytes, not {_shown(given)}")
+        raise ValueError(
+            f"{name} is a number, or the hex of up to {MAX_TOKEN_BYTES} bytes, not {_shown(given)}"
+        )
     return kind(bytes.fromhex(given))
 
 

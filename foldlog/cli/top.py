@@ -18,9 +18,9 @@ from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, parse_frame_head
-from foldlog.storage.diff import diff
-from foldlog.storage.files import OS_FILES, ReadHandle
-from foldlog.storage.replay import read_head, resolve
+from foldlog.storage.fold.diff import diff
+from foldlog.storage.formats.replay import read_head, resolve
+from foldlog.storage.log.files import OS_FILES, ReadHandle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,10 +74,14 @@ class Watcher:
 
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
-        self._seen: deque[tuple[float, int]] = deque()  # (moment, sequence), the oldest about RATE_WINDOW_S ago
+        self._seen: deque[tuple[float, int]] = (
+            deque()
+        )  # (moment, sequence), the oldest about RATE_WINDOW_S ago
         self._snapshot = follower.snapshot()
         self._last_change: str | None = None
-        self._base: tuple[int, int | None] | None = None  # the inode of a file, and where its base ends
+        self._base: tuple[int, int | None] | None = (
+            None  # the inode of a file, and where its base ends
+        )
 
     def look(self, now: float) -> Picture:
         """The log as it is at `now`, of a monotonic clock. Cost: the difference to the last look."""
@@ -149,8 +153,16 @@ def rows_of(picture: Picture, unix_s: float) -> list[tuple[str, str]]:
         ("size", _size(picture.size_bytes)),
         ("  base", _size(picture.base_bytes)),
         ("  appended", _size(picture.appended_bytes)),
-        ("last write", "-" if picture.written_unix_s is None else f"{_age(unix_s - picture.written_unix_s)} ago"),
-        ("last change", "none seen" if picture.last_change is None else printable(picture.last_change)),
+        (
+            "last write",
+            "-"
+            if picture.written_unix_s is None
+            else f"{_age(unix_s - picture.written_unix_s)} ago",
+        ),
+        (
+            "last change",
+            "none seen" if picture.last_change is None else printable(picture.last_change),
+        ),
         ("snapshot", f"{_age(picture.snapshot_age_s)} old"),
     ]
 
@@ -183,10 +195,15 @@ def _table(picture: Picture) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    colour = {FollowerState.FOLLOWING: "green", FollowerState.WAITING: "yellow"}.get(FollowerState(picture.state), "red")
+    colour = {FollowerState.FOLLOWING: "green", FollowerState.WAITING: "yellow"}.get(
+        FollowerState(picture.state), "red"
+    )
     table = Table.grid(padding=(0, 2))
     for name, value in rows_of(picture, time.time()):
-        table.add_row(Text(name, "dim"), Text(value, colour if name == "state" else "", overflow="ellipsis", no_wrap=True))
+        table.add_row(
+            Text(name, "dim"),
+            Text(value, colour if name == "state" else "", overflow="ellipsis", no_wrap=True),
+        )
     return table
 
 
@@ -198,12 +215,23 @@ def _show_live(pictures: Iterator[Picture]) -> None:
             live.update(_table(picture), refresh=True)
 
 
-@click.command(epilog="Example: foldlog top routes.log (or, for scripts: foldlog top routes.log --once --json)")
+@click.command(
+    epilog="Example: foldlog top routes.log (or, for scripts: foldlog top routes.log --once --json)"
+)
 @log_argument
-@click.option("--once", is_flag=True, help="Print one picture and end. Exit code 2 if there is no log.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a picture, each on a line.")
 @click.option(
-    "--interval", "interval_s", type=click.FloatRange(min=0.05), default=1.0, show_default=True, help="Seconds between pictures."
+    "--once", is_flag=True, help="Print one picture and end. Exit code 2 if there is no log."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object a picture, each on a line."
+)
+@click.option(
+    "--interval",
+    "interval_s",
+    type=click.FloatRange(min=0.05),
+    default=1.0,
+    show_default=True,
+    help="Seconds between pictures.",
 )
 def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
     """Show what happens in LOG, live, until Ctrl-C: state, writer, sequence, cursor, sizes, rate of batches, changes.

@@ -18,9 +18,9 @@ from foldlog.cli.read import format_option, log_argument, manifest_json, payload
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, read_changes
 from foldlog.protocol.store import FormatName
-from foldlog.storage.append_log import AppendLogSnapshot
-from foldlog.storage.artifact import import_artifact
-from foldlog.storage.replay import resolve
+from foldlog.storage.artifacts.artifact import import_artifact
+from foldlog.storage.engines.append_log import AppendLogSnapshot
+from foldlog.storage.formats.replay import resolve
 
 DEFAULT_BATCH = 1000
 
@@ -52,7 +52,9 @@ class BadStreamError(ValueError):
         return f"{self.reason}; applied before it, and kept: {done}, up to cursor {self.cursor}"
 
 
-def fold_stream(snap: AppendLogSnapshot, changes: Iterable[Change], name: str, batch_size: int = DEFAULT_BATCH) -> Tally:
+def fold_stream(
+    snap: AppendLogSnapshot, changes: Iterable[Change], name: str, batch_size: int = DEFAULT_BATCH
+) -> Tally:
     """Apply `changes`, which come from `name`, after the cursor of `snap`. Cost: about 8 us a change, parsing included.
 
     Ctrl-C applies what is pending, except for the last position, whose lines may not all have come, and is told in the tally.
@@ -72,7 +74,11 @@ def fold_stream(snap: AppendLogSnapshot, changes: Iterable[Change], name: str, b
                 apply(batcher.push(change))
         if resume.lost:
             cursor = token_text(snap.cursor())
-            raise BadStreamError(f"{name}: cannot resume: the log stands at cursor {cursor}, which no line has", tally, cursor)
+            raise BadStreamError(
+                f"{name}: cannot resume: the log stands at cursor {cursor}, which no line has",
+                tally,
+                cursor,
+            )
         apply(batcher.rest())
     except KeyboardInterrupt:
         tally.interrupted = True
@@ -89,11 +95,20 @@ def fold_stream(snap: AppendLogSnapshot, changes: Iterable[Change], name: str, b
 @log_argument
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option(
-    "--batch", "batch_size", type=click.IntRange(min=1), default=DEFAULT_BATCH, show_default=True, help="Changes a batch."
+    "--batch",
+    "batch_size",
+    type=click.IntRange(min=1),
+    default=DEFAULT_BATCH,
+    show_default=True,
+    help="Changes a batch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-@format_option("The format of a new LOG; one that exists must be of it. Without it: foldlog's own, or that of LOG.")
-def apply(log: Path, file: BinaryIO, batch_size: int, as_json: bool, format_name: FormatName | None) -> None:
+@format_option(
+    "The format of a new LOG; one that exists must be of it. Without it: foldlog's own, or that of LOG."
+)
+def apply(
+    log: Path, file: BinaryIO, batch_size: int, as_json: bool, format_name: FormatName | None
+) -> None:
     """Apply the change stream in FILE (or stdin) to LOG, from the cursor on that LOG stands at. Creates LOG if there is none.
 
     A line is a JSON object: op (put, delete or purge), key, value or value_base64 (of a put), cursor, and maybe version. A cursor
@@ -107,12 +122,19 @@ def apply(log: Path, file: BinaryIO, batch_size: int, as_json: bool, format_name
         _, snap = AppendLogSnapshot.open(log, format=format_name, progress=progress)
         with snap:
             start = time.perf_counter()
-            tally = fold_stream(snap, read_changes(lines_of(file, progress, _size(file)), name), name, batch_size)
+            tally = fold_stream(
+                snap, read_changes(lines_of(file, progress, _size(file)), name), name, batch_size
+            )
             elapsed_s = time.perf_counter() - start
             cursor = snap.cursor()
     rate = tally.applied / elapsed_s if elapsed_s else 0.0
     if as_json:
-        facts = {**asdict(tally), "cursor": token_json(cursor), "elapsed_s": round(elapsed_s, 6), "changes_per_s": round(rate)}
+        facts = {
+            **asdict(tally),
+            "cursor": token_json(cursor),
+            "elapsed_s": round(elapsed_s, 6),
+            "changes_per_s": round(rate),
+        }
         click.echo(json.dumps(facts))
     else:
         click.echo(
@@ -138,18 +160,27 @@ def _size(file: BinaryIO) -> int:
 def compact(log: Path, as_json: bool) -> None:
     """Rewrite LOG as its state: one entry for each live key, and no history. Takes the space of both files meanwhile."""
     path = resolve(log)
-    before = os.stat(path).st_size  # also refuses a log that is not there, which opening would create
+    before = os.stat(
+        path
+    ).st_size  # also refuses a log that is not there, which opening would create
     with progress_bar("compacting", "entries", before) as progress:
         _, snap = AppendLogSnapshot.open(path, progress=progress)
         with snap:
             entries, compacted = len(snap), snap.report.compacted
     after = os.stat(path).st_size
     if as_json:
-        facts = {"compacted": compacted, "size_before_bytes": before, "size_bytes": after, "entries": entries}
+        facts = {
+            "compacted": compacted,
+            "size_before_bytes": before,
+            "size_bytes": after,
+            "entries": entries,
+        }
         click.echo(json.dumps({"path": str(path), **facts}))
         return
     done = "compacted" if compacted else "was compact already"
-    click.echo(f"{done}: {size_text(before)} before, {size_text(after)} after, {counted(entries, 'entry')}")
+    click.echo(
+        f"{done}: {size_text(before)} before, {size_text(after)} after, {counted(entries, 'entry')}"
+    )
 
 
 @click.command("import", epilog="Example: foldlog import backup-1 routes.log")
@@ -169,7 +200,9 @@ def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatNa
     if as_json:
         click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
         return
-    click.echo(f"imported {size_text(payload_bytes(manifest))} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}")
+    click.echo(
+        f"imported {size_text(payload_bytes(manifest))} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}"
+    )
 
 
 COMMANDS = (apply, compact, import_)

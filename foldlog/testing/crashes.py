@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
-from foldlog.storage.files import OS_FILES, Files
+from foldlog.storage.log.files import OS_FILES, Files
 
 SECTOR = 512
 
@@ -53,14 +53,20 @@ class _File:
         self.synced = content
         self.sizes: list[int] = [len(content)]
         self.history: list[bytes] = []  # after each change since the sync
-        self._lost: list[tuple[int, int]] = []  # stretches that a failed sync did not save, nor will a later one
+        self._lost: list[
+            tuple[int, int]
+        ] = []  # stretches that a failed sync did not save, nor will a later one
 
     def changed(self, start: int, stop: int) -> None:
         """It was changed between two offsets."""
         self.history.append(bytes(self.content))
         self.sizes.append(len(self.content))
         first, last = start // SECTOR * SECTOR, -(-stop // SECTOR) * SECTOR
-        self._lost = [part for low, high in self._lost for part in ((low, min(high, first)), (max(low, last), high))]
+        self._lost = [
+            part
+            for low, high in self._lost
+            for part in ((low, min(high, first)), (max(low, last), high))
+        ]
         self._lost = [(low, high) for low, high in self._lost if low < high]
 
     def settle(self) -> None:
@@ -70,13 +76,19 @@ class _File:
             old = self.synced[low:high].ljust(max(min(high, len(saved)) - low, 0), b"\0")
             saved[low:high] = old[: max(len(saved) - low, 0)]
         self.synced = bytes(saved)
-        self.sizes, self.history = [len(saved)], [] if saved == self.content else [bytes(self.content)]
+        self.sizes, self.history = (
+            [len(saved)],
+            [] if saved == self.content else [bytes(self.content)],
+        )
 
     def lose(self) -> None:
         """A sync has failed."""
         for state in self.history:
             for at in range(0, max(len(state), len(self.synced)), SECTOR):
-                if state[at : at + SECTOR] != self.synced[at : at + SECTOR] and (at, at + SECTOR) not in self._lost:
+                if (
+                    state[at : at + SECTOR] != self.synced[at : at + SECTOR]
+                    and (at, at + SECTOR) not in self._lost
+                ):
                     self._lost.append((at, at + SECTOR))
 
     def images(self, limit: int, chance: random.Random) -> list[bytes]:
@@ -84,7 +96,9 @@ class _File:
         if not self.history:
             return [self.synced]
         plain = dict.fromkeys((self.synced, *self.history))
-        sizes = sorted({*self.sizes, *range(-(-min(self.sizes) // SECTOR) * SECTOR, max(self.sizes), SECTOR)})
+        sizes = sorted(
+            {*self.sizes, *range(-(-min(self.sizes) // SECTOR) * SECTOR, max(self.sizes), SECTOR)}
+        )
         sectors = [self._versions(at) for at in range(0, max(self.sizes), SECTOR)]
         if math.prod(map(len, sectors)) * len(sizes) <= limit:
             for size in sizes:
@@ -173,7 +187,9 @@ class CrashFiles(Files):
     def _scan(self, path: Path) -> _Folder:
         folder = _Folder()
         for entry in os.scandir(path):
-            folder.names[entry.name] = self._scan(Path(entry)) if entry.is_dir() else _File(Path(entry).read_bytes())
+            folder.names[entry.name] = (
+                self._scan(Path(entry)) if entry.is_dir() else _File(Path(entry).read_bytes())
+            )
         folder.settle()
         return folder
 
@@ -205,8 +221,12 @@ class CrashFiles(Files):
         share = max(limit // len(trees), 2)
         for tree in trees:
             files = {name: node for name, node in tree.items() if isinstance(node, _File)}
-            folders = tuple(sorted(name for name, node in tree.items() if isinstance(node, _Folder)))
-            for contents in _combined([file.images(limit, chance) for file in files.values()], share, chance):
+            folders = tuple(
+                sorted(name for name, node in tree.items() if isinstance(node, _Folder))
+            )
+            for contents in _combined(
+                [file.images(limit, chance) for file in files.values()], share, chance
+            ):
                 image = Image(dict(zip(files, contents, strict=True)), folders)
                 key = tuple(sorted(image.files.items()))
                 if key not in seen:
@@ -343,7 +363,9 @@ def _trees(folder: _Folder, prefix: str = "") -> Iterator[dict[str, _File | _Fol
     """The trees of names that `folder` may be the root of: paths and what stands there."""
     for names in folder.versions():
         below: list[list[dict[str, _File | _Folder]]] = [
-            list(_trees(node, f"{prefix}{name}/")) for name, node in names.items() if isinstance(node, _Folder)
+            list(_trees(node, f"{prefix}{name}/"))
+            for name, node in names.items()
+            if isinstance(node, _Folder)
         ]
         for parts in itertools.product(*below):
             tree = {prefix + name: node for name, node in names.items()}
@@ -352,7 +374,9 @@ def _trees(folder: _Folder, prefix: str = "") -> Iterator[dict[str, _File | _Fol
             yield tree
 
 
-def _combined(choices: list[list[bytes]], limit: int, chance: random.Random) -> Iterator[tuple[bytes, ...]]:
+def _combined(
+    choices: list[list[bytes]], limit: int, chance: random.Random
+) -> Iterator[tuple[bytes, ...]]:
     """One of each list, in all combinations; or `limit` by chance, of which the first and the last always."""
     if math.prod(map(len, choices)) <= limit:
         yield from itertools.product(*choices)

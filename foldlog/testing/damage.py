@@ -16,7 +16,9 @@ def flips(data: bytes, bits: Iterable[int] | None = None) -> Iterator[tuple[int,
 
 def sampled_flips(data: bytes, count: int, seed: int) -> Iterator[tuple[int, bytes]]:
     """`flips` of `count` bits by chance, the same for the same seed."""
-    return flips(data, sorted(random.Random(seed).sample(range(8 * len(data)), min(count, 8 * len(data)))))
+    return flips(
+        data, sorted(random.Random(seed).sample(range(8 * len(data)), min(count, 8 * len(data))))
+    )
 
 
 def truncations(data: bytes) -> Iterator[tuple[int, bytes]]:

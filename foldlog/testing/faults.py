@@ -9,14 +9,37 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from foldlog.storage.files import OS_FILES, Files
+from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.testing.crashes import CrashFiles
 
 OPERATIONS = (
-    *("open_read", "open_write", "create", "open_dir", "open_at", "list_dir", "close", "read", "read_into", "write", "truncate"),
-    *("sync", "replace", "rename_new", "link_new", "unlink", "make_dir", "sync_dir", "stat", "fstat", "lock"),
+    *(
+        "open_read",
+        "open_write",
+        "create",
+        "open_dir",
+        "open_at",
+        "list_dir",
+        "close",
+        "read",
+        "read_into",
+        "write",
+        "truncate",
+    ),
+    *(
+        "sync",
+        "replace",
+        "rename_new",
+        "link_new",
+        "unlink",
+        "make_dir",
+        "sync_dir",
+        "stat",
+        "fstat",
+        "lock",
+    ),
 )
-"""What can fail: the calls of `foldlog.storage.files.Files` that the operating system may refuse."""
+"""What can fail: the calls of `foldlog.storage.log.files.Files` that the operating system may refuse."""
 
 
 class Call(NamedTuple):
@@ -66,7 +89,11 @@ class FaultyFiles(Files):
     """
 
     def __init__(
-        self, *faults: Fault, hook: Callable[[Call], None] | None = None, short: int | None = None, inner: Files = OS_FILES
+        self,
+        *faults: Fault,
+        hook: Callable[[Call], None] | None = None,
+        short: int | None = None,
+        inner: Files = OS_FILES,
     ) -> None:
         """`hook` is told each call before it is made, and may raise, block, or end the process. `short`: bytes that one write
         takes at most, without an error. `inner`: who carries the calls out."""
@@ -110,7 +137,9 @@ class FaultyFiles(Files):
             short = fault.takes
         taken = 0
         if fault is None or fault.takes is not None:
-            taken = self.inner.write(fd, data if short is None else memoryview(data)[:short], offset)
+            taken = self.inner.write(
+                fd, data if short is None else memoryview(data)[:short], offset
+            )
         if fault is not None and fault.error:
             raise OSError(fault.error, os.strerror(fault.error))
         return taken

@@ -53,7 +53,9 @@ class CrashAt:
             raise self.error(f"crashed at {name}, on purpose")
 
 
-def crash_at(step: str, nth: int = 1, error: type[BaseException] = SystemExit, *, lasting: bool = False) -> CrashAt:
+def crash_at(
+    step: str, nth: int = 1, error: type[BaseException] = SystemExit, *, lasting: bool = False
+) -> CrashAt:
     """A `step` for `foldlog.open` that kills the actor at `step` (one of `STEPS`) when it comes there the `nth` time.
 
     With `lasting`, each later time, too. The default error is one that stops every actor of the process in stock pykka.

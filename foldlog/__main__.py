@@ -1,0 +1,6 @@
+"""`python -m foldlog`: the command."""
+
+from foldlog.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="foldlog")

@@ -1,0 +1,421 @@
+"""Artifacts: a fold as a folder that can be sent elsewhere, and back.
+
+    DEST/MANIFEST.json     schema_version, backend, backend_version, cursor_hex, created_at_unix, files[path, size, blake3]
+    DEST/data/fold.log     a compacted log, or fold.snap: one of the Rust crate's format
+
+An export appears under its name complete or not at all. An import trusts nothing: the manifest is read with a limit and checked
+field by field, the folder must hold exactly what it declares, no link is followed, and the payload is verified as it is
+copied: the copy becomes the store, not a second reading of the original.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
+from foldlog.protocol.store import FormatName
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.storage.artifacts.strict_json import parse_object
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.registry import Loaded, LogFormat, check_format
+from foldlog.storage.formats.replay import FORMATS, resolve
+from foldlog.storage.formats.rewrite import Progress, write_new
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.log.lock import WriterLock, temporary
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "MANIFEST.json"
+MAX_MANIFEST_BYTES = 1024 * 1024
+_COPY_BYTES = 1024 * 1024
+_FIELDS = frozenset(
+    ("schema_version", "backend", "backend_version", "cursor_hex", "created_at_unix", "files")
+)
+
+
+class ArtifactFile(NamedTuple):
+    """A file of an artifact, as its manifest declares it."""
+
+    path: str
+    """Relative to the artifact, with forward slashes."""
+    size: int
+    """Bytes."""
+    blake3: str
+    """The digest, in 64 lower-case hex digits."""
+
+
+class ExportManifest(NamedTuple):
+    """What an artifact says of itself."""
+
+    backend: str
+    backend_version: str
+    """The generation of the payload's format."""
+    cursor: WatchCursor
+    """What the payload is exactly consistent with."""
+    created_at_unix: int
+    """Seconds."""
+    files: tuple[ArtifactFile, ...]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> bytes:
+        """The text of MANIFEST.json."""
+        fields = {
+            "schema_version": self.schema_version,
+            "backend": self.backend,
+            "backend_version": self.backend_version,
+            "cursor_hex": self.cursor.hex(),
+            "created_at_unix": self.created_at_unix,
+            "files": [file._asdict() for file in self.files],
+        }
+        return json.dumps(fields, indent=2).encode() + b"\n"
+
+
+def export_fold(
+    fold: FoldSnapshot,
+    dest_dir: str | os.PathLike[str],
+    *,
+    format: FormatName = "foldlog",
+    files: Files = OS_FILES,
+    progress: Progress | None = None,
+) -> ExportManifest:
+    """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves nothing there."""
+    check_format(format)
+    kind = FORMATS[format]
+    dest = Path(os.path.abspath(dest_dir))
+    if files.exists(dest):
+        raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
+    stage = dest.with_name(
+        f"{dest.name}.partial-{secrets.token_hex(4)}"
+    )  # a name that nobody else's folder has
+    files.make_dir(stage)
+    try:
+        payload = stage / kind.payload_path
+        files.make_dir(payload.parent)
+        out = kind.new_file(files, payload, seq=fold.seq)
+        try:
+            out.write_fold(fold, progress)
+            out.sync()
+        finally:
+            files.close(out.fd)
+        handle = ReadHandle(files, payload)
+        size = files.fstat(handle.fd).st_size
+        digest = blake3()
+        for at in range(0, size, _COPY_BYTES):
+            digest.update(handle.read(min(_COPY_BYTES, size - at), at))
+        declared = ArtifactFile(kind.payload_path, size, digest.hexdigest())
+        manifest = ExportManifest(
+            kind.backend, kind.backend_version, fold.cursor(), int(time.time()), (declared,)
+        )
+        fd = files.create(stage / MANIFEST_NAME, exclusive=True)
+        try:
+            write_all(files, fd, manifest.to_json(), 0)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        files.sync_dir(payload.parent)
+        files.sync_dir(stage)
+        files.rename_new(stage, dest)
+        files.sync_dir(dest.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    return manifest
+
+
+def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:
+    """The manifest of an artifact, every field checked. ArtifactInvalidError names the one at fault."""
+    root = Path(os.path.abspath(artifact_dir))
+    fd = _open_dir(files, root, root, None)
+    try:
+        return _read_manifest(files, root, fd)
+    finally:
+        files.close(fd)
+
+
+def import_artifact(
+    artifact_dir: str | os.PathLike[str],
+    dest_path: str | os.PathLike[str],
+    *,
+    format: FormatName | None = None,
+    files: Files = OS_FILES,
+    progress: Progress | None = None,
+) -> ExportManifest:
+    """Verify an artifact in full and land its log at `dest_path`, which must not exist, in `format` ("foldlog" if None).
+
+    The manifest tells which format the artifact itself is of.
+    ArtifactInvalidError, FileExistsError, StoreLocked or OSError: nothing is at `dest_path` that was not there before.
+    """
+    check_format(format)
+    given = Path(os.path.abspath(dest_path))
+    if files.exists(given):
+        raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
+    dest = resolve(given)
+    if not files.exists(dest.parent):
+        raise FileNotFoundError(errno.ENOENT, "no such folder to import into", str(dest.parent))
+    read_manifest(
+        artifact_dir, files
+    )  # so that most of what is refused leaves not even a lock file
+    lock = WriterLock(files, dest)  # a writer that opens here meanwhile would sweep what is staged
+    staged = temporary(dest)
+    try:
+        manifest, kind = stage_payload(files, artifact_dir, staged, progress)
+        landing = FORMATS[format or "foldlog"]
+        loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
+        lock.write(None)  # a watermark of a log that stood here before says nothing of this one
+        if landing is kind:
+            files.link_new(staged, dest)
+            files.sync_dir(dest.parent)
+        else:
+            write_new(files, dest, loaded.fold, landing, progress)
+    finally:
+        remove_quietly(files, staged)
+        lock.release()
+    return manifest
+
+
+def _check_payload(
+    files: Files, root: Path, staged: Path, kind: LogFormat, cursor: WatchCursor
+) -> Loaded:
+    """The staged log. ArtifactInvalidError unless it is clean, compact, and at the manifest's cursor."""
+    payload = root / kind.payload_path
+    try:
+        loaded = kind.load(ReadHandle(files, staged))
+        _check_clean(loaded)
+        kind.check_payload(loaded)
+    except FoldlogError as error:
+        reason = getattr(error, "reason", str(error))
+        raise ArtifactInvalidError(
+            payload, f"byte {getattr(error, 'offset', 0)}: {reason}"
+        ) from error
+    except ValueError as error:
+        raise ArtifactInvalidError(payload, str(error)) from error
+    if loaded.fold.cursor() != cursor:
+        raise ArtifactInvalidError(
+            root / MANIFEST_NAME,
+            f"cursor_hex is {cursor.hex()!r}, the payload stands at {loaded.fold.cursor().hex()!r}",
+        )
+    return loaded
+
+
+def _check_clean(loaded: Loaded) -> None:
+    if loaded.bad is not None:
+        raise ValueError(f"byte {loaded.bad.offset}: {loaded.bad.reason}")
+    if loaded.chain.offset != loaded.base_end:
+        raise ValueError(f"byte {loaded.base_end}: the payload is not compact")
+
+
+def stage_payload(
+    files: Files,
+    artifact_dir: str | os.PathLike[str],
+    staged: Path,
+    progress: Progress | None = None,
+) -> tuple[ExportManifest, LogFormat]:
+    """Check the manifest and the folder, copy the payload to `staged`, and compare what was copied with its digest.
+
+    The copy is synced. On an error it is removed. Returns the manifest, and the format that it names.
+    """
+    root = Path(os.path.abspath(artifact_dir))
+    root_fd = _open_dir(files, root, root, None)
+    try:
+        manifest = _read_manifest(files, root, root_fd)
+        kind = _identify(root, manifest)
+        folder, name = kind.payload_path.split("/")
+        _check_listing(files, root, root_fd, {MANIFEST_NAME, folder})
+        data_fd = _open_dir(files, root / folder, Path(folder), root_fd)
+        try:
+            _check_listing(files, root / folder, data_fd, {name})
+            source = _open_file(files, root / kind.payload_path, name, data_fd)
+            try:
+                _copy_verified(
+                    files, source, root / kind.payload_path, staged, manifest.files[0], progress
+                )
+            finally:
+                files.close(source)
+        finally:
+            files.close(data_fd)
+    finally:
+        files.close(root_fd)
+    return manifest, kind
+
+
+def _identify(root: Path, manifest: ExportManifest) -> LogFormat:
+    where = root / MANIFEST_NAME
+    by_backend = {format.backend: format for format in FORMATS.values()}
+    kind = by_backend.get(manifest.backend)
+    if kind is None:
+        expected = " or ".join(map(repr, by_backend))
+        raise ArtifactInvalidError(where, f"backend is {manifest.backend!r}, expected {expected}")
+    if manifest.backend_version != kind.backend_version:
+        raise ArtifactInvalidError(
+            where,
+            f"backend_version is {manifest.backend_version!r}, expected {kind.backend_version!r} of {kind.backend!r}",
+        )
+    if [file.path for file in manifest.files] != [kind.payload_path]:
+        raise ArtifactInvalidError(where, f"files: expected exactly {kind.payload_path!r}")
+    return kind
+
+
+def _copy_verified(
+    files: Files,
+    source: int,
+    source_path: Path,
+    staged: Path,
+    declared: ArtifactFile,
+    progress: Progress | None,
+) -> None:
+    size = files.fstat(source).st_size
+    if size != declared.size:
+        raise ArtifactInvalidError(source_path, f"has {size} bytes, declared are {declared.size}")
+    space = os.statvfs(staged.parent)
+    if space.f_bavail * space.f_frsize < size:
+        raise OSError(errno.ENOSPC, f"the import needs {size} bytes", str(staged.parent))
+    digest = blake3()
+    out = files.create(staged, exclusive=True)
+    try:
+        done = 0
+        while chunk := files.read(source, min(_COPY_BYTES, declared.size + 1 - done), done):
+            digest.update(chunk)
+            if done + len(chunk) > declared.size:
+                raise ArtifactInvalidError(
+                    source_path, f"grew beyond the {declared.size} bytes declared"
+                )
+            write_all(files, out, chunk, done)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, declared.size)
+        if done != declared.size:
+            raise ArtifactInvalidError(source_path, f"ended after {done} of {declared.size} bytes")
+        if not hmac.compare_digest(digest.hexdigest(), declared.blake3):
+            raise ArtifactInvalidError(
+                source_path,
+                f"its BLAKE3 digest is {digest.hexdigest()}, declared is {declared.blake3}",
+            )
+        files.sync(out)
+    except BaseException:
+        remove_quietly(files, staged)
+        raise
+    finally:
+        files.close(out)
+
+
+def _open_dir(files: Files, path: Path, name: Path, dir_fd: int | None) -> int:
+    try:
+        return files.open_dir(name, dir_fd)
+    except FileNotFoundError:
+        raise ArtifactInvalidError(path, "is missing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise ArtifactInvalidError(path, "is not a folder (links are not followed)") from None
+        raise
+
+
+def _open_file(files: Files, path: Path, name: str, dir_fd: int) -> int:
+    try:
+        fd = files.open_at(name, dir_fd)
+    except FileNotFoundError:
+        raise ArtifactInvalidError(path, "is missing") from None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise ArtifactInvalidError(
+                path, "is not a regular file (links are not followed)"
+            ) from None
+        raise
+    try:
+        info = files.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise ArtifactInvalidError(path, "is not a regular file with one name")
+    except BaseException:
+        files.close(fd)
+        raise
+    return fd
+
+
+def _check_listing(files: Files, path: Path, fd: int, expected: set[str]) -> None:
+    for name in files.list_dir(fd):
+        if name not in expected:
+            raise ArtifactInvalidError(path / name, "is not declared in the manifest")
+
+
+def _read_manifest(files: Files, root: Path, root_fd: int) -> ExportManifest:
+    path = root / MANIFEST_NAME
+    fd = _open_file(files, path, MANIFEST_NAME, root_fd)
+    try:
+        raw = files.read(fd, MAX_MANIFEST_BYTES + 1, 0)
+    finally:
+        files.close(fd)
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ArtifactInvalidError(path, f"is larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        return parse_manifest(raw)
+    except ValueError as error:
+        raise ArtifactInvalidError(path, str(error)) from None
+
+
+def parse_manifest(raw: bytes) -> ExportManifest:
+    """The manifest in `raw`. ValueError names the field at fault."""
+    fields = parse_object(raw, "is not JSON as it should be: {}".format)
+    _check_fields("", fields, _FIELDS)
+    if fields["schema_version"] != SCHEMA_VERSION or type(fields["schema_version"]) is not int:
+        raise ValueError(
+            f"schema_version is {fields['schema_version']!r}, this foldlog reads {SCHEMA_VERSION}"
+        )
+    for name in ("backend", "backend_version", "cursor_hex"):
+        if type(fields[name]) is not str:
+            raise ValueError(f"{name} is not text")
+    cursor_hex = fields["cursor_hex"]
+    if not re.fullmatch("([0-9a-f]{2})*", cursor_hex) or len(cursor_hex) > 2 * MAX_TOKEN_BYTES:
+        raise ValueError(f"cursor_hex is not the lower-case hex of a token: {cursor_hex[:40]!r}")
+    if type(fields["created_at_unix"]) is not int or not 0 <= fields["created_at_unix"] < 2**63:
+        raise ValueError("created_at_unix is not a time in seconds")
+    if type(fields["files"]) is not list:
+        raise ValueError("files is not a list")
+    declared = tuple(
+        _parse_file(f"files[{index}]", file) for index, file in enumerate(fields["files"])
+    )
+    if len({file.path.casefold() for file in declared}) != len(declared):
+        raise ValueError("files: a path occurs twice")
+    return ExportManifest(
+        fields["backend"],
+        fields["backend_version"],
+        WatchCursor(bytes.fromhex(cursor_hex)),
+        fields["created_at_unix"],
+        declared,
+    )
+
+
+def _parse_file(where: str, file: Any) -> ArtifactFile:
+    if type(file) is not dict:
+        raise ValueError(f"{where} is not an object")
+    _check_fields(where + ".", file, frozenset(ArtifactFile._fields))
+    path, size, digest = file["path"], file["size"], file["blake3"]
+    if (
+        type(path) is not str
+        or len(path) > 255
+        or not re.fullmatch(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*", path)
+    ):
+        raise ValueError(
+            f"{where}.path is not a file name under data/: {path if type(path) is not str else ascii(path[:80])}"
+        )
+    if type(size) is not int or not 0 <= size < 2**63:
+        raise ValueError(f"{where}.size is not a size in bytes")
+    if type(digest) is not str or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{where}.blake3 is not 64 lower-case hex digits")
+    return ArtifactFile(path, size, digest)
+
+
+def _check_fields(where: str, fields: dict[str, Any], expected: frozenset[str]) -> None:
+    if missing := sorted(expected - fields.keys()):
+        raise ValueError(f"{where}{missing[0]} is missing")
+    if unknown := sorted(fields.keys() - expected):
+        raise ValueError(f"{where}{unknown[0][:40]!a} is not a field of a manifest")

@@ -1,0 +1,38 @@
+"""JSON from outside, read strictly: one object, in UTF-8, that says one thing.
+
+Refused, beyond what `json` refuses: a field that occurs twice, of which `json` would silently keep the last; NaN and the
+infinities, which are not JSON, though Python writes and reads them; and nesting so deep that it exhausts the stack, which would
+pass every `except ValueError` as a RecursionError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+
+def parse_object(raw: bytes, reason: Callable[[ValueError], str]) -> dict[str, Any]:
+    """The JSON object in `raw`. ValueError says what is wrong with it; `reason` puts an error of the parsing into words."""
+    try:
+        fields = json.loads(
+            raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(reason(error)) from None
+    if type(fields) is not dict:
+        raise ValueError("is not a JSON object")
+    return fields
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a field occurs twice")
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

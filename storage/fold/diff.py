@@ -1,0 +1,138 @@
+"""The difference of two folds, at the cost of what changed: what they share is recognised and passed over.
+
+Runs and pieces of the delta are shared as objects, and the changes in them, too. A base is shared as an object until the log
+is compacted; leaves of two files are taken as equal if first key, length and the checksums of body and of index are. Equal
+entries make equal leaves, so a compaction renews those only that something changed in. That two unequal leaves pass for
+equal takes a chance match of CRC-32C, as for any damage that a log would not notice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from heapq import merge
+
+from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.updates import Change, Delete, Put
+from foldlog.storage.fold import leaf
+from foldlog.storage.fold.base import Base
+from foldlog.storage.fold.delta import Run
+from foldlog.storage.fold.snapshot import FoldSnapshot, prefix_end
+
+
+def diff(old: FoldSnapshot, new: FoldSnapshot, prefix: str = "") -> Iterator[Put | Delete]:
+    """What leads from `old` to `new`: a Put or Delete for each key under `prefix` that differs, ascending by key.
+
+    Exact, also if `new` is the older one, or of another log. A Delete carries the version of the removal where that is still
+    known. Cost: 0.1-0.3 us for each key in a run, piece or leaf that the two do not share (up to 32,768 that have not settled,
+    and a leaf of 256 for each that was compacted), and 3 us for each that may differ. Memory: a leaf or two, and the keys that
+    changed since the older base.
+
+    CorruptLogError where a leaf that is needed does not verify: its log was cut or overwritten.
+
+    >>> with foldlog.open("routes.log") as routes:
+    ...     before = routes.snapshot()
+    ...     routes.apply([Put("a", b"10.0.0.1")], WatchCursor.from_u64(1))
+    ...     list(foldlog.diff(before, routes.snapshot()))
+    1
+    [Put(key='a', value=b'10.0.0.1', version=VersionToken(''))]
+    """
+    if old is new:
+        return
+    high = prefix_end(prefix)
+    if high is not None and prefix >= high:
+        return
+    loose = sorted(
+        key for key in _loose_suspects(old, new) if key >= prefix and (high is None or key < high)
+    )
+    last = None
+    for key in merge(loose, _leaf_suspects(old.base, new.base, prefix, high)):
+        if key == last:
+            continue
+        last = key
+        before, after = old.get(key), new.get(key)
+        if after is None:
+            if before is not None:
+                yield Delete(key, _removal_version(new, key))
+        elif before != after:
+            yield Put(*after)
+
+
+def _loose_suspects(old: FoldSnapshot, new: FoldSnapshot) -> set[str]:
+    """The keys that may differ for what runs and deltas hold."""
+    before, after = _own_changes(old, new), _own_changes(new, old)
+    keys = {key for key, change in after.items() if before.get(key) is not change}
+    keys.update(key for key in before if key not in after)
+    return keys
+
+
+def _own_changes(fold: FoldSnapshot, other: FoldSnapshot) -> dict[str, Change]:
+    """The changes of `fold` in runs and pieces that `other` has not."""
+    shared = set(map(id, other.runs)) | set(map(id, other.delta))
+    changes: dict[str, Change] = {}
+    pieces: list[Run] = [*fold.delta, *reversed(fold.runs)]
+    for piece in pieces:
+        if id(piece) not in shared:
+            changes.update(piece)
+    return changes
+
+
+def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator[str]:
+    """The keys, ascending, whose entries in the leaves differ.
+
+    The keys are cut where a leaf begins that the other base has not. Between two cuts lies no more than one such leaf of each,
+    and what else lies there is the same.
+    """
+    if old is new:
+        return
+    identities = {base: set(map(base.identity, range(len(base)))) for base in (old, new)}
+    own = {
+        base: [
+            number for number in range(len(base)) if base.identity(number) not in identities[other]
+        ]
+        for base, other in ((old, new), (new, old))
+    }
+    cuts = {low}
+    for base, numbers in own.items():
+        cuts.update(map(base.firsts.__getitem__, numbers))
+    lows = sorted(cut for cut in cuts if cut >= low and (high is None or cut < high))
+    sides = [_OwnLeaves(base, set(numbers)) for base, numbers in own.items()]
+    for start, end in zip(lows, [*lows[1:], high], strict=True):
+        before, after = (side.entries(start, end) for side in sides)
+        if before != after:
+            yield from sorted({key for key, _ in before.items() ^ after.items()})
+
+
+class _OwnLeaves:
+    """The leaves of a base that the other one has not, read in order."""
+
+    def __init__(self, base: Base, numbers: set[int]) -> None:
+        self._base, self._numbers = base, numbers
+        self._number = -1
+        self._columns = leaf.Columns([], [], [])
+
+    def entries(self, low: str, high: str | None) -> dict[str, tuple[bytes, bytes]]:
+        """Value and version by key, low <= key < high, which lies within one leaf."""
+        number = bisect_right(self._base.firsts, low) - 1
+        if number not in self._numbers:
+            return {}
+        if number != self._number:
+            self._number, self._columns = number, self._base.columns(number)
+        keys, values, versions = self._columns
+        start = bisect_left(keys, low)
+        stop = len(keys) if high is None else bisect_left(keys, high)
+        return dict(
+            zip(
+                keys[start:stop],
+                zip(values[start:stop], versions[start:stop], strict=True),
+                strict=True,
+            )
+        )
+
+
+def _removal_version(fold: FoldSnapshot, key: str) -> VersionToken:
+    for run in fold.runs:
+        if key in run:
+            return VersionToken(run[key][2])
+    change = fold.delta.get(key) if fold.delta.firsts else None
+    return VersionToken.unknown() if change is None else VersionToken(change[2])

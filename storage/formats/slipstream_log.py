@@ -1,0 +1,360 @@
+"""The format "slipstream-v2" as a log: reading it into a fold, telling torn from corrupt, appending, rewriting.
+
+The format has no ids and no sequence numbers. What the rest of foldlog needs of them is made up in memory, for as long as the
+process lives: a random log id, and a count of the cursor records behind the base (one to a batch), which goes on across
+rewrites, and across a writer's restart, by what `Log.known` remembers. A new process begins to count anew.
+
+All entries are kept in memory, as the origin does: as a delta over an empty base.
+
+Where it is not sure, the origin drops the end of a file; this refuses. See `diagnose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from foldlog.protocol.errors import InvalidFormatError, LogChangedError
+from foldlog.protocol.frames import FileHead
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import Change
+from foldlog.storage.fold.base import EMPTY_BASE
+from foldlog.storage.fold.collector import no_full_collections
+from foldlog.storage.fold.delta import EMPTY_DELTA, PIECE_ENTRIES, Collected, Delta, Run
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.registry import (
+    BUFFER_BYTES,
+    Known,
+    Loaded,
+    LogFile,
+    LogFormat,
+    NewFile,
+    Progress,
+)
+from foldlog.storage.formats.rewrite import new_head
+from foldlog.storage.formats.slipstream import (
+    CURSOR,
+    HEAD,
+    HEAD_BYTES,
+    MAX_CURSOR_BYTES,
+    PUT,
+    BadRecord,
+    Record,
+    check_head,
+    encode_cursor,
+    encode_item,
+    encode_put,
+    is_one_bit_off,
+    read_records,
+    whole_record_after,
+)
+from foldlog.storage.log.files import Files, ReadHandle
+from foldlog.storage.log.recovery import SECTOR, Verdict
+from foldlog.storage.log.scan import Chain
+
+_REPORT_BYTES = 1024 * 1024
+
+
+class RecordCodec:
+    """Appends as records. A session begins and ends without a trace. See `format.Codec`."""
+
+    def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        data = encode_item(items[0]) if len(items) == 1 else b"".join(map(encode_item, items))
+        return data, Chain(chain.offset + len(data), 0, chain.seq + len(items), synced_seq)
+
+    def opening(self, chain: Chain, synced_seq: int) -> None:
+        return None
+
+    def seal(self, chain: Chain, synced_seq: int) -> None:
+        return None
+
+
+class RecordFile(NewFile):
+    """A new file of this format."""
+
+    def __init__(self, files: Files, path: Path, head: FileHead) -> None:
+        super().__init__(
+            files, path, head, HEAD_BYTES, Chain(HEAD.size, 0, head.base_seq, head.base_seq)
+        )
+        self._delta = EMPTY_DELTA
+
+    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+        # What is in memory already is kept, in its compacted form, for the log that goes on in this file.
+        pieces = _Pieces() if fold.base is EMPTY_BASE else None
+        done, total = 0, fold.base.entries
+        for span in fold.spans("", None):
+            if span.leaf < 0:
+                live = [
+                    change for _, change in sorted(span.changes.items()) if change[1] is not None
+                ]
+                if pieces is not None:
+                    pieces.add(live)
+                keys: Sequence[str] = [change[0] for change in live]
+                values: Sequence[bytes] = [change[1] for change in live]  # type: ignore[misc]
+                versions: Sequence[bytes] = [change[2] for change in live]
+            else:
+                keys, values, versions = fold.span_columns(span)
+            self._add_puts(keys, values, versions)
+            done += len(keys)
+            if progress is not None:
+                progress(done, max(total, done))
+        if fold.cursor():
+            self._add(encode_cursor(fold.cursor()))
+        self.base_end = self.chain.offset
+        if pieces is not None:
+            self._delta = pieces.delta()
+
+    def _add_puts(
+        self, keys: Sequence[str], values: Sequence[bytes], versions: Sequence[bytes]
+    ) -> None:
+        records: list[bytes] = []
+        size = 0
+        for record in map(encode_put, map(str.encode, keys), values, versions):
+            records.append(record)
+            size += len(record)
+            if size >= BUFFER_BYTES:
+                self._add(b"".join(records))
+                records, size = [], 0
+        self._add(b"".join(records))
+
+    def _add(self, data: bytes, batches: int = 0) -> None:
+        chain = self.chain
+        self.chain = Chain(chain.offset + len(data), 0, chain.seq + batches, chain.synced_seq)
+        self.put(data)
+
+    def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
+        cursors = 0
+        for record in read_records(source.handle, chain.offset, stop):
+            cursors += record.kind == CURSOR
+        for start in range(chain.offset, stop, _REPORT_BYTES):
+            self._add(source.handle.read(min(_REPORT_BYTES, stop - start), start))
+        self.chain = self.chain._replace(seq=self.chain.seq + cursors)
+        return chain._replace(offset=stop, seq=chain.seq + cursors)
+
+    def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
+        newest_first = tuple(since.delta)[::-1]
+        delta = self._delta.with_runs(newest_first) if newest_first else self._delta
+        return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor())
+
+
+class _Pieces:
+    """Live entries, which come in key order, as the pieces of a delta."""
+
+    def __init__(self) -> None:
+        self._firsts: list[str] = []
+        self._pieces: list[Run] = []
+
+    def add(self, changes: Sequence[Change]) -> None:
+        for start in range(0, len(changes), PIECE_ENTRIES // 2):
+            part = changes[start : start + PIECE_ENTRIES // 2]
+            self._firsts.append(part[0][0] if self._pieces else "")
+            self._pieces.append(Run({change[0]: change for change in part}))
+
+    def delta(self) -> Delta:
+        return Delta(self._firsts, self._pieces) if self._pieces else EMPTY_DELTA
+
+
+class Count:
+    """Where a file's base ends, and how many batches follow: told by its records, in order.
+
+    The base is what a compaction would have written, if the file begins with that; else it is empty.
+    """
+
+    def __init__(self, known: Known | None = None) -> None:
+        self.cursor = WatchCursor.none()
+        self.records = 0
+        self.entries = 0
+        """Of the base."""
+        self.base_end = HEAD.size if known is None else known.base_end
+        self.batches = 0
+        """Cursor records behind the base."""
+        self.base_seq = 0 if known is None else known.head.base_seq
+        """The sequence of the base. Where it is not known, 1 for a base with a cursor."""
+        self._known = known is not None
+        self._in_base = True  # only puts so far, ascending
+        self._last_key: str | None = None
+
+    @property
+    def seq(self) -> int:
+        """The sequence of the last batch."""
+        return self.base_seq + self.batches
+
+    def feed(self, record: Record) -> None:
+        """Take the next record."""
+        self.records += 1
+        kind, key, _, token, end = record
+        if kind == CURSOR:
+            self.cursor = WatchCursor(token)
+            if self._in_base and not self._known and token:
+                self.base_end, self.base_seq = end, 1
+            elif end > self.base_end:
+                self.batches += 1
+            self._in_base = False
+        elif self._in_base:
+            if kind == PUT and (self._last_key is None or key > self._last_key):
+                self._last_key = key
+                self.entries += 1
+            else:
+                self._in_base = False
+
+    def end(self, offset: int) -> None:
+        """The records end there."""
+        if self._in_base and not self._known:
+            self.base_end = offset
+        if self.base_end == HEAD.size:
+            self.entries = 0
+
+
+class _Replay(Count):
+    """Records on their way into a fold."""
+
+    def __init__(self, known: Known | None) -> None:
+        super().__init__(known)
+        self._collected = Collected()
+
+    def feed(self, record: Record) -> None:
+        if self._in_base or record[0] == CURSOR:
+            super().feed(record)
+        else:
+            self.records += 1
+        kind, key, value, token, _ = record
+        if kind != CURSOR:
+            self._collected.add({key: (key, value, token)})
+
+    def delta(self) -> Delta:
+        """The live entries: what was removed needs no memory, for there is nothing below that it hides."""
+        delta, runs = self._collected.settled()
+        pieces = _Pieces()
+        for piece in (*delta, *runs):
+            pieces.add(
+                [
+                    change
+                    for change in map(piece.__getitem__, piece.order())
+                    if change[1] is not None
+                ]
+            )
+        return pieces.delta()
+
+
+class SlipstreamFormat(LogFormat):
+    """The log of the Rust crate `beyond-slipstream`, version 2."""
+
+    name = "slipstream-v2"
+    backend = "append-log"
+    backend_version = "2"
+    payload_path = "data/fold.snap"
+
+    def codec(self, head: FileHead, *, sync_each: bool) -> RecordCodec:
+        return RecordCodec()
+
+    def new_file(
+        self,
+        files: Files,
+        path: Path,
+        *,
+        seq: int,
+        log_id: bytes | None = None,
+        sync_each: bool = False,
+    ) -> RecordFile:
+        return RecordFile(files, path, new_head(log_id, seq))
+
+    def is_compact(self, head: FileHead, base_end: int, chain: Chain) -> bool:
+        return chain.offset == base_end
+
+    def may_be_unsynced(self, loaded: Loaded) -> bool:
+        return True  # nothing in the file tells
+
+    def load(
+        self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None
+    ) -> Loaded:
+        """See `LogFormat`. Records behind the last cursor record are applied, as the origin does. Cost: 2 us a record."""
+        try:
+            check_head(handle.files.read(handle.fd, HEAD.size, 0))
+        except ValueError as error:
+            raise InvalidFormatError(handle.path, 0, str(error)) from None
+        size = handle.files.fstat(handle.fd).st_size
+        if known is not None and known.base_end > size:
+            known = None  # it was cut, or is another: its writer finds the log id changed
+        replay = _Replay(known)
+        offset = reported = HEAD.size
+        bad: BadRecord | None = None
+        try:
+            with no_full_collections():
+                for record in read_records(handle, offset, size):
+                    replay.feed(record)
+                    offset = record.end
+                    if progress is not None and offset - reported >= _REPORT_BYTES:
+                        reported = offset
+                        progress(offset, size)
+        except BadRecord as error:
+            bad = error
+        replay.end(offset)
+        head = (
+            known.head
+            if known is not None and offset >= known.base_end
+            else new_head(None, replay.base_seq)
+        )
+        fold = FoldSnapshot(EMPTY_BASE, replay.delta(), (), replay.seq, replay.cursor)
+        chain = Chain(offset, 0, replay.seq, 0)
+        return Loaded(
+            head,
+            fold,
+            chain,
+            size,
+            replay.base_end,
+            replay.records,
+            "",
+            False,
+            bad,
+            self,
+            replay.entries,
+        )
+
+    def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
+        bad = loaded.bad
+        assert isinstance(bad, BadRecord)
+        return judge(bad, read_rest(handle, bad.offset, loaded.size))
+
+    def check_payload(self, loaded: Loaded) -> None:
+        """Every record was checked when it was read, and a base is in key order."""
+
+
+SLIPSTREAM = SlipstreamFormat()
+
+
+def judge(bad: BadRecord, rest: bytes) -> tuple[Verdict, str]:
+    """Whether `rest`, the bytes of a file from the bad record on, are torn or corrupt, and the reason.
+
+    Torn: a record that the end of the file cuts short, if no whole one follows and no single bit makes it whole; nothing but
+    zeros; or zeros from the start of a sector on, which the bad record runs into and which are more than a cursor record at
+    the end could have. All else is corrupt: also a last record that is complete and does not verify, which the origin drops.
+    """
+    if bad.final:
+        return Verdict.CORRUPT, bad.reason
+    written = len(rest.rstrip(b"\0"))
+    if not written:
+        return Verdict.TORN, "nothing but zeros"
+    if bad.cut_short:
+        if (at := whole_record_after(rest, 1)) is not None:
+            return (
+                Verdict.CORRUPT,
+                f"a damaged length: a whole record follows at byte {bad.offset + at} ({bad.reason})",
+            )
+        if is_one_bit_off(rest):
+            return (
+                Verdict.CORRUPT,
+                f"a damaged length: one bit makes a whole record of it ({bad.reason})",
+            )
+        return Verdict.TORN, f"the last record ends early ({bad.reason})"
+    lost = bad.offset + written + -(bad.offset + written) % SECTOR
+    if lost < bad.end and bad.offset + len(rest) - lost >= MAX_CURSOR_BYTES:
+        return Verdict.TORN, f"the last record misses a sector ({bad.reason})"
+    return Verdict.CORRUPT, bad.reason
+
+
+def read_rest(handle: ReadHandle, offset: int, size: int) -> bytes:
+    """The bytes from `offset` to `size`. LogChangedError if the file ends before."""
+    try:
+        return handle.read(size - offset, offset)
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None

@@ -1,0 +1,86 @@
+"""What a log still tells of the past: its batches since a cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
+from foldlog.protocol.frames import (
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    FileHead,
+    FrameHead,
+    parse_base_end,
+)
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import DecodedBatch, decode_batches
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.replay import read_head
+from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.scan import BadFrame, Chain, read_frames
+
+
+def batches_since(
+    fold: FoldSnapshot, cursor: WatchCursor
+) -> Iterator[tuple[int, DecodedBatch]] | None:
+    """The batches that lead from `cursor` to `fold`, with their sequences, from the file that `fold` has its base in.
+
+    They begin behind the first batch that stands at `cursor`. None if neither a batch behind the base, nor the base, stands
+    there. Cost: reads the file, up to the cursor at once, and the rest step by step.
+    """
+    handle = fold.base.handle
+    if handle is None:
+        return None
+    try:
+        head = read_head(handle)
+    except InvalidFormatError:
+        return None  # the other format has no chain to go back by
+    size = handle.files.fstat(handle.fd).st_size
+    chain = Chain.start(head)
+    try:
+        for frame, body in read_frames(handle, head, chain, size):
+            if frame.kind == KIND_BASE_END and parse_base_end(body)[0] == cursor:
+                return _batches_behind(handle, head, chain.after(frame), size, frame.seq, fold.seq)
+            if frame.kind == KIND_BATCHES:
+                batches = decoded(frame, body)
+                for seq, batch in enumerate(batches, chain.seq + 1):
+                    if batch.cursor == cursor and seq <= fold.seq:
+                        return _batches_behind(handle, head, chain, size, seq, fold.seq)
+            chain = chain.after(frame)
+            if frame.kind != KIND_LEAF and chain.seq >= fold.seq:
+                break
+    except BadFrame as bad:
+        raise CorruptLogError(handle.path, bad.offset, bad.reason) from None
+    return None
+
+
+def _batches_behind(
+    handle: ReadHandle, head: FileHead, chain: Chain, size: int, seq: int, last_seq: int
+) -> Iterator[tuple[int, DecodedBatch]]:
+    """The batches behind number `seq`, up to `last_seq`, from the frames behind `chain`."""
+    if chain.seq >= last_seq:
+        return
+    try:
+        for frame, body in read_frames(handle, head, chain, size):
+            if frame.kind == KIND_BATCHES:
+                for number, batch in enumerate(decoded(frame, body), frame.seq - frame.batches + 1):
+                    if seq < number <= last_seq:
+                        yield number, batch
+                if frame.seq >= last_seq:
+                    return
+    except BadFrame as bad:
+        raise CorruptLogError(handle.path, bad.offset, bad.reason) from None
+
+
+def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
+    """The batches of a BATCHES frame. BadFrame if they do not decode."""
+    try:
+        batches = decode_batches(body)
+    except ValueError as error:
+        raise BadFrame(frame.offset, str(error), final=True) from None
+    if len(batches) != frame.batches:
+        raise BadFrame(
+            frame.offset, f"{len(batches)} batches, but the head says {frame.batches}", final=True
+        )
+    return batches

@@ -1,0 +1,190 @@
+"""The one seam to the file system. Every file operation of foldlog crosses it, so that a fault can be put anywhere.
+
+`Files` is the real thing and the interface at once: `foldlog.testing` derives the doubles that fail, count and crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
+
+
+class Files:
+    """The operating system's files. OSError passes through, unless a method says otherwise."""
+
+    def open_read(self, path: Path) -> int:
+        """A descriptor to read the regular file at `path`; OSError for a folder, pipe or device, without hanging on it."""
+        return self._regular(path, os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS))
+
+    def open_write(self, path: Path) -> int:
+        """A descriptor to read and write the regular file at `path`."""
+        return self._regular(path, os.open(path, os.O_RDWR | os.O_NONBLOCK | _FLAGS))
+
+    def create(self, path: Path, *, exclusive: bool = False) -> int:
+        """A descriptor to read and write a file that is empty now. With `exclusive`, it must not have existed."""
+        flags = (
+            os.O_RDWR
+            | os.O_CREAT
+            | (os.O_EXCL if exclusive else os.O_TRUNC)
+            | getattr(os, "O_NOFOLLOW", 0)
+            | _FLAGS
+        )
+        return self._regular(path, os.open(path, flags, 0o666))
+
+    def _regular(self, path: Path, fd: int) -> int:
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def open_dir(self, name: str | Path, dir_fd: int | None = None) -> int:
+        """A descriptor of a folder, under `dir_fd` if given. OSError for a link."""
+        return os.open(
+            name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd
+        )
+
+    def open_at(self, name: str, dir_fd: int) -> int:
+        """A descriptor to read `name` in the folder `dir_fd`, without following a link or hanging on a pipe."""
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | _FLAGS, dir_fd=dir_fd)
+
+    def list_dir(self, fd: int) -> list[str]:
+        """The names in an open folder."""
+        return os.listdir(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def read(self, fd: int, size: int, offset: int) -> bytes:
+        """Up to `size` bytes from `offset`: fewer only at the end of the file or by chance."""
+        return os.pread(fd, size, offset)
+
+    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        """Write at `offset`; returns how many bytes were taken, which may be fewer."""
+        return os.pwrite(fd, data, offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def replace(self, source: Path, dest: Path) -> None:
+        """Rename a file over another, atomically."""
+        os.replace(source, dest)
+
+    def rename_new(self, source: Path, dest: Path) -> None:
+        """Rename a folder to a name that is free. FileExistsError if it is not."""
+        if os.path.lexists(dest):
+            raise FileExistsError(errno.EEXIST, "exists", str(dest))
+        os.rename(source, dest)  # a folder made there meanwhile is only replaced while it is empty
+
+    def link_new(self, source: Path, dest: Path) -> None:
+        """Give a file a second name that is free, atomically. FileExistsError if it is not."""
+        os.link(source, dest)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def make_dir(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def sync_dir(self, path: Path) -> None:
+        """Make the names in a folder durable. A file system that cannot sync folders (EINVAL) is taken as it is."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self.sync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)
+
+    def stat(self, path: str | Path) -> os.stat_result:
+        return os.stat(path)
+
+    def fstat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def lock(self, fd: int) -> bool:
+        """Take the exclusive lock of an open file, without waiting. False if another descriptor has it."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            return False
+        return True
+
+    def exists(self, path: Path) -> bool:
+        """Whether anything, a dangling link included, has this name."""
+        return os.path.lexists(path)
+
+
+OS_FILES = Files()
+
+
+def write_all(files: Files, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`, through short writes."""
+    done = files.write(fd, data, offset)  # type: ignore[arg-type]
+    if done == len(data):
+        return
+    view = memoryview(data)
+    while done < len(view):
+        count = files.write(fd, view[done:], offset + done)
+        if count <= 0:
+            raise OSError(errno.EIO, "write took no bytes")
+        done += count
+
+
+def read_all(files: Files, fd: int, size: int, offset: int) -> bytes:
+    """Exactly `size` bytes from `offset`. EOFError if the file ends before."""
+    data = files.read(fd, size, offset)
+    if len(data) == size:
+        return data
+    parts = [data]
+    have = len(data)
+    while have < size:
+        data = files.read(fd, size - have, offset + have)
+        if not data:
+            raise EOFError(f"the file ends {size - have} bytes before it should")
+        parts.append(data)
+        have += len(data)
+    return b"".join(parts)
+
+
+def remove_quietly(files: Files, path: Path) -> None:
+    """Remove a file that may be gone already, where failing to is harmless."""
+    with contextlib.suppress(OSError):
+        files.unlink(path)
+
+
+class ReadHandle:
+    """A file open for reading, shared by all who read from it, closed when the last of them is gone."""
+
+    __slots__ = ("__weakref__", "fd", "files", "path")
+
+    def __init__(self, files: Files, path: Path) -> None:
+        self.fd = -1  # so that __del__ has one, should opening fail
+        self.files, self.path = files, path
+        self.fd = files.open_read(path)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Exactly `size` bytes from `offset`. EOFError if the file ends before."""
+        return read_all(self.files, self.fd, size, offset)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                self.files.close(self.fd)

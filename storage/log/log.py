@@ -1,0 +1,364 @@
+"""The writer's side of a log: append, sync, close; and what happens when one of them fails.
+
+One `write` a commit group, with no buffer in between. A write that fails or falls short is cut back to the last good byte, and
+the cut is synced, before the error is returned. If that cannot be done, or if an fsync fails, the log is poisoned: the
+kernel may have dropped the pages and call them clean, so that trying again, or replaying the file from the page cache, would
+believe a lie. Nothing is acknowledged through the file again. The fold in memory is whole, and writing it to a new file
+(`rewrite.py`) clears the poison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgpack
+
+from foldlog.protocol.errors import (
+    FoldlogError,
+    ForkedStore,
+    LogChangedError,
+    LogPoisonedError,
+    StoreClosed,
+)
+from foldlog.protocol.frames import (
+    FLAG_SYNC_EACH,
+    KIND_BATCHES,
+    KIND_OPEN,
+    KIND_SEAL,
+    MAX_GROUP,
+    FileHead,
+    build_frame,
+)
+from foldlog.protocol.tokens import U64_MAX
+from foldlog.protocol.updates import batches_body
+from foldlog.storage.formats.registry import Known, LogFile
+from foldlog.storage.log.files import Files, remove_quietly, write_all
+from foldlog.storage.log.lock import Watermark, WriterLock, beside
+from foldlog.storage.log.scan import Chain
+
+WRITER = "foldlog 1"
+
+
+class Log:
+    """A log that this process writes, under its lock."""
+
+    def __init__(
+        self, files: Files, path: Path, lock: WriterLock, file: LogFile, *, sync_each: bool = False
+    ) -> None:
+        self.files, self.path, self.sync_each = files, path, sync_each
+        self.file = file
+        self.chain = (
+            file.chain
+        )  # replaced whole by each append, behind the write: chain.offset is the size of the file
+        self.poison: str | None = None
+        self.synced_seq = file.chain.synced_seq
+        """The last batch that is known to survive a power loss."""
+        self._synced_offset = -1  # where the file ended at the last sync
+        self._lock = lock
+        self._path = os.fspath(path)
+        self._inode = self.identity(file.fd)
+        self._codec = file.format.codec(file.head, sync_each=sync_each)
+        self._session = file.session
+        self._successor: tuple[tuple[int, int], LogFile] | None = None
+        # Held while the file is synced from any thread, so that it is not exchanged or closed under the fsync.
+        self._sync_lock = threading.Lock()
+        self.closed = False
+        self._forked = False
+        _open_logs.add(self)
+
+    def identity(self, fd: int) -> tuple[int, int]:
+        """What tells a file from another under the same name."""
+        stat = self.files.fstat(fd)
+        return stat.st_dev, stat.st_ino
+
+    @property
+    def appended_bytes(self) -> int:
+        """Bytes behind the base."""
+        return self.chain.offset - self.file.base_end
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether nothing of meaning stands behind the base, and the file may be relied on."""
+        file = self.file
+        return self.poison is None and file.format.is_compact(file.head, file.base_end, self.chain)
+
+    def here(self) -> tuple[LogFile, int]:
+        """The file and where it ends, of one moment. Any thread may ask."""
+        with self._sync_lock:
+            return self.file, self.chain.offset
+
+    def check_usable(self) -> None:
+        """Raise unless the log can be written: StoreClosed, ForkedStore or LogPoisonedError."""
+        if self._forked:
+            raise ForkedStore(
+                f"{self.path} was opened before this process was forked from its writer"
+            )
+        if self.closed:
+            raise StoreClosed(f"{self.path} is closed")
+        if self.poison is not None:
+            raise LogPoisonedError(self.path, self.poison)
+
+    def check_unchanged(self) -> None:
+        """LogChangedError if the path leads to another file by now, or the file has another size. One `stat`, 1.5 us."""
+        try:
+            stat = self.files.stat(self._path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise LogChangedError(self.path, "was deleted while it was open") from None
+        if (stat.st_dev, stat.st_ino) != self._inode:
+            raise LogChangedError(self.path, "was replaced by another file while it was open")
+        if stat.st_size != self.chain.offset:
+            raise LogChangedError(
+                self.path,
+                f"has {stat.st_size} bytes, expected {self.chain.offset}: someone else wrote to it",
+            )
+
+    def append(self, items: Sequence[bytes]) -> None:
+        """Write encoded batches as one commit group, in one write.
+
+        On return they survive a killed process. On an error, nothing of them is in the log (or it is poisoned).
+        """
+        if self._forked or self.closed or self.poison is not None:
+            self.check_usable()
+        if len(items) > MAX_GROUP:
+            raise ValueError(f"a commit group takes at most {MAX_GROUP} batches, got {len(items)}")
+        if self.chain.seq + len(items) > U64_MAX:
+            raise FoldlogError(f"{self.path}: the sequence is at its end")
+        self.check_unchanged()
+        if not self._session:
+            self._begin_session()
+        self._write(*self._codec.group(items, self.chain, self.synced_seq))
+
+    def _begin_session(self) -> None:
+        """Say who writes from here on. Opening alone writes nothing: a log that is only read stays as it is."""
+        opening = self._codec.opening(self.chain, self.synced_seq)
+        if opening is not None:
+            self._write(*opening)
+        self._session = True
+        if opening is not None and self.sync_each:
+            self.sync()
+
+    def _write(self, data: bytes, behind: Chain) -> None:
+        chain = self.chain
+        try:
+            write_all(self.files, self.file.fd, data, chain.offset)
+            self.chain = behind
+        except BaseException as error:
+            if self.chain is chain:
+                self._undo(error)
+            raise
+
+    def _undo(self, error: BaseException) -> None:
+        """Cut a failed write off, for good: later frames must not mix with what it left."""
+        try:
+            self.files.truncate(self.file.fd, self.chain.offset)
+            self.files.sync(self.file.fd)
+        except OSError as second:
+            self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
+
+    def sync(self) -> None:
+        """Make all that was appended survive a power loss. Any thread may call it beside the writer.
+
+        LogPoisonedError if it fails: that is final for this file.
+        """
+        with self._sync_lock:
+            if self.closed:
+                return
+            self.check_usable()
+            chain = self.chain
+            try:
+                self.files.sync(self.file.fd)
+            except OSError as error:
+                self.poison_with(f"fsync failed: {error}")
+                raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
+            self._note_synced(chain)
+
+    def _note_synced(self, chain: Chain) -> None:
+        self._synced_offset = chain.offset
+        self.synced_seq = max(self.synced_seq, chain.seq)
+        with contextlib.suppress(OSError):
+            self._lock.write(Watermark(self.file.head.log_id, chain.seq, chain.offset))
+
+    def poison_with(self, reason: str) -> None:
+        """Acknowledge nothing through this file any more. A rewrite of the fold into a new file clears it."""
+        self.poison = reason
+        with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
+            self.files.close(self.files.create(beside(self.path, "poison")))
+
+    def announce(self, file: LogFile | None) -> None:
+        """`file`, complete and synced, is about to take the log's place; None: it did not.
+
+        Should the writer die in between, the file is known, and its descriptor, which has its lock, is closed with the log.
+        """
+        self._successor = None if file is None else (self.identity(file.fd), file)
+
+    def known(self, identity: tuple[int, int]) -> Known | None:
+        """What this log knows of the file with this (device, inode), if it is its own. Also when it was abandoned."""
+        if identity == self._inode:
+            return Known(self.file.head, self.file.base_end)
+        if self._successor is not None and identity == self._successor[0]:
+            return Known(self._successor[1].head, self._successor[1].base_end)
+        return None
+
+    def adopt(self, file: LogFile, inode: tuple[int, int]) -> None:
+        """Go on in a rewritten file, which is complete, synced, and stands at `path` by now. Clears the poison.
+
+        Makes the rename durable; if that fails, the log is poisoned again.
+        """
+        with self._sync_lock:
+            old = self.file
+            self.file, self.chain = file, file.chain
+            self._inode = inode
+            self._codec = file.format.codec(file.head, sync_each=self.sync_each)
+            self._session = file.session
+            self._successor = None
+            self.synced_seq = file.chain.seq
+            if self.poison is not None:
+                self.poison = None
+                remove_quietly(self.files, beside(self.path, "poison"))
+            self._synced_offset = -1
+            try:
+                self.files.sync_dir(self.path.parent)
+            except OSError as error:
+                # The old name may come back after a power loss, and take what is acknowledged from now on with it.
+                self.poison_with(f"syncing the folder failed after a rewrite: {error}")
+            else:
+                self._note_synced(file.chain)
+            with contextlib.suppress(OSError):  # of a file that has no name any more
+                self.files.close(old.fd)
+
+    def close(self) -> None:
+        """Sync and seal what was appended, and release the lock. Closing twice is fine."""
+        if self.closed:
+            return
+        try:
+            if self._session and self.poison is None and not self._forked:
+                self._seal()
+        finally:
+            with self._sync_lock:
+                self.closed = True
+                self.release()
+
+    def _seal(self) -> None:
+        if self._synced_offset != self.chain.offset:
+            self.sync()
+        try:
+            self.check_unchanged()
+        except LogChangedError:
+            return  # there is nothing left to seal; whoever writes next would have been told
+        seal = self._codec.seal(self.chain, self.synced_seq)
+        if seal is not None:
+            self._write(*seal)
+            self.sync()
+
+    def release(self) -> None:
+        """Close the descriptors, without a word to the file: after a fork, or behind a crashed writer."""
+        try:
+            self._close_file()
+        finally:
+            self._lock.release()
+
+    def _close_file(self) -> None:
+        fds = {self.file.fd}
+        self.file = self.file._replace(fd=-1)
+        if self._successor is not None:
+            inode, successor = self._successor
+            fds.add(successor.fd)
+            self._successor = inode, successor._replace(fd=-1)
+        for fd in fds - {-1}:
+            self.files.close(fd)
+
+    def abandon(self, *, keep_lock: bool = False) -> None:
+        """Let go of the log as a killed process would: no sync, no seal. The lock may be kept, to open the log again."""
+        with self._sync_lock:
+            if not self.closed:
+                self.closed = True
+                try:
+                    self._close_file()
+                finally:
+                    if not keep_lock:
+                        self._lock.release()
+
+
+_open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for log in list(_open_logs):
+        if not log.closed:
+            log._sync_lock = threading.Lock()
+            log._forked = True
+            with contextlib.suppress(OSError):
+                log._close_file()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class FrameCodec:
+    """Appends as frames. See `format.Codec`."""
+
+    def __init__(self, head: FileHead, *, sync_each: bool) -> None:
+        self._seed = head.seed
+        self._flags = FLAG_SYNC_EACH if sync_each else 0
+
+    def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        offset, link, seq, _ = chain
+        if synced_seq > seq:
+            synced_seq = seq
+        batches = len(items)
+        seq += batches
+        frame, link = build_frame(
+            self._seed,
+            KIND_BATCHES,
+            batches_body(items),
+            seq=seq,
+            synced_seq=synced_seq,
+            offset=offset,
+            link=link,
+            flags=self._flags,
+            batches=batches,
+        )
+        return frame, Chain(offset + len(frame), link, seq, synced_seq)
+
+    def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_OPEN, open_body(), chain, synced_seq)
+
+    def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_SEAL, b"", chain, synced_seq)
+
+    def _frame(self, kind: int, body: bytes, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        offset, link, seq, _ = chain
+        synced_seq = min(synced_seq, seq)
+        frame, link = build_frame(
+            self._seed,
+            kind,
+            body,
+            seq=seq,
+            synced_seq=synced_seq,
+            offset=offset,
+            link=link,
+            flags=self._flags,
+        )
+        return frame, Chain(offset + len(frame), link, seq, synced_seq)
+
+
+def open_body() -> bytes:
+    """The body of an OPEN frame. The nonce makes the chain of each session its own, also in copies of one log."""
+    packed: bytes = msgpack.packb(
+        {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
+    )
+    return packed
+
+
+def boot_id() -> str:
+    """What names this run of the machine; "" where the system does not tell, which reads as "restarted since"."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,160 @@
+"""Opening a log for writing: the lock, the replay, the repair.
+
+Opening never destroys. Damage is refused, with path, offset and reason, and the file stays as it was. A torn tail, which a
+stopped writer leaves, is set aside beside the log before it is cut. Only the holder of the writer's lock repairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from foldlog.protocol.errors import InvalidFormatError, LogRegressedError, StoreLocked
+from foldlog.protocol.store import FormatName
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.registry import Loaded, LogFile, check_format
+from foldlog.storage.formats.replay import (
+    FORMATS,
+    OnDamage,
+    OpenReport,
+    damage_error,
+    diagnose,
+    format_of,
+    load,
+)
+from foldlog.storage.formats.rewrite import Progress, write_new
+from foldlog.storage.log.files import Files, ReadHandle, read_all, remove_quietly, write_all
+from foldlog.storage.log.lock import WriterLock, beside, sweep_temporaries
+from foldlog.storage.log.log import Log
+from foldlog.storage.log.recovery import Verdict
+
+
+def open_log(
+    path: Path,
+    files: Files,
+    *,
+    format: FormatName | None = None,
+    on_damage: OnDamage = "refuse",
+    sync_each: bool = False,
+    progress: Progress | None = None,
+    lock: WriterLock | None = None,
+    crashed: Log | None = None,
+) -> tuple[Log, FoldSnapshot, OpenReport]:
+    """Open or create the log at `path` (absolute, links resolved) for writing.
+
+    `format`: of a new log; one that exists must be of it. `lock`: held already, and kept on an error. `crashed`: the same
+    log as it was abandoned before, in this process; what a file does not tell of itself is taken from there.
+
+    StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, with the file as it was.
+    """
+    check_format(format)
+    if on_damage not in ("refuse", "cut"):
+        raise ValueError(f'on_damage is "refuse" or "cut", not {on_damage!r}')
+    if files.exists(path):
+        files.close(
+            files.open_read(path)
+        )  # OSError for a device or a folder, before a lock file is made beside it
+    given_lock, lock = lock, lock or WriterLock(files, path)
+    fd = -1
+    try:
+        sweep_temporaries(files, path)
+        created = not files.exists(path)
+        if created:
+            write_new(files, path, FoldSnapshot.empty(), FORMATS[format or "foldlog"])
+        handle = ReadHandle(files, path)
+        found = format_of(handle)
+        fd = files.open_write(path)
+        if not files.lock(fd):
+            raise StoreLocked(path, None)  # under another name: a hard link
+        stat = files.fstat(fd)
+        loaded = load(
+            handle, progress, None if crashed is None else crashed.known((stat.st_dev, stat.st_ino))
+        )
+        if (
+            format is not None and found.name != format
+        ):  # behind loading, which refuses what is no log at all
+            raise InvalidFormatError(
+                path, 0, f"is a {found.name} log, but format={format!r} was asked for"
+            )
+        cut_reason = ""
+        if loaded.bad is not None:
+            verdict, cut_reason = diagnose(handle, loaded)
+            if verdict is Verdict.CORRUPT and (
+                on_damage == "refuse" or not loaded.base_end or loaded.bad.unsupported
+            ):
+                raise damage_error(path, loaded, cut_reason)
+        mark = lock.watermark
+        if (
+            on_damage == "refuse"
+            and mark is not None
+            and mark.log_id == loaded.head.log_id
+            and mark.seq > loaded.chain.seq
+        ):
+            raise LogRegressedError(
+                path, f"ends with batch {loaded.chain.seq}, but batch {mark.seq} was synced to it"
+            )
+        kept_at, cut_bytes = None, 0
+        if loaded.bad is not None:
+            kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)
+        file = LogFile(found, loaded.head, fd, handle, loaded.chain, loaded.base_end, False)
+        log = Log(files, path, lock, file, sync_each=sync_each)
+    except BaseException:
+        try:
+            if fd >= 0:
+                files.close(fd)
+        finally:
+            if given_lock is None:
+                lock.release()
+        raise
+    try:
+        if files.exists(beside(path, "poison")):
+            log.poison = "an fsync failed in an earlier process"
+        elif not loaded.sealed and found.may_be_unsynced(loaded):
+            log.sync()  # what a killed writer left may stand in the page cache only
+    except BaseException:
+        log.abandon(keep_lock=given_lock is not None)
+        raise
+    report = OpenReport(
+        path,
+        created,
+        loaded.chain.offset,
+        loaded.frames,
+        loaded.base_entries,
+        loaded.chain.seq - loaded.head.base_seq,
+        loaded.chain.seq,
+        loaded.fold.cursor(),
+        loaded.sealed,
+        cut_bytes,
+        cut_reason,
+        kept_at,
+    )
+    return log, loaded.fold, report
+
+
+def _set_aside(
+    files: Files, path: Path, fd: int, handle: ReadHandle, loaded: Loaded
+) -> tuple[Path, int]:
+    """Keep what follows the last good frame in a file of its own, durably, and only then cut it off."""
+    start = loaded.chain.offset
+    size = files.fstat(fd).st_size
+    number = 1
+    while True:
+        kept_at = beside(path, f"torn-{loaded.chain.seq}-{number}")
+        with contextlib.suppress(FileExistsError):
+            copy = files.create(kept_at, exclusive=True)
+            break
+        number += 1
+    try:
+        step = 1024 * 1024
+        for at in range(start, size, step):
+            write_all(files, copy, read_all(files, handle.fd, min(step, size - at), at), at - start)
+        files.sync(copy)
+    except BaseException:
+        files.close(copy)
+        remove_quietly(files, kept_at)
+        raise
+    files.close(copy)
+    files.sync_dir(path.parent)
+    files.truncate(fd, start)
+    files.sync(fd)  # or a later append could mix with what was cut, sector by sector
+    return kept_at, size - start

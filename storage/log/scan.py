@@ -1,0 +1,140 @@
+"""Frames read in order, each checked: checksums, and the chain to the frame before. Nothing is decided here about damage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+from foldlog.protocol.errors import LogChangedError
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FRAME_HEAD,
+    KIND_BATCHES,
+    KINDS,
+    KNOWN_FLAGS,
+    TRAILER,
+    FileHead,
+    FrameHead,
+    parse_frame_head,
+)
+from foldlog.protocol.updates import MAX_BODY_BYTES
+from foldlog.storage.log.files import ReadHandle
+
+WINDOW_BYTES = 4 * 1024 * 1024
+
+
+class Chain(NamedTuple):
+    """Where a log stands: what the next frame must follow."""
+
+    offset: int
+    link: int
+    """The head checksum of the frame before."""
+    seq: int
+    synced_seq: int
+
+    @classmethod
+    def start(cls, head: FileHead) -> Chain:
+        """Before the first frame of a file."""
+        return cls(FILE_HEAD.size, head.link, head.base_seq, head.base_seq)
+
+    def fault(self, frame: FrameHead) -> str | None:
+        """Why `frame`, whose checksum is right, cannot be the next one; None if it can."""
+        if frame.offset != self.offset:
+            return f"the frame was written for byte {frame.offset}: frames were moved, inserted or removed"
+        if frame.link != self.link:
+            return "the frame does not follow the one before it: frames were exchanged or removed"
+        if frame.seq != self.seq + frame.batches or bool(frame.batches) != (
+            frame.kind == KIND_BATCHES
+        ):
+            return f"the frame ends with batch {frame.seq}, expected {self.seq + frame.batches}"
+        if frame.synced_seq > self.seq or frame.synced_seq < self.synced_seq:
+            return f"the frame knows batch {frame.synced_seq} as synced, which cannot be"
+        return None
+
+    def after(self, frame: FrameHead) -> Chain:
+        """Where the log stands behind `frame`."""
+        return Chain(self.offset + frame.size, frame.crc, frame.seq, frame.synced_seq)
+
+
+class BadFrame(Exception):
+    """The bytes at `offset` are not the next frame. `final` says that no torn write explains them."""
+
+    def __init__(self, offset: int, reason: str, *, final: bool, unsupported: bool = False) -> None:
+        super().__init__(offset, reason)
+        self.offset, self.reason, self.final, self.unsupported = offset, reason, final, unsupported
+
+
+def read_frames(
+    handle: ReadHandle, head: FileHead, chain: Chain, size: int, *, window_bytes: int = WINDOW_BYTES
+) -> Iterator[tuple[FrameHead, memoryview]]:
+    """The frames from `chain` to `size`, with their bodies. A body is valid until the next frame is asked for.
+
+    Raises BadFrame at the first bytes that are not the next frame, LogChangedError if the file
+    ends before `size`, and OSError as it comes. Memory: one window, or the largest frame. Cost: 1-2 us a frame, and the
+    speed of memory.
+    """
+    seed = head.seed
+    window = memoryview(bytearray(min(window_bytes, max(size - chain.offset, 0))))
+    base = chain.offset  # the offset of window[0]
+    filled = 0
+    while chain.offset < size:
+        at = chain.offset - base
+        rest = size - chain.offset
+        if filled - at < FRAME_HEAD.size and filled - at < rest:
+            base, filled, at = (
+                chain.offset,
+                _fill(handle, window, chain.offset, min(len(window), rest)),
+                0,
+            )
+        frame = parse_frame_head(window[:filled], at, seed)
+        if frame is None:
+            raise BadFrame(chain.offset, "no frame head that verifies", final=False)
+        fault = chain.fault(frame)
+        if fault is not None:
+            raise BadFrame(chain.offset, fault, final=True)
+        if frame.kind not in KINDS or frame.flags & ~KNOWN_FLAGS:
+            raise BadFrame(
+                chain.offset,
+                f"a frame of kind {frame.kind}, flags {frame.flags:#x}, from a newer foldlog",
+                final=True,
+                unsupported=True,
+            )
+        if frame.body_len > MAX_BODY_BYTES:
+            raise BadFrame(
+                chain.offset, f"a body of {frame.body_len} bytes is over the limit", final=True
+            )
+        if frame.size > rest:
+            raise BadFrame(
+                chain.offset,
+                f"the frame needs {frame.size} bytes, the file ends after {rest}",
+                final=False,
+            )
+        if filled - at < frame.size:
+            if len(window) < frame.size:
+                window = memoryview(bytearray(frame.size))
+            base, filled, at = (
+                chain.offset,
+                _fill(handle, window, chain.offset, min(len(window), rest)),
+                0,
+            )
+        body = window[at + FRAME_HEAD.size : at + FRAME_HEAD.size + frame.body_len]
+        if crc32c(body) != frame.body_crc:
+            raise BadFrame(chain.offset, "the frame's body does not verify", final=False)
+        if window[at + frame.size - len(TRAILER) : at + frame.size] != TRAILER:
+            raise BadFrame(chain.offset, "the frame's trailer is wrong", final=False)
+        yield frame, body
+        chain = chain.after(frame)
+
+
+def _fill(handle: ReadHandle, window: memoryview, offset: int, size: int) -> int:
+    filled = 0
+    while filled < size:
+        count = handle.files.read_into(handle.fd, window[filled:size], offset + filled)
+        if count <= 0:
+            raise LogChangedError(
+                handle.path, f"ends at byte {offset + filled}, but was longer when it was opened"
+            )
+        filled += count
+    return filled

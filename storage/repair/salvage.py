@@ -1,0 +1,374 @@
+"""What can still be read of a damaged log, as a new log; and a list of what was lost. The damaged file is only read.
+
+Frames are found wherever they stand, also behind damage; batches count in the order of their sequences. Of a leaf whose body does
+not verify, the entries are kept that verify one by one. A file head that does not verify is worked out from the frames.
+
+What comes out is a state that the store may never have been in: where a batch was lost, later ones were folded without it.
+So its cursor stands before the first loss (`cursor="safe"`): an upstream that replays from there makes the state right, for
+the last write of each key wins, however often it is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from crc32c import crc32c
+
+from foldlog.protocol.errors import LogChangedError
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FRAME_HEAD,
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    FrameHead,
+)
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.protocol.updates import Change, DecodedBatch, decode_batches
+from foldlog.storage.fold import leaf
+from foldlog.storage.fold.base import Base
+from foldlog.storage.fold.delta import EMPTY_DELTA, Run
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.replay import resolve
+from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head, write_base
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.log.lock import temporary
+from foldlog.storage.repair.verify import base_end_of, head_and_seed
+from foldlog.storage.repair.walk import Piece, Walker
+
+NO_CURSOR = WatchCursor.none()
+
+
+class Loss(NamedTuple):
+    """A stretch of a log that could not be kept, and what is known to have been in it."""
+
+    offset: int
+    size: int
+    """Bytes; 0 where frames are missing altogether."""
+    reason: str
+    first_seq: int | None = None
+    """The batches lost, first and last; None: none of them, or (the last) not known."""
+    last_seq: int | None = None
+    after_cursor: WatchCursor | None = None
+    """Of the last batch that was kept before it."""
+    before_cursor: WatchCursor | None = None
+    """Of the first batch that was kept behind it; None if there is none."""
+    entries: int | None = None
+    """Entries of the base lost; None: none, or not known."""
+    keys: tuple[str, ...] = ()
+    """Their keys, where these are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class SalvageReport:
+    """What a salvage kept and lost."""
+
+    path: Path
+    output: Path
+    seq: int
+    """The last batch kept: the sequence of the new log."""
+    cursor: WatchCursor
+    """The cursor of the new log."""
+    last_cursor: WatchCursor
+    """The cursor of the last batch kept."""
+    entries: int
+    """Live in the new log."""
+    leaves: int
+    batches: int
+    """Kept, and so with the leaves."""
+    losses: tuple[Loss, ...]
+    """By offset."""
+
+
+class _Found(NamedTuple):
+    """A sound frame of batches."""
+
+    first_seq: int
+    last_seq: int
+    offset: int
+    size: int
+
+
+def salvage_log(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    cursor: Literal["safe", "last"] = "safe",
+    files: Files = OS_FILES,
+    progress: Progress | None = None,
+) -> SalvageReport:
+    """Write what can be read of the log `source` as a new, compacted log at `output`, which must not exist.
+
+    `cursor="last"` gives it the cursor of the last batch kept, for an upstream that cannot replay: what was lost stays lost.
+    Raises FileExistsError, InvalidFormatError if nothing in the file is recognized, or OSError; then nothing is at `output`.
+    Cost: as `verify_log` and a compaction. Memory: the changes since the last compaction, and the largest frame.
+    """
+    if cursor not in ("safe", "last"):
+        raise ValueError(f'cursor is "safe" or "last", not {cursor!r}')
+    handle = ReadHandle(files, resolve(source))
+    given = Path(os.path.abspath(output))
+    if files.exists(given):
+        raise FileExistsError(errno.EEXIST, "a salvage never overwrites", str(given))
+    dest = resolve(given)
+    try:
+        salvage = _Salvage(handle)
+        salvage.find(progress)
+        fold = salvage.fold()
+        safe = salvage.safe_cursor if cursor == "safe" else fold.cursor()
+        fold = FoldSnapshot(fold.base, fold.delta, fold.runs, fold.seq, safe)
+        out = FrameWriter(files, temporary(dest), new_head(base_seq=fold.seq))
+        try:
+            write_base(out, fold, progress)
+            out.sync()
+            files.link_new(out.path, dest)
+            files.sync_dir(dest.parent)
+        finally:
+            out.discard()
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None
+    return SalvageReport(
+        handle.path,
+        dest,
+        fold.seq,
+        safe,
+        salvage.last_cursor,
+        len(fold),
+        len(salvage.base) + salvage.rescued_leaves,
+        salvage.batches,
+        tuple(sorted(salvage.losses, key=lambda loss: loss.offset)),
+    )
+
+
+class _Salvage:
+    """One salvage: `find` what is there, then make a `fold` of it."""
+
+    def __init__(self, handle: ReadHandle) -> None:
+        self._handle = handle
+        self.base = Base(handle)
+        self.losses: list[Loss] = []
+        self.rescued_leaves = 0
+        self.batches = 0
+        self.safe_cursor = self.last_cursor = NO_CURSOR
+        self._rescued = Run()  # entries of leaves that cannot be taken whole
+        self._last_key: str | None = None
+        self._found: list[_Found] = []
+        self._bad: list[Piece] = []
+        self._base_seq: int | None = None
+        self._base_end: tuple[WatchCursor, int, int, bytes] | None = None
+        self._base_end_offset: int | None = None
+
+    def find(self, progress: Progress | None) -> None:
+        """Walk the file, note what is sound, and what is not."""
+        size = self._handle.files.fstat(self._handle.fd).st_size
+        head, seed, reason = head_and_seed(self._handle, size)
+        assert seed is not None
+        if head is not None:
+            self._base_seq = head.base_seq
+        if reason:
+            self.losses.append(
+                Loss(0, FILE_HEAD.size, f"{reason}; worked out again, nothing is lost by it")
+            )
+        for piece in Walker(self._handle, seed, size).pieces(progress=progress):
+            frame = piece.head
+            if frame is not None and self._base_seq is None:
+                self._base_seq = frame.seq - frame.batches
+            if frame is None or piece.reason:
+                self._take_bad(piece)
+            elif frame.kind == KIND_LEAF:
+                self._take_leaf(piece, frame)
+            elif frame.kind == KIND_BASE_END:
+                try:
+                    self._base_end, self._base_end_offset = base_end_of(piece.body), piece.offset
+                except ValueError as error:
+                    self._bad.append(piece._replace(reason=str(error)))
+            elif frame.kind == KIND_BATCHES:
+                self._found.append(
+                    _Found(frame.seq - frame.batches + 1, frame.seq, piece.offset, frame.body_len)
+                )
+
+    def _take_leaf(self, piece: Piece, frame: FrameHead) -> None:
+        try:
+            keys = leaf.check_order(piece.body)
+        except ValueError as error:
+            self._take_bad(piece._replace(reason=str(error)))
+            return
+        if self._last_key is None or keys[0] > self._last_key:
+            self.base.add_leaf(piece.offset + FRAME_HEAD.size, piece.body, frame.body_crc)
+            self._last_key = keys[-1]
+        else:  # moved or repeated
+            self._rescued.update(leaf.changes_of(leaf.decode_leaf(piece.body)))
+            self.rescued_leaves += 1
+
+    def _take_bad(self, piece: Piece) -> None:
+        """Keep what verifies of a leaf that does not; the rest is told as lost when all is known."""
+        if piece.head is None or piece.head.kind != KIND_LEAF:
+            self._bad.append(piece._replace(body=b""))
+            return
+        kept, lost = _entries_that_verify(piece.body)
+        self._rescued.update(kept)
+        self.rescued_leaves += bool(kept)
+        count = len(lost) if kept or lost else _count_of(piece.body)
+        self.losses.append(
+            Loss(piece.offset, piece.size, piece.reason, entries=count, keys=tuple(lost))
+        )
+
+    def fold(self) -> FoldSnapshot:
+        """The state of what was found; `losses`, `safe_cursor` and `last_cursor` are complete then."""
+        base_seq = self._base_seq or 0
+        base_cursor = self._base_end[0] if self._base_end is not None else NO_CURSOR
+        runs = (self._rescued,) if self._rescued else ()
+        fold = FoldSnapshot(self.base, EMPTY_DELTA, runs, base_seq, base_cursor)
+        whole = self._tell_lost_base()
+        self.last_cursor = base_cursor
+        self.safe_cursor = base_cursor if whole else NO_CURSOR
+        steps: list[tuple[_Found, WatchCursor]] = []  # what was kept, with the cursor behind it
+        for found in sorted(self._found):
+            if found.first_seq <= fold.seq:
+                if found.last_seq > base_seq and not any(
+                    found[:2] == step[0][:2] for step in steps
+                ):
+                    self.losses.append(
+                        Loss(found.offset, found.size, f"repeats batches up to {fold.seq}")
+                    )
+                continue
+            try:
+                batches = self._batches_at(found)
+            except ValueError as error:
+                self._bad.append(Piece(found.offset, found.size, None, b"", str(error)))
+                continue
+            whole = whole and found.first_seq == fold.seq + 1
+            for number, batch in enumerate(batches, found.first_seq):
+                fold = fold.with_batch(batch.changes(), number, batch.cursor)
+            self.batches += len(batches)
+            self.last_cursor = batches[-1].cursor
+            if whole:
+                self.safe_cursor = self.last_cursor
+            steps.append((found, self.last_cursor))
+        self._tell_lost_batches(base_seq, base_cursor, steps)
+        return fold
+
+    def _batches_at(self, found: _Found) -> list[DecodedBatch]:
+        batches = decode_batches(self._handle.read(found.size, found.offset + FRAME_HEAD.size))
+        if len(batches) != found.last_seq - found.first_seq + 1:
+            raise ValueError(
+                f"{len(batches)} batches, but the head says {found.last_seq - found.first_seq + 1}"
+            )
+        return batches
+
+    def _tell_lost_base(self) -> bool:
+        """Tell what the base lost. Returns whether it is whole, and its cursor known."""
+        stop = self._base_end_offset
+        if stop is None:
+            stop = min(
+                (found.offset for found in self._found),
+                default=self._bad[-1].end if self._bad else 0,
+            )
+        mine = [piece for piece in self._bad if piece.offset < stop]
+        self._bad = [piece for piece in self._bad if piece.offset >= stop]
+        kept = self.base.entries + len(self._rescued)
+        missing = None if self._base_end is None else max(self._base_end[2] - kept, 0)
+        told = sum(loss.entries or 0 for loss in self.losses)
+        for piece in mine:
+            count = None if missing is None else max(missing - told, 0)
+            self.losses.append(Loss(piece.offset, piece.size, piece.reason, entries=count or None))
+        if missing and missing > told and not mine:
+            self.losses.append(
+                Loss(
+                    stop, 0, "leaves are missing before the end of the base", entries=missing - told
+                )
+            )
+        if self._base_end is None and not mine:
+            self.losses.append(Loss(stop, 0, "the end of the base is missing"))
+        return self._base_end is not None and not missing
+
+    def _tell_lost_batches(
+        self, base_seq: int, base_cursor: WatchCursor, steps: list[tuple[_Found, WatchCursor]]
+    ) -> None:
+        """Tell what lies in bad stretches behind the base, and the holes in the sequence that no bad stretch explains."""
+        last_seq, cursor = base_seq, base_cursor
+        position = self._base_end_offset or 0
+        for found, cursor_behind in [*steps, (None, None)]:
+            stop = None if found is None else found.offset
+            inside = [
+                piece
+                for piece in self._bad
+                if position <= piece.offset and (stop is None or piece.offset < stop)
+            ]
+            next_seq = None if found is None else found.first_seq
+            for piece, (first, last) in zip(
+                inside, _lost_ranges(inside, last_seq, next_seq), strict=True
+            ):
+                self.losses.append(
+                    Loss(piece.offset, piece.size, piece.reason, first, last, cursor, cursor_behind)
+                )
+            self._bad = [piece for piece in self._bad if piece not in inside]
+            if found is None or cursor_behind is None:
+                break
+            if found.first_seq > last_seq + 1 and not inside:
+                lost = last_seq + 1, found.first_seq - 1
+                self.losses.append(
+                    Loss(found.offset, 0, "frames are missing here", *lost, cursor, cursor_behind)
+                )
+            last_seq, cursor, position = found.last_seq, cursor_behind, found.offset
+        self.losses += [Loss(piece.offset, piece.size, piece.reason) for piece in self._bad]
+
+
+def _lost_ranges(
+    pieces: list[Piece], last_seq: int, next_seq: int | None
+) -> list[tuple[int | None, int | None]]:
+    """The batches that bad stretches held, between batch `last_seq` and `next_seq`, which were kept (None: there is none).
+
+    The first and the last of each; None where it held none, or where the last is not known.
+    """
+    ranges: list[tuple[int | None, int | None]] = []
+    first = last_seq + 1
+    for number, piece in enumerate(pieces):
+        head = piece.head
+        if head is not None:
+            ranges.append((head.seq - head.batches + 1, head.seq) if head.batches else (None, None))
+            first = max(first, head.seq + 1)
+            continue
+        known = [
+            below.head.seq - below.head.batches + 1
+            for below in pieces[number + 1 :]
+            if below.head and below.head.batches
+        ]
+        stop = min(known, default=next_seq)
+        if stop is None:
+            ranges.append((first, None))
+        else:
+            ranges.append((first, stop - 1) if first < stop else (None, None))
+            first = max(first, stop)
+    return ranges
+
+
+def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:
+    """Of a leaf whose body does not verify: the entries that do, if its index does, and the keys of the others."""
+    kept: dict[str, Change] = {}
+    lost: list[str] = []
+    try:
+        index = leaf.Index(body[: leaf.HEAD.unpack_from(body)[1]])
+        keys = index.keys
+        if len(keys) != leaf.HEAD.unpack_from(body)[0] or keys != sorted(set(keys)):
+            return {}, []
+        for number, key in enumerate(keys):
+            start, size, crc, version = index.locate(number)
+            value = body[start : start + size] if size >= 0 else b""
+            if len(value) == size and crc32c(value) == crc and len(version) <= MAX_TOKEN_BYTES:
+                kept[key] = (key, value, version)
+            else:
+                lost.append(key)
+    except (ValueError, struct.error):  # UnicodeDecodeError is a ValueError
+        return {}, []
+    return kept, lost
+
+
+def _count_of(body: bytes) -> int | None:
+    """The entries of a leaf by its own count, which nothing vouches for: None if it cannot be."""
+    count: int = leaf.HEAD.unpack_from(body)[0] if len(body) >= leaf.HEAD.size else 0
+    return count if 0 < count <= leaf.MAX_ENTRIES else None

@@ -1,0 +1,385 @@
+"""Every invariant of a log, in code. Opening stops at the first thing that is wrong; this finds all of them, and changes nothing.
+
+What must hold, beyond the checksums of heads, bodies and trailers:
+
+    the chain      offset, link, sequence and synced sequence of each frame follow from the frame before
+    order          LEAF* BASE_END (OPEN | BATCHES | SEAL)*; a session begins with OPEN and nothing of it follows its SEAL
+    leaves         hold what `encode_leaf` writes for their entries, every value verifies, keys ascend from leaf to leaf, and
+                   each ends where `leaf_end` says
+    the base's end counts its leaves and entries, has the digest of their bodies, and a cursor that is a token
+    batches        decode, and are as many as the head says
+    the tail       what follows the last good frame is nothing, or what a stopped writer may leave (`recovery.py`)
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from foldlog.protocol.errors import InvalidFormatError, LogChangedError
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FILE_MAGIC,
+    FORMAT_VERSION,
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    FileHead,
+    FrameHead,
+    parse_base_end,
+    parse_file_head,
+    parse_open,
+)
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import decode_batches
+from foldlog.storage.fold import leaf
+from foldlog.storage.formats.registry import Known
+from foldlog.storage.formats.replay import format_of, resolve
+from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.formats.slipstream_log import SLIPSTREAM
+from foldlog.storage.formats.slipstream_walk import check_records
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.log.log import Log, boot_id
+from foldlog.storage.log.recovery import Verdict, gather, judge
+from foldlog.storage.log.scan import Chain
+from foldlog.storage.repair.walk import Piece, Walker, mended_head, seed_of_frames
+
+NO_CURSOR = WatchCursor.none()
+
+
+class Problem(NamedTuple):
+    """Something in a log that must not be."""
+
+    offset: int
+    """Where the frame, or the stretch of bytes, begins."""
+    size: int
+    """Bytes of it."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify_log` found. `ok` is the short answer."""
+
+    path: Path
+    size: int
+    """Bytes looked at."""
+    frames: int
+    """Sound ones, and so with the next five."""
+    leaves: int
+    entries: int
+    """Of the base."""
+    batches: int
+    """Behind the base."""
+    seq: int
+    cursor: WatchCursor
+    sealed: bool
+    torn_bytes: int
+    """Of a tail that a stopped writer left: legal, and cut when the log is next opened for writing."""
+    torn_reason: str
+    problems: tuple[Problem, ...]
+    """All that is wrong, by offset."""
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong. A torn tail is not wrong."""
+        return not self.problems
+
+
+def verify_log(
+    source: str | os.PathLike[str] | ReadHandle,
+    *,
+    end: int | None = None,
+    files: Files = OS_FILES,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check every invariant of a log, from a path or an open handle; up to the offset `end`, where its last frame must end.
+
+    Without `end`, the whole file, whose tail may be torn. Needs no lock, and works beside a writer. InvalidFormatError if it
+    is no log, or one of a newer format; OSError. Cost: about 1 us an entry, and the reading of the file.
+    """
+    handle = source if isinstance(source, ReadHandle) else ReadHandle(files, resolve(source))
+    size = handle.files.fstat(handle.fd).st_size if end is None else end
+    if format_of(handle) is SLIPSTREAM:
+        return _verify_records(handle, size, None, tail_may_be_torn=end is None, progress=progress)
+    try:
+        return _Check(handle, size, tail_may_be_torn=end is None).run(progress)
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None
+
+
+def verify_live(log: Log, seq: int, progress: Progress | None = None) -> VerifyReport:
+    """`verify_log` of a log that this process writes, up to its end as it is now, which is at batch `seq` or later.
+
+    Any thread may call it while batches are appended and the log is compacted.
+    """
+    file, size = log.here()
+    if file.format is SLIPSTREAM:
+        known = Known(file.head, file.base_end)
+        report = _verify_records(
+            file.handle, size, known, tail_may_be_torn=False, progress=progress
+        )
+    else:
+        report = verify_log(file.handle, end=size, progress=progress)
+    if report.ok and report.seq < seq:
+        lost = Problem(
+            size, 0, f"the log ends with batch {report.seq}, but batch {seq} was published"
+        )
+        return replace(report, problems=(lost,))
+    return report
+
+
+def _verify_records(
+    handle: ReadHandle,
+    size: int,
+    known: Known | None,
+    *,
+    tail_may_be_torn: bool,
+    progress: Progress | None,
+) -> VerifyReport:
+    """The other format, whose records have checksums and limits, and nothing else that could be checked."""
+    count, torn, bad = check_records(
+        handle, size, tail_may_be_torn=tail_may_be_torn, known=known, progress=progress
+    )
+    return VerifyReport(
+        path=handle.path,
+        size=size,
+        frames=count.records,
+        leaves=0,
+        entries=count.entries,
+        batches=count.batches,
+        seq=count.seq,
+        cursor=count.cursor,
+        sealed=False,
+        torn_bytes=torn.size if torn is not None else 0,
+        torn_reason=torn.reason if torn is not None else "",
+        problems=tuple(Problem(piece.offset, piece.size, piece.reason) for piece in bad),
+    )
+
+
+def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int | None, str]:
+    """The file head, the seed of the frames, and why the head is bad ("" if it is not).
+
+    InvalidFormatError if nothing shows that this is a log of the format that is read here.
+    """
+    raw = handle.files.read(handle.fd, min(FILE_HEAD.size, size), 0)
+    try:
+        head = parse_file_head(raw)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return head, head.seed, ""
+    if raw.startswith(FILE_MAGIC) and len(raw) == FILE_HEAD.size:
+        version, flags = FILE_HEAD.unpack(raw)[1:3]
+        if reason.startswith("format version"):  # its checksum is right
+            raise InvalidFormatError(
+                handle.path, 0, f"format version {version}, flags {flags:#x}: not {FORMAT_VERSION}"
+            )
+    mended = mended_head(raw)
+    seed = mended.seed if mended is not None else seed_of_frames(handle, size)
+    if seed is None:
+        raise InvalidFormatError(handle.path, 0, reason)
+    return mended, seed, reason
+
+
+class _Check:
+    """One verification. See `verify_log`."""
+
+    def __init__(self, handle: ReadHandle, size: int, *, tail_may_be_torn: bool) -> None:
+        self._handle, self._size = handle, size
+        self._tail_may_be_torn = tail_may_be_torn
+        self._problems: list[Problem] = []
+        self._frames = self._batches = 0
+        self._cursor = NO_CURSOR
+        self._sealed = False
+        self._torn = (0, "")
+        self._chain: Chain | None = None  # None: unknown, behind damage
+        self._seq = 0
+        self._position = 0  # of the end of the last frame, as the frames count it
+        # The base.
+        self._leaves = self._entries = 0
+        self._digest = blake3()
+        self._last_key: str | None = None
+        self._open_end: Problem | None = (
+            None  # the last leaf ends where only the last of a base may
+        )
+        self._base_ended = False
+        self._base_complete = True  # no leaf was lost, so that counts and digest can be compared
+        # The session under way.
+        self._in_session = False
+        self._boot = ""
+
+    def run(self, progress: Progress | None) -> VerifyReport:
+        head, seed, reason = head_and_seed(self._handle, self._size)
+        assert seed is not None
+        if reason:
+            self._say(0, FILE_HEAD.size, reason)
+        elif head is not None:
+            self._chain, self._seq = Chain.start(head), head.base_seq
+        for piece in Walker(self._handle, seed, self._size).pieces(progress=progress):
+            if piece.reason:
+                if self._is_torn(piece, seed):
+                    break
+                self._bad(piece)
+            else:
+                self._good(piece)
+        if not self._base_ended and not self._problems:
+            self._say(self._size, 0, "the file ends before the base does")
+        self._problems.sort()
+        torn_bytes, torn_reason = self._torn
+        return VerifyReport(
+            self._handle.path,
+            self._size,
+            self._frames,
+            self._leaves,
+            self._entries,
+            self._batches,
+            self._seq,
+            self._cursor,
+            self._sealed,
+            torn_bytes,
+            torn_reason,
+            tuple(self._problems),
+        )
+
+    def _say(self, offset: int, size: int, reason: str) -> None:
+        self._problems.append(Problem(offset, size, reason))
+
+    def _is_torn(self, piece: Piece, seed: int) -> bool:
+        """Whether all from `piece` on is a torn tail. Asked only of the first thing that is wrong, as opening does."""
+        chain = self._chain
+        if not self._tail_may_be_torn or self._problems or not self._base_ended or chain is None:
+            return False
+        if piece.final or (piece.head is not None and chain.fault(piece.head) is not None):
+            return False
+        rest = self._handle.read(self._size - piece.offset, piece.offset)
+        same_boot = bool(self._boot) and self._boot == boot_id()
+        verdict, why = judge(gather(rest, piece.offset, seed, chain.seq, same_boot))
+        if verdict is Verdict.CORRUPT:
+            self._say(piece.offset, piece.size, f"{why} ({piece.reason})")
+            return False
+        self._torn = len(rest), f"{why} ({piece.reason})"
+        return True
+
+    def _bad(self, piece: Piece) -> None:
+        if not self._problems or self._problems[-1].offset != piece.offset:
+            self._say(piece.offset, piece.size, piece.reason)
+        if not self._base_ended:
+            self._base_complete = False
+        self._chain = None
+        self._sealed = False
+        self._in_session = True  # its OPEN may be among what is bad
+
+    def _good(self, piece: Piece) -> None:
+        head = piece.head
+        assert head is not None
+        fault = (
+            self._chain.fault(head)
+            if self._chain is not None
+            else self._fault_behind_damage(piece, head)
+        )
+        if fault is not None:
+            self._say(piece.offset, piece.size, fault)
+        self._chain = Chain(head.offset + head.size, head.crc, head.seq, head.synced_seq)
+        self._position = piece.end - self._chain.offset
+        self._frames += 1
+        try:
+            self._take(head, piece)
+        except ValueError as error:
+            self._say(piece.offset, piece.size, str(error))
+            self._base_complete &= self._base_ended
+        self._seq = head.seq
+        self._sealed = head.kind not in (KIND_LEAF, KIND_BASE_END, KIND_OPEN, KIND_BATCHES)
+
+    def _fault_behind_damage(self, piece: Piece, head: FrameHead) -> str | None:
+        """What can be said of the first sound frame behind bytes that are not."""
+        if head.offset + self._position != piece.offset:
+            return f"the frame was written for byte {head.offset}: frames were moved, inserted or removed"
+        first = head.seq - head.batches
+        if self._frames and first > self._seq:
+            missing = (
+                f"batch {first} is"
+                if first == self._seq + 1
+                else f"batches {self._seq + 1} to {first} are"
+            )
+            return f"{missing} missing before this frame"
+        if self._frames and first < self._seq:
+            return f"the frame repeats batches up to {head.seq}"
+        return None
+
+    def _take(self, head: FrameHead, piece: Piece) -> None:
+        kind, body = head.kind, piece.body
+        if kind in (KIND_LEAF, KIND_BASE_END):
+            if self._base_ended:
+                raise ValueError("a frame of the base behind its end")
+            self._take_leaf(piece) if kind == KIND_LEAF else self._take_base_end(body)
+            return
+        if not self._base_ended:
+            self._base_ended = True  # said once: what follows is taken as if the end had been there
+            if self._base_complete:  # else it may be among what is bad
+                raise ValueError("a frame before the end of the base")
+        if kind == KIND_OPEN:
+            self._boot, self._in_session = parse_open(body), True
+            return
+        if not self._in_session:
+            raise ValueError("a frame that no OPEN frame precedes")
+        if kind == KIND_BATCHES:
+            batches = decode_batches(body)
+            if len(batches) != head.batches:
+                raise ValueError(f"{len(batches)} batches, but the head says {head.batches}")
+            self._batches += len(batches)
+            self._cursor = batches[-1].cursor
+        else:
+            self._in_session = False
+            if body:
+                raise ValueError("a SEAL frame with a body")
+            if head.synced_seq != head.seq:
+                raise ValueError(
+                    f"a SEAL frame that knows batch {head.synced_seq} as synced, not {head.seq}"
+                )
+
+    def _take_leaf(self, piece: Piece) -> None:
+        self._leaves += 1
+        self._digest.update(piece.body)
+        if self._open_end is not None:
+            self._problems.append(self._open_end)
+            self._open_end = None
+        leaf.check_leaf(piece.body)
+        columns = leaf.decode_leaf(piece.body)
+        self._entries += len(columns.keys)
+        last_key, self._last_key = self._last_key, columns.keys[-1]
+        end = leaf.leaf_end(columns.keys, columns.values, 0)
+        if end is None:
+            self._open_end = Problem(
+                piece.offset, piece.size, "a leaf that is not the last ends too early"
+            )
+        if last_key is not None and columns.keys[0] <= last_key:
+            raise ValueError("leaves are not in key order")
+        if end is not None and end != len(columns.keys):
+            raise ValueError(f"a leaf has {len(columns.keys)} entries, and should end after {end}")
+
+    def _take_base_end(self, body: bytes) -> None:
+        self._base_ended = True
+        cursor, leaves, entries, digest = base_end_of(body)
+        self._cursor = cursor
+        if not self._base_complete:
+            return
+        if (leaves, entries) != (self._leaves, self._entries):
+            raise ValueError(
+                f"the base has {self._leaves} leaves and {self._entries} entries, but its end says {leaves} and {entries}"
+            )
+        if digest != self._digest.digest():
+            raise ValueError("the leaves of the base have another digest than its end says")
+
+
+def base_end_of(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
+    """`parse_base_end`, with counts that are whole numbers and a digest of 32 bytes. ValueError for anything else."""
+    cursor, leaves, entries, digest = parse_base_end(body)
+    if type(leaves) is not int or type(entries) is not int or len(digest) != 32:
+        raise ValueError("the end of the base has a bad field")
+    return cursor, leaves, entries, digest

@@ -1,0 +1,185 @@
+"""The mailbox is bounded, in batches and bytes; deadlines withdraw what was not begun; stopping always gets through."""
+
+from __future__ import annotations
+
+import time
+
+import pykka
+import pytest
+from actor_kit import (
+    DEADLINE_S,
+    batch,
+    cursor,
+    in_thread,
+    nothing_pending,
+    read_back,
+    results,
+    until,
+)
+
+from foldlog import Apply, Backpressure, Put, RequestTimeout, State
+
+
+@pytest.fixture
+def full(open_store, steps):
+    """A store whose writer is parked with one batch in hand, and whose mailbox is full with two: (store, gate, futures)."""
+    store = open_store(mailbox_batches=2)
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(batch(1), cursor(1))]
+    gate.wait_until_reached()
+    futures += [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
+    return store, gate, futures
+
+
+def test_a_full_mailbox_refuses_at_once(full):
+    store, gate, futures = full
+    began = time.monotonic()
+    with pytest.raises(Backpressure, match="2 requests"):
+        store.apply_async(batch(4), cursor(4))
+    with pytest.raises(Backpressure):
+        store.writer.tell(Apply(batch(4), cursor(4)))
+    with pytest.raises(Backpressure):
+        store.writer.ask(Apply(batch(4), cursor(4)), timeout=DEADLINE_S)
+    with pytest.raises(Backpressure):
+        store.put("k", b"v", timeout_s=0)
+    assert time.monotonic() - began < 1.0
+    gate.open()
+    assert results(futures) == [1, 2, 3]
+    assert store.snapshot().seq == 3, "what was refused was not taken"
+    store.apply(batch(4), cursor(4))
+
+
+def test_waiting_for_room_ends_with_back_pressure_or_with_room(full):
+    store, gate, futures = full
+    with pytest.raises(Backpressure):
+        store.apply(batch(4), cursor(4), timeout_s=0.02)
+    waiting = [
+        in_thread(store.apply, batch(number), cursor(number), DEADLINE_S) for number in (5, 6, 7)
+    ]
+    gate.open()
+    results(futures)
+    assert sorted(results(waiting)) == [4, 5, 6]
+
+
+def test_those_who_wait_for_room_are_told_when_the_store_closes(full):
+    store, gate, futures = full
+    waiting = in_thread(store.apply, batch(4), cursor(4), DEADLINE_S)
+    until(lambda: store._supervisor.writer.inbox._emptied._waiters, "it waits for room")
+    closing = in_thread(store.close, DEADLINE_S)
+    error = waiting.exception(DEADLINE_S)
+    assert type(error).__name__ == "StoreClosed"
+    gate.open()
+    closing.result(DEADLINE_S)
+    assert results(futures) == [1, 2, 3], "what was taken is served"
+    nothing_pending(store)
+
+
+@pytest.mark.parametrize("how", ["close", "stop_all"])
+def test_stopping_gets_through_a_full_mailbox(full, how, path):
+    store, gate, futures = full
+    stopping = in_thread(store.close if how == "close" else pykka.ActorRegistry.stop_all)
+    until(lambda: len(store._supervisor.writer.inbox) >= 3, "the stop is in the mailbox")
+    gate.open()
+    stopping.result(DEADLINE_S)
+    assert results(futures) == [1, 2, 3]
+    until(lambda: store.state is State.CLOSED, "the store is closed")
+    store.close()
+    assert read_back(path).seq == 3
+
+
+def test_a_batch_whose_deadline_passes_in_the_mailbox_is_withdrawn_and_never_applied(
+    open_store, steps, path
+):
+    store = open_store()
+    gate = steps.park("writer.before_write")
+    first = store.apply_async(batch(1), cursor(1))
+    gate.wait_until_reached()
+    with pytest.raises(RequestTimeout, match="withdrawn"):
+        store.apply(batch(2), cursor(2), timeout_s=0.02)
+    with pytest.raises(RequestTimeout, match="withdrawn"):
+        store.put("k", b"v", timeout_s=0.02)
+    gate.open()
+    assert first.result(DEADLINE_S) == 1
+    assert store.apply(batch(3), cursor(3)) == 2
+    assert store.get("k") is None
+    store.close()
+    assert "batch/000002" not in read_back(path).entries
+
+
+def test_a_batch_whose_deadline_passes_in_the_writers_hands_has_an_unknown_outcome(
+    open_store, steps
+):
+    store = open_store()
+    gate = steps.park("writer.before_write")
+    applying = in_thread(lambda: store.apply(batch(1), cursor(1), timeout_s=0.05))
+    gate.wait_until_reached()
+    with pytest.raises(RequestTimeout, match="unknown"):
+        applying.result(DEADLINE_S)
+    gate.open()
+    assert store.apply(batch(1), cursor(1)) == 2, (
+        "trying again with the same cursor gives the same state"
+    )
+    assert store.cursor() == cursor(1)
+
+
+def test_a_future_that_its_owner_cancels_is_not_applied(open_store, steps):
+    store = open_store()
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(batch(1), cursor(1))]
+    gate.wait_until_reached()
+    futures += [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
+    assert futures[1].cancel()
+    assert not futures[0].cancel(), "it is in hand"
+    gate.open()
+    assert results([futures[0], futures[2]]) == [1, 2]
+    assert store.get("batch/000002") is None
+
+
+def test_the_mailbox_is_bounded_in_bytes_and_one_batch_always_fits(open_store, steps):
+    store = open_store(mailbox_bytes=10_000)
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(batch(1), cursor(1))]
+    gate.wait_until_reached()
+    futures.append(store.apply_async([Put("large", bytes(50_000))], cursor(2)))
+    with pytest.raises(Backpressure, match="bytes"):
+        store.apply_async(batch(3), cursor(3))
+    gate.open()
+    assert results(futures) == [1, 2]
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(batch(3), cursor(3))]
+    gate.wait_until_reached()
+    futures += [
+        store.apply_async([Put(f"k{number}", bytes(3_000))], cursor(number)) for number in (4, 5, 6)
+    ]
+    with pytest.raises(Backpressure):
+        store.apply_async([Put("k7", bytes(3_000))], cursor(7))
+    gate.open()
+    assert results(futures) == [3, 4, 5, 6]
+    assert store._supervisor.writer.inbox._bytes == 0, "what was taken is not counted any more"
+
+
+def test_the_count_of_bytes_survives_crashes_and_withdrawals(open_store, steps):
+    store = open_store()
+    gate = steps.park("writer.before_write")
+    steps.crash("writer.before_write")
+    futures = [store.apply_async(batch(1), cursor(1))]
+    gate.wait_until_reached()
+    futures += [store.apply_async(batch(number), cursor(number)) for number in range(2, 12)]
+    store.writer.tell(Apply(batch(12), cursor(12)))
+    futures.pop().cancel()
+    gate.open()
+    results(futures)
+    store.apply(batch(13), cursor(13))
+    assert store._supervisor.writer.inbox._bytes == 0
+    assert store.stats().mailbox_depth == 0
+
+
+def test_waiting_batches_make_one_commit_group(open_store, steps):
+    store = open_store(sync="always")
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(batch(1), cursor(1))]
+    gate.wait_until_reached()
+    futures += [store.apply_async(batch(number), cursor(number)) for number in range(2, 52)]
+    gate.open()
+    assert results(futures) == list(range(1, 52))
+    assert (store.stats().groups, store.stats().largest_group, store.stats().batches) == (2, 50, 51)

@@ -1,0 +1,234 @@
+"""Eight threads read and write while actors die: nobody sees half a batch, or time running backwards, or misses his own write."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+
+import pytest
+from actor_kit import (
+    DEADLINE_S,
+    FATAL,
+    Ledger,
+    assert_whole,
+    batch,
+    cursor,
+    in_thread,
+    read_back,
+    results,
+    until,
+)
+
+from foldlog import Get, Put, Range, State, VersionMismatch, VersionToken, WriterCrashed
+
+HARM = [
+    "writer.before_write",
+    "writer.after_write",
+    "writer.after_publish",
+    "compact.begin",
+    "compact.write",
+    "compact.written",
+    "compact.finish",
+    "compact.finished",
+    "reader.handle",
+    "syncer.sync",
+]
+
+
+def campaign(store, steps, ledger, seed, rounds):
+    """Four threads that write, three that read, one that does harm. Returns when all have ended."""
+    rng = random.Random(seed)
+    over = threading.Event()
+    turn = threading.Lock()
+    plan = [(rng.choice(HARM), rng.choice(FATAL)) for _ in range(rounds // 3)]
+
+    def ask(message):
+        while True:
+            try:
+                return store.reader.ask(message, timeout=DEADLINE_S)
+            except WriterCrashed:  # the same, for a reader
+                assert not over.is_set()
+
+    def write():
+        for _ in range(rounds):
+            with turn:  # so that the cursors rise with the sequences, as an upstream's do
+                number = ledger.number()
+                future = store.apply_async(batch(number), cursor(number), DEADLINE_S)
+            if not ledger.settle(number, lambda future=future: future.result(DEADLINE_S)):
+                assert isinstance(
+                    ledger.errors[number], WriterCrashed
+                )  # two crashes met it, one after the other
+                assert store.get(f"batch/{number:06}") is None
+                continue
+            assert store.get(f"batch/{number:06}").value == b"%d" % number
+            assert ask(Get(f"batch/{number:06}")).value == b"%d" % number
+            assert int.from_bytes(bytes(store.cursor()), "big") >= number
+
+    def read_snapshots():
+        seen, seq, held = 0, 0, []
+        while not over.is_set():
+            snapshot = store.snapshot()
+            number = assert_whole(snapshot)
+            assert number >= seen, "the cursor moved back"
+            assert snapshot.seq >= seq
+            if number != seen:
+                held.append((snapshot, number))
+            seen, seq = number, snapshot.seq
+        for snapshot, number in held:
+            assert assert_whole(snapshot) == number, "a snapshot that was held has changed"
+        return len(held)
+
+    def read_by_message():
+        seen = 0
+        while not over.is_set():
+            values = {entry.value for entry in ask(Range("shared/"))}
+            assert len(values) <= 1
+            number = int(values.pop()) if values else 0
+            assert number >= seen, "time ran backwards between two messages"
+            seen = number
+
+    def harm():
+        for step, error in plan:
+            crash = steps.crash(step, error)
+            if step.startswith("compact"):
+                with contextlib.suppress(WriterCrashed):
+                    store.put("local/for the compaction", b"")
+                    store.compact(DEADLINE_S)
+            elif step != "syncer.sync":
+                until(lambda crash=crash: crash.fired or over.is_set(), f"{step} is reached")
+
+    writers = [in_thread(write) for _ in range(4)]
+    others = [in_thread(read_snapshots), in_thread(read_snapshots), in_thread(read_by_message)]
+    harming = in_thread(harm)
+    try:
+        results(writers)
+    finally:
+        over.set()
+        steps.mend()
+    results([*others, harming])
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_eight_threads_and_crashes_never_show_half_a_batch_or_lose_one(
+    open_store, steps, path, seed
+):
+    store = open_store(
+        max_restarts=1000,
+        sync_interval_s=0.02,
+        readers=2,
+        sync=["interval", "always", "never"][seed % 3],
+    )
+    # Restarts follow each other at once: what is tested is what they show, not how long they wait.
+    object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
+    ledger = Ledger()
+    campaign(store, steps, ledger, seed, rounds=20)
+    until(lambda: store.state is State.RUNNING, "the store runs")
+    extra = store.snapshot().seq - len(ledger.answered)
+    store.close(DEADLINE_S)
+    check(ledger, path, extra)
+
+
+def check(ledger, path, extra):
+    """The ledger's check, with the local writes that gave the compactions something to do counted."""
+    truth = read_back(path)
+    assert sorted(ledger.answered.values()) == sorted(set(ledger.answered.values()))
+    assert {f"batch/{number:06}" for number in ledger.answered} == {
+        key for key in truth.entries if key.startswith("batch/")
+    }
+    assert truth.cursor == cursor(max(ledger.answered, key=ledger.answered.__getitem__))
+    assert truth.seq == len(ledger.answered) + extra
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_campaign_of_crashes_never_shows_half_a_batch_or_loses_one(
+    open_store, steps, path, seed
+):
+    store = open_store(
+        max_restarts=10_000,
+        sync_interval_s=0.01,
+        readers=3,
+        sync=["interval", "always", "never"][seed % 3],
+    )
+    object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
+    ledger = Ledger()
+    campaign(store, steps, ledger, seed, rounds=60)
+    extra = store.snapshot().seq - len(ledger.answered)
+    store.close(DEADLINE_S)
+    check(ledger, path, extra)
+
+
+def test_counters_that_eight_threads_compare_and_set_lose_no_increment(open_store, steps):
+    store = open_store(max_restarts=1000)
+    object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
+    store.apply([], cursor(77))
+    version = store.create("counter", b"0")
+    versions: list[bytes] = [bytes(version)]
+    for number in range(4):
+        steps.crash(
+            ["writer.before_write", "writer.after_write", "writer.after_publish"][number % 3],
+            FATAL[number],
+        )
+
+    def increment() -> int:
+        lost = 0
+        for _ in range(12):
+            while True:
+                entry = store.get("counter")
+                try:
+                    token = store.update(
+                        "counter", b"%d" % (int(entry.value) + 1), expected=entry.version
+                    )
+                except VersionMismatch as conflict:
+                    lost += conflict.expected == entry.version != conflict.actual
+                except WriterCrashed:
+                    continue  # it was not applied
+                else:
+                    versions.append(bytes(token))
+                    break
+        return lost
+
+    assert sum(results([in_thread(increment) for _ in range(8)])) >= 0
+    assert store.get("counter").value == b"96"
+    assert len(set(versions)) == len(versions) == 97
+    assert bytes(store.get("counter").version) == max(versions)
+    assert store.cursor() == cursor(77), "the cursor is upstream's"
+
+
+def test_batches_of_one_thread_are_written_in_the_order_of_its_calls_through_crashes(
+    open_store, steps
+):
+    store = open_store(max_restarts=1000)
+    object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
+    gate = steps.park("writer.before_write")
+    for step in (
+        "writer.before_write",
+        "writer.after_write",
+        "writer.after_publish",
+        "writer.start",
+    ):
+        steps.crash(step)
+    futures = [store.apply_async(batch(number), cursor(number)) for number in range(1, 41)]
+    gate.wait_until_reached()
+    gate.open()
+    assert results(futures) == list(range(1, 41))
+    assert assert_whole(store.snapshot()) == 40
+
+
+def test_a_snapshot_outlives_crash_restart_compaction_and_close(open_store, steps):
+    store = open_store()
+    store.apply(
+        [Put(f"k{number:04}", b"old" * 50, VersionToken.from_u64(1)) for number in range(2000)],
+        cursor(1),
+    )
+    store.compact()
+    held = store.snapshot()
+    before = held.range("")
+    steps.crash("writer.after_write")
+    store.apply([Put(f"k{number:04}", b"new") for number in range(0, 2000, 2)], cursor(2))
+    store.compact()
+    store.close()
+    assert held.cursor() == cursor(1)
+    assert held.range("") == before
+    assert held.get("k0000").value == b"old" * 50

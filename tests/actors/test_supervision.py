@@ -1,0 +1,379 @@
+"""The table in the supervisor's docstring, row by row."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from pathlib import Path
+
+import pykka
+import pytest
+from actor_kit import DEADLINE_S, FATAL, batch, cursor, in_thread, read_back, results, until
+from logfiles import some_batches, write_log
+
+import foldlog
+from foldlog import (
+    CorruptLogError,
+    FoldlogError,
+    Get,
+    InvalidFormatError,
+    KeyExists,
+    LogChangedError,
+    Put,
+    State,
+    StoreClosed,
+    StoreFailed,
+    StoreLocked,
+    WriterCrashed,
+)
+from foldlog.actors.supervisor import Supervisor
+
+
+def test_bad_arguments_are_answered_and_the_actor_lives_on(open_store, steps):
+    """Row: a check of the arguments."""
+    store = open_store()
+    starts = steps.seen["writer.start"]
+    with pytest.raises(TypeError):
+        store.apply([Put("k", "text")], cursor(1))
+    with pytest.raises(ValueError, match=r"surrogate|encode|UTF-8|utf-8"):
+        store.writer.ask(foldlog.Apply([Put("\ud800", b"v")], cursor(1)), timeout=DEADLINE_S)
+    with pytest.raises(TypeError):
+        store.reader.ask(Get(7), timeout=DEADLINE_S)
+    store.put("k", b"v")
+    with pytest.raises(KeyExists):
+        store.create("k", b"w")
+    assert steps.seen["writer.start"] == starts
+    assert store.stats().restarts == ()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_write_that_was_undone_is_the_callers_error_and_the_writer_goes_on(
+    open_store, path, files, code
+):
+    """Row: a write (EIO, ENOSPC) that was undone."""
+    store = open_store(files=files)
+    store.apply(batch(1), cursor(1))
+    files.fail("write", code)
+    with pytest.raises(OSError, match=r".*") as caught:
+        store.apply(batch(2), cursor(2))
+    assert caught.value.errno == code
+    assert store.cursor() == cursor(1)
+    store.apply(batch(3), cursor(3))
+    assert store.stats().restarts == ()
+    store.close()
+    truth = read_back(path)
+    assert truth.seq == 2
+    assert "batch/000002" not in truth.entries
+
+
+def test_an_fsync_that_failed_is_healed_by_a_new_file_and_the_caller_gets_the_answer(
+    open_store, path, files
+):
+    """Row: an fsync, or undoing a write."""
+    store = open_store(files=files, sync="always")
+    store.apply(batch(1), cursor(1))
+    inode = path.stat().st_ino
+    files.fail("sync")
+    assert store.apply(batch(2), cursor(2)) == 2
+    assert path.stat().st_ino != inode
+    until(lambda: store.state is State.RUNNING, "the store runs")
+    assert store.synced_cursor == cursor(2)
+    assert store.stats().restarts[-1].actor == "writer"
+
+
+@pytest.mark.parametrize("error", FATAL, ids=lambda error: error.__name__)
+def test_an_error_in_a_handler_is_healed_by_replay_and_the_caller_gets_the_answer(
+    open_store, steps, error
+):
+    """Rows: a bug, an Exception in a handler; SystemExit, BaseException."""
+    store = open_store()
+    other = pykka.ThreadingActor.start()  # of the same process, and none of ours
+    try:
+        steps.crash("writer.before_write", error)
+        assert store.apply(batch(1), cursor(1)) == 1
+        assert other.is_alive()
+    finally:
+        other.stop()
+    assert [restart.actor for restart in store.stats().restarts] == ["writer"]
+    assert error.__name__ in store.stats().restarts[0].reason
+
+
+def test_a_request_that_kills_the_writer_twice_is_told_so(open_store, steps):
+    """Row: a bug: one that does it again."""
+    store = open_store()
+    steps.crash("writer.before_write", times=2)
+    with pytest.raises(WriterCrashed):
+        store.apply(batch(1), cursor(1))
+    assert store.apply(batch(2), cursor(2)) == 1
+
+
+@pytest.mark.parametrize("error", FATAL, ids=lambda error: error.__name__)
+def test_opening_raises_what_the_first_start_met(nothing_left, path, steps, error):
+    """Row: on_start, at open."""
+    steps.crash("writer.start", error)
+    with pytest.raises(error, match=r"injected at writer\.start"):
+        foldlog.open(path, step=steps)
+    foldlog.open(path).close()
+
+
+def test_a_start_that_fails_later_counts_as_a_restart(open_store, steps):
+    """Row: on_start, later: delayed."""
+    store = open_store()
+    steps.crash("writer.before_write")
+    steps.crash("writer.start", times=2)
+    assert store.apply(batch(1), cursor(1)) == 1
+    assert len(store.stats().restarts) == 3
+    assert store.stats().restarts[0].delay_s == 0.0
+    assert store.stats().restarts[1].delay_s > 0
+
+
+def test_a_start_that_fails_too_often_fails_the_store(open_store, steps):
+    """Row: on_start: too many: FAILED."""
+    store = open_store(max_restarts=2)
+    steps.crash("writer.before_write")
+    steps.crash("writer.start", times=None)
+    with pytest.raises(StoreFailed, match=r"injected at writer\.start"):
+        store.apply(batch(1), cursor(1))
+    assert store.state is State.FAILED
+
+
+@pytest.mark.parametrize("actor", ["writer", "maintenance", "reader", "syncer"])
+def test_stopping_that_fails_is_tried_again(open_store, path, steps, actor):
+    """Row: on_stop: tried again."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    crash = steps.crash(f"{actor}.stop", SystemExit)
+    store.close(DEADLINE_S)
+    assert crash.fired == 1
+    assert store.state is State.CLOSED
+    assert read_back(path).cursor == cursor(1)
+
+
+@pytest.mark.parametrize("actor", ["writer", "maintenance", "reader", "syncer"])
+def test_stopping_that_fails_for_good_is_let_go_and_the_lock_is_free(
+    open_store, path, steps, actor
+):
+    """Row: on_stop: then let go; closed, the lock released."""
+    store = open_store(max_restarts=1)
+    store.apply(batch(1), cursor(1))
+    steps.crash(f"{actor}.stop", times=None)
+    with pytest.raises(RuntimeError, match="injected"):
+        store.close(DEADLINE_S)
+    assert store.state is State.CLOSED
+    assert read_back(path).cursor == cursor(1)
+
+
+def corrupt(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "another log", "an older copy"])
+def test_a_log_that_cannot_be_replayed_fails_the_store_at_once_and_reads_go_on(
+    open_store, path, steps, tmp_path, damage
+):
+    """Row: the log: corrupt, replaced, cut, regressed."""
+    store = open_store(sync="never")
+    store.apply(batch(1), cursor(1))
+    older = path.read_bytes()
+    store.apply(batch(2), cursor(2))
+    gate = steps.park("writer.before_write")
+    steps.crash("writer.before_write")
+    answer = store.apply_async(batch(3), cursor(3))
+    gate.wait_until_reached()
+    if damage == "flipped bit":
+        corrupt(path)
+    elif damage == "an older copy":
+        path.write_bytes(older)
+    else:
+        write_log(tmp_path / "other.log", some_batches(5))
+        (tmp_path / "other.log").replace(path)
+    kept = path.read_bytes()
+    gate.open()
+    with pytest.raises(StoreFailed):
+        answer.result(DEADLINE_S)
+    assert store.state is State.FAILED
+    assert steps.seen["writer.start"] == 2, "trying again cannot help"
+    assert store.get("shared/0").value == b"2"
+    assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"2"
+    with pytest.raises(StoreFailed):
+        store.apply(batch(4), cursor(4))
+    store.close()
+    assert path.read_bytes() == kept
+
+
+def test_a_log_that_is_locked_or_none_is_refused_at_open(open_store, path, nothing_left, tmp_path):
+    """Row: the log: locked; and what open raises for a file that is none."""
+    open_store()
+    with pytest.raises(StoreLocked):
+        foldlog.open(path)
+    (tmp_path / "x.log").write_bytes(b"no log at all" * 10)
+    with pytest.raises(InvalidFormatError):
+        foldlog.open(tmp_path / "x.log")
+    write_log(tmp_path / "y.log", some_batches(3))
+    corrupt(tmp_path / "y.log")
+    with pytest.raises(CorruptLogError):
+        foldlog.open(tmp_path / "y.log")
+
+
+def test_a_log_that_was_deleted_is_written_anew_from_memory(open_store, path):
+    """Row: the log: deleted."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    path.unlink()
+    assert store.apply(batch(2), cursor(2)) == 2
+    store.close()
+    truth = read_back(path)
+    assert truth.seq == 2
+    assert "batch/000001" in truth.entries
+
+
+def test_a_reader_that_dies_is_restarted_and_the_message_is_tried_again(open_store, steps):
+    """Row: a reader."""
+    store = open_store(readers=1)
+    store.put("k", b"v")
+    steps.crash("reader.handle", SystemExit)
+    assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
+    steps.crash("reader.handle", times=2)
+    with pytest.raises(WriterCrashed):
+        store.reader.ask(Get("k"), timeout=DEADLINE_S)
+    assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
+    assert {restart.actor for restart in store.stats().restarts} == {"reader-0"}
+
+
+def test_maintenance_that_dies_fails_the_job_in_hand_and_does_the_next(open_store, steps, tmp_path):
+    """Row: maintenance: a job in hand fails."""
+    store = open_store()
+    for number, (step, run) in enumerate(
+        [
+            ("compact.write", store.compact),
+            ("export.write", lambda: store.export_to(tmp_path / "artifact")),
+        ],
+        1,
+    ):
+        store.apply(batch(number), cursor(number))
+        steps.crash(step, KeyboardInterrupt)
+        with pytest.raises(WriterCrashed):
+            run()
+        run()
+    assert store.stats().compactions == 1
+    assert (tmp_path / "artifact").is_dir()
+
+
+def test_a_syncer_that_dies_is_restarted_and_syncs(open_store, steps):
+    """Row: syncer."""
+    store = open_store(sync_interval_s=0.01)
+    steps.crash("syncer.sync", GeneratorExit)
+    store.apply(batch(1), cursor(1))
+    until(lambda: store.synced_cursor == cursor(1), "the batch is synced")
+    assert [restart.actor for restart in store.stats().restarts] == ["syncer"]
+
+
+@pytest.mark.parametrize(
+    "step", ["writer.before_write", "reader.handle", "export.write", "syncer.sync"]
+)
+def test_an_actor_that_dies_too_often_fails_the_store_until_it_is_reopened(
+    open_store, path, steps, tmp_path, step
+):
+    """Row: more than max_restarts in restart_window_s."""
+    store = open_store(max_restarts=2, sync_interval_s=0.01, readers=1)
+    store.apply(batch(1), cursor(1))
+    steps.crash(step, times=None)
+
+    def provoke() -> None:
+        for number in range(2, 9):
+            for call in (
+                lambda number=number: store.apply(batch(number), cursor(number)),
+                lambda: store.reader.ask(Get("shared/0"), timeout=DEADLINE_S),
+                lambda number=number: store.export_to(tmp_path / f"artifact-{number}", DEADLINE_S),
+            ):
+                with contextlib.suppress(FoldlogError, pykka.ActorDeadError):
+                    call()
+
+    results([in_thread(provoke)])
+    until(lambda: store.state is State.FAILED, "the store has failed")
+    assert "injected" in store.stats().reason
+    before = store.cursor()
+    with pytest.raises(StoreFailed, match="injected"):
+        store.apply(batch(100), cursor(100))
+    with pytest.raises(StoreFailed):
+        store.writer.ask(foldlog.Compact(), timeout=DEADLINE_S)
+    assert store.cursor() == before
+    assert store.get("shared/0") is not None
+    if step != "reader.handle":
+        assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S) == store.get("shared/0")
+    steps.mend()
+    store.reopen(DEADLINE_S)
+    until(lambda: store.state is State.RUNNING, "the store runs")
+    assert store.stats().reason == ""
+    store.apply(batch(101), cursor(101))
+    assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"101"
+    store.compact(DEADLINE_S)
+    store.export_to(tmp_path / "at last", DEADLINE_S)
+    store.close(DEADLINE_S)
+    assert read_back(path).cursor == cursor(101)
+
+
+def test_reopening_fails_again_while_the_cause_stands(open_store, path):
+    store = open_store(sync="never")
+    store.apply(batch(1), cursor(1))
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    with pytest.raises(
+        (LogChangedError, StoreFailed)
+    ):  # the file's events may have told the store before
+        store.apply(batch(2), cursor(2))
+    until(lambda: store.state is State.FAILED, "the store has failed")
+    path.write_bytes(good[:50])
+    with pytest.raises(StoreFailed):
+        store.reopen(DEADLINE_S)
+    assert store.state is State.FAILED
+    path.write_bytes(good)
+    store.reopen(DEADLINE_S)
+    store.apply(batch(3), cursor(3))
+    store.close()
+    assert read_back(path).cursor == cursor(3)
+
+
+def test_reopening_a_store_that_runs_does_nothing_and_one_that_is_closed_raises(open_store, steps):
+    store = open_store()
+    store.reopen(DEADLINE_S)
+    assert steps.seen["writer.start"] == 1
+    store.close()
+    with pytest.raises(StoreClosed):
+        store.reopen(DEADLINE_S)
+
+
+def test_stopping_all_actors_of_the_process_closes_the_store_in_order(open_store, path):
+    """Row: the host stops all actors."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    results([in_thread(pykka.ActorRegistry.stop_all)])
+    until(lambda: store.state is State.CLOSED, "the store is closed")
+    with pytest.raises(StoreClosed):
+        store.apply(batch(2), cursor(2))
+    with pytest.raises(StoreClosed):
+        store.get("shared/0")
+    store.close()
+    assert read_back(path).cursor == cursor(1)
+
+
+def test_a_supervisor_that_dies_fails_the_store_for_good_and_reads_go_on(
+    open_store, path, monkeypatch
+):
+    """Row: the supervisor itself."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+
+    def die(self: Supervisor, actor: object) -> None:
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(Supervisor, "_check_health", die)
+    until(lambda: store.state is State.FAILED, "the store has failed")
+    assert store._core.ended.wait(DEADLINE_S)
+    with pytest.raises(StoreFailed, match="the supervisor died"):
+        store.apply(batch(2), cursor(2))
+    assert store.get("shared/0").value == b"1"
+    store.close()
+    assert read_back(path).cursor == cursor(1)

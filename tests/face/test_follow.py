@@ -1,0 +1,670 @@
+"""Following a log from another place: states, waiting, events that come and that do not, forks, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actor_kit import DEADLINE_S, batch, cursor, in_thread, results, script, until
+from watchdog.events import FileModifiedEvent
+
+import foldlog
+from foldlog import (
+    AppendLogSnapshot,
+    Changed,
+    CorruptLogError,
+    FollowerState,
+    InvalidFormatError,
+    Put,
+    RequestTimeout,
+    Rewound,
+    StoreClosed,
+    Synced,
+    WatchCursor,
+)
+from foldlog.actors import filewatch
+from foldlog.actors import follower as follower_module
+from foldlog.actors.filewatch import FileWatch
+
+Open = Callable[..., foldlog.Store]
+Follow = Callable[..., foldlog.Follower]
+
+
+@pytest.fixture
+def follow(nothing_left: None, path: Path) -> Iterator[Follow]:
+    """foldlog.follow on the test's path, closed behind the test; no thread of its own or of watchdog's is left."""
+    before = set(threading.enumerate())
+    followers: list[foldlog.Follower] = []
+
+    def follow(of: Path = path, **options: Any) -> foldlog.Follower:
+        followers.append(foldlog.follow(of, **options))
+        return followers[-1]
+
+    yield follow
+    while followers:
+        followers.pop().close()
+    until(
+        lambda: (
+            not [
+                thread
+                for thread in set(threading.enumerate()) - before
+                if "foldlog" not in thread.name
+            ]
+        ),
+        "they ended",
+    )
+
+
+def state_of(follower: foldlog.Follower, state: FollowerState) -> foldlog.Follower:
+    until(lambda: follower.state is state, f"the state is {state}")
+    return follower
+
+
+# Reading.
+
+
+def test_what_stands_in_the_log_is_there_on_return_and_what_is_appended_follows(
+    follow: Follow, open_store: Open
+):
+    store = open_store()
+    for number in range(1, 4):
+        store.apply(batch(number), cursor(number))
+    follower = follow()
+    assert follower.cursor() == cursor(3)
+    assert follower.range() == store.range()
+    store.apply(batch(4), cursor(4))
+    follower.wait_for(cursor(4), DEADLINE_S)
+    assert follower.range("shared/") == store.range("shared/")
+    assert follower.get("batch/000004") == store.get("batch/000004")
+    assert len(follower) == len(store)
+    assert "batch/000004" in follower
+    seen: list[Any] = []
+    follower.for_each_in_range("shared/", seen.append)
+    assert seen == store.range("shared/")
+    assert follower.snapshot().seq == 4
+    stats = follower.stats()
+    assert (stats.state, stats.seq, stats.cursor, stats.entries, stats.reloads) == (
+        "following",
+        4,
+        cursor(4),
+        len(store),
+        0,
+    )
+    assert str(store.path) in repr(follower)
+
+
+def test_waiting_for_a_cursor_ends_with_it_with_the_time_or_with_the_follower(
+    follow: Follow, open_store: Open
+):
+    store = open_store()
+    follower = follow()
+    follower.wait_for(WatchCursor.none(), 0.0)
+    with pytest.raises(RequestTimeout):
+        follower.wait_for(cursor(5), 0.01)
+    with pytest.raises(TypeError):
+        follower.wait_for(5, 1.0)  # type: ignore[arg-type]
+    waiting = in_thread(follower.wait_for, cursor(5), DEADLINE_S)
+    store.apply([], cursor(4))
+    store.apply([], cursor(6))
+    assert results([waiting]) == [None], "a later one will do: tokens of one length are ordered"
+    waiting = in_thread(follower.wait_for, cursor(99), DEADLINE_S)
+    follower.close()
+    with pytest.raises(StoreClosed):
+        results([waiting])
+
+
+def test_a_compaction_is_followed_without_a_reload(follow: Follow, open_store: Open):
+    store = open_store()
+    follower = follow()
+    watch = follower.watch()
+    assert isinstance(watch.next(DEADLINE_S), Synced)
+    for number in range(1, 30):
+        store.apply([Put("k", b"%d" % number)], cursor(number))
+        if number % 7 == 0:
+            store.compact()
+    events = [watch.next(DEADLINE_S) for _ in range(29)]
+    assert [event.seq for event in events] == list(range(1, 30))
+    follower.wait_for(cursor(29), DEADLINE_S)
+    assert follower.stats().reloads == 0
+    assert follower.range() == store.range()
+
+
+def test_since_works_on_a_follower_as_on_a_store(follow: Follow, open_store: Open):
+    store = open_store()
+    store.apply([Put("a", b"1"), Put("b", b"1")], cursor(1))
+    store.apply([Put("a", b"2")], cursor(2))
+    follower = follow()
+    watch = follower.watch(since=cursor(1))
+    assert [watch.next(DEADLINE_S), watch.next(DEADLINE_S)] == [
+        Changed(Put("a", b"2"), cursor(2), 2),
+        Synced(cursor(2), 2),
+    ]
+    held = follower.snapshot()
+    store.compact()
+    store.apply([foldlog.Delete("b")], cursor(3))
+    follower.wait_for(cursor(3), DEADLINE_S)
+    with pytest.raises(foldlog.CursorExpired):
+        follower.watch(since=cursor(1))
+    assert follower.watch(since=held).next(DEADLINE_S) == Changed(foldlog.Delete("b"), cursor(3), 3)
+
+
+@pytest.mark.parametrize("interval", [0, -1])
+def test_a_poll_interval_that_is_none_is_refused(path: Path, interval):
+    with pytest.raises(ValueError, match="poll_interval_s"):
+        foldlog.follow(path, poll_interval_s=interval)
+
+
+def test_a_log_that_does_not_read_is_refused_at_once_and_leaves_nothing_behind(
+    follow: Follow, path: Path
+):
+    path.write_bytes(
+        b"no log at all, and longer than a head needs to be, too, so that only the magic is wrong"
+    )
+    with pytest.raises(InvalidFormatError):
+        follow()
+    path.unlink()
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("a", b"1" * 100)], cursor(1))
+        size = path.stat().st_size
+    data = bytearray(path.read_bytes())
+    data[size - 40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptLogError):
+        follow()
+
+
+# States.
+
+
+def test_it_waits_for_a_log_follows_it_misses_it_and_follows_it_again(
+    follow: Follow, open_store: Open, path: Path
+):
+    follower = follow()
+    assert follower.state is FollowerState.WAITING
+    assert len(follower) == 0
+    store = open_store()
+    state_of(follower, FollowerState.FOLLOWING)
+    store.apply(batch(1), cursor(1))
+    follower.wait_for(cursor(1), DEADLINE_S)
+    store.close()
+    path.rename(path.parent / "aside")
+    state_of(follower, FollowerState.MISSING)
+    assert follower.get("shared/0").value == b"1"
+    (path.parent / "aside").rename(path)
+    state_of(follower, FollowerState.FOLLOWING)
+    assert follower.stats().reloads == 0
+
+
+def test_a_log_that_its_writer_writes_anew_after_a_deletion_is_followed_on(
+    follow: Follow, open_store: Open, path: Path
+):
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    follower = follow()
+    path.unlink()
+    store.apply(batch(2), cursor(2))
+    follower.wait_for(cursor(2), DEADLINE_S)
+    state_of(follower, FollowerState.FOLLOWING)
+    assert follower.range() == store.range()
+    assert follower.stats().reloads == 0
+
+
+def test_another_log_under_the_name_is_told_followed_and_reported(
+    follow: Follow, path: Path, caplog
+):
+    caplog.set_level(logging.WARNING, "foldlog")
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("a", b"1"), Put("both", b"1")], cursor(9))
+    follower = follow()
+    watch = follower.watch()
+    assert [type(watch.next(DEADLINE_S)) for _ in range(3)] == [Changed, Changed, Synced]
+    with AppendLogSnapshot.open(path.parent / "other.log")[1] as snap:
+        snap.apply([Put("b", b"1"), Put("both", b"1")], cursor(1))
+    os.replace(path.parent / "other.log", path)
+    assert watch.next(DEADLINE_S) == Rewound("the log was replaced by another")
+    assert [watch.next(DEADLINE_S).update for _ in range(2)] == [
+        foldlog.Delete("a"),
+        Put("b", b"1"),
+    ]
+    assert watch.next(DEADLINE_S) == Synced(cursor(1), 1)
+    assert follower.cursor() == cursor(1)
+    state_of(follower, FollowerState.REPLACED)
+    assert "replaced" in follower.stats().reason
+    assert [record.message for record in caplog.records if "replaced" in record.message]
+
+
+def test_a_log_that_stops_to_read_is_reported_served_from_memory_and_taken_up_again(
+    follow: Follow, path: Path
+):
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("a", b"1")], cursor(1))
+    follower = follow()
+    shutil.copy(path, path.parent / "good")
+    (path.parent / "junk").write_bytes(b"junk")
+    os.replace(path.parent / "junk", path)
+    state_of(follower, FollowerState.FAILED)
+    assert "not a foldlog log" in follower.stats().reason
+    assert follower.cursor() == cursor(1)
+    os.replace(path.parent / "good", path)
+    state_of(follower, FollowerState.FOLLOWING)
+    assert follower.stats().reason == ""
+
+
+def test_a_bug_in_following_ends_neither_the_thread_nor_the_reads(
+    follow: Follow, open_store: Open, monkeypatch
+):
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    follower = follow()
+    poll, failed = follower._thread._tail.poll, threading.Event()
+
+    def broken() -> Any:
+        failed.set()
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(follower._thread._tail, "poll", broken)
+    follower._thread.woken.set()
+    assert failed.wait(DEADLINE_S)  # so that no poll from before is under way any more
+    store.apply(batch(2), cursor(2))
+    state_of(follower, FollowerState.FAILED)
+    assert follower.cursor() == cursor(1)
+    monkeypatch.setattr(follower._thread._tail, "poll", poll)
+    follower.wait_for(cursor(2), DEADLINE_S)
+    state_of(follower, FollowerState.FOLLOWING)
+
+
+# Events, and none.
+
+
+class SilentObserver:
+    """Starts, lives, and never tells of anything: a network file system, or a queue that overflowed."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self.alive = False
+
+    def schedule(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def start(self) -> None:
+        self.alive = True
+
+    def stop(self) -> None:
+        self.alive = False
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
+
+
+class NoObserver:
+    def __init__(self) -> None:
+        raise OSError(24, "inotify instance limit reached")
+
+
+@pytest.mark.parametrize("observer", [SilentObserver, NoObserver])
+def test_the_poll_finds_what_no_event_tells_of(
+    follow: Follow, open_store: Open, monkeypatch, caplog, observer
+):
+    """Scenarios 61 and 89: events that are missed, and watches that cannot be had, which is said once."""
+    caplog.set_level(logging.INFO, "foldlog")
+    store = open_store()
+    monkeypatch.setattr(
+        follower_module, "FileWatch", lambda *given: FileWatch(*given, observer=observer)
+    )
+    follower = follow(poll_interval_s=0.01)
+    watch = follower.watch("shared/0")
+    assert isinstance(watch.next(DEADLINE_S), Synced)
+    for number in range(1, 6):
+        store.apply(batch(number), cursor(number))
+        if number == 3:
+            store.compact()
+        assert watch.next(DEADLINE_S).cursor == cursor(number)
+    said = [record for record in caplog.records if "polling only" in record.message]
+    assert len(said) == (observer is NoObserver)
+    assert follower._thread._watch.active == (observer is SilentObserver)
+
+
+def test_a_handler_that_raises_does_not_silence_the_events(path: Path, nothing_left):
+    """Scenario 89: watchdog's dispatcher ends for good on an exception."""
+    woken = threading.Semaphore(0)
+
+    def wake() -> None:
+        woken.release()
+        raise RuntimeError("injected")
+
+    watch = FileWatch(path, [FileModifiedEvent], wake)
+    try:
+        path.write_bytes(b"")
+        for _ in range(3):
+            with path.open("ab") as file:
+                file.write(b"x")
+            assert woken.acquire(timeout=DEADLINE_S)
+    finally:
+        watch.stop()
+
+
+def test_reading_a_log_does_not_wake_those_who_follow_it(path: Path, nothing_left):
+    """Scenario 90: opening, reading and closing are events, too, and would make a follower wake itself for ever."""
+    wakes: list[int] = []
+    woken = threading.Event()
+    path.write_bytes(b"start")
+    with AppendLogSnapshot.open(path.parent / "neighbour.log")[1] as snap:
+        watch = FileWatch(path, follower_module.EVENTS, lambda: (wakes.append(1), woken.set()))
+        try:
+            for _ in range(50):
+                path.read_bytes()
+                snap.apply([Put("a", b"")], cursor(1))
+            path.write_bytes(b"end")
+            assert woken.wait(DEADLINE_S)
+            assert len(wakes) <= 3, "of the last write, which cuts and writes; events come in order"
+        finally:
+            watch.stop()
+
+
+def test_a_folder_that_was_removed_and_made_again_has_events_again(
+    follow: Follow, path: Path, tmp_path: Path
+):
+    """Scenario 89: the watch on the old folder lives on, and is silent. The first poll that finds news renews it."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("a", b"1")], cursor(1))
+    follower = follow(poll_interval_s=0.01)
+    old = follower._thread._watch._folder
+    path.parent.rename(tmp_path / "aside")
+    state_of(follower, FollowerState.MISSING)
+    path.parent.mkdir()
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("a", b"2")], cursor(2))
+        follower.wait_for(cursor(2), DEADLINE_S)
+        until(
+            lambda: follower._thread._watch._folder not in (old, None), "the new folder is watched"
+        )
+        follower._thread._poll_interval_s = 1000.0
+        snap.apply([Put("a", b"3")], cursor(3))
+        until(lambda: follower.cursor() == cursor(3), "an event wakes it")
+
+
+def test_a_watch_that_could_not_be_had_is_tried_again_later_and_not_all_the_time(
+    path: Path, monkeypatch
+):
+    monkeypatch.setattr(SilentObserver, "made", 0)
+    watch = FileWatch(path, [FileModifiedEvent], lambda: None, observer=NoObserver)
+    watch._make_observer = SilentObserver
+    for _ in range(5):
+        watch.refresh()
+    assert SilentObserver.made == 0
+    monkeypatch.setattr(filewatch, "RETRY_S", 0.0)
+    watch._retry_at = 0.0
+    for _ in range(5):
+        watch.refresh()
+    assert SilentObserver.made == 1
+    assert watch.active
+    watch.stop()
+
+
+def test_what_is_written_before_the_events_are_asked_for_is_found_at_once(
+    follow: Follow, open_store: Open, monkeypatch
+):
+    """Between the first poll, on the caller's thread, and the watch, there is nobody to hear of it."""
+    store = open_store()
+
+    def late_watch(*given: Any) -> FileWatch:
+        store.apply(batch(1), cursor(1))
+        return FileWatch(*given, observer=SilentObserver)
+
+    monkeypatch.setattr(follower_module, "FileWatch", late_watch)
+    follower = follow(poll_interval_s=1000.0)
+    until(lambda: follower.cursor() == cursor(1), "it looks once more")
+
+
+def test_waiting_for_a_cursor_looks_at_the_log_at_once(
+    follow: Follow, open_store: Open, monkeypatch
+):
+    store = open_store()
+    monkeypatch.setattr(
+        follower_module, "FileWatch", lambda *given: FileWatch(*given, observer=SilentObserver)
+    )
+    follower = follow(poll_interval_s=1000.0)
+    store.apply(batch(1), cursor(1))
+    follower.wait_for(cursor(1), DEADLINE_S)
+
+
+def test_a_busy_log_is_polled_and_a_quiet_one_has_events_again(
+    follow: Follow, open_store: Open, monkeypatch
+):
+    monkeypatch.setattr(follower_module, "BUSY_FINDS", 4)
+    store = open_store(sync="never")
+    follower = follow(poll_interval_s=1000.0)
+    number = 0
+    while not follower._thread.busy:
+        number += 1
+        assert number < 100_000
+        store.apply([Put("k", b"%d" % number)], cursor(number))
+    until(lambda: follower.cursor() == cursor(number), "polled")
+    until(lambda: not follower._thread.busy, "it is quiet")
+    until(lambda: follower._thread._watch.active, "and has events")
+    store.apply([Put("k", b"")], cursor(number + 1))
+    until(lambda: follower.cursor() == cursor(number + 1), "an event wakes it")
+
+
+# Ending, and what is left.
+
+
+def test_closing_ends_watches_threads_and_reads_and_is_done_twice_without_harm(
+    follow: Follow, open_store: Open
+):
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    follower = follow()
+    watch, held = follower.watch(), follower.snapshot()
+    follower.close()
+    follower.close()
+    assert [type(event) for event in watch][-1] is Synced
+    assert follower.state is FollowerState.CLOSED
+    for read in (
+        follower.cursor,
+        follower.range,
+        follower.snapshot,
+        follower.watch,
+        follower.stats,
+    ):
+        with pytest.raises(StoreClosed):
+            read()
+    assert held.get("shared/0").value == b"1"
+    with follow() as other:
+        assert len(other) == len(store)
+    assert other.state is FollowerState.CLOSED
+
+
+def test_it_may_be_closed_out_of_its_own_watch(follow: Follow, open_store: Open):
+    store = open_store()
+    follower = follow()
+
+    def run() -> int:
+        told = 0
+        for event in follower.watch():
+            told += isinstance(event, Changed)
+            if isinstance(event, Changed):
+                follower.close()
+        return told
+
+    running = in_thread(run)
+    store.apply([Put("a", b"")], cursor(1))
+    assert results([running]) == [1]
+
+
+def test_one_that_is_dropped_warns_and_leaves_no_thread(path: Path, nothing_left):
+    before = threading.active_count()
+    follower = foldlog.follow(path)
+    assert follower.state is FollowerState.WAITING
+    with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031 - the last reference goes with the `del`
+        del follower
+        gc.collect()
+    until(lambda: threading.active_count() == before, "its threads, and watchdog's, have ended")
+
+
+def test_it_cannot_be_pickled(follow: Follow):
+    with pytest.raises(TypeError, match="pickled"):
+        pickle.dumps(follow())
+
+
+def test_a_fork_leaves_reads_and_a_new_follower_works_in_the_child(path: Path):
+    """Scenario 58."""
+    result = script(
+        """
+        import os, sys, threading, foldlog
+        from foldlog import ForkedStore, Put, WatchCursor
+        at = WatchCursor.from_u64
+        store = foldlog.open(sys.argv[1])
+        store.apply([Put("a", b"1")], at(1))
+        follower = foldlog.follow(sys.argv[1])
+        watch = follower.watch("nothing")
+        watch.next(5)
+        to_child, to_parent = os.pipe(), os.pipe()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                assert follower.get("a").value == b"1" and len(follower) == 1
+                assert list(watch) == [] and "forked" in watch.ended
+                for refused in (follower.watch, lambda: follower.wait_for(at(1), 1.0), lambda: follower.subscribe(None)):
+                    try:
+                        refused()
+                    except ForkedStore:
+                        continue
+                    raise AssertionError("not refused")
+                follower.close()
+                with foldlog.follow(sys.argv[1]) as own:
+                    os.write(to_parent[1], b"x")
+                    own.wait_for(at(2), 10.0)
+                    assert own.get("a").value == b"2" and follower.get("a").value == b"1"
+                del follower, watch
+                code = 0
+            except BaseException as error:
+                print(repr(error), flush=True)
+            os._exit(code)
+        os.read(to_parent[0], 1)
+        store.apply([Put("a", b"2")], at(2))
+        status = os.waitpid(child, 0)[1]
+        follower.wait_for(at(2), 10.0)
+        follower.close()
+        store.close()
+        print("status", status, [thread.name for thread in threading.enumerate()])
+        """,
+        path,
+    )
+    assert (result.stdout, result.stderr) == ("status 0 ['MainThread']\n", "")
+
+
+def test_a_script_that_forgets_to_close_ends_promptly(path: Path):
+    result = script(
+        """
+        import sys, foldlog
+        follower = foldlog.follow(sys.argv[1])
+        for event in follower.watch():
+            print(type(event).__name__)
+            break
+        """,
+        path,
+    )
+    assert (result.stdout, result.returncode) == ("Synced\n", 0)
+    assert "Traceback" not in result.stderr
+
+
+# Another process writes, and is killed.
+
+WRITER = """
+    import sys, foldlog
+    from foldlog import Put, WatchCursor
+    store = foldlog.open(sys.argv[1], sync="never", compact_threshold=20_000)
+    number = int((store.get("number") or Put("", b"0")).value)
+    while True:
+        number += 1
+        store.apply([Put("number", b"%d" % number), Put(f"k{number % 50}", b"x" * 200), Put("twin", b"%d" % number)],
+                    WatchCursor.from_u64(number))
+        if number % 100 == 0:
+            print(number, flush=True)
+"""
+
+
+def test_a_writer_in_another_process_that_is_killed_and_comes_back_is_followed_through(
+    follow: Follow, path: Path
+):
+    """Compactions run all the time. No batch is torn, none is told twice or left out, and the cursor never goes back."""
+    follower = follow()
+    watch = follower.watch()
+    done = threading.Event()
+    checked: list[int] = []
+
+    def read() -> None:
+        last = 0
+        while not done.is_set():
+            snapshot = follower.snapshot()
+            if number := snapshot.get("number"):
+                assert number == foldlog.KvEntry("number", snapshot.get("twin").value)
+                assert snapshot.cursor() == WatchCursor.from_u64(int(number.value))
+                assert int(number.value) >= last
+                last = int(number.value)
+                checked.append(last)
+
+    def listen() -> int:
+        state: dict[str, bytes] = {}
+        numbers: list[int] = []
+        for event in watch:
+            if isinstance(event, Changed):
+                assert isinstance(event.update, Put)
+                if event.update.key == "number":
+                    number = int(event.update.value)
+                    assert not numbers or number > numbers[-1]
+                    numbers.append(number)
+                state[event.update.key] = event.update.value
+            assert not isinstance(event, Rewound)
+            if numbers and numbers[-1] == ends_at and state["twin"] == b"%d" % ends_at:
+                assert state == {entry.key: entry.value for entry in follower.range()}
+                return len(numbers)
+        raise AssertionError("the watch ended")
+
+    ends_at = -1
+    working = [in_thread(read), in_thread(listen)]
+    for _ in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as writer:
+            assert writer.stdout is not None
+            for _ in range(3):
+                assert writer.stdout.readline(), "the writer works"
+            os.kill(writer.pid, signal.SIGKILL)
+    with AppendLogSnapshot.open(path)[1] as snap:
+        ends_at = int(snap.get("number").value) + 1
+        snap.apply(
+            [Put("number", b"%d" % ends_at), Put("twin", b"%d" % ends_at)],
+            WatchCursor.from_u64(ends_at),
+        )
+    follower.wait_for(WatchCursor.from_u64(ends_at), DEADLINE_S)
+    told = results(working[1:])[0]
+    done.set()
+    results(working[:1])
+    assert len(checked) > 10
+    assert told > 10
+    assert follower.state is FollowerState.FOLLOWING
+    assert follower.stats().reloads <= 3, (
+        "it kept up with compactions, but for a stall of this machine"
+    )

@@ -1,0 +1,203 @@
+"""Log files for tests: written by the engine, taken apart into frames, put together again by hand."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from crc32c import crc32c
+
+from foldlog import Delete, FoldlogError, Put, VersionToken, WatchCursor
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FRAME_HEAD,
+    FRAME_MAGIC,
+    TRAILER,
+    FileHead,
+    FrameHead,
+    parse_file_head,
+    parse_frame_head,
+)
+from foldlog.protocol.updates import Update, encode_batch
+from foldlog.storage.engines.engine import Engine
+from foldlog.storage.log.files import Files
+
+
+class Unsynced(Files):
+    """Files that are never synced: thousands of openings cost no disk. What syncing is for is tested in `test_io_errors.py`."""
+
+    def sync(self, fd: int) -> None:
+        pass
+
+
+UNSYNCED = Unsynced()
+Batches = Sequence[Iterable[Update]]
+
+
+class State(NamedTuple):
+    """What a log folds to."""
+
+    seq: int
+    cursor: bytes
+    entries: dict[str, tuple[bytes, bytes]]
+
+
+class Frame(NamedTuple):
+    """A frame in a file."""
+
+    start: int
+    end: int
+    head: FrameHead
+    raw: bytes
+
+    @property
+    def body(self) -> bytes:
+        return self.raw[FRAME_HEAD.size : -len(TRAILER)]
+
+
+def some_batches(count: int = 3, size: int = 20) -> list[list[Update]]:
+    """Batches whose every prefix folds to another state, with removals and overwrites in them."""
+    return [
+        [
+            Put(
+                f"key{n}",
+                bytes(ord("a") + (n + i) % 26 for i in range(size)),
+                VersionToken.from_u64(n),
+            ),
+            Put("last", b"%d" % n),
+            Delete(f"key{n - 2}"),
+        ]
+        for n in range(1, count + 1)
+    ]
+
+
+def write_log(
+    path: Path,
+    batches: Batches,
+    *,
+    base: Batches = (),
+    sealed: bool = False,
+    sync_each: bool = False,
+) -> bytes:
+    """A log whose base holds `base` and which has `batches` behind it. Its lock note is removed: it remembers nothing."""
+    if base:
+        engine = Engine(path)
+        commit_all(engine, base)
+        engine.compact()
+        engine.close()
+    engine = Engine(path, sync_each=sync_each)
+    commit_all(engine, batches)
+    if sealed:
+        engine.close()
+    else:
+        engine.log.abandon()
+    forget_the_watermark(path)
+    return path.read_bytes()
+
+
+def commit_all(engine: Engine, batches: Batches) -> None:
+    for updates in batches:
+        engine.commit([encode_batch(updates, WatchCursor.from_u64(engine.fold.seq + 1))])
+
+
+def forget_the_watermark(path: Path) -> None:
+    path.with_name(path.name + ".lock").unlink(missing_ok=True)
+
+
+def state_of(engine: Engine) -> State:
+    fold = engine.fold
+    return State(
+        fold.seq,
+        bytes(fold.cursor()),
+        {entry.key: (entry.value, bytes(entry.version)) for entry in fold.range("")},
+    )
+
+
+def read_state(path: Path, **options: Any) -> State:
+    """The state of a log, opened for writing (which repairs), and let go of as a killed process would."""
+    engine = Engine(path, **options)
+    try:
+        return state_of(engine)
+    finally:
+        engine.log.abandon()
+
+
+def outcome(path: Path, raw: bytes, **options: Any) -> State | FoldlogError:
+    """What opening a file of these bytes gives: a state or a typed error. On an error the file must be as it was."""
+    path.write_bytes(raw)
+    forget_the_watermark(path)
+    try:
+        return read_state(path, files=UNSYNCED, **options)
+    except FoldlogError as error:
+        assert path.read_bytes() == raw, "a file that was refused was changed"
+        return error
+
+
+def prefix_states(raw: bytes, path: Path) -> dict[int, State]:
+    """The state at the end of each frame from the end of the base on."""
+    frames = frames_of(raw)
+    base_end = next(index for index, frame in enumerate(frames) if frame.head.kind == 4)
+    states = {}
+    for frame in frames[base_end:]:
+        state = outcome(path, raw[: frame.end])
+        assert isinstance(state, State), state
+        states[frame.end] = state
+    return states
+
+
+def head_of(raw: bytes) -> FileHead:
+    return parse_file_head(raw[: FILE_HEAD.size])
+
+
+def frames_of(raw: bytes) -> list[Frame]:
+    """The frames of an intact log."""
+    seed = head_of(raw).seed
+    frames = []
+    at = FILE_HEAD.size
+    while at < len(raw):
+        head = parse_frame_head(raw, at, seed)
+        assert head is not None
+        frames.append(Frame(at, at + head.size, head, raw[at : at + head.size]))
+        at += head.size
+    return frames
+
+
+def forge(raw: bytes, kind: int, body: bytes, **lies: int) -> bytes:
+    """A frame that follows the intact log `raw`, all its checksums right; `lies` replace fields of its head."""
+    last = frames_of(raw)[-1].head
+    fields = {
+        "body_len": len(body),
+        "body_crc": crc32c(body),
+        "seq": last.seq + lies.get("batches", 0),
+        "synced_seq": last.synced_seq,
+        "offset": len(raw),
+        "link": last.crc,
+        "kind": kind,
+        "flags": last.flags,
+        "batches": 0,
+    } | lies
+    checked = struct.pack("<IIQQQIBBH", *(fields[name] for name in FrameHead._fields[1:]))
+    crc = crc32c(checked, head_of(raw).seed)
+    return FRAME_MAGIC + crc.to_bytes(4, "little") + checked + body + TRAILER
+
+
+def forge_log(frames: Iterable[tuple[int, bytes]], *, base_seq: int = 0) -> bytes:
+    """A whole log of hand-made frames (kind, body), none of which holds a batch."""
+    head = FileHead(b"forged log id 16", 7, base_seq)
+    raw = head.pack()
+    link = head.link
+    for kind, body in frames:
+        checked = struct.pack(
+            "<IIQQQIBBH", len(body), crc32c(body), base_seq, base_seq, len(raw), link, kind, 0, 0
+        )
+        link = crc32c(checked, head.seed)
+        raw += FRAME_MAGIC + link.to_bytes(4, "little") + checked + body + TRAILER
+    return raw
+
+
+def reboot(monkeypatch: Any, boot: str = "another boot") -> None:
+    """From here on, the machine has been restarted since anything was written."""
+    monkeypatch.setattr("foldlog.storage.formats.replay.boot_id", lambda: boot)
+    monkeypatch.setattr("foldlog.storage.log.log.boot_id", lambda: boot)

@@ -1,0 +1,809 @@
+"""Guard rails for speed: what an operation reads, decodes, copies, writes, syncs and sends is counted here, and never timed.
+
+Most tests run over two stores, one ten times the other: the cost of an operation must not tell which of them it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+from actor_kit import DEADLINE_S, Steps, cursor, in_thread, results
+from counting import CountedFiles, CountedRun, LeafCounter, SentMail, Work, calls_of, usual, work_of
+
+import foldlog
+from foldlog import AppendLogSnapshot, Changed, Delete, Put, Synced, Update, VersionToken
+from foldlog.actors import feeds
+from foldlog.actors.adapter import Mail
+from foldlog.actors.maintenance import Syncer
+from foldlog.actors.requests import WriteRequest
+from foldlog.protocol.frames import FRAME_OVERHEAD
+from foldlog.protocol.updates import SLICE, batches_body, encode_batch
+from foldlog.storage.engines.engine import Engine
+from foldlog.storage.fold import delta, leaf
+from foldlog.storage.fold.base import EMPTY_BASE
+from foldlog.storage.fold.leaf import MAX_ENTRIES, MIN_ENTRIES
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats import replay
+from foldlog.storage.formats.registry import BUFFER_BYTES
+from foldlog.storage.formats.replay import read_head
+from foldlog.storage.log import backlog
+from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.scan import Chain, read_frames
+from foldlog.storage.log.tail import Advance, Jump, Tail
+from foldlog.testing import UnsyncedFiles
+
+FEW, MANY = 2_000, 20_000
+"""Entries of the two stores."""
+VALUE_BYTES = 100
+LEAF_BYTES = MAX_ENTRIES * (VALUE_BYTES + 26)
+"""No leaf takes more: a key of 7 bytes, a version of 8, and 11 to tell where they are."""
+NOTE_BYTES = 256
+"""What is written beside the log: who has the lock, and what is synced."""
+
+both = pytest.mark.parametrize("entries", [FEW, MANY])
+CopyOf: TypeAlias = Callable[..., Path]
+OpenLog: TypeAlias = Callable[..., AppendLogSnapshot]
+OpenStore: TypeAlias = Callable[..., foldlog.Store]
+
+
+def key(number: int) -> str:
+    return f"k{number:06}"
+
+
+def puts(numbers: Iterable[int], size: int = VALUE_BYTES) -> list[Update]:
+    return [
+        Put(key(number), bytes((number % 251,)) * size, VersionToken.from_u64(number))
+        for number in numbers
+    ]
+
+
+def with_batch(fold: FoldSnapshot, updates: list[Update]) -> FoldSnapshot:
+    return fold.with_batch(encode_batch(updates, cursor(1)).changes, fold.seq + 1, cursor(1))
+
+
+def uncompacted(changes: int) -> FoldSnapshot:
+    """A fold of so many changes, settled, over an empty base."""
+    collected = delta.Collected()
+    for start in range(0, changes, SLICE):
+        collected.add(
+            {
+                key(number): (key(number), b"", b"")
+                for number in range(start, min(start + SLICE, changes))
+            }
+        )
+    return FoldSnapshot(EMPTY_BASE, *collected.settled(), 1, cursor(1))
+
+
+BATCHES: list[list[Update]] = [
+    puts([5]),
+    puts(range(0, FEW, 9)),
+    [Delete(key(9))],
+    [Put("new", b"")],
+    [],
+]
+
+
+@pytest.fixture
+def files() -> CountedFiles:
+    return CountedFiles()
+
+
+@pytest.fixture
+def leaves(monkeypatch: pytest.MonkeyPatch) -> LeafCounter:
+    return LeafCounter(monkeypatch)
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> SentMail:
+    return SentMail(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Sealed logs with all entries in the base: FEW.log and MANY.log, and the same cut so fine that MANY make 4,000 leaves, as
+    1,000,000 do otherwise."""
+    folder = tmp_path_factory.mktemp("logs")
+    for name, entries in itertools.product(("log", "fine"), (FEW, MANY)):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "fine":
+                patch.setattr(leaf, "MIN_ENTRIES", 2)
+                patch.setattr(leaf, "MAX_ENTRIES", 8)
+                patch.setattr(leaf, "_BOUNDARY_MASK", 3)
+            with AppendLogSnapshot.open(folder / f"{entries}.{name}", files=UnsyncedFiles())[
+                1
+            ] as snap:
+                snap.apply(puts(range(entries)), cursor(1))
+                snap.compact()
+    return {file.name: file for file in folder.iterdir()}
+
+
+@pytest.fixture
+def copy_of(logs: dict[str, Path], path: Path) -> CopyOf:
+    """Such a log, to be changed."""
+    return lambda entries, fine=False: Path(
+        shutil.copy(logs[f"{entries}.{'fine' if fine else 'log'}"], path.parent)
+    )
+
+
+@pytest.fixture
+def open_log(copy_of: CopyOf, files: CountedFiles) -> Iterator[OpenLog]:
+    """Opens such a log, and counts from there on."""
+    opened: list[AppendLogSnapshot] = []
+
+    def open_log(entries: int, fine: bool = False) -> AppendLogSnapshot:
+        opened.append(AppendLogSnapshot.open(copy_of(entries, fine), files=files)[1])
+        files.forget()
+        return opened[-1]
+
+    yield open_log
+    for snap in opened:
+        snap.close()
+
+
+@pytest.fixture
+def opened(
+    open_store: Callable[..., foldlog.Store],
+    copy_of: CopyOf,
+    files: CountedFiles,
+    monkeypatch: pytest.MonkeyPatch,
+) -> OpenStore:
+    """Opens a store, begins its session, and counts from there on. Its syncer neither syncs nor looks by itself meanwhile."""
+    monkeypatch.setattr(Syncer, "_look", lambda syncer: None)
+
+    def opened(sync: str, entries: int = MANY, fine: bool = False) -> foldlog.Store:
+        store = open_store(
+            path=copy_of(entries, fine), sync=sync, sync_interval_s=3600.0, files=files
+        )
+        store.apply([], cursor(2))
+        files.forget()
+        return store
+
+    return opened
+
+
+# Opening.
+
+
+@both
+def test_opening_reads_the_file_once_and_decodes_no_leaf(
+    copy_of: CopyOf, files: CountedFiles, leaves: LeafCounter, entries: int
+) -> None:
+    path = copy_of(entries)
+    with AppendLogSnapshot.open(path, files=files)[1] as snap:
+        assert len(snap.snapshot().base) >= entries // MAX_ENTRIES
+        assert files.bytes_read <= path.stat().st_size + 2 * NOTE_BYTES, (
+            "the frames once; the head, and the lock's note"
+        )
+        assert files.reads <= 5
+        assert (files.bytes_written, files.counts["sync"]) == (NOTE_BYTES, 0), (
+            "nothing but who has the lock"
+        )
+        assert not leaves
+        assert not any(snap.snapshot().base.parts()), (
+            "neither indexes nor entries are kept before someone asks for them"
+        )
+
+
+def test_a_log_of_many_windows_is_read_once(copy_of: CopyOf, files: CountedFiles) -> None:
+    handle = ReadHandle(files, copy_of(MANY))
+    head = read_head(handle)
+    size = handle.path.stat().st_size
+    window = 128 * 1024
+    files.forget()
+    largest = max(
+        frame.size
+        for frame, _ in read_frames(handle, head, Chain.start(head), size, window_bytes=window)
+    )
+    windows = size // (window - largest) + 1
+    assert files.reads <= windows
+    assert files.bytes_read <= size + windows * largest, "a frame that a window cuts is read again"
+
+
+def test_what_opening_keeps_in_memory_goes_by_leaves(copy_of: CopyOf) -> None:
+    kept, leaves = {}, {}
+    for entries in (FEW, MANY):
+        path = copy_of(entries)
+        tracemalloc.start()
+        with AppendLogSnapshot.open(path, files=UnsyncedFiles())[1] as snap:
+            kept[entries], _ = tracemalloc.get_traced_memory()
+            leaves[entries] = len(snap.snapshot().base)
+        tracemalloc.stop()
+    assert kept[MANY] - kept[FEW] <= 500 * (leaves[MANY] - leaves[FEW])
+
+
+@pytest.mark.parametrize("batches", [40, 400])
+def test_a_replayed_batch_is_decoded_once_and_its_changes_are_copied_a_few_times(
+    path: Path, files: CountedFiles, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    engine = Engine(path, files=files)
+    for seq in range(batches):
+        engine.commit([encode_batch(puts(range(100 * seq, 100 * seq + 100)), cursor(seq))])
+    engine.close()
+    decodings = calls_of(monkeypatch, replay, "decode_batches")
+    monkeypatch.setattr(delta, "Run", CountedRun)
+    CountedRun.copied = 0
+    files.forget()
+    assert replay.load(ReadHandle(files, path)).fold.seq == batches
+    assert len(decodings) == batches
+    assert CountedRun.copied <= 4 * 100 * batches
+    assert files.bytes_read <= path.stat().st_size + 2 * LEAF_BYTES, (
+        "a frame that the window cuts is read again"
+    )
+
+
+# Reading.
+
+
+@both
+def test_a_key_that_was_read_before_is_read_from_memory(
+    open_log: OpenLog, files: CountedFiles, entries: int
+) -> None:
+    snap = open_log(entries)
+    hot = [key(number) for number in range(0, entries, entries // 50)]
+    assert all(map(snap.get, hot))
+    files.forget()
+    assert all(map(snap.get, 3 * hot))
+    assert files.total == 0
+
+
+@both
+def test_the_first_read_of_a_key_reads_the_index_of_its_leaf_and_the_value(
+    open_log: OpenLog, files: CountedFiles, leaves: LeafCounter, entries: int
+) -> None:
+    snap = open_log(entries)
+    assert snap.get(key(7))
+    assert files.reads == files.total <= 2
+    assert files.bytes_read < VALUE_BYTES * MIN_ENTRIES, "not the values of the others"
+    assert (leaves.keys, leaves.entries) == (1, 0)
+    files.forget()
+    assert snap.get(key(8))
+    assert (files.reads, files.bytes_read) == (1, VALUE_BYTES), "the index is kept"
+
+
+def test_all_keys_one_by_one_take_a_read_each_and_two_a_leaf_at_most(
+    open_log: OpenLog, files: CountedFiles, leaves: LeafCounter
+) -> None:
+    snap = open_log(FEW)
+    count = len(snap.snapshot().base)
+    order = list(map(key, random.Random(1).sample(range(FEW), FEW)))
+    assert all(map(snap.get, order))
+    assert files.reads <= FEW + 2 * count, (
+        "the index; and the leaf as a whole, once, where that saves reads"
+    )
+    assert files.bytes_read <= 2 * snap.report.size
+    assert leaves.keys <= 2 * count
+    files.forget()
+    assert all(map(snap.get, order))
+    assert files.total == 0
+
+
+@both
+def test_an_absent_key_costs_the_index_of_a_leaf_once(
+    open_log: OpenLog, files: CountedFiles, leaves: LeafCounter, entries: int
+) -> None:
+    snap = open_log(entries)
+    assert snap.get("before all others") is None
+    assert files.total == 0
+    for times in (1, 0, 0):
+        assert snap.get(key(5) + " absent") is None
+        assert snap.get(key(6) + " absent") is None
+        assert (files.reads, leaves.keys) == (times, times)
+        files.forget()
+        leaves.forget()
+    assert not any(snap.get(key(number) + " absent") for number in range(0, entries, 10))
+    assert files.reads == leaves.keys < len(snap.snapshot().base)
+    assert leaves.entries == 0
+
+
+@both
+def test_what_changed_since_the_compaction_is_not_looked_for_on_disk(
+    open_log: OpenLog, files: CountedFiles, entries: int
+) -> None:
+    snap = open_log(entries)
+    changes = [
+        *puts(range(50)),
+        *(Delete(key(number)) for number in range(50, 100)),
+        Put("new", b""),
+    ]
+    for number, batch in enumerate(
+        [changes, puts(range(100, 100 + delta.MAX_SETTLE_ENTRIES), 0)], 2
+    ):
+        snap.apply(batch, cursor(number))
+        files.forget()
+        assert all(snap.get(key(number)) for number in range(50))
+        assert not any(snap.get(key(number)) for number in range(50, 100))
+        assert snap.get("new")
+        assert files.total == 0
+    assert len(snap.snapshot().delta), "they have settled by now"
+
+
+@both
+def test_counting_the_entries_reads_the_indexes_of_touched_leaves_once(
+    open_log: OpenLog, files: CountedFiles, entries: int
+) -> None:
+    snap = open_log(entries)
+    assert len(snap) == entries
+    assert files.total == 0
+    snap.apply([Put(key(0) + " new", b""), Delete(key(1)), Put(key(entries // 2), b"")], cursor(2))
+    files.forget()
+    assert len(snap) == entries
+    assert files.reads == 2
+    assert files.bytes_read < 2 * VALUE_BYTES * MIN_ENTRIES
+    snap.apply([Put(key(1), b"")], cursor(3))
+    files.forget()
+    assert len(snap) == entries + 1
+    assert files.total == 0
+
+
+@both
+@pytest.mark.parametrize(
+    ("prefix", "found"),
+    [("k001234", 1), ("k00123", 10), ("k0012", 100), ("k001", 1000), ("absent", 0)],
+)
+def test_a_range_decodes_the_leaves_that_it_lies_in_and_keeps_nothing(
+    open_log: OpenLog,
+    files: CountedFiles,
+    leaves: LeafCounter,
+    prefix: str,
+    found: int,
+    entries: int,
+) -> None:
+    snap = open_log(entries)
+    for batch in ([], puts(range(0, FEW, 3))):
+        snap.apply(batch, cursor(2))
+        for _ in range(2):
+            files.forget()
+            leaves.forget()
+            assert len(snap.range(prefix)) == found
+            assert leaves.entries == files.reads <= found // MIN_ENTRIES + 2
+            assert not any(snap.snapshot().base.parts())
+
+
+@both
+def test_a_range_that_is_left_early_decodes_what_was_asked_for(
+    open_log: OpenLog, leaves: LeafCounter, entries: int
+) -> None:
+    fold = open_log(entries).snapshot()
+    assert len(next(fold.blocks())) >= MIN_ENTRIES
+    assert leaves.entries == 1
+    after = key(500)
+    for _ in range(3):
+        leaves.forget()
+        page = list(itertools.islice(fold.entries_after("", after), 100))
+        assert leaves.entries <= 100 // MIN_ENTRIES + 2
+        after = page[-1].key
+
+
+@pytest.mark.parametrize("changes", [FEW, MANY])
+def test_ranges_between_batches_sort_what_is_new_and_not_all_again(
+    monkeypatch: pytest.MonkeyPatch, changes: int
+) -> None:
+    fold = uncompacted(changes)
+    orders: dict[int, list[str]] = {}
+    order = delta.Run.order
+
+    def noted_order(run: delta.Run) -> list[str]:
+        keys = order(run)
+        orders[id(keys)] = keys  # held, so that no other list gets its id
+        return keys
+
+    monkeypatch.setattr(delta.Run, "order", noted_order)
+    rng = random.Random(7)
+    for number in range(500):
+        fold = with_batch(fold, puts([rng.randrange(changes)]))
+        assert len(fold.range(key(number))) == 1
+    assert sum(map(len, orders.values())) <= 40 * 500
+
+
+@pytest.mark.parametrize(
+    ("read", "asked"),
+    [
+        pytest.param("get", [key(number) for number in range(5, FEW, 199)], id="first"),
+        pytest.param("get", [key(7)] * 9, id="again"),
+        pytest.param(
+            "get", [f"{key(number)} absent" for number in range(5, FEW, 199)], id="absent"
+        ),
+        pytest.param("range", [f"k00{number}" for number in range(100, 200, 9)], id="range"),
+    ],
+)
+def test_a_read_takes_the_same_work_over_any_store(
+    opened: OpenStore, read: str, asked: list[str]
+) -> None:
+    def work_over(entries: int) -> Work:
+        call = getattr(opened("never", entries, fine=True), read)
+        return usual([work_of(call, what) for what in asked])
+
+    few, many = map(work_over, (FEW, MANY))
+    assert few.is_like(many), (few, many)
+    assert few.lines <= 10 or asked[0] != asked[-1], "of a key that was read before"
+
+
+# Applying.
+
+
+@both
+def test_an_apply_is_one_stat_and_one_write_of_its_frame(
+    open_log: OpenLog, files: CountedFiles, entries: int
+) -> None:
+    snap = open_log(entries)
+    snap.apply([], cursor(2))  # a session begins with a frame of its own
+    for number, batch in enumerate(BATCHES, 3):
+        files.forget()
+        snap.apply(batch, cursor(number))
+        assert files.counts == {"stat": 1, "write": 1}
+        assert (
+            files.bytes_written
+            == len(batches_body([encode_batch(batch, cursor(number)).item])) + FRAME_OVERHEAD
+        )
+    assert not any(snap.snapshot().base.parts()), "the base was not looked at"
+
+
+@pytest.mark.parametrize("sync_each", [False, True])
+@pytest.mark.parametrize("batches", [1, 300])
+def test_a_commit_group_costs_the_calls_of_one_batch(
+    path: Path, files: CountedFiles, sync_each: bool, batches: int
+) -> None:
+    engine = Engine(path, files=files, sync_each=sync_each)
+    engine.commit([encode_batch([], cursor(1))])
+    group = [
+        encode_batch(puts(range(number, number + 3)), cursor(number)) for number in range(batches)
+    ]
+    files.forget()
+    engine.commit(group)
+    frame_bytes = len(batches_body([batch.item for batch in group])) + FRAME_OVERHEAD
+    if sync_each:
+        assert files.counts == {"stat": 1, "write": 2, "sync": 1}, (
+            "the frame, and the note that it is synced"
+        )
+        assert files.bytes_written == frame_bytes + NOTE_BYTES
+    else:
+        assert files.counts == {"stat": 1, "write": 1}
+        assert files.bytes_written == frame_bytes
+    assert len(engine.fold.runs) == 1
+    engine.close()
+
+
+def test_a_batch_takes_the_same_work_over_any_store(open_log: OpenLog) -> None:
+    def work_over(entries: int) -> Work:
+        snap, rng = open_log(entries, fine=True), random.Random(3)
+        return usual(
+            [
+                work_of(snap.apply, puts(rng.sample(range(FEW), 100)), cursor(number))
+                for number in range(2, 42)
+            ]
+        )
+
+    few, many = map(work_over, (FEW, MANY))
+    assert few.is_like(many), (few, many)
+
+
+@pytest.mark.parametrize("changes", [FEW, MANY, 10 * MANY])
+def test_a_batch_copies_about_as_much_however_many_changes_there_are(
+    monkeypatch: pytest.MonkeyPatch, changes: int
+) -> None:
+    """Over changes that no compaction took. Settling, now and then, copies many of them: this counts over many batches."""
+    fold = uncompacted(changes)
+    monkeypatch.setattr(delta, "Run", CountedRun)
+    CountedRun.copied = 0
+    rng = random.Random(3)
+    for _ in range(300):
+        fold = with_batch(fold, puts(rng.choices(range(changes), k=100), 0))
+    assert CountedRun.copied <= 25 * 300 * 100
+    assert len(fold.runs) <= 9
+
+
+def test_a_small_batch_shares_base_and_delta_with_the_fold_before_it() -> None:
+    fold = uncompacted(MANY)
+    for number in range(100):
+        newer = with_batch(fold, puts([number]))
+        assert (newer.base, newer.delta) == (fold.base, fold.delta)
+        fold = newer
+
+
+# Compacting.
+
+
+@both
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda at: puts(range(at, at + 20)), id="same lengths"),
+        pytest.param(lambda at: puts(range(at, at + 100)), id="many of the same lengths"),
+        pytest.param(lambda at: puts(range(at, at + 20), VALUE_BYTES + 1), id="other lengths"),
+        pytest.param(
+            lambda at: [Delete(key(number)) for number in range(at, at + 20)], id="deleted"
+        ),
+        pytest.param(
+            lambda at: [Put(f"{key(at)} {number}", b"") for number in range(20)], id="new"
+        ),
+    ],
+)
+def test_a_compaction_decodes_the_leaves_that_were_touched_and_copies_the_others(
+    open_log: OpenLog,
+    files: CountedFiles,
+    leaves: LeafCounter,
+    entries: int,
+    change: Callable[[int], list[Update]],
+) -> None:
+    snap = open_log(entries)
+    count = len(snap.snapshot().base)
+    snap.apply(change(entries // 2), cursor(2))
+    files.forget()
+    snap.compact()
+    assert max(leaves.entries, leaves.encoded) <= 4, (
+        "two at most that it falls into, and those that end elsewhere by it"
+    )
+    assert leaves.keys <= 8
+    assert files.reads <= count + 4, "each leaf once, but for those that cannot be patched"
+    size = snap.report.path.stat().st_size
+    assert files.bytes_read <= size + 5 * LEAF_BYTES
+    assert files.bytes_written <= size + NOTE_BYTES
+    assert files.counts["write"] <= size // BUFFER_BYTES + 2
+    assert (files.counts["sync"], files.counts["sync_dir"]) == (1, 1)
+
+
+@both
+@pytest.mark.parametrize("size", [VALUE_BYTES, VALUE_BYTES + 1])
+@pytest.mark.parametrize("step", [1, 2, 20])
+def test_a_compaction_that_touches_every_leaf_decodes_and_encodes_each_once(
+    open_log: OpenLog, files: CountedFiles, leaves: LeafCounter, step: int, size: int, entries: int
+) -> None:
+    snap = open_log(entries)
+    count = len(snap.snapshot().base)
+    snap.apply(puts(range(0, entries, step), size), cursor(2))
+    pieces = len(snap.snapshot().delta)
+    files.forget()
+    snap.compact()
+    stretches = count + pieces  # a leaf in which a piece begins is read for both
+    in_vain = (
+        count if step == 20 and size != VALUE_BYTES else 0
+    )  # few changes are tried as a patch, which takes the same lengths
+    assert leaves.entries <= (pieces if step == 1 else stretches), (
+        "what is overwritten as a whole is not decoded"
+    )
+    assert leaves.encoded <= len(snap.snapshot().base)
+    assert files.reads <= stretches + in_vain
+    assert leaves.keys <= 2 * stretches, "to see what is to be done, and to do it"
+
+
+@both
+def test_a_log_that_is_compact_is_not_compacted_again(
+    open_log: OpenLog, files: CountedFiles, entries: int
+) -> None:
+    open_log(entries).compact()
+    assert files.total == 0
+
+
+# Artifacts.
+
+
+@both
+def test_an_export_copies_leaves_and_an_import_decodes_the_keys_of_each_once(
+    open_log: OpenLog, tmp_path: Path, files: CountedFiles, leaves: LeafCounter, entries: int
+) -> None:
+    snap = open_log(entries)
+    snap.export_to(tmp_path / "artifact")
+    size = (tmp_path / "artifact" / "data" / "fold.log").stat().st_size
+    assert not leaves
+    assert files.bytes_read <= 2 * size, "the leaves; and what was written, for the digest"
+    assert files.bytes_written <= size + 1024, "and the manifest"
+    assert (files.counts["sync"], files.counts["sync_dir"]) == (2, 3)
+
+    files.forget()
+    AppendLogSnapshot.import_artifact(tmp_path / "artifact", tmp_path / "copy.log", files=files)[
+        1
+    ].close()
+    assert (leaves.keys, leaves.entries, leaves.encoded) == (len(snap.snapshot().base), 0, 0)
+    assert files.bytes_read <= 4 * (size + 1024), (
+        "to copy it, to check frames, to check leaves, to open it"
+    )
+    assert files.bytes_written <= size + 4 * NOTE_BYTES
+    assert (files.counts["sync"], files.counts["sync_dir"]) == (1, 1)
+
+
+# Following.
+
+
+@both
+def test_a_follower_reads_what_is_new_and_decodes_no_leaf(
+    open_log: OpenLog, leaves: LeafCounter, monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    snap = open_log(entries)
+    tail = Tail(files := CountedFiles(), snap.report.path)
+    assert isinstance(tail.poll(), Jump)
+    assert files.bytes_read <= snap.report.size + NOTE_BYTES
+    snap.apply([], cursor(2))
+    assert isinstance(tail.poll(), Advance)
+    files.forget()
+    assert tail.poll() is None
+    assert files.counts == {"fstat": 1, "stat": 1}, "the price of a poll that finds nothing"
+    base = tail.fold.base
+    decodings = calls_of(monkeypatch, backlog, "decode_batches")
+    for number, batch in enumerate(BATCHES, 3):
+        before = snap.report.path.stat().st_size
+        snap.apply(batch, cursor(number))
+        files.forget()
+        assert isinstance(tail.poll(), Advance)
+        assert files.counts == {"fstat": 1, "read_into": 1}
+        assert files.bytes_read == snap.report.path.stat().st_size - before
+        assert len(decodings) == number - 2
+        assert tail.fold.base is base
+    assert not leaves
+
+
+@both
+def test_a_follower_reads_a_log_that_was_compacted_once(
+    open_log: OpenLog, leaves: LeafCounter, entries: int
+) -> None:
+    snap = open_log(entries)
+    tail = Tail(files := CountedFiles(), snap.report.path)
+    tail.poll()
+    snap.apply(puts(range(5)), cursor(2))
+    snap.compact()
+    files.forget()
+    leaves.forget()
+    while tail.poll():
+        pass
+    assert tail.fold.cursor() == cursor(2)
+    assert files.bytes_read <= snap.report.path.stat().st_size + 2048, (
+        "and the batch in the file that was"
+    )
+    assert not leaves
+
+
+def test_a_follower_takes_a_batch_at_the_same_price_over_any_store(open_log: OpenLog) -> None:
+    def work_over(entries: int) -> Work:
+        snap = open_log(entries, fine=True)
+        tail = Tail(CountedFiles(), snap.report.path)
+        tail.poll()
+        works = []
+        for number in range(2, 22):
+            snap.apply(puts(range(number, FEW, 40)), cursor(number))
+            works.append(work_of(tail.poll))
+            assert tail.fold.cursor() == cursor(number)
+        return usual(works)
+
+    few, many = map(work_over, (FEW, MANY))
+    assert few.is_like(many), (few, many)
+
+
+@both
+def test_going_on_behind_a_cursor_reads_the_log_twice_at_most_and_decodes_no_leaf(
+    open_log: OpenLog, files: CountedFiles, leaves: LeafCounter, entries: int
+) -> None:
+    snap = open_log(entries)
+    for number in range(2, 12):
+        snap.apply(puts(range(number)), cursor(number))
+    files.forget()
+    batches = backlog.batches_since(snap.snapshot(), cursor(7))
+    assert batches is not None
+    assert [seq for seq, _ in batches] == [8, 9, 10, 11]
+    assert files.bytes_read <= 2 * snap.report.path.stat().st_size
+    assert not leaves
+
+
+# The store: messages, groups and fsyncs.
+
+
+@pytest.mark.parametrize("sync", ["always", "interval", "never"])
+def test_an_apply_is_one_message_one_write_and_no_more_fsyncs_than_were_asked_for(
+    opened: OpenStore, files: CountedFiles, sent: SentMail, sync: str
+) -> None:
+    store = opened(sync)
+    sent.mails.clear()
+    for number in range(3, 13):
+        store.apply(puts(range(number)), cursor(number))
+    assert sent.to_writer(store) == ["WriteRequest"] * 10
+    if sync == "always":
+        assert files.counts == {"stat": 10, "write": 20, "sync": 10}, (
+            "the frames, and the notes that they are synced"
+        )
+    else:
+        assert files.counts == {"stat": 10, "write": 10}
+    files.forget()
+    store.close()
+    assert 1 <= files.counts["sync"] <= 3
+
+
+@pytest.mark.parametrize("sync", ["always", "never"])
+def test_callers_who_wait_together_share_a_write_and_an_fsync(
+    opened: OpenStore, steps: Steps, files: CountedFiles, sent: SentMail, sync: str
+) -> None:
+    store = opened(sync)
+    sent.mails.clear()
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(puts([0]), cursor(3))]
+    gate.wait_until_reached()
+    futures += [store.apply_async(puts([number]), cursor(number + 3)) for number in range(1, 200)]
+    gate.open()
+    assert results(futures) == list(range(3, 203))
+    assert files.counts == (
+        {"stat": 2, "write": 4, "sync": 2} if sync == "always" else {"stat": 2, "write": 2}
+    ), "two groups"
+    assert sent.to_writer(store) == ["WriteRequest"] * 200
+
+
+@pytest.mark.parametrize("sync", ["always", "never"])
+def test_applies_beside_a_compaction_make_no_more_calls(
+    opened: OpenStore, steps: Steps, files: CountedFiles, sent: SentMail, sync: str
+) -> None:
+    store = opened(sync)
+    gate = steps.park("compact.write")
+    compaction = in_thread(store.compact)
+    gate.wait_until_reached()
+    files.forget()
+    sent.mails.clear()
+    for number in range(3, 13):
+        store.apply(puts(range(number)), cursor(number))
+    assert sent.to_writer(store) == ["WriteRequest"] * 10
+    assert files.counts == (
+        {"stat": 10, "write": 20, "sync": 10} if sync == "always" else {"stat": 10, "write": 10}
+    )
+    gate.open()
+    compaction.result(DEADLINE_S)
+
+
+def test_a_commit_group_takes_the_same_work_of_the_writer_over_any_store(opened: OpenStore) -> None:
+    """By the writer's own method, on this thread: the writer's waits for mail meanwhile."""
+
+    def work_over(entries: int) -> Work:
+        writer, works = opened("never", entries, fine=True)._supervisor.writer, []
+        for number in range(3, 23):
+            requests = [
+                WriteRequest(encode_batch(puts([request]), cursor(number))) for request in range(20)
+            ]
+            works.append(work_of(writer.handle, list(map(Mail, requests))))
+            assert all(request.future.done() for request in requests)
+        return usual(works)
+
+    few, many = map(work_over, (FEW, MANY))
+    assert few.is_like(many), (few, many)
+
+
+def test_reading_a_store_sends_no_message_and_waits_for_nobody(
+    opened: OpenStore, steps: Steps, sent: SentMail
+) -> None:
+    store = opened("never")
+    gate = steps.park("writer.before_write")
+    future = store.apply_async(puts([1], 0), cursor(3))
+    gate.wait_until_reached()
+    sent.mails.clear()
+    entry = store.get(key(1))
+    assert entry is not None
+    assert (entry.value, len(store.range("k0012")), len(store), key(2) in store) == (
+        bytes((1,)) * VALUE_BYTES,
+        100,
+        MANY,
+        True,
+    )
+    store.for_each_in_range("k0012", lambda entry: None)
+    assert (store.cursor(), store.snapshot().cursor()) == (cursor(2), cursor(2))
+    assert sent.mails == []
+    gate.open()
+    assert future.result(DEADLINE_S) == 3
+
+
+def test_subscribers_cost_the_writer_no_decoding_and_a_batch_is_decoded_once_for_all_of_them(
+    opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodings = calls_of(monkeypatch, feeds, "decode_batches")
+    store = opened("never", FEW)
+    watches = [store.watch("some/") for _ in range(8)]
+    assert all(isinstance(watch.next(DEADLINE_S), Synced) for watch in watches)
+    for number in range(3, 13):
+        store.apply(puts(range(number)), cursor(number))
+    assert decodings == []
+    store.apply([Put("some/key", b"")], cursor(13))
+    for watch in watches:
+        event = watch.next(DEADLINE_S)
+        assert isinstance(event, Changed)
+        assert event.cursor == cursor(13)
+        watch.close()
+    assert len(decodings) == 11

@@ -1,0 +1,192 @@
+"""The shape of the house: who may import whom, which names are public, and that the pages tell the truth about both."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import foldlog
+from foldlog import AppendLogSnapshot, KvEntry, VersionToken, WatchCursor
+
+ROOT = Path(__file__).resolve().parents[2]
+LADDER = ("protocol", "storage", "actors", "foldlog")
+"""From the bottom up. A package imports itself and what stands before it."""
+FILES = [file for package in LADDER for file in sorted((ROOT / package).rglob("*.py"))]
+
+
+def rung_of(module: str) -> int | None:
+    """The rung of a module by its dotted name; None for one that is not ours."""
+    parts = module.split(".")
+    if parts[0] != "foldlog":
+        return None
+    return (
+        LADDER.index(parts[1])
+        if len(parts) > 1 and parts[1] in LADDER[:-1]
+        else LADDER.index("foldlog")
+    )
+
+
+def imported_modules(source: str, package: str) -> list[str]:
+    """The dotted names of all modules that `source`, a module of `package`, imports, wherever in it."""
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            modules += [f"{base}.{alias.name}" for alias in node.names]
+    return modules
+
+
+def climbs(source: str, package: str) -> list[str]:
+    """The imports of `source` that go up the ladder."""
+    rungs = [(module, rung_of(module)) for module in imported_modules(source, package)]
+    here = rung_of(package)
+    assert here is not None
+    return [module for module, rung in rungs if rung is not None and rung > here]
+
+
+def package_of(file: Path) -> str:
+    """The dotted name of the package that holds `file`."""
+    folder, *below = file.parent.relative_to(ROOT).parts
+    return ".".join(["foldlog", *([] if folder == "foldlog" else [folder]), *below])
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_never_run_back_up_the_ladder(file: Path) -> None:
+    assert climbs(file.read_text(encoding="utf-8"), package_of(file)) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "found"),
+    [
+        ("from foldlog.storage import fold", "foldlog.protocol", ["foldlog.storage.fold"]),
+        (
+            "def f():\n    import foldlog.actors.writer",
+            "foldlog.storage",
+            ["foldlog.actors.writer"],
+        ),
+        ("from foldlog import Put", "foldlog.storage", ["foldlog.Put"]),
+        ("from foldlog import actors", "foldlog.storage", ["foldlog.actors"]),
+        ("from ..actors import writer", "foldlog.storage", ["foldlog.actors.writer"]),
+        (
+            "from foldlog.version import __version__",
+            "foldlog.protocol",
+            ["foldlog.version.__version__"],
+        ),
+        (
+            "from .leaf import find\nfrom foldlog.protocol import errors\nimport os",
+            "foldlog.storage",
+            [],
+        ),
+        ("from foldlog.actors import writer", "foldlog.cli", []),
+    ],
+)
+def test_an_import_up_the_ladder_is_found_in_every_spelling(
+    source: str, package: str, found: list[str]
+) -> None:
+    assert climbs(source, package) == found
+
+
+def test_every_package_of_the_ladder_was_looked_at() -> None:
+    assert {file.relative_to(ROOT).parts[0] for file in FILES} == set(LADDER)
+
+
+def test_the_public_names_are_those_that_the_page_lists() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `(\w+)`: \S", page, flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert sorted(listed) == sorted(foldlog.__all__)
+    assert list(foldlog.__all__) == sorted(foldlog.__all__)
+    assert all(hasattr(foldlog, name) for name in foldlog.__all__)
+
+
+def test_the_log_that_the_format_page_dumps_is_the_one_it_describes(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    raw = bytearray()
+    for block in re.findall(r"^```hex\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            offset, digits = line[:8], line[10:57]
+            assert int(offset, 16) == len(raw)
+            raw += bytes.fromhex(digits)
+    path = tmp_path / "config.log"
+    path.write_bytes(raw)
+
+    cursor, log = AppendLogSnapshot.open(path)
+    with log:
+        assert (cursor, log.report.seq, log.report.sealed) == (WatchCursor.from_u64(4), 2, True)
+        assert log.range() == [
+            KvEntry("route/a", b"10.0.0.1", VersionToken.from_u64(2)),
+            KvEntry("route/b", b"10.0.0.2", VersionToken.from_u64(3)),
+        ]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    file = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = file.parent / path if path else file
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(
+                r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE
+            )
+            slugs = {
+                re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
+            assert anchor in slugs, target
+
+
+def block_of_readme(language: str, containing: str) -> str:
+    """The one block of code in the README that is in `language` and holds `containing`."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if containing in block]
+    return str(block)
+
+
+def test_the_program_in_the_readme_runs_twice(tmp_path: Path) -> None:
+    program = block_of_readme("python", "import")
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert done.stdout == "None\nbeta/checkout b'1%' b'1%'\nbeta/search b'100%' b'5%'\n"
+
+
+def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
+    commands = block_of_readme("sh", "foldlog apply")
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    done = subprocess.run(
+        ["sh", "-eu", "-c", commands],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "5%" in done.stdout
+    assert (tmp_path / "copy.log").exists()

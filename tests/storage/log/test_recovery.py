@@ -1,0 +1,442 @@
+"""What opening makes of a log that was cut off, zeroed or flipped: the whole state, the longest whole prefix, or a refusal.
+
+No loss is silent and no value is wrong: a tail is cut only where a stopped writer explains it, and what is cut is kept.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from logfiles import (
+    UNSYNCED,
+    Frame,
+    State,
+    commit_all,
+    forget_the_watermark,
+    frames_of,
+    outcome,
+    prefix_states,
+    read_state,
+    reboot,
+    some_batches,
+    write_log,
+)
+
+from foldlog import (
+    AppendLogSnapshot,
+    CorruptLogError,
+    FoldlogError,
+    InvalidFormatError,
+    LogRegressedError,
+    Put,
+    WatchCursor,
+)
+from foldlog.protocol.frames import FILE_HEAD
+from foldlog.storage.engines.engine import Engine
+from foldlog.storage.log.files import Files
+
+pytestmark = pytest.mark.exhaustive
+
+SHAPES = [
+    pytest.param({"sealed": False, "sync_each": False}, id="never synced"),
+    pytest.param({"sealed": True, "sync_each": False}, id="sealed"),
+    pytest.param({"sealed": False, "sync_each": True}, id="each synced"),
+    pytest.param({"sealed": True, "sync_each": True}, id="each synced, sealed"),
+]
+BOOTS = pytest.mark.parametrize("rebooted", [False, True], ids=["same boot", "rebooted"])
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if not file.name.endswith(".lock")
+    }
+
+
+def base_end(raw: bytes) -> int:
+    return next(frame.end for frame in frames_of(raw) if frame.head.kind == 4)
+
+
+def last_batches(raw: bytes) -> Frame:
+    return [frame for frame in frames_of(raw) if frame.head.batches][-1]
+
+
+# Cut off.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@BOOTS
+def test_a_log_cut_at_any_byte_opens_with_its_whole_frames_and_keeps_the_rest(
+    path, shape, rebooted, monkeypatch
+):
+    raw = write_log(path, some_batches(3), base=some_batches(2), **shape)
+    states = prefix_states(raw, path)
+    for file in path.parent.iterdir():
+        file.unlink()
+    if rebooted:
+        reboot(monkeypatch)
+    for size in range(base_end(raw), len(raw)):
+        path.write_bytes(raw[:size])
+        good_end = max(end for end in states if end <= size)
+        engine = Engine(path, files=UNSYNCED)
+        report = engine.report
+        engine.log.abandon()
+        assert (report.seq, report.size, report.cut_bytes) == (
+            states[good_end].seq,
+            good_end,
+            size - good_end,
+        )
+        after = listing(path.parent)
+        assert after.pop(path.name) == raw[:good_end]
+        if size == good_end:
+            assert after == {}
+            assert report.kept_at is None
+        else:
+            assert report.kept_at == path.with_name(f"{path.name}.torn-{states[good_end].seq}-1")
+            assert after == {report.kept_at.name: raw[good_end:size]}
+            assert report.cut_reason
+            report.kept_at.unlink()
+        assert read_state(path, files=UNSYNCED) == states[good_end]
+        assert listing(path.parent) == {path.name: raw[:good_end]}, (
+            "a second opening changed something"
+        )
+
+
+def test_appending_after_a_cut_lands_clean(path):
+    raw = write_log(path, some_batches(3), base=some_batches(2))
+    states = prefix_states(raw, path)
+    for size in range(base_end(raw), len(raw), 7):
+        path.write_bytes(raw[:size])
+        forget_the_watermark(path)
+        good = states[max(end for end in states if end <= size)]
+        engine = Engine(path)
+        commit_all(engine, [[Put("after", b"the cut")]])
+        engine.close()
+        engine = Engine(path)
+        assert engine.report.cut_bytes == 0
+        assert engine.report.sealed
+        assert engine.fold.seq == good.seq + 1
+        assert engine.fold.get("after").value == b"the cut"
+        engine.log.abandon()
+
+
+def test_a_log_cut_within_its_head_or_base_is_refused(path):
+    raw = write_log(path, some_batches(3), base=some_batches(2))
+    for size in range(base_end(raw)):
+        error = outcome(path, raw[:size])
+        assert isinstance(
+            error, InvalidFormatError if size < FILE_HEAD.size else CorruptLogError
+        ), size
+        assert error.path == path
+        assert error.offset <= size
+        assert error.last_good_seq is None
+        assert isinstance(outcome(path, raw[:size], on_damage="cut"), FoldlogError)
+
+
+def test_every_cut_keeps_what_earlier_cuts_kept(path):
+    raw = write_log(path, some_batches(1))
+    kept = []
+    for cut in (1, 2, 3):
+        path.write_bytes(raw[:-cut])
+        engine = Engine(path)
+        kept.append(engine.report.kept_at)
+        engine.log.abandon()
+    assert [file.name for file in kept] == [f"{path.name}.torn-0-{n}" for n in (1, 2, 3)]
+    start = last_batches(raw).start
+    assert [file.read_bytes() for file in kept] == [raw[start:-cut] for cut in (1, 2, 3)]
+
+
+def test_the_contracts_open_repairs_and_compacts_in_one(path):
+    raw = write_log(path, some_batches(3), base=some_batches(2))
+    states = prefix_states(raw, path)
+    path.write_bytes(raw[:-1])
+    forget_the_watermark(path)
+    good = states[last_batches(raw).start]
+    cursor, snap = AppendLogSnapshot.open(path)
+    with snap:
+        assert cursor == WatchCursor.from_u64(good.seq)
+        assert {
+            entry.key: (entry.value, bytes(entry.version)) for entry in snap.range("")
+        } == good.entries
+        assert snap.report.cut_bytes == len(raw) - 1 - last_batches(raw).start
+        assert snap.report.compacted
+    assert read_state(path) == good
+
+
+# Flipped.
+
+
+def flip_all(path: Path, raw: bytes, bits: list[int]) -> None:
+    whole = outcome(path, raw)
+    assert isinstance(whole, State)
+    for bit in bits:
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        found = outcome(path, bytes(damaged))
+        assert isinstance(found, (CorruptLogError, InvalidFormatError)), (
+            f"bit {bit} of {len(raw) * 8}: read as {found}"
+        )
+        assert found.path == path
+        assert 0 <= found.offset <= bit // 8, f"bit {bit}: damage reported at byte {found.offset}"
+        assert found.reason
+        if found.last_good_seq is not None:
+            assert found.last_good_seq <= whole.seq
+    assert outcome(path, raw) == whole
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@BOOTS
+def test_no_flipped_bit_goes_unnoticed(path, shape, rebooted, monkeypatch):
+    raw = write_log(path, some_batches(2), base=some_batches(2), **shape)
+    if rebooted:
+        reboot(monkeypatch)
+    flip_all(path, raw, random.Random(1).sample(range(len(raw) * 8), 500))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("size", [20, 1500])
+@pytest.mark.parametrize("shape", SHAPES)
+@BOOTS
+def test_no_flipped_bit_of_all_goes_unnoticed(path, shape, rebooted, size, monkeypatch):
+    raw = write_log(path, some_batches(3, size), base=some_batches(2, size), **shape)
+    if rebooted:
+        reboot(monkeypatch)
+    flip_all(path, raw, list(range(0, len(raw) * 8, 1 if size == 20 else 7)))
+
+
+@pytest.mark.parametrize("sync_each", [False, True])
+@BOOTS
+def test_a_flip_in_the_last_frame_is_refused_and_not_dropped(
+    path, rebooted, sync_each, monkeypatch
+):
+    # "Torn if no valid frame follows" dropped the last acknowledged batch here.
+    raw = write_log(path, some_batches(2), sync_each=sync_each)
+    last = last_batches(raw)
+    assert last.end == len(raw), "the log is not sealed"
+    if rebooted:
+        reboot(monkeypatch)
+    for bit in range(last.start * 8, last.end * 8):
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        error = outcome(path, bytes(damaged))
+        assert isinstance(error, CorruptLogError)
+        assert error.offset == last.start
+        assert (error.last_good_seq, error.last_good_cursor) == (1, bytes(WatchCursor.from_u64(1)))
+
+
+def test_a_flip_is_refused_by_the_contracts_open_and_leaves_no_trace(path):
+    raw = bytearray(write_log(path, some_batches(2), base=some_batches(2)))
+    raw[-20] ^= 4
+    path.write_bytes(raw)
+    with pytest.raises(CorruptLogError) as caught:
+        AppendLogSnapshot.open(path)
+    assert listing(path.parent) == {path.name: bytes(raw)}
+    assert str(caught.value).startswith(f"{path}: byte {caught.value.offset}: ")
+    raw[-20] ^= 4
+    path.write_bytes(raw)
+    AppendLogSnapshot.open(path)[1].close()
+
+
+# Zeros.
+
+
+@BOOTS
+@pytest.mark.parametrize("sync_each", [False, True])
+@pytest.mark.parametrize("size", [20, 1500])
+def test_a_last_frame_zeroed_from_any_byte_is_torn_after_a_reboot_and_corrupt_before(
+    path, size, rebooted, sync_each, monkeypatch
+):
+    raw = write_log(path, some_batches(2, size), sync_each=sync_each)
+    states = prefix_states(raw, path)
+    last = last_batches(raw)
+    if rebooted:
+        reboot(monkeypatch)
+    for start in range(last.start, last.end, 1 if size == 20 else 5):
+        found = outcome(path, raw[:start] + bytes(len(raw) - start))
+        if start == last.start or (rebooted and start <= last.end - 4):
+            assert found == states[last.start], start
+        else:
+            assert isinstance(found, CorruptLogError), start
+
+
+@BOOTS
+@pytest.mark.parametrize("zeros", [1, 5, 47, 48, 49, 51, 52, 511, 512, 4096, 70_000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zeros_behind_a_clean_end_are_cut(path, zeros, rebooted, shape, monkeypatch):
+    raw = write_log(path, some_batches(2), **shape)
+    whole = outcome(path, raw)
+    if rebooted:
+        reboot(monkeypatch)
+    assert outcome(path, raw + bytes(zeros)) == whole
+    assert path.read_bytes() == raw
+    assert path.with_name(f"{path.name}.torn-2-1").read_bytes() == bytes(zeros)
+
+
+# Policies and what the lock file remembers.
+
+
+def test_cutting_keeps_all_before_the_damage_and_sets_the_rest_aside(path):
+    raw = write_log(path, some_batches(4), base=some_batches(2), sealed=True)
+    states = prefix_states(raw, path)
+    frames = frames_of(raw)
+    for frame in frames:
+        damaged = bytearray(raw)
+        damaged[frame.start + 50 if frame.end - frame.start > 52 else frame.start + 9] ^= 1
+        for file in path.parent.iterdir():
+            file.unlink()
+        found = outcome(path, bytes(damaged), on_damage="cut")
+        if frame.start < base_end(raw):
+            assert isinstance(found, CorruptLogError)
+            continue
+        assert found == states[frame.start]
+        kept = path.with_name(f"{path.name}.torn-{found.seq}-1")
+        assert listing(path.parent) == {
+            path.name: raw[: frame.start],
+            kept.name: bytes(damaged[frame.start :]),
+        }
+        assert read_state(path) == found
+
+
+@pytest.mark.parametrize("policy", [None, "", "keep", True])
+def test_an_unknown_policy_is_a_value_error_and_makes_no_file(path, policy):
+    with pytest.raises(ValueError, match="on_damage"):
+        AppendLogSnapshot.open(path, on_damage=policy)
+    assert not path.exists()
+
+
+def synced_log(path: Path) -> bytes:
+    engine = Engine(path)
+    commit_all(engine, some_batches(3))
+    engine.log.sync()
+    engine.log.abandon()
+    return path.read_bytes()
+
+
+def test_a_log_cut_at_a_frames_boundary_after_a_sync_is_refused(path):
+    raw = synced_log(path)
+    note = path.with_name(path.name + ".lock").read_bytes()
+    for frame in frames_of(raw):
+        if frame.end < base_end(raw) or frame.end == len(raw):
+            continue
+        path.write_bytes(raw[: frame.end])
+        path.with_name(path.name + ".lock").write_bytes(note)
+        for _ in range(2):
+            with pytest.raises(LogRegressedError) as caught:
+                Engine(path)
+            assert caught.value.path == path
+            assert path.read_bytes() == raw[: frame.end]
+        assert read_state(path, on_damage="cut").seq == frame.head.seq
+        assert path.read_bytes() == raw[: frame.end]
+
+
+def test_a_synced_log_torn_within_a_frame_is_refused_and_stays(path):
+    raw = synced_log(path)
+    path.write_bytes(raw[:-1])
+    with pytest.raises(LogRegressedError):
+        Engine(path)
+    assert listing(path.parent) == {path.name: raw[:-1]}
+    assert read_state(path, on_damage="cut").seq == 2
+
+
+def test_what_was_appended_after_the_watermark_may_be_lost(path):
+    engine = Engine(path)
+    commit_all(engine, some_batches(2))
+    engine.log.sync()
+    commit_all(engine, some_batches(1))
+    engine.log.abandon()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_state(path).seq == 2
+
+
+def test_the_watermark_survives_compaction_and_openings(path):
+    engine = Engine(path)
+    commit_all(engine, some_batches(3))
+    old = path.read_bytes()
+    engine.compact()
+    engine.log.abandon()
+    new = path.read_bytes()
+    assert read_state(path).seq == 3
+    path.write_bytes(old[: frames_of(old)[2].end])
+    with pytest.raises(LogRegressedError):
+        Engine(path)
+    path.write_bytes(new)
+    assert read_state(path).seq == 3
+
+
+def test_another_logs_watermark_says_nothing(path):
+    raw = synced_log(path)
+    other = path.with_name("other.log")
+    other_raw = write_log(other, some_batches(1))
+    path.write_bytes(other_raw)
+    assert read_state(path).seq == 1
+    assert raw != other_raw
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"\0" * 256,
+        b"garbage",
+        b"{",
+        b"[1]",
+        b"null",
+        b"7",
+        b'{"pid": "x"}',
+        b'{"pid": -1, "seq": "9"}',
+        b"\xff" * 300,
+        b"[" * 256,
+        b'{"log_id": "zz", "seq": 1, "size": 1}',
+        b'{"log_id": 5, "seq": 1, "size": 1}',
+        b'{"log_id": "00", "seq": 99, "size": true}',
+    ],
+)
+def test_garbage_in_the_lock_file_is_ignored(path, note):
+    raw = synced_log(path)
+    path.with_name(path.name + ".lock").write_bytes(note)
+    assert read_state(path).seq == 3
+    assert path.read_bytes() == raw
+
+
+# The head alone.
+
+
+def test_an_empty_log_is_its_head_and_the_end_of_its_base(path):
+    raw = write_log(path, [])
+    assert [frame.head.kind for frame in frames_of(raw)] == [4]
+    assert outcome(path, raw) == State(0, b"", {})
+    assert path.read_bytes() == raw
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x89",
+        b"\x89FLG\r\n\x1a\n",
+        b"PGSS\x01\x00",
+        b"hello, world\n" * 9,
+        bytes(52),
+        bytes(4096),
+        b"\xff" * 99,
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_and_stays(path, content):
+    for policy in ("refuse", "cut"):
+        error = outcome(path, content, on_damage=policy)
+        assert isinstance(error, InvalidFormatError)
+        assert (error.path, error.offset) == (path, 0)
+
+
+def test_a_session_that_died_before_its_first_batch_is_synced_before_the_next(path, monkeypatch):
+    """A killed writer left its OPEN frame in the page cache; a power loss took it from under the frames of the next one."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap._engine.log._begin_session()
+        snap._engine.log.abandon()
+    synced = []
+    monkeypatch.setattr(Files, "sync", lambda self, fd: synced.append(fd))
+    _, snap = AppendLogSnapshot.open(path)
+    snap._engine.log.abandon()
+    assert len(synced) == 1

@@ -1,0 +1,272 @@
+"""The table that tells torn from corrupt: total over all facts, and wrong in a named way with any of its rules switched off."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foldlog.protocol import frames
+from foldlog.protocol.frames import FLAG_SYNC_EACH, FRAME_MAGIC, KIND_BATCHES, TRAILER, build_frame
+from foldlog.storage.log import recovery
+from foldlog.storage.log.recovery import Evidence, Facts, Verdict, gather, judge
+
+BOOLEANS = [
+    "head_valid",
+    "cut_short",
+    "all_zero",
+    "same_boot",
+    "gap_lost",
+    "frame_lost",
+    "followed",
+]
+EVIDENCE = [
+    None,
+    *(Evidence(displaced, durable) for displaced in (False, True) for durable in (False, True)),
+]
+ALL_FACTS = [
+    Facts(evidence=evidence, **dict(zip(BOOLEANS, values, strict=True)))
+    for evidence in EVIDENCE
+    for values in itertools.product((False, True), repeat=len(BOOLEANS))
+]
+
+
+def expected(facts: Facts) -> Verdict:
+    """The rules, said once more in other words: the tail is torn if, and only if, one of four stories explains it."""
+    if facts.evidence is not None:
+        lost_in_a_power_failure = facts.gap_lost and not facts.same_boot
+        return (
+            Verdict.TORN
+            if lost_in_a_power_failure and facts.evidence == Evidence(False, False)
+            else Verdict.CORRUPT
+        )
+    written_in_part = facts.cut_short
+    never_written = facts.all_zero
+    last_frame_lost = facts.frame_lost and not facts.same_boot and not facts.followed
+    return Verdict.TORN if written_in_part or never_written or last_frame_lost else Verdict.CORRUPT
+
+
+def test_the_table_judges_every_combination_of_facts():
+    assert len(ALL_FACTS) == 5 * 2**7
+    for facts in ALL_FACTS:
+        verdict, why = judge(facts)
+        assert verdict is expected(facts), facts
+        assert isinstance(why, str)
+        assert why
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [facts for facts in ALL_FACTS if facts.evidence is not None][::17],
+    ids=lambda facts: "",
+)
+def test_evidence_that_is_displaced_or_durable_is_always_corruption(facts):
+    if facts.evidence.displaced or facts.evidence.durable or facts.same_boot:
+        assert judge(facts)[0] is Verdict.CORRUPT
+
+
+def test_without_a_reboot_only_a_prefix_of_a_write_or_zeros_are_torn():
+    for facts in ALL_FACTS:
+        if facts.same_boot and judge(facts)[0] is Verdict.TORN:
+            assert facts.evidence is None
+            assert facts.cut_short or facts.all_zero
+
+
+# Each rule, switched off. A rule that could go without a scenario turning wrong would be no rule.
+
+CLEAN = dict.fromkeys(BOOLEANS, False) | {"evidence": None}
+SCENARIOS = {
+    "facts.evidence is not None": (
+        "a lost sector amid synced frames",
+        {"evidence": Evidence(False, True), "frame_lost": True},
+        Verdict.CORRUPT,
+    ),
+    "facts.evidence.displaced": (
+        "a hole of zeros between un-synced frames",
+        {"evidence": Evidence(True, False), "gap_lost": True},
+        Verdict.CORRUPT,
+    ),
+    "facts.evidence.durable": (
+        "a synced frame with a lost sector",
+        {"evidence": Evidence(False, True), "gap_lost": True},
+        Verdict.CORRUPT,
+    ),
+    "facts.same_boot": (
+        "a hole punched while the machine runs on",
+        {"evidence": Evidence(False, False), "gap_lost": True, "same_boot": True},
+        Verdict.CORRUPT,
+    ),
+    "not facts.gap_lost": (
+        "a flip amid un-synced frames, found after a reboot",
+        {"evidence": Evidence(False, False)},
+        Verdict.CORRUPT,
+    ),
+    "facts.cut_short": (
+        "a killed writer",
+        {"head_valid": True, "cut_short": True, "same_boot": True},
+        Verdict.TORN,
+    ),
+    "facts.all_zero": (
+        "a file grown before its data was written",
+        {"all_zero": True, "same_boot": True},
+        Verdict.TORN,
+    ),
+    "facts.same_boot (the last frame)": (
+        "a zeroed sector while the machine runs on",
+        {"frame_lost": True, "same_boot": True},
+        Verdict.CORRUPT,
+    ),
+    "facts.followed": (
+        "a synced frame with a lost sector and junk behind it",
+        {"head_valid": True, "frame_lost": True, "followed": True},
+        Verdict.CORRUPT,
+    ),
+    "facts.frame_lost": (
+        "the last frame lost a sector in a power failure",
+        {"frame_lost": True},
+        Verdict.TORN,
+    ),
+}
+
+
+def without_rule(number: int):
+    """`judge`, with its `number`-th condition made never to hold."""
+    source = textwrap.dedent(inspect.getsource(judge))
+    lines = source.splitlines()
+    at = [index for index, line in enumerate(lines) if line.strip().startswith("if ")][number]
+    lines[at] = lines[at][: lines[at].index("if ")] + "if False:"
+    space = dict(vars(recovery))
+    exec("from __future__ import annotations\n" + "\n".join(lines), space)
+    return space["judge"], source.splitlines()[at].strip()[3:-1]
+
+
+def test_every_rule_of_the_table_has_a_scenario():
+    conditions = [
+        line.strip()
+        for line in inspect.getsource(judge).splitlines()
+        if line.strip().startswith("if ")
+    ]
+    assert len(conditions) == len(SCENARIOS), "a rule was added: name a scenario that needs it"
+
+
+@pytest.mark.parametrize("number", range(len(SCENARIOS)), ids=list(SCENARIOS))
+def test_a_rule_switched_off_makes_its_scenario_wrong(number):
+    name = list(SCENARIOS)[number]
+    story, facts, right = SCENARIOS[name]
+    mutant, condition = without_rule(number)
+    assert condition == name.split(" (")[0]
+    assert judge(Facts(**CLEAN | facts))[0] is right, story
+    assert mutant(Facts(**CLEAN | facts))[0] is not right, story
+
+
+# The facts.
+
+SEED = 12345
+
+
+def frame(
+    seq: int, offset: int, *, flags: int = 0, synced: int = 0, body: bytes = b"body" * 30
+) -> bytes:
+    return build_frame(
+        SEED,
+        KIND_BATCHES,
+        body,
+        seq=seq,
+        synced_seq=synced,
+        offset=offset,
+        link=7,
+        flags=flags,
+        batches=1,
+    )[0]
+
+
+def damaged(raw: bytes, at: int) -> bytes:
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+def facts_of(rest: bytes, offset: int = 1000, last_seq: int = 4) -> Facts:
+    return gather(rest, offset, SEED, last_seq, same_boot=False)
+
+
+def test_a_later_frame_is_evidence_and_an_older_one_is_not():
+    bad = damaged(frame(5, 1000), 60)
+    end = 1000 + len(bad)
+    assert facts_of(bad).evidence is None
+    assert facts_of(bad + frame(6, end)).evidence == Evidence(displaced=False, durable=False)
+    assert facts_of(bad + frame(6, end + 1)).evidence == Evidence(displaced=True, durable=False)
+    assert facts_of(bad + frame(6, end, synced=5)).evidence == Evidence(
+        displaced=False, durable=True
+    )
+    assert facts_of(bad + frame(6, end, synced=4)).evidence == Evidence(
+        displaced=False, durable=False
+    )
+    assert facts_of(bad + frame(6, end, flags=FLAG_SYNC_EACH)).evidence == Evidence(
+        displaced=False, durable=True
+    )
+    assert facts_of(bad + frame(3, end)).evidence is None
+    assert facts_of(bad + frame(4, 60)).evidence is None
+    assert facts_of(bad + frame(4, end)).evidence == Evidence(displaced=False, durable=False)
+
+
+def test_evidence_is_sought_behind_a_frame_whose_head_verifies_and_within_one_whose_head_does_not():
+    inner = frame(9, 77)
+    holder = frame(5, 1000, body=b"x" * 9 + inner)
+    assert facts_of(damaged(holder, 50)).evidence is None
+    assert facts_of(damaged(holder, 9)).evidence == Evidence(displaced=True, durable=False)
+
+
+def test_evidence_across_the_edge_of_a_search_window_is_found(monkeypatch):
+    monkeypatch.setattr(recovery, "_CHUNK_BYTES", 64)
+    bad = damaged(frame(5, 1000), 5)
+    for gap in range(70):
+        rest = bad + b"\1" * gap + frame(6, 1000 + len(bad) + gap)
+        assert facts_of(rest).evidence == Evidence(displaced=False, durable=False), gap
+
+
+def test_too_many_candidates_count_as_evidence_against(monkeypatch):
+    monkeypatch.setattr(recovery, "MAX_CANDIDATES", 10)
+    bad = damaged(frame(5, 1000), 5)
+    assert facts_of(bad + FRAME_MAGIC * 5).evidence is None
+    found = facts_of(bad + FRAME_MAGIC * 50)
+    assert found.evidence == Evidence(displaced=True, durable=False)
+    assert judge(found)[0] is Verdict.CORRUPT
+
+
+@given(st.integers(0, 1500), st.integers(0, 1500), st.integers(0, 5000))
+def test_a_lost_sector_is_found_where_it_lies(start, length, offset):
+    data = bytearray(b"\1" * 1500)
+    stop = min(start + length, 1500)
+    data[start:stop] = bytes(stop - start)
+    sectors = {}
+    for at, byte in enumerate(data):
+        sectors.setdefault((offset + at) // 512, bytearray()).append(byte)
+    assert recovery._lost_sector(memoryview(data), offset) == any(
+        not any(sector) for sector in sectors.values()
+    )
+
+
+@pytest.mark.parametrize("size", range(1, 60))
+def test_the_beginning_of_a_frame_is_cut_short(size):
+    facts = facts_of(frame(5, 1000)[:size])
+    assert facts.cut_short
+    assert facts.head_valid == (size >= 48)
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_gathering_is_total_and_never_calls_junk_torn_on_the_same_boot(rest, same_boot):
+    facts = gather(rest, 1000, SEED, 4, same_boot)
+    verdict, _ = judge(facts)
+    if same_boot and rest and rest[0] not in (0, FRAME_MAGIC[0]):
+        assert verdict is Verdict.CORRUPT
+
+
+def test_a_sound_frames_first_and_last_sectors_are_never_zero():
+    # What the shape tests rest on: a lost sector at either end of a frame shows.
+    assert 0 not in FRAME_MAGIC
+    assert 0 not in TRAILER
+    assert FRAME_MAGIC[0] >= 0x80
+    assert frames.FRAME_OVERHEAD == 52

@@ -1,0 +1,253 @@
+"""`salvage` keeps what is right of a damaged log, lists what it lost, and leaves an upstream that replays nothing to guess."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from pathlib import Path
+
+import pytest
+from faultkit import View, batch, descriptors, fold_of, view
+from logfiles import commit_all, frames_of, write_log
+
+from foldlog import AppendLogSnapshot, InvalidFormatError, Put, WatchCursor
+from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, KIND_LEAF
+from foldlog.storage.engines.engine import Engine
+from foldlog.storage.repair.salvage import SalvageReport, salvage_log
+from foldlog.storage.repair.verify import verify_log
+from foldlog.testing import Fault, FaultyFiles, sampled_flips, splices
+
+pytestmark = pytest.mark.exhaustive
+
+COUNT = 12
+
+
+@pytest.fixture
+def raw(path: Path) -> bytes:
+    """A log of batches 1 to COUNT, of which 1 to 4 are in the base."""
+    return write_log(
+        path, [batch(n) for n in range(5, COUNT + 1)], base=[batch(n) for n in range(1, 5)]
+    )
+
+
+def state_of(path: Path) -> tuple[View, WatchCursor]:
+    cursor, snap = AppendLogSnapshot.open(path)
+    with snap:
+        return view(snap), cursor
+
+
+def salvaged(path: Path, raw: bytes) -> tuple[SalvageReport, View]:
+    """Salvage a log of these bytes, which must not change, into a sound log that says what the report says."""
+    output = path.with_name("saved.log")
+    output.unlink(missing_ok=True)
+    path.write_bytes(raw)
+    before = sorted(file.name for file in path.parent.iterdir())
+    report = salvage_log(path, output)
+    assert path.read_bytes() == raw
+    assert sorted(file.name for file in path.parent.iterdir() if file != output) == before
+    verdict = verify_log(output)
+    assert verdict.ok
+    assert (verdict.seq, verdict.cursor, verdict.entries) == (
+        report.seq,
+        report.cursor,
+        report.entries,
+    )
+    found, cursor = state_of(output)
+    assert cursor == report.cursor
+    return report, found
+
+
+def replayed_from(path: Path) -> View:
+    """The salvaged log, after upstream replayed what is behind its cursor."""
+    cursor, snap = AppendLogSnapshot.open(path)
+    with snap:
+        for number in range((cursor.as_u64() or 0) + 1, COUNT + 1):
+            snap.apply(batch(number), WatchCursor.from_u64(number))
+        return view(snap)
+
+
+def test_a_sound_log_is_salvaged_whole(path, raw):
+    report, found = salvaged(path, raw)
+    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert (report.losses, report.seq, report.batches, report.cursor.as_u64()) == (
+        (),
+        COUNT,
+        COUNT - 4,
+        COUNT,
+    )
+
+
+@pytest.mark.parametrize("lost", range(5, COUNT + 1))
+def test_a_batch_that_is_damaged_is_lost_alone_and_named(path, raw, lost):
+    frame = next(frame for frame in frames_of(raw) if frame.head.batches and frame.head.seq == lost)
+    for at in (frame.start + 20, frame.start + 70):
+        report, found = salvaged(path, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        assert found == fold_of([number for number in range(1, COUNT + 1) if number != lost])
+        (loss,) = report.losses
+        assert (loss.offset, loss.size) == (frame.start, frame.end - frame.start)
+        assert loss.first_seq == lost
+        assert loss.last_seq in ((lost, None) if lost == COUNT else (lost,))
+        assert loss.after_cursor == WatchCursor.from_u64(lost - 1)
+        assert loss.before_cursor == (None if lost == COUNT else WatchCursor.from_u64(lost + 1))
+        assert report.cursor == WatchCursor.from_u64(lost - 1)
+        assert report.last_cursor == WatchCursor.from_u64(COUNT if lost < COUNT else COUNT - 1)
+        assert replayed_from(report.output) == fold_of(list(range(1, COUNT + 1)))
+
+
+def test_wherever_a_sector_is_lost_a_replay_from_the_cursor_makes_it_whole(path, raw):
+    whole = fold_of(list(range(1, COUNT + 1)))
+    told = 0
+    for at in range(0, len(raw), 211):
+        hole = b"\xee" * min(300, len(raw) - at)
+        report, _ = salvaged(path, raw[:at] + hole + raw[at + 300 :])
+        assert report.losses
+        told += len(report.losses)
+        kept = set(range(5, COUNT + 1)) - {
+            n
+            for loss in report.losses
+            if loss.first_seq
+            for n in range(loss.first_seq, (loss.last_seq or COUNT) + 1)
+        }
+        assert report.batches == len(kept)
+        assert replayed_from(report.output) == whole, f"hole at byte {at}"
+    assert told >= len(raw) // 211
+
+
+def test_one_bit_loses_one_frame_at_most(path, raw):
+    for bit, damaged in sampled_flips(raw, 150, seed=11):
+        report, _ = salvaged(path, damaged)
+        assert len(report.losses) == 1, bit
+        assert report.losses[0].offset <= bit // 8 < report.losses[0].offset + report.losses[0].size
+        assert report.batches >= COUNT - 4 - 1
+
+
+def test_a_file_head_that_is_gone_loses_nothing(path, raw):
+    for head in (
+        bytes(FILE_HEAD.size),
+        b"\xff" * FILE_HEAD.size,
+        raw[:30] + b"\x00\x01" + raw[32 : FILE_HEAD.size],
+    ):
+        report, found = salvaged(path, head + raw[FILE_HEAD.size :])
+        assert found == fold_of(list(range(1, COUNT + 1)))
+        assert (report.cursor.as_u64(), report.seq) == (COUNT, COUNT)
+        assert "nothing is lost by it" in report.losses[0].reason
+
+
+def test_of_a_damaged_leaf_only_the_damaged_value_is_lost(path):
+    engine = Engine(path)
+    commit_all(engine, [[Put(f"k{n:03}", b"value %03d" % n) for n in range(400)]])
+    engine.compact()
+    engine.close()
+    raw = path.read_bytes()
+    at = raw.index(b"value 217")
+    report, found = salvaged(path, raw[:at] + b"X" + raw[at + 1 :])
+    assert set(found) == {f"k{n:03}" for n in range(400)} - {"k217"}
+    (loss,) = report.losses
+    assert (loss.entries, loss.keys) == (1, ("k217",))
+    assert report.cursor.is_none  # nothing in the log tells what it was
+    assert report.last_cursor.as_u64() == 1
+
+
+def test_a_leaf_whose_index_is_damaged_is_counted(path):
+    engine = Engine(path)
+    commit_all(engine, [[Put(f"k{n:04}", b"v" * 20) for n in range(2000)]])
+    engine.compact()
+    engine.close()
+    raw = path.read_bytes()
+    leaves = [frame for frame in frames_of(raw) if frame.head.kind == KIND_LEAF]
+    at = leaves[2].start + FRAME_HEAD.size + 30
+    report, found = salvaged(path, raw[:at] + b"\x00" + raw[at + 1 :])
+    (loss,) = report.losses
+    assert loss.entries == 2000 - len(found) > 100
+    assert report.leaves == len(leaves) - 1
+
+
+def test_frames_that_change_places_are_put_in_order(path, raw):
+    frames = [frame for frame in frames_of(raw) if frame.head.batches]
+    first, second = frames[2], frames[3]
+    swapped = raw[: first.start] + second.raw + first.raw + raw[second.end :]
+    report, found = salvaged(path, swapped)
+    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert (report.batches, report.cursor.as_u64()) == (COUNT - 4, COUNT)
+
+
+def test_a_frame_that_is_there_twice_is_folded_once(path, raw):
+    frame = [frame for frame in frames_of(raw) if frame.head.batches][2]
+    report, found = salvaged(path, raw + frame.raw)
+    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert report.batches == COUNT - 4
+
+
+def test_a_frame_that_is_missing_is_told(path, raw):
+    frame = [frame for frame in frames_of(raw) if frame.head.batches][2]
+    report, found = salvaged(path, raw[: frame.start] + raw[frame.end :])
+    assert found == fold_of([number for number in range(1, COUNT + 1) if number != frame.head.seq])
+    (loss,) = report.losses
+    assert (loss.offset, loss.size, loss.first_seq, loss.last_seq) == (
+        frame.start,
+        0,
+        frame.head.seq,
+        frame.head.seq,
+    )
+
+
+def test_without_the_end_of_the_base_its_entries_are_kept_and_the_cursor_is_not_trusted(path, raw):
+    end = next(frame for frame in frames_of(raw) if frame.head.kind == KIND_BASE_END)
+    report, found = salvaged(path, raw[: end.start] + bytes(end.end - end.start) + raw[end.end :])
+    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert report.cursor.is_none
+    assert replayed_from(report.output) == found
+
+
+def test_the_cursor_of_the_last_batch_can_be_asked_for(path, raw):
+    frame = [frame for frame in frames_of(raw) if frame.head.batches][2]
+    path.write_bytes(raw[: frame.start + 60] + b"\0\0\0" + raw[frame.start + 63 :])
+    report = salvage_log(path, path.with_name("saved.log"), cursor="last")
+    assert report.cursor == report.last_cursor == WatchCursor.from_u64(COUNT)
+    with pytest.raises(ValueError, match="cursor"):
+        salvage_log(path, path.with_name("other.log"), cursor="best")  # type: ignore[arg-type]
+
+
+def test_a_splice_of_two_logs_gives_only_what_the_first_one_held(path, tmp_path, raw):
+    other = tmp_path / "other"
+    other.mkdir()
+    foreign = write_log(other / "b.log", [[Put(f"foreign{n}", b"x" * 50)] for n in range(20)])
+    for left, right, image in splices(raw, foreign, 40, seed=2):
+        if left < FILE_HEAD.size:
+            continue
+        report, found = salvaged(path, image)
+        assert not any(key.startswith("foreign") for key in found), (left, right)
+        assert report.seq <= COUNT
+
+
+def test_the_output_is_never_overwritten_and_the_input_never_the_output(path, raw):
+    with pytest.raises(FileExistsError):
+        salvage_log(path, path)
+    assert path.read_bytes() == raw
+    path.write_bytes(b"no log at all" * 100)
+    with pytest.raises(InvalidFormatError):
+        salvage_log(path, path.with_name("saved.log"))
+    assert not path.with_name("saved.log").exists()
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_a_salvage_that_fails_at_any_call_leaves_nothing_half_done(path, raw, error):
+    output = path.with_name("saved.log")
+    path.write_bytes(raw[:900] + b"\0" * 40 + raw[940:])
+    before = descriptors()
+    for nth in range(1, 200):
+        files = FaultyFiles(Fault(nth=nth, error=error))
+        with contextlib.suppress(OSError):
+            salvage_log(path, output, files=files)
+        assert descriptors() == before
+        if output.exists():
+            assert verify_log(output).ok
+            output.unlink()
+        leftover = [file for file in path.parent.iterdir() if ".tmp" in file.name]
+        assert not leftover or "unlink" in {call.operation for call in files.fired}
+        for file in leftover:
+            file.unlink()
+        if not files.fired:
+            break
+    assert not files.fired
+    assert nth > 10
