@@ -124,8 +124,8 @@ def test_the_sdist_holds_what_the_readme_speaks_of(dist: Path) -> None:
     assert wanted <= names
     assert {
         "tests/conftest.py",
-        "tests/golden/empty.hex",
-        "protocol/frames.py",
+        "tests/storage/formats/golden/empty.hex",
+        "foldlog/protocol/frames.py",
         "foldlog/py.typed",
     } <= names
     assert not [name for name in names if name.endswith((".pyc", ".log", ".lock"))]
@@ -161,9 +161,9 @@ def test_the_tests_that_come_with_the_sdist_have_all_they_need(
     out = run(
         fresh / "pytest",
         "-q",
-        "tests/test_layout.py",
-        "tests/test_tokens.py",
-        "tests/test_golden.py",
+        "tests/project/test_layout.py",
+        "tests/protocol/test_tokens.py",
+        "tests/storage/formats/test_golden.py",
         cwd=source,
     )
     assert " passed" in out
