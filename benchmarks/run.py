@@ -26,7 +26,7 @@ from pathlib import Path
 
 from cases import CASES, LARGE
 from plots import plot
-from report import Samples, markdown
+from report import Samples, compact_json, markdown
 from subjects import PEERS, SLOW
 
 HERE = Path(__file__).parent
@@ -109,6 +109,16 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {platform.system()}, {python}"
 
 
+def filesystem(path: Path) -> str:
+    """The type of the file system that holds `path`, such as "ext4" or "tmpfs"."""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return "an unknown file system"
+    holding = [(point, kind) for point, kind in mounts if path.resolve().is_relative_to(point)]
+    return max(holding, key=lambda mount: len(mount[0]))[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,7 +159,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     samples: Samples = {}
     disturbed: list[float] = []
-    run = {"machine": machine(), "repeat": args.repeat, "disturbed": disturbed, "samples": samples}
+    run = {
+        "machine": machine(),
+        "filesystem": filesystem(work),
+        "repeat": args.repeat,
+        "disturbed": disturbed,
+        "samples": samples,
+    }
     try:
         for entries in args.entries:
             prepared = work / str(entries)
@@ -171,7 +187,7 @@ def main() -> None:
                         f"{entries:,} entries, {repeat + 1}: {case} of {subject}; others used {others:.0%}",
                         file=sys.stderr,
                     )
-                (args.out / "results.json").write_text(json.dumps(run, indent=1))
+                (args.out / "results.json").write_text(compact_json(run))
                 (args.out / "results.md").write_text(markdown(run))
     finally:
         if args.work is None:

@@ -205,12 +205,18 @@ class Lmdb(Subject):
 
     name = "lmdb"
     sync = False
+    writemap = False
 
     def __init__(self, path: Path) -> None:
         import lmdb
 
         self._env = env = lmdb.open(
-            os.fspath(path), map_size=1 << 36, sync=self.sync, max_dbs=0, subdir=True
+            os.fspath(path),
+            map_size=1 << 36,
+            sync=self.sync,
+            writemap=self.writemap,
+            max_dbs=0,
+            subdir=True,
         )
         begin = env.begin
 
@@ -241,6 +247,24 @@ class Lmdb(Subject):
     def close(self) -> None:
         self._env.sync(True)
         self._env.close()
+
+
+class LmdbMapped(Lmdb):
+    """lmdb with sync=False and writemap=True, as who wants its speed opens it.
+
+    Pages are changed in place in the mapped file: they survive a killed process, and a stray write
+    of the same process may corrupt them. Existing keys are overwritten through a cursor.
+    """
+
+    name = "lmdb-writemap"
+    writemap = True
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        with self._env.begin(write=True) as transaction, transaction.cursor() as at:
+            put = at.put
+            for key, value in updates:
+                put(key.encode(), value)
+            put(b"\x00cursor", cursor)
 
 
 class LmdbSynced(Lmdb):
@@ -284,6 +308,41 @@ class Rocksdict(Subject):
         self._db.close()
 
 
+class Plyvel(Subject):
+    """plyvel (LevelDB), write-ahead log on, no sync."""
+
+    name = "plyvel"
+    sync = False
+
+    def __init__(self, path: Path) -> None:
+        import plyvel
+
+        self._db = db = plyvel.DB(os.fspath(path), create_if_missing=True)
+        lookup = db.get
+        self.get = lambda key: lookup(key.encode())
+
+    def apply(self, updates: list[Any], cursor: Any) -> None:
+        with self._db.write_batch(sync=self.sync) as batch:
+            put = batch.put
+            for key, value in updates:
+                put(key.encode(), value)
+            put(b"\x00cursor", cursor)
+
+    def range(self, prefix: str) -> list[Any]:
+        with self._db.iterator(prefix=prefix.encode()) as items:
+            return [(key.decode(), value) for key, value in items]
+
+    def close(self) -> None:
+        self._db.close()
+
+
+class PlyvelSynced(Plyvel):
+    """plyvel with sync=True: LevelDB forms groups of the commits that wait."""
+
+    name = "plyvel-synced"
+    sync = True
+
+
 class Diskcache(Subject):
     """diskcache: sqlite3 below, WAL, synchronous=NORMAL. It has no ranges."""
 
@@ -308,9 +367,18 @@ class Diskcache(Subject):
         self._cache.close()
 
 
-ENGINES = (Foldlog, PlainDict, Lmdb, Rocksdict, Sqlite, Diskcache)
+ENGINES = (Foldlog, PlainDict, Lmdb, LmdbMapped, Rocksdict, Plyvel, Sqlite, Diskcache)
 """One thread, no waiting for the disk."""
-THREADED = (Store, StoreSynced, Lmdb, LmdbSynced, Sqlite, SqliteSynced)
+THREADED = (
+    Store,
+    StoreSynced,
+    Lmdb,
+    LmdbSynced,
+    Plyvel,
+    PlyvelSynced,
+    Sqlite,
+    SqliteSynced,
+)
 """Many threads, with and without waiting for the disk."""
 READ_BY_MANY = (Store, PlainDict, Lmdb, Sqlite)
 SUBJECTS: dict[str, type[Subject]] = {subject.name: subject for subject in (*ENGINES, *THREADED)}
