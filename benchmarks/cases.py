@@ -9,6 +9,7 @@ import gc
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -59,13 +60,10 @@ class Trial(NamedTuple):
     def copy(self, suffix: str = "") -> Path:
         """A copy of the prepared store, to change."""
         source = self.prepared / (self.subject.name + suffix)
-        target = (
-            Path(tempfile.mkdtemp(dir=self.scratch)) / source.name
-        )  # a folder of its own: foldlog keeps notes beside a log
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
+        # In a directory of its own: foldlog keeps notes beside a log.
+        target = Path(tempfile.mkdtemp(dir=self.scratch)) / source.name
+        # Not by shutil, which would fill the holes of a mapped file.
+        subprocess.run(["cp", "-r", "--sparse=always", source, target], check=True)
         return target
 
 
