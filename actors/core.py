@@ -138,9 +138,9 @@ class Core:
         # Invariant: its sequence never falls, and every batch in it is in the log.
         self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
         self.published_at = time.monotonic()
-        # Written by the syncer, or by the writer under sync="always".
-        self.synced_seq = 0
-        self.synced_cursor = WatchCursor.none()
+        # What is known to be on disk: one slot for each of the two who find out, the writer and the
+        # syncer, so that neither can undo what the other wrote. Each slot is replaced whole.
+        self._synced = [(0, WatchCursor.none())] * 2
         # Written by the supervisor.
         self.state = State.STARTING
         self.reason = ""
@@ -157,7 +157,18 @@ class Core:
         self.snapshot = fold
         self.published_at = time.monotonic()
 
-    def note_synced(self, fold: FoldSnapshot) -> None:
-        """All of `fold` survives a power loss."""
-        if fold.seq >= self.synced_seq:
-            self.synced_seq, self.synced_cursor = fold.seq, fold.cursor()
+    @property
+    def synced(self) -> tuple[int, WatchCursor]:
+        """The last batch that survives a power loss, and its cursor: of one moment, never falling."""
+        writer, syncer = self._synced
+        return writer if writer[0] >= syncer[0] else syncer
+
+    @property
+    def synced_cursor(self) -> WatchCursor:
+        """The cursor of `synced`."""
+        return self.synced[1]
+
+    def note_synced(self, fold: FoldSnapshot, *, by_syncer: bool = False) -> None:
+        """All of `fold` survives a power loss. Only the writer calls it, and the syncer."""
+        if fold.seq >= self._synced[by_syncer][0]:
+            self._synced[by_syncer] = fold.seq, fold.cursor()

@@ -230,7 +230,7 @@ class Syncer(SupervisedActor):
 
     def _sync(self) -> None:
         fold, journal = self._core.snapshot, self._core.log
-        if journal is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced_seq:
+        if journal is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced[0]:
             return
         self._step("syncer.sync")
         try:
@@ -242,7 +242,7 @@ class Syncer(SupervisedActor):
             return  # closed under us: its successor is synced on the next tick
         else:
             if not journal.closed:
-                self._core.note_synced(fold)
+                self._core.note_synced(fold, by_syncer=True)
 
     def on_stop(self) -> None:
         self.close_watch()

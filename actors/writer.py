@@ -27,10 +27,12 @@ from foldlog.actors.requests import (
 )
 from foldlog.protocol.errors import (
     FoldlogError,
+    KeyExists,
     LogChangedError,
     LogPoisonedError,
     LogRegressedError,
     StoreClosed,
+    VersionMismatch,
     WriterCrashed,
 )
 from foldlog.protocol.frames import MAX_GROUP
@@ -233,12 +235,23 @@ class Writer(SupervisedActor):
         self._compact_if_due()
 
     def _commit(self, requests: list[WriteRequest]) -> None:
+        """Write the requests as one group; as several, where a refusal has to wait for a write."""
+        while requests:
+            requests = self._commit_up_to_a_refusal(requests)
+
+    def _commit_up_to_a_refusal(self, requests: list[WriteRequest]) -> list[WriteRequest]:
+        """Write the requests as one group. Returns those that are still to be decided.
+
+        A request is refused only by what is written and published. So one that would be refused on
+        top of others of its group ends the group, and is decided again after the group's end.
+        """
         engine = self.engine
         self._in_hand = [*requests]
+        undecided: list[WriteRequest] = []
         staged, folded = engine.fold, 0  # with the first so many of the batches
         written: list[WriteRequest] = []
         batches: list[Batch] = []
-        for request in requests:
+        for number, request in enumerate(requests):
             if not request.start():
                 continue
             if request.batch is None and folded < len(batches):  # it decides by what is folded
@@ -250,13 +263,17 @@ class Writer(SupervisedActor):
                     error, (OSError, FoldlogError, TypeError, ValueError)
                 ) and not isinstance(request, ToldBatch):
                     raise
+                if batches and isinstance(error, (KeyExists, VersionMismatch)):
+                    undecided = requests[number:]
+                    self._in_hand = requests[:number]
+                    break
                 request.fail(error)
                 continue
             written.append(request)
             batches.append(batch)
             request.seq = engine.fold.seq + len(batches)
         if not batches:
-            return
+            return undecided
         if folded < len(batches):
             staged = staged.with_group(batches[folded:])
         self._step("writer.before_write")
@@ -264,7 +281,7 @@ class Writer(SupervisedActor):
             fold = engine.commit(batches, staged)
         except (OSError, FoldlogError) as error:
             self._write_failed(written, error)
-            return
+            return undecided
         self._step("writer.after_write")
         core = self._core
         core.publish(fold)
@@ -285,6 +302,7 @@ class Writer(SupervisedActor):
         for request in written:
             books.latencies_s.append(now - request.created)
             request.succeed(request.seq)
+        return undecided
 
     def _write_failed(self, requests: list[WriteRequest], error: OSError | FoldlogError) -> None:
         """Nothing of the group is in the log: tell its callers. What this writer cannot go on from, it dies of."""

@@ -317,7 +317,7 @@ class Store(Readable):
             reason=core.reason,
             seq=snapshot.seq,
             cursor=snapshot.cursor(),
-            synced_seq=core.synced_seq,
+            synced_seq=core.synced[0],
             entries=len(snapshot),
             log_bytes=journal.chain.offset if journal else 0,
             base_bytes=journal.file.base_end if journal else 0,
