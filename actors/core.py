@@ -111,6 +111,11 @@ class Stats:
     last_compaction_s: float | None
     """How long the last compaction took."""
     last_compaction_unix_s: float | None
+    compaction_error: str
+    """Why the last try to compact failed; "" after one that did not. It is tried again by itself."""
+    throttled_s: float
+    """For how long, since the store was opened, the writer has held writes back to let a compaction
+    get on: the log had grown to what it may hold."""
     snapshot_age_s: float
     """Since the last batch was published."""
 
@@ -127,6 +132,8 @@ class Books:
         self.compactions = 0
         self.last_compaction_s: float | None = None
         self.last_compaction_unix_s: float | None = None
+        self.compaction_error = ""
+        self.throttled_s = 0.0
 
 
 class Core:

@@ -19,13 +19,9 @@ from foldlog.storage.artifacts.artifact import export_fold
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot, parts_of
 from foldlog.storage.formats.rewrite import Cancelled, Rewrite
 
-CAUGHT_UP_BYTES = 256 * 1024
-"""What may be left for the writer to carry over while it stands still: well under a millisecond of copying."""
-MAX_CATCH_UPS = 20
-
 
 class CompactJob(NamedTuple):
-    """The writer asks for the long part of a compaction. It is told `Rewritten`."""
+    """The writer asks for the next pass of a compaction: the fold, or what came meanwhile. It is told `Rewritten`."""
 
     rewrite: Rewrite
 
@@ -49,7 +45,7 @@ class ExportJob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """To the writer: a compaction is ready to be finished, or has failed."""
+    """To the writer: a pass of a compaction is done, or has failed."""
 
     urgent: ClassVar[bool] = True
 
@@ -138,12 +134,12 @@ class Maintenance(SupervisedActor):
 
     def _compact(self, rewrite: Rewrite) -> None:
         try:
-            self._step("compact.write")
-            rewrite.write(_let_others_run)
-            for _ in range(MAX_CATCH_UPS):
-                if rewrite.catch_up() < CAUGHT_UP_BYTES:
-                    break
-            self._step("compact.written")
+            if rewrite.written:
+                rewrite.catch_up()
+            else:
+                self._step("compact.write")
+                rewrite.write(_let_others_run)
+                self._step("compact.written")
         except (OSError, FoldlogError, Cancelled) as error:
             rewrite.discard()
             self._tell_writer(Rewritten(rewrite, error))
@@ -168,6 +164,7 @@ class Maintenance(SupervisedActor):
 
     def _tell_writer(self, message: Rewritten) -> None:
         assert self.writer_inbox is not None
+        message.rewrite.outcome = message  # for a writer that waits for just this
         try:
             self.writer_inbox.offer(Mail(message))
         except FoldlogError:  # the store failed or closes: nobody finishes it

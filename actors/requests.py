@@ -143,7 +143,12 @@ class LocalWrite(WriteRequest):
 class CompactRequest(Request):
     """Rewrite the log; the future gives None."""
 
-    __slots__ = ()
+    __slots__ = ("seq",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seq: int | None = None
+        """The last batch when it was taken: only a rewrite that holds this answers it."""
 
 
 class ExportRequest(Request):

@@ -26,12 +26,18 @@ It is a plain thread, not an actor: it must outlive `pykka.ActorRegistry.stop_al
 | more than `max_restarts` in | -                            | FAILED, until `reopen`        | StoreFailed; reads go on       |
 | `restart_window_s`          |                              |                               |                                |
 | the host stops all actors   | threads end, messages vanish | the store closes in order     | StoreClosed                    |
+| the process is paused       | -                            | nothing: the supervisor was   | nothing                        |
+|                             |                              | late too, and discounts it    |                                |
+| a writer that is stuck      | -                            | FAILED, until it comes back   | StoreFailed; then as before    |
+| too few descriptors or      | -                            | tried again, at most 5 s      | the answer, later              |
+| threads to start again      |                              | apart, and without an end     |                                |
 | the supervisor itself       | -                            | FAILED for good               | StoreFailed; reads go on       |
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import queue
 import random
 import threading
@@ -66,8 +72,12 @@ PERMANENT = (
     ForkedStore,
 )
 """What starting again cannot mend."""
+SHORTAGES = (errno.EMFILE, errno.ENFILE)
+"""What an actor that starts again may lack for as long as others hold it."""
 MAX_DELAY_S = 5.0
 HEALTH_CHECK_S = 1.0
+LATE_S = 0.25
+"""A wait that ends later than this was not the store's: the process, or the machine, stood still."""
 
 
 class CloseNow(NamedTuple):
@@ -94,16 +104,40 @@ def next_restart_delay_s(
     """How long to wait before an actor that died of `error` is started again; None to give up.
 
     `restarts_s`: when it was restarted before. The first restart within the window is at once; then the delay doubles, up
-    to 5 s.
+    to 5 s. What died of a shortage of descriptors is never given up: others will let go of theirs.
     """
     recent = sum(now_s - at < window_s for at in restarts_s)
-    if isinstance(error, PERMANENT) or recent >= max_restarts:
+    short = isinstance(error, OSError) and error.errno in SHORTAGES
+    if isinstance(error, PERMANENT) or (recent >= max_restarts and not short):
         return None
     return 0.0 if recent == 0 else min(delay_s * 2.0 ** (recent - 1), MAX_DELAY_S)
 
 
+def lateness_s(asked_s: float, took_s: float) -> float:
+    """How much of a wait of `asked_s` that took `took_s` to discount: the process stood still for it."""
+    late_s = took_s - asked_s
+    return late_s if late_s > LATE_S else 0.0
+
+
+class StuckClock:
+    """For how long an actor has been busy with one thing, less the time for which the process stood still."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._paused_s = 0.0
+
+    def look(self, busy_since: float | None, now_s: float, late_s: float) -> float:
+        """Seconds that it has been at it. `late_s`: for how long nothing ran, of the time since the last look."""
+        if busy_since is None or busy_since != self._since:
+            self._since, self._paused_s = busy_since, 0.0
+        if busy_since is None:
+            return 0.0
+        self._paused_s += late_s
+        return max(now_s - busy_since - self._paused_s, 0.0)
+
+
 class Supervisor:
-    """See the module. All methods but `post` run on its own thread."""
+    """See the module. All methods but `post` and `owns` run on its own thread."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -126,11 +160,27 @@ class Supervisor:
         self.opened: Future[None] = Future()
         """Done once the store has opened, or failed to."""
         self._reopening: list[Reopen] = []
+        self._stuck_since: float | None = None
+        """The `busy_since` of a writer that the store gave up on as stuck: it comes back when that changes."""
+        self._clock = StuckClock()
         self.thread = threading.Thread(target=self._run, name="foldlog-supervisor", daemon=True)
 
     def post(self, notice: Notice | CloseNow | Reopen) -> None:
-        """Tell the supervisor. Any thread; never blocks."""
+        """Tell the supervisor. Any thread; never blocks. What it can no longer hear is answered here."""
         self._notices.put(notice)
+        if self.core.ended.is_set():
+            self._answer_late()
+
+    def _answer_late(self) -> None:
+        """Answer what was posted as the supervisor's thread came to its end. Any thread."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                notice = self._notices.get_nowait()
+                if isinstance(notice, CloseNow):
+                    notice.future.set_result(self._stop_error)
+                elif isinstance(notice, Reopen):
+                    failed = self.core.state is State.FAILED
+                    notice.future.set_exception(self._failed() if failed else self._closed())
 
     def owns(self, thread: threading.Thread) -> bool:
         """Whether `thread` is one of the store's own, which must not wait for it."""
@@ -166,6 +216,7 @@ class Supervisor:
             self._stop_all()
         finally:
             self.core.ended.set()
+            self._answer_late()
 
     def _wait(self) -> None:
         now = time.monotonic()
@@ -177,10 +228,12 @@ class Supervisor:
             del self._due[actor]
             self._resume(actor)
         timeout_s = min([HEALTH_CHECK_S, *(max(due - now, 0.0) for due in self._due.values())])
+        began = time.monotonic()
         try:
             notice = self._notices.get(timeout=timeout_s)
         except queue.Empty:
-            self._check_health(time.monotonic())
+            now = time.monotonic()
+            self._check_health(now, lateness_s(timeout_s, now - began))
             return
         if isinstance(notice, Started):
             self._on_started(notice.actor)
@@ -241,6 +294,10 @@ class Supervisor:
                 )
             self._begin_close()
             return
+        if actor is self.writer and self._stuck_since is not None:
+            self._stuck_since = None
+            if core.state is State.FAILED:
+                self._end_failed(State.RESTARTING)  # it came back, if only to die
         if core.state is State.STARTING:
             if actor is self.writer:
                 self._end_unopened(error)
@@ -275,7 +332,6 @@ class Supervisor:
                 self._abandon_the_dead()
             else:
                 self._give_up(f"{actor.name} died: {reason}")
-                self._answer_opened(StoreFailed(core.reason))
             return
         if actor is self.writer and core.state is State.RUNNING:
             core.state, core.reason = State.RESTARTING, reason
@@ -316,12 +372,13 @@ class Supervisor:
         }  # reading goes on
         self.writer.inbox.refuse(self._failed, drain=True, publish=publish)
         log.error("%s: failed: %s", core.config.path, reason)
+        unknown = f"{reason}; whether this was written is unknown until the store is reopened"
         self.writer.abandon_requests(
-            StoreFailed(
-                f"{reason}; whether this was written is unknown until the store is reopened"
-            )
+            StoreFailed(unknown),
+            None if self.writer in self._running else self._failed(),
         )
         self._abandon_the_dead()
+        self._answer_opened(self._failed())
 
     def _abandon_the_dead(self) -> None:
         """Answer what waits for actors that will not be started again before `reopen`."""
@@ -351,43 +408,58 @@ class Supervisor:
                 self.writer.let_go()
 
     def _failed(self) -> Exception:
-        return StoreFailed(self.core.reason)
+        return StoreFailed(self.core.reason, applied=False)
 
     def _closed(self) -> Exception:
         return StoreClosed(f"{self.core.config.path} is closed")
 
     def _on_reopen(self, request: Reopen) -> None:
+        """Begin to reopen; or, where that has begun already, or the writer restarts, wait for how it ends."""
         core = self.core
-        if core.state is not State.FAILED:
-            error = None if core.state in (State.RUNNING, State.RESTARTING) else self._closed()
-            self._reopening.append(request)
-            self._answer_opened(error)
-            return
         self._reopening.append(request)
+        if core.state is State.FAILED:
+            self._end_failed(State.RESTARTING)
+            if self.writer not in self._running:
+                self._resume(self.writer)
+            self._resume_the_dead()
+            if self.writer in self._running and self.writer.busy_since is None:
+                self._on_started(self.writer)  # it was another that had failed
+        elif core.state is State.RUNNING:
+            self._answer_opened(None)
+        elif core.state is not State.RESTARTING:
+            self._answer_opened(self._closed())
+
+    def _end_failed(self, state: State) -> None:
+        """Take messages again, and count restarts anew."""
         self._restarts_s.clear()
         self._due.clear()
         for inbox in (self.reader_inbox, self.maintenance.inbox, self.writer.inbox):
             inbox.accept()
-        core.state = State.RESTARTING
-        for actor in (self.writer, *self._others):
+        self.core.state = state
+
+    def _check_health(self, now_s: float, late_s: float = 0.0) -> None:
+        """Whether the writer is stuck, or was and has come back. `late_s`: for how long the process stood still."""
+        busy_since = self.writer.busy_since
+        stuck_s = self._clock.look(busy_since, now_s, late_s)
+        came_back = self._stuck_since is not None and busy_since != self._stuck_since
+        if came_back:
+            self._stuck_since = None
+            if self.core.state is State.FAILED:
+                self._end_failed(State.RESTARTING)
+                self._resume_the_dead()
+            log.warning("%s: the writer came back", self.core.config.path)
+        idle = self.writer in self._running and busy_since is None
+        if self.core.state is State.RESTARTING and (came_back or idle):
+            self._on_started(self.writer)  # it has never ended, so it does not tell that it started
+        if self.core.state is State.RUNNING and stuck_s > self.core.config.stuck_after_s:
+            # Its thread may still write: the lock stays, and nobody is started beside it.
+            self._give_up(f"the writer has been stuck for {stuck_s:.0f} s")
+            self._stuck_since = busy_since
+
+    def _resume_the_dead(self) -> None:
+        for actor in self._others:
             if actor not in self._running:
                 self._resume(actor)
-        if self.writer in self._running and self.writer.busy_since is None:
-            self._on_started(self.writer)  # it was another that had failed
-
-    def _check_health(self, now_s: float) -> None:
-        busy_since = self.writer.busy_since
-        if (
-            self.core.state is State.RESTARTING
-            and self.writer in self._running
-            and busy_since is None
-        ):
-            self._on_started(self.writer)  # it was stuck when the store was reopened, and came back
-        if self.core.state is State.RUNNING and busy_since is not None:
-            stuck_s = now_s - busy_since
-            if stuck_s > self.core.config.stuck_after_s:
-                # Its thread may still write: the lock stays, and nobody is started beside it.
-                self._give_up(f"the writer has been stuck for {stuck_s:.0f} s")
 
     # Closing.
 

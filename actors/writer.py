@@ -15,7 +15,7 @@ import copy
 import time
 
 from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
-from foldlog.actors.core import Core
+from foldlog.actors.core import Core, State
 from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
 from foldlog.actors.requests import (
     CompactRequest,
@@ -38,12 +38,21 @@ from foldlog.protocol.errors import (
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.messages import Apply
 from foldlog.protocol.updates import Batch
-from foldlog.storage.engines.engine import Engine
-from foldlog.storage.formats.rewrite import Rewrite
+from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, Engine, log_limit
+from foldlog.storage.formats.rewrite import SLACK_BYTES, Rewrite
 from foldlog.storage.log.lock import WriterLock
 
 GROUP_BYTES = 16 * 1024 * 1024
 """A commit group of more than one batch holds no more: it is built in memory before it is written."""
+FINISH_BYTES = 2 * SLACK_BYTES
+"""What may be left to carry over while the writer stands still: about 10 ms, with the fsync."""
+MAX_PASSES = 20
+HOLD_S = 0.001
+PATIENCE_S = 1.0
+"""How long writes are held back for one compaction while the log is below 3 x the default threshold."""
+RETRY_S = 1.0
+"""Before a compaction that failed is tried again; doubled each time, up to `MAX_RETRY_S`."""
+MAX_RETRY_S = 60.0
 
 
 class Writer(SupervisedActor):
@@ -51,6 +60,7 @@ class Writer(SupervisedActor):
 
     group = (WriteRequest, Apply)
     group_limit = MAX_GROUP
+    tick_s = 1.0
 
     def __init__(self, core: Core, post: Post, maintenance: Inbox) -> None:
         config = core.config
@@ -65,10 +75,14 @@ class Writer(SupervisedActor):
         """What is being worked on: of `taken`, those that a crash can be blamed on."""
         self._rewrite: Rewrite | None = None
         self._rewrite_started = 0.0
-        self._wanted: list[Request] = []
+        self._patience_s = 0.0
+        """For how long writes may still be held back for the compaction under way, where the log is small."""
+        self._wanted: list[CompactRequest] = []
         """Who waits for the compaction under way, or the next one."""
-        self._compact_from = 0
-        """After a failed compaction: the size of the log from which to try again."""
+        self._failures = 0
+        """Compactions that failed, since one did not."""
+        self._retry_at = 0.0
+        """After a failed compaction: when to try again (time.monotonic())."""
         self.stop_error: Exception | None = None
         """What sealing the log met."""
 
@@ -192,6 +206,7 @@ class Writer(SupervisedActor):
             self._apply([mail.message for mail in mails])
         elif isinstance(first, CompactRequest):
             if first not in self._wanted:  # it may have been in hand at a crash
+                first.seq = self.engine.fold.seq
                 self._wanted.append(first)
             self._compact_if_due()
         elif isinstance(first, ExportRequest):
@@ -201,7 +216,7 @@ class Writer(SupervisedActor):
                 format = first.format or self.engine.log.file.format.name
                 self._maintenance.put(Mail(ExportJob(first, self.engine.fold, format)))
         elif isinstance(first, Rewritten):
-            self._finish_rewrite(first)
+            self._pass_ended(first)
         elif isinstance(first, Heal):
             if self.engine.log.poison is not None:
                 raise LogPoisonedError(
@@ -237,6 +252,7 @@ class Writer(SupervisedActor):
     def _commit(self, requests: list[WriteRequest]) -> None:
         """Write the requests as one group; as several, where a refusal has to wait for a write."""
         while requests:
+            self._hold_back(sum(request.weight for request in requests))
             requests = self._commit_up_to_a_refusal(requests)
 
     def _commit_up_to_a_refusal(self, requests: list[WriteRequest]) -> list[WriteRequest]:
@@ -265,7 +281,7 @@ class Writer(SupervisedActor):
                     raise
                 if batches and isinstance(error, (KeyExists, VersionMismatch)):
                     undecided = requests[number:]
-                    self._in_hand = requests[:number]
+                    self._in_hand = [*requests[:number]]
                     break
                 request.fail(error)
                 continue
@@ -333,7 +349,11 @@ class Writer(SupervisedActor):
             journal.poison_with(error.reason)
             raise LogPoisonedError(journal.path, error.reason) from error
 
-    # Compaction: begun and finished here, the long part in between is maintenance's.
+    # Compaction: begun and finished here, the long passes in between are maintenance's.
+
+    def on_tick(self) -> None:
+        """An idle store compacts too, and tries again what failed."""
+        self._compact_if_due()
 
     def _compact_if_due(self) -> None:
         engine = self.engine
@@ -342,40 +362,50 @@ class Writer(SupervisedActor):
         if self._rewrite is not None:
             return
         if engine.is_compact:
-            self._answer_wanted(None)
+            self._answer_wanted(None, engine.fold.seq)
         elif self._wanted or (
             engine.should_compact(self._core.config.compact_threshold)
-            and engine.log.chain.offset >= self._compact_from
+            and time.monotonic() >= self._retry_at
         ):
             self._step("compact.begin")
             self._rewrite = engine.begin_rewrite()
             self._rewrite_started = time.monotonic()
+            self._patience_s = PATIENCE_S
             self._maintenance.put(Mail(CompactJob(self._rewrite)))
 
-    def _finish_rewrite(self, done: Rewritten) -> None:
-        if done.rewrite is not self._rewrite:
-            done.rewrite.discard()  # of an engine that is gone
+    def _pass_ended(self, done: Rewritten) -> None:
+        """A pass of a compaction is done: begin the next, finish it, or give it up."""
+        rewrite = done.rewrite
+        if rewrite is not self._rewrite:
+            rewrite.discard()  # of an engine that is gone
             return
-        engine, error = self.engine, done.error
+        if rewrite.outcome is not done:
+            return  # the writer waited for it, and has seen it already
+        rewrite.outcome = None
+        if done.error is not None:
+            self._compaction_failed(rewrite, done.error)
+        elif rewrite.lag_bytes > FINISH_BYTES and rewrite.passes < MAX_PASSES:
+            rewrite.begin_pass(self.engine.take_tail())
+            self._maintenance.put(Mail(CompactJob(rewrite)))
+        else:
+            self._finish_rewrite(rewrite)
+
+    def _finish_rewrite(self, rewrite: Rewrite) -> None:
+        engine, core = self.engine, self._core
         self._step("compact.finish")
         old = LetGo([engine.fold])
-        if error is None:
-            try:
-                fold = engine.finish_rewrite(done.rewrite)
-            except (OSError, FoldlogError) as failed:
-                error = failed
-        if error is not None:
-            self._drop_rewrite()
-            done.rewrite.discard()
-            self._compact_from = engine.log.chain.offset + self._core.config.compact_threshold
-            log.warning("%s: compaction failed, the log goes on as it was: %s", engine.path, error)
-            self._answer_wanted(error)
+        try:
+            fold = engine.finish_rewrite(rewrite)
+        except (OSError, FoldlogError) as failed:
+            self._compaction_failed(rewrite, failed)
             return
         self._rewrite = None
-        self._core.publish(fold)
-        self._core.feeds.jump(fold)  # the same state: for subscribers to let go of the old file
-        books = self._core.books
+        self._failures = 0
+        core.publish(fold)
+        core.feeds.jump(fold)  # the same state: for subscribers to let go of the old file
+        books = core.books
         books.compactions += 1
+        books.compaction_error = ""
         books.last_compaction_s = time.monotonic() - self._rewrite_started
         books.last_compaction_unix_s = time.time()
         log.info(
@@ -385,17 +415,67 @@ class Writer(SupervisedActor):
             books.last_compaction_s,
         )
         self._step("compact.finished")
-        self._answer_wanted(None)
+        self._answer_wanted(None, rewrite.seq)
         with contextlib.suppress(FoldlogError):  # maintenance may have been told to stop
             self._maintenance.offer(Mail(old))
         if engine.log.poison is not None:
             raise LogPoisonedError(engine.path, engine.log.poison)  # the folder could not be synced
-        self._core.note_synced(fold)
+        core.note_synced(fold)
+        self._compact_if_due()
 
-    def _answer_wanted(self, error: Exception | None) -> None:
+    def _compaction_failed(self, rewrite: Rewrite, error: Exception) -> None:
+        self._drop_rewrite()
+        rewrite.discard()
+        delay_s = min(RETRY_S * 2.0**self._failures, MAX_RETRY_S)
+        self._failures += 1
+        self._retry_at = time.monotonic() + delay_s
+        self._core.books.compaction_error = f"{type(error).__name__}: {error}"
+        log.warning(
+            "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",
+            self.engine.path,
+            delay_s,
+            error,
+        )
+        self._answer_wanted(error, rewrite.seq)
+        self._compact_if_due()
+
+    def _limit(self, live_bytes: int) -> int:
+        return log_limit(live_bytes, self._core.config.compact_threshold)
+
+    def _hold_back(self, size: int) -> None:
+        """Wait before writing `size` bytes while a compaction under way is behind, so that the log stays bounded.
+
+        Where the threshold is small, the log is too, and waiting is not worth more than a moment.
+        """
+        began, allowed = 0.0, 0
+        while (rewrite := self._rewrite) is not None:
+            end, before = self.engine.log.chain.offset + size, allowed
+            allowed = rewrite.allowance(self._limit)
+            if end <= allowed or rewrite.cancelled:
+                break
+            if isinstance(rewrite.outcome, Rewritten):
+                self._pass_ended(rewrite.outcome)
+                continue
+            now = time.monotonic()
+            began = began or now
+            if allowed != before:
+                self.busy_since = now  # it waits for work that gets on: it is not stuck
+            small = end <= log_limit(0, DEFAULT_COMPACT_THRESHOLD)
+            if self._core.state is not State.RUNNING or (small and now - began > self._patience_s):
+                break
+            time.sleep(HOLD_S)
+        if began:
+            held_s = time.monotonic() - began
+            self._core.books.throttled_s += held_s
+            self._patience_s = max(self._patience_s - held_s, 0.0)
+
+    def _answer_wanted(self, error: Exception | None, seq: int | None = None) -> None:
+        """Answer those who wait for a compaction: of the log as it was at batch `seq`, or all of them."""
         wanted, self._wanted = self._wanted, []
         for request in wanted:
-            if error is not None:
+            if seq is not None and request.seq is not None and request.seq > seq:
+                self._wanted.append(request)  # what it asked for was not in the log yet
+            elif error is not None:
                 request.fail(copy.copy(error))
             elif request.start():
                 request.succeed(None)
@@ -429,11 +509,16 @@ class Writer(SupervisedActor):
             self._lock.release()
         self._engine = None  # and with it the descriptor to read from, unless a snapshot is held
 
-    def abandon_requests(self, error: Exception) -> None:
-        """Fail all that was taken or waits for a compaction, for the supervisor that gives up."""
+    def abandon_requests(self, error: Exception, not_begun: Exception | None = None) -> None:
+        """Fail all that was taken or waits for a compaction, for the supervisor that gives up.
+
+        `not_begun`: for what was never tried, if no thread may still come to it.
+        """
         for mail in self.taken:
-            if isinstance(mail.message, Request):
-                mail.message.fail(copy.copy(error))
+            request = mail.message
+            if isinstance(request, Request):
+                begun = not isinstance(request, WriteRequest) or request.seq is not None
+                request.fail(copy.copy(error if begun or not_begun is None else not_begun))
         self._answer_wanted(error)
 
 

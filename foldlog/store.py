@@ -26,7 +26,7 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
+from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
@@ -332,6 +332,8 @@ class Store(Readable):
             compactions=books.compactions,
             last_compaction_s=books.last_compaction_s,
             last_compaction_unix_s=books.last_compaction_unix_s,
+            compaction_error=books.compaction_error,
+            throttled_s=books.throttled_s,
             snapshot_age_s=time.monotonic() - core.published_at,
         )
 
@@ -341,8 +343,6 @@ class Store(Readable):
         self._check_thread()
         future: Future[None] = Future()
         self._supervisor.post(Reopen(future))
-        if self._core.ended.is_set() and not future.done():
-            raise StoreClosed(f"{self.path} is closed")
         try:
             future.result(timeout_s)
         except TimeoutError:
@@ -358,7 +358,7 @@ class Store(Readable):
             return
         self._finalizer.detach()
         _live.pop(self._supervisor, None)
-        error = _close(self._supervisor, self._core.ended, timeout_s)
+        error = _close(self._supervisor, timeout_s)
         if error is not None:
             raise error
 
@@ -381,23 +381,20 @@ class Store(Readable):
 _live: weakref.WeakKeyDictionary[Supervisor, int] = weakref.WeakKeyDictionary()
 
 
-def _close(
-    supervisor: Supervisor, ended: threading.Event, timeout_s: float
-) -> BaseException | None:
+def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
     future: Future[BaseException | None] = Future()
     supervisor.post(CloseNow(future))
     if supervisor.owns(threading.current_thread()):
         return None
     deadline = time.monotonic() + timeout_s
-    while not ended.wait(0 if future.done() else min(0.05, timeout_s)):
-        if future.done():
-            break
-        if time.monotonic() > deadline:
-            return RequestTimeout(
-                f"the store did not close within {timeout_s} s; the writer still has the log"
-            )
+    try:
+        error = future.result(timeout_s)
+    except TimeoutError:
+        return RequestTimeout(
+            f"the store did not close within {timeout_s} s; the writer still has the log"
+        )
     supervisor.thread.join(max(deadline - time.monotonic(), 0.1))
-    return future.result() if future.done() else None
+    return error
 
 
 def _close_dropped(supervisor: Supervisor, pid: int) -> None:
@@ -412,7 +409,7 @@ def _close_at_exit() -> None:
     for supervisor, pid in list(_live.items()):
         if pid == os.getpid():
             with contextlib.suppress(Exception):
-                _close(supervisor, supervisor.core.ended, EXIT_TIMEOUT_S)
+                _close(supervisor, EXIT_TIMEOUT_S)
 
 
 def _after_fork_in_child() -> None:

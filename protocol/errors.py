@@ -7,6 +7,7 @@ Bad arguments are the built-in TypeError and ValueError. Everything else that fo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
 class FoldlogError(Exception):
@@ -91,11 +92,19 @@ class StoreClosed(FoldlogError):
 
 
 class StoreFailed(FoldlogError):
-    """The supervisor gave up, for `reason`. Reads go on from the last snapshot; `store.reopen()` tries again."""
+    """The supervisor gave up, for `reason`. Reads go on from the last snapshot; `store.reopen()` tries again.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    `applied` is False where the batch is known not to have been written: it was refused, or had not
+    been begun. It is None where that is unknown: the writer had the batch in hand. Then compare
+    `store.cursor()` after reopening.
+    """
+
+    def __init__(self, reason: str, applied: Literal[False] | None = None) -> None:
+        super().__init__(reason, applied)
+        self.reason, self.applied = reason, applied
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class ForkedStore(FoldlogError):

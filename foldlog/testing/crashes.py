@@ -306,8 +306,8 @@ class CrashFiles(Files):
         self.changes += 1
 
     @_one_at_a_time
-    def sync_dir(self, path: Path) -> None:
-        self.inner.sync_dir(path)
+    def sync_dir(self, path: Path, opened: int | None = None) -> None:
+        self.inner.sync_dir(path, opened)
         node: _File | _Folder = self._top
         for part in Path(os.path.abspath(path)).relative_to(self.root).parts:
             assert isinstance(node, _Folder)

@@ -11,7 +11,7 @@ from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.replay import OnDamage, resolve
-from foldlog.storage.formats.rewrite import Progress, Rewrite
+from foldlog.storage.formats.rewrite import Progress, Rewrite, Tail
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
@@ -25,6 +25,14 @@ COMPACT_RATIO = 1.0
 def should_compact(appended_bytes: int, base_bytes: int, threshold_bytes: int) -> bool:
     """Whether so much was appended that the log is to be compacted."""
     return appended_bytes > max(threshold_bytes, COMPACT_RATIO * base_bytes)
+
+
+LIMIT_FACTOR = 3
+
+
+def log_limit(live_bytes: int, threshold_bytes: int) -> int:
+    """What a store keeps its log below, but for one batch: 3 x (live + compact_threshold) bytes."""
+    return LIMIT_FACTOR * (live_bytes + threshold_bytes)
 
 
 def check_threshold(threshold: object) -> int:
@@ -68,8 +76,10 @@ class Engine:
         self._next = self.fold
         # What the callers read: the fold, until the engine is closed.
         self.snapshot: FoldSnapshot | ClosedFold = self.fold
-        # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
+        # While a rewrite is under way: what was committed since it started, and of that, what was since it was last
+        # told of it; as folds over an empty base.
         self._since: FoldSnapshot | None = None
+        self._fresh: FoldSnapshot | None = None
 
     def commit(self, batches: Sequence[Batch], staged: FoldSnapshot | None = None) -> FoldSnapshot:
         """Append the batches as one commit group, and fold them. Returns the new fold.
@@ -87,15 +97,15 @@ class Engine:
             and log.poison is None
         ):
             self.fold = self.snapshot = self._next
-        since = self._since
+        since, fresh = self._since, self._fresh
         if staged is None:
             staged = self.fold.with_group(batches)
         self._next = staged
         log.append([batch.item for batch in batches])
         if log.sync_each:
             log.sync()
-        if since is not None:
-            self._since = since.with_group(batches)
+        if since is not None and fresh is not None:
+            self._since, self._fresh = since.with_group(batches), fresh.with_group(batches)
         self.fold = self.snapshot = self._next
         return self.fold
 
@@ -113,20 +123,30 @@ class Engine:
         if self.log.poison is None:
             self.log.check_usable()
         rewrite = Rewrite(self.log, self.fold)
-        self._since = FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), self.fold.seq, self.fold.cursor())
+        self._since = self._fresh = self._nothing_new()
         return rewrite
+
+    def _nothing_new(self) -> FoldSnapshot:
+        return FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), self.fold.seq, self.fold.cursor())
+
+    def take_tail(self) -> Tail:
+        """What was committed since the rewrite began, or since this was last called."""
+        fresh = self._fresh
+        assert fresh is not None, "no rewrite is under way"
+        self._fresh = self._nothing_new()
+        return Tail(self.log.chain, fresh)
 
     def finish_rewrite(self, rewrite: Rewrite) -> FoldSnapshot:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
-        self.fold = self.snapshot = self._next = rewrite.finish(since)
-        self._since = None
+        self.fold = self.snapshot = self._next = rewrite.finish(since, self.take_tail())
+        self._since = self._fresh = None
         return self.fold
 
     def drop_rewrite(self, rewrite: Rewrite) -> None:
         """Give a rewrite up: the log goes on as it was. Whoever runs `rewrite.write` discards it."""
-        self._since = None
+        self._since = self._fresh = None
         rewrite.cancelled = True
 
     def compact(self, progress: Progress | None = None) -> FoldSnapshot:

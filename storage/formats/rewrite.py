@@ -4,14 +4,18 @@ The new file is written beside the place where it shall stand, synced, and renam
 rename, so that no step after it can fail. Equal states give equal bodies; only ids, and the checksums that they seed, differ.
 Leaves that nothing touched are copied as they are.
 
-A compaction runs beside the writer: `Rewrite.write` works from an immutable fold, `catch_up` carries over the frames that were
-appended meanwhile, and only `finish` (the last few frames, an fsync, the rename) needs the writer to stand still.
+A compaction runs beside the writer: `Rewrite.write` works from an immutable fold, and `catch_up` carries over what was
+appended meanwhile: as the fold of it, where that is much less than its frames. Only `finish` (the last few frames, an fsync,
+the rename) needs the writer to stand still. `allowance` is what makes it end: how far the writer may go on meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgpack
 from blake3 import blake3
@@ -25,8 +29,18 @@ from foldlog.protocol.frames import (
     KIND_BATCHES,
     KIND_LEAF,
     KIND_OPEN,
+    MAX_GROUP,
     FileHead,
     build_frame,
+)
+from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.updates import (
+    Change,
+    Delete,
+    Put,
+    Update,
+    batches_body,
+    encode_batch,
 )
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.leaf import encode_leaf, leaf_end, patched_leaf
@@ -87,6 +101,7 @@ class FrameWriter(NewFile):
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
         self.base, self._copied = write_base(self, fold, progress)
         self.base_end = self.chain.offset
+        self._base_cursor = fold.cursor()
 
     def keep_warm(self, fold: FoldSnapshot) -> None:
         self.base.inherit(fold.base, self._copied, (*fold.delta, *reversed(fold.runs)))
@@ -95,9 +110,7 @@ class FrameWriter(NewFile):
         flags = self._carried_flags
         for frame, body in read_frames(source.handle, source.head, chain, stop):
             if frame.kind == KIND_BATCHES:
-                if not self.session:
-                    self.add(KIND_OPEN, open_body(), flags=flags)
-                    self.session = True
+                self._begin_session()
                 self.add(
                     KIND_BATCHES,
                     bytes(body),
@@ -108,12 +121,55 @@ class FrameWriter(NewFile):
             chain = chain.after(frame)
         return chain
 
+    def _begin_session(self) -> None:
+        if not self.session:
+            self.add(KIND_OPEN, open_body(), flags=self._carried_flags)
+            self.session = True
+
+    def carry_fold(self, since: FoldSnapshot, batches: int, max_bytes: int) -> bool:
+        """See `NewFile`. All but the last of the batches become empty, at the base's cursor.
+
+        So sequences go on, and a watch that resumes from a cursor in between is told CursorExpired,
+        as for any cursor from before a compaction.
+        """
+        empty = encode_batch((), self._base_cursor).item
+        size = len(empty) * batches
+        changes: dict[str, Change] = {}
+        for piece in (*since.delta, *reversed(since.runs)):
+            changes.update(piece)
+        for key, value, version in changes.values():
+            size += 4 * len(key) + len(value or b"") + len(version) + _CHANGE_OVERHEAD
+            if size > max_bytes:
+                return False
+        last = encode_batch(list(_updates(changes)), since.cursor()).item
+        self._begin_session()
+        before = batches - 1
+        while before > 0:
+            count = min(before, MAX_GROUP)
+            self._add_batches([empty] * count)
+            before -= count
+        self._add_batches([last])
+        return True
+
+    def _add_batches(self, items: list[bytes]) -> None:
+        flags = self._carried_flags
+        self.add(KIND_BATCHES, batches_body(items), batches=len(items), flags=flags)
+
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
         return FoldSnapshot(self.base, since.delta, since.runs, since.seq, since.cursor())
 
     def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
         self.base.handle = handle
         return super().log_file(format, handle)
+
+
+_CHANGE_OVERHEAD = 12  # bytes of msgpack around a key, a value and a version
+
+
+def _updates(changes: dict[str, Change]) -> Iterator[Update]:
+    for key, value, version in changes.values():
+        token = VersionToken(version)
+        yield Delete(key, token) if value is None else Put(key, value, token)
 
 
 def write_base(
@@ -193,6 +249,37 @@ class Cancelled(Exception):
     """A rewrite was told to stop."""
 
 
+SLACK_BYTES = 1024 * 1024
+"""What the writer may always append while a pass of a rewrite is under way."""
+FOLDED_BYTES = 32 * 1024 * 1024
+"""The fold of what came meanwhile is carried in one frame, which is built in memory, up to this."""
+
+
+def allowance_bytes(limit: int, began: int, stage: int, lag: int, made: int, expected: int) -> int:
+    """How large the log may grow before the writer has to wait for the rewrite to get on.
+
+    `limit`: of the log. `began`: its size when the rewrite began. `stage`: its size when this pass
+    began. `lag`: bytes of it that the pass carries over; 0 while the fold is written. `made` of the
+    `expected` bytes of the pass are written.
+
+    While the fold is written the writer has half of what is left up to the limit at once, and the
+    rest as the fold gets on, so that it is slowed down rather than stopped. While the rest is carried
+    over it may append half as fast as that gets on: each pass then leaves at most half as much.
+    """
+    part = min(made / expected, 1.0) if expected > 0 else 0.0
+    if not lag:
+        return began + SLACK_BYTES + int(max(limit - began, 0) * (1 + part) / 2)
+    return min(stage + int(lag * part / 2), max(limit, stage)) + SLACK_BYTES
+
+
+class Tail(NamedTuple):
+    """What was appended to the log in one stretch, up to `chain`: what a pass carries over."""
+
+    chain: Chain
+    fold: FoldSnapshot
+    """What it came to, as a fold over an empty base."""
+
+
 class Rewrite:
     """A compaction under way: the log's fold, on its way into a new file of the same format."""
 
@@ -202,12 +289,36 @@ class Rewrite:
         self._fold: FoldSnapshot | None = (
             fold  # let go of once it is written: it holds the old base
         )
+        self.seq = fold.seq
+        """The last batch that the new base holds."""
         self._poisoned = log.poison is not None
-        self._carried = log.chain  # behind what the new file has of the log
+        self._carried = log.chain  # where the new file has caught up to in the log
+        self._began = self._stage = log.chain.offset
+        self._live = log.file.base_end  # bytes of the base, as far as they are known
+        self._lag = self._stage_out = 0
+        self._expected = self._began  # bytes that this pass writes, at most
         self._out: NewFile | None = None
         self._adopted = False
+        self.passes = 0
+        """Times that what was appended meanwhile was carried over, without those of `finish`."""
         self.cancelled = False
         """Set by anyone to make `write` stop soon, with Cancelled."""
+        self.outcome: object = None
+        """What whoever runs the passes tells of the last one; None while it is under way."""
+
+    @property
+    def lag_bytes(self) -> int:
+        """Bytes of the log that are not carried over yet. For the writer."""
+        return 0 if self._poisoned else self._log.chain.offset - self._carried.offset
+
+    def allowance(self, limit: Callable[[int], int]) -> int:
+        """How large the log may grow for now; `limit` gives the bound for so many live bytes. Any thread."""
+        out = self._out
+        made = 0 if out is None else out.chain.offset - self._stage_out
+        live = self._live if self._lag else max(self._live, made)
+        return allowance_bytes(
+            limit(live), self._began, self._stage, self._lag, made, self._expected
+        )
 
     def write(self, progress: Progress | None = None) -> None:
         """Write the fold, and sync it. The long part; any thread may run it while the log is appended to."""
@@ -228,48 +339,78 @@ class Rewrite:
             sync_each=log.sync_each,
         )
         self._out.write_fold(fold, step)
+        self._live = self._expected = self._out.base_end
         self._out.sync()
         self._out.keep_warm(fold)
 
-    def catch_up(self) -> int:
-        """Carry over and sync what was appended by now. Returns the bytes carried; any thread may run it."""
+    @property
+    def written(self) -> bool:
+        """The fold is written; what is left to do is to carry over, and to finish."""
+        return self._fold is None
+
+    def begin_pass(self, tail: Tail) -> None:
+        """Note what the next `catch_up` has to carry. For the writer, while nobody runs the rewrite."""
+        assert self._out is not None
+        self._tail = tail
+        self.passes += 1
+        self._stage = tail.chain.offset
+        self._lag = self._expected = self.lag_bytes
+        self._stage_out = self._out.chain.offset
+
+    def catch_up(self) -> None:
+        """Carry over and sync what `begin_pass` noted. Any thread may run it, beside the writer."""
+        self._carry(self._tail)
+
+    def _carry(self, tail: Tail) -> None:
         if self._poisoned:
-            return 0  # what stands behind the acknowledged fold is a lie
+            return  # what follows the acknowledged fold in the file is a lie
         log, out = self._log, self._out
         assert out is not None
-        start, stop = self._carried.offset, log.chain.offset
-        self._carried = out.carry(log.file, self._carried, stop)
-        if stop > start:
-            out.sync()
-        return stop - start
+        start, stop = self._carried.offset, tail.chain.offset
+        if stop == start:
+            return
+        most = min((stop - start) // 2, FOLDED_BYTES)
+        batches = tail.chain.seq - self._carried.seq
+        if most > SLACK_BYTES and batches and out.carry_fold(tail.fold, batches, most):
+            self._carried = tail.chain
+        else:
+            self._carried = out.carry(log.file, self._carried, stop)
+        out.sync()
 
-    def finish(self, since: FoldSnapshot) -> FoldSnapshot:
+    def finish(self, since: FoldSnapshot, tail: Tail) -> FoldSnapshot:
         """Take the log's place. The writer stands still meanwhile. Returns the fold, with what was committed `since`.
 
-        On an error, which comes before the rename, the log goes on as it was.
+        `tail`: of that, what is not carried over yet. Whatever the rename needs is at hand before
+        it: no step after it can fail for want of a descriptor. On an error, which comes before the
+        rename, the log goes on as it was.
         """
         log, out = self._log, self._out
         assert out is not None
         if log.closed:
             raise StoreClosed(f"{log.path} was closed while it was compacted")
-        self.catch_up()
+        self._carry(tail)
         if not self._poisoned:
             log.check_unchanged()
-        handle = ReadHandle(log.files, out.path)
-        file = out.log_file(log.file.format, handle)
-        fold = out.fold_with(since)
-        if not log.files.lock(out.fd):
-            raise StoreLocked(log.path, None)
-        inode = log.identity(out.fd)
-        log.announce(file)
+        directory = log.files.open_dir(log.path.parent)
         try:
-            log.files.replace(out.path, log.path)  # the last step that can fail
-        except BaseException:
-            log.announce(None)
-            raise
-        self._adopted = True
-        handle.path = log.path
-        log.adopt(file, inode)
+            handle = ReadHandle(log.files, out.path)
+            file = out.log_file(log.file.format, handle)
+            fold = out.fold_with(since)
+            if not log.files.lock(out.fd):
+                raise StoreLocked(log.path, None)
+            inode = log.identity(out.fd)
+            log.announce(file)
+            try:
+                log.files.replace(out.path, log.path)  # the last step that can fail
+            except BaseException:
+                log.announce(None)
+                raise
+            self._adopted = True
+            handle.path = log.path
+            log.adopt(file, inode, directory)
+        finally:
+            with contextlib.suppress(OSError):  # nothing was written through it
+                log.files.close(directory)
         return fold
 
     def discard(self) -> None:

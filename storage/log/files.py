@@ -100,16 +100,22 @@ class Files:
     def make_dir(self, path: Path) -> None:
         os.mkdir(path)
 
-    def sync_dir(self, path: Path) -> None:
-        """Make the names in a folder durable. A file system that cannot sync folders (EINVAL) is taken as it is."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def sync_dir(self, path: Path, opened: int | None = None) -> None:
+        """Make the names in a folder durable. A file system that cannot sync folders (EINVAL) is taken as it is.
+
+        `opened`: a descriptor of it, for where one must not be wanting. It stays open.
+        """
+        fd = (
+            os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if opened is None else opened
+        )
         try:
             self.sync(fd)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
-            os.close(fd)
+            if opened is None:
+                os.close(fd)
 
     def stat(self, path: str | Path) -> os.stat_result:
         return os.stat(path)

@@ -205,10 +205,10 @@ class Log:
             return Known(self._successor[1].head, self._successor[1].base_end)
         return None
 
-    def adopt(self, file: LogFile, inode: tuple[int, int]) -> None:
-        """Go on in a rewritten file, which is complete, synced, and stands at `path` by now. Clears the poison.
+    def adopt(self, file: LogFile, inode: tuple[int, int], directory: int) -> None:
+        """Go on in a rewritten file, which is complete, synced, and is at `path` by now. Clears the poison.
 
-        Makes the rename durable; if that fails, the log is poisoned again.
+        Makes the rename durable, through the open `directory`; if that fails, the log is poisoned again.
         """
         with self._sync_lock:
             old = self.file
@@ -223,7 +223,7 @@ class Log:
                 remove_quietly(self.files, beside(self.path, "poison"))
             self._synced_offset = -1
             try:
-                self.files.sync_dir(self.path.parent)
+                self.files.sync_dir(self.path.parent, directory)
             except OSError as error:
                 # The old name may come back after a power loss, and take what is acknowledged from now on with it.
                 self.poison_with(f"syncing the folder failed after a rewrite: {error}")

@@ -230,7 +230,7 @@ def no_fsync_before_the_rename(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_fsync_of_the_folder_after_a_rename(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FaultyFiles, "sync_dir", lambda self, path: None)
+    patch.setattr(FaultyFiles, "sync_dir", lambda self, path, opened=None: None)
 
 
 def no_fsync_before_the_answer(patch: pytest.MonkeyPatch) -> None:
