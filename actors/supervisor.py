@@ -100,14 +100,15 @@ def next_restart_delay_s(
     max_restarts: int,
     window_s: float,
     delay_s: float,
+    patient: bool = True,
 ) -> float | None:
     """How long to wait before an actor that died of `error` is started again; None to give up.
 
     `restarts_s`: when it was restarted before. The first restart within the window is at once; then the delay doubles, up
-    to 5 s. What died of a shortage of descriptors is never given up: others will let go of theirs.
+    to 5 s. What died of a shortage of descriptors is not given up (if `patient`): others will let go of theirs.
     """
     recent = sum(now_s - at < window_s for at in restarts_s)
-    short = isinstance(error, OSError) and error.errno in SHORTAGES
+    short = patient and isinstance(error, OSError) and error.errno in SHORTAGES
     if isinstance(error, PERMANENT) or (recent >= max_restarts and not short):
         return None
     return 0.0 if recent == 0 else min(delay_s * 2.0 ** (recent - 1), MAX_DELAY_S)
@@ -321,6 +322,7 @@ class Supervisor:
             max_restarts=config.max_restarts,
             window_s=config.restart_window_s,
             delay_s=config.restart_delay_s,
+            patient=core.state is not State.CLOSING,
         )
         reason = f"{type(error).__name__}: {error}"
         if delay_s is None:

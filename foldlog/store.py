@@ -26,11 +26,11 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout
+from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreFailed
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
-from foldlog.storage.artifacts.artifact import ExportManifest
+from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
 from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
 from foldlog.storage.formats.registry import check_format
 from foldlog.storage.formats.replay import OnDamage, OpenReport, resolve
@@ -235,13 +235,23 @@ class Store(Readable):
 
         `format`: of the artifact; that of the log, if None. One of "slipstream-v2" is what the Rust crate imports.
 
-        FileExistsError if `dest_dir` exists. It appears complete or not at all.
+        FileExistsError if `dest_dir` exists. It appears complete or not at all. A store that is FAILED exports what its readers
+        see, on the caller's thread and without a deadline.
         """
         check_format(format)
-        manifest: ExportManifest = self._send(
-            ExportRequest(os.path.abspath(os.fspath(dest_dir)), format), timeout_s
-        )
+        dest = os.path.abspath(os.fspath(dest_dir))
+        try:
+            manifest: ExportManifest = self._send(ExportRequest(dest, format), timeout_s)
+        except StoreFailed:
+            return self._export_failed(dest, format)
         return manifest
+
+    def _export_failed(self, dest: str, format: FormatName | None) -> ExportManifest:
+        journal = self._core.log
+        assert journal is not None, "a store that has failed was open"
+        return export_fold(
+            self.snapshot(), dest, format=format or journal.file.format.name, files=journal.files
+        )
 
     def verify(self) -> VerifyReport:
         """Check every invariant of the log, up to its end as it is now. Tells all that is wrong, and changes nothing.

@@ -75,6 +75,8 @@ class OpenReport:
     """Where the cut bytes are kept."""
     compacted: bool = False
     """Opening compacted the log."""
+    compaction_error: str = ""
+    """Why it could not (no room, no right to write beside it), in `AppendLogSnapshot.open`. The log is served as it is."""
     rewritten: bool = False
     """An earlier fsync had failed, so the fold was written to a new file."""
 
