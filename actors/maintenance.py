@@ -16,6 +16,7 @@ from foldlog.actors.requests import ExportRequest
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, WriterCrashed
 from foldlog.protocol.store import FormatName
 from foldlog.storage.artifacts.artifact import export_fold
+from foldlog.storage.engines.engine import log_limit
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot, parts_of
 from foldlog.storage.formats.rewrite import Cancelled, Rewrite
 
@@ -142,6 +143,8 @@ class Maintenance(SupervisedActor):
                 self._step("compact.written")
         except (OSError, FoldlogError, Cancelled) as error:
             rewrite.discard()
+            if rewrite.log_bytes > log_limit(0, self._core.config.compact_threshold):
+                rewrite.measure_live(_let_others_run)
             self._tell_writer(Rewritten(rewrite, error))
         else:
             self._tell_writer(Rewritten(rewrite, None))
@@ -188,6 +191,7 @@ class Syncer(SupervisedActor):
         self._core, self._step = core, core.config.step
         self._writer_inbox = writer_inbox
         self._watch: FileWatch | None = None
+        self._warned = ""
 
     def on_start(self) -> None:
         self._step("syncer.start")
@@ -219,11 +223,17 @@ class Syncer(SupervisedActor):
         except LogChangedError:
             self._tell_writer(CheckFile())
         except OSError as error:
-            log.warning("%s: %s", journal.path, error)
+            self._warn_once(f"{journal.path}: {error}")
 
     def _tell_writer(self, message: Heal | CheckFile) -> None:
         with contextlib.suppress(FoldlogError):  # the store failed, or closes
             self._writer_inbox.offer(Mail(message))
+
+    def _warn_once(self, text: str) -> None:
+        """Log what each tick may meet again, once."""
+        if text != self._warned:
+            log.warning("%s", text)
+        self._warned = text
 
     def _sync(self) -> None:
         fold, journal = self._core.snapshot, self._core.log
@@ -233,7 +243,7 @@ class Syncer(SupervisedActor):
         try:
             journal.sync()
         except LogPoisonedError as error:
-            log.warning("%s", error)
+            self._warn_once(str(error))
             self._tell_writer(Heal())
         except FoldlogError:
             return  # closed under us: its successor is synced on the next tick

@@ -26,6 +26,7 @@ from foldlog.actors.requests import (
     as_request,
 )
 from foldlog.protocol.errors import (
+    Backpressure,
     FoldlogError,
     KeyExists,
     LogChangedError,
@@ -81,6 +82,8 @@ class Writer(SupervisedActor):
         """Who waits for the compaction under way, or the next one."""
         self._failures = 0
         """Compactions that failed, since one did not."""
+        self._live = 0
+        """After a failed compaction: bytes that are live, as far as that is known."""
         self._retry_at = 0.0
         """After a failed compaction: when to try again (time.monotonic())."""
         self.stop_error: Exception | None = None
@@ -252,7 +255,11 @@ class Writer(SupervisedActor):
     def _commit(self, requests: list[WriteRequest]) -> None:
         """Write the requests as one group; as several, where a refusal has to wait for a write."""
         while requests:
-            self._hold_back(sum(request.weight for request in requests))
+            size = sum(request.weight for request in requests)
+            self._hold_back(size)
+            if self._log_is_full(size):
+                self._refuse(requests)
+                return
             requests = self._commit_up_to_a_refusal(requests)
 
     def _commit_up_to_a_refusal(self, requests: list[WriteRequest]) -> list[WriteRequest]:
@@ -429,6 +436,7 @@ class Writer(SupervisedActor):
         delay_s = min(RETRY_S * 2.0**self._failures, MAX_RETRY_S)
         self._failures += 1
         self._retry_at = time.monotonic() + delay_s
+        self._live = rewrite.live_bytes
         self._core.books.compaction_error = f"{type(error).__name__}: {error}"
         log.warning(
             "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",
@@ -468,6 +476,20 @@ class Writer(SupervisedActor):
             held_s = time.monotonic() - began
             self._core.books.throttled_s += held_s
             self._patience_s = max(self._patience_s - held_s, 0.0)
+
+    def _log_is_full(self, size: int) -> bool:
+        """Whether the log is at its bound, with `size` bytes more, and cannot be compacted."""
+        live, threshold = self._live, self._core.config.compact_threshold
+        limit = log_limit(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
+        return bool(self._failures) and self.engine.log.chain.offset + size > limit
+
+    def _refuse(self, requests: list[WriteRequest]) -> None:
+        """Let the log grow no more, rather than fill the disk with what cannot be compacted."""
+        size, reason = self.engine.log.chain.offset, self._core.books.compaction_error
+        for request in requests:
+            request.fail(
+                Backpressure(f"the log has {size} bytes and cannot be compacted ({reason})")
+            )
 
     def _answer_wanted(self, error: Exception | None, seq: int | None = None) -> None:
         """Answer those who wait for a compaction: of the log as it was at batch `seq`, or all of them."""

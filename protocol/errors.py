@@ -116,7 +116,11 @@ class CursorExpired(FoldlogError):
 
 
 class Backpressure(FoldlogError):
-    """The writer's mailbox is full: the batch was not taken. Retry later, or pass `timeout_s` to wait."""
+    """The batch was not taken. Retry later, or pass `timeout_s` to wait for room.
+
+    The writer's mailbox is full; or the log is at its bound, `3 x (live + compact_threshold)`, and cannot
+    be compacted, for the reason told. The store tries again by itself.
+    """
 
 
 class RequestTimeout(FoldlogError, TimeoutError):

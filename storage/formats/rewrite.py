@@ -21,7 +21,7 @@ import msgpack
 from blake3 import blake3
 from crc32c import crc32c
 
-from foldlog.protocol.errors import StoreClosed, StoreLocked
+from foldlog.protocol.errors import FoldlogError, StoreClosed, StoreLocked
 from foldlog.protocol.frames import (
     FLAG_SYNC_EACH,
     FRAME_HEAD,
@@ -329,7 +329,7 @@ class Rewrite:
             if progress is not None:
                 progress(done, total)
 
-        log, fold, self._fold = self._log, self._fold, None
+        log, fold = self._log, self._fold
         assert fold is not None, "a rewrite is written once"
         self._out = log.file.format.new_file(
             log.files,
@@ -342,6 +342,32 @@ class Rewrite:
         self._live = self._expected = self._out.base_end
         self._out.sync()
         self._out.keep_warm(fold)
+        self._fold = None
+
+    @property
+    def log_bytes(self) -> int:
+        """The size of the log when the rewrite began."""
+        return self._began
+
+    @property
+    def live_bytes(self) -> int:
+        """The size of the log when it is compact, as far as that is known."""
+        return self._live
+
+    def measure_live(self, progress: Progress | None = None) -> None:
+        """After a failure: find out what is live. Cost: reads the whole fold, 1 us an entry. All of it, if that fails."""
+        fold, self._fold = self._fold, None
+        if fold is None:
+            return
+        self._live = self._began
+        live = 0
+        with contextlib.suppress(OSError, FoldlogError):
+            for columns in fold.columns("", None):
+                live += sum(map(len, columns.keys)) + _CHANGE_OVERHEAD * len(columns.keys)
+                live += sum(map(len, columns.values)) + sum(map(len, columns.versions))
+                if progress is not None:
+                    progress(live, self._began)
+            self._live = live
 
     @property
     def written(self) -> bool:
