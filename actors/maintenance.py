@@ -16,7 +16,6 @@ from foldlog.actors.requests import ExportRequest
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError, WriterCrashed
 from foldlog.protocol.store import FormatName
 from foldlog.storage.artifacts.artifact import export_fold
-from foldlog.storage.engines.engine import log_limit
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot, parts_of
 from foldlog.storage.formats.rewrite import Cancelled, Rewrite
 
@@ -143,8 +142,7 @@ class Maintenance(SupervisedActor):
                 self._step("compact.written")
         except (OSError, FoldlogError, Cancelled) as error:
             rewrite.discard()
-            if rewrite.log_bytes > log_limit(0, self._core.config.compact_threshold):
-                rewrite.measure_live(_let_others_run)
+            rewrite.measure_live(_let_others_run)
             self._tell_writer(Rewritten(rewrite, error))
         else:
             self._tell_writer(Rewritten(rewrite, None))

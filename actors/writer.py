@@ -40,20 +40,21 @@ from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.messages import Apply
 from foldlog.protocol.updates import Batch
 from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, Engine, log_limit
-from foldlog.storage.formats.rewrite import SLACK_BYTES, Rewrite
+from foldlog.storage.formats.rewrite import SLACK_BYTES, Next, Rewrite, next_pass
 from foldlog.storage.log.lock import WriterLock
 
 GROUP_BYTES = 16 * 1024 * 1024
-"""A commit group of more than one batch holds no more: it is built in memory before it is written."""
-FINISH_BYTES = 2 * SLACK_BYTES
-"""What may be left to carry over while the writer stands still: about 10 ms, with the fsync."""
-MAX_PASSES = 20
+"""A commit group of more than one batch holds no more: it is built in memory before it is written.
+
+Nor more than the threshold of compaction, so that the log stays bounded."""
 HOLD_S = 0.001
 PATIENCE_S = 1.0
 """How long writes are held back for one compaction while the log is below 3 x the default threshold."""
 RETRY_S = 1.0
 """Before a compaction that failed is tried again; doubled each time, up to `MAX_RETRY_S`."""
 MAX_RETRY_S = 60.0
+FULL_RETRY_S = 5.0
+"""The same where writes are refused until it succeeds."""
 
 
 class Writer(SupervisedActor):
@@ -84,8 +85,8 @@ class Writer(SupervisedActor):
         """Compactions that failed, since one did not."""
         self._live = 0
         """After a failed compaction: bytes that are live, as far as that is known."""
-        self._retry_at = 0.0
-        """After a failed compaction: when to try again (time.monotonic())."""
+        self._failed_at = self._retry_at = 0.0
+        """After a failed compaction: when that was, and when to try again (time.monotonic())."""
         self.stop_error: Exception | None = None
         """What sealing the log met."""
 
@@ -240,8 +241,9 @@ class Writer(SupervisedActor):
         """Commit the requests in groups. One that was in hand at a crash goes alone, so that it harms no other again."""
         group: list[WriteRequest] = []
         size = 0
+        most = min(GROUP_BYTES, max(self._core.config.compact_threshold, SLACK_BYTES))
         for request in requests:
-            if request.attempts or size + request.weight > GROUP_BYTES:
+            if request.attempts or size + request.weight > most:
                 self._commit(group)
                 group, size = [], 0
             group.append(request)
@@ -391,11 +393,19 @@ class Writer(SupervisedActor):
         rewrite.outcome = None
         if done.error is not None:
             self._compaction_failed(rewrite, done.error)
-        elif rewrite.lag_bytes > FINISH_BYTES and rewrite.passes < MAX_PASSES:
-            rewrite.begin_pass(self.engine.take_tail())
-            self._maintenance.put(Mail(CompactJob(rewrite)))
         else:
+            self._go_on_with(rewrite)
+
+    def _go_on_with(self, rewrite: Rewrite) -> None:
+        todo = next_pass(rewrite.lag_bytes, rewrite.live_bytes, rewrite.passes)
+        if todo is Next.FINISH:
             self._finish_rewrite(rewrite)
+            return
+        if todo is Next.CARRY:
+            rewrite.begin_carry()
+        else:
+            self.engine.rewrite_again(rewrite)
+        self._maintenance.put(Mail(CompactJob(rewrite)))
 
     def _finish_rewrite(self, rewrite: Rewrite) -> None:
         engine, core = self.engine, self._core
@@ -436,7 +446,7 @@ class Writer(SupervisedActor):
         delay_s = min(RETRY_S * 2.0**self._failures, MAX_RETRY_S)
         self._failures += 1
         self._retry_at = time.monotonic() + delay_s
-        self._live = rewrite.live_bytes
+        self._failed_at, self._live = time.monotonic(), rewrite.live_bytes
         self._core.books.compaction_error = f"{type(error).__name__}: {error}"
         log.warning(
             "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",
@@ -481,7 +491,11 @@ class Writer(SupervisedActor):
         """Whether the log is at its bound, with `size` bytes more, and cannot be compacted."""
         live, threshold = self._live, self._core.config.compact_threshold
         limit = log_limit(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
-        return bool(self._failures) and self.engine.log.chain.offset + size > limit
+        full = bool(self._failures) and self.engine.log.chain.offset + size > limit
+        if full:  # what is live may be more by now, or there may be room again
+            self._retry_at = min(self._retry_at, self._failed_at + FULL_RETRY_S)
+            self._compact_if_due()
+        return full
 
     def _refuse(self, requests: list[WriteRequest]) -> None:
         """Let the log grow no more, rather than fill the disk with what cannot be compacted."""

@@ -11,7 +11,7 @@ from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.replay import OnDamage, resolve
-from foldlog.storage.formats.rewrite import Progress, Rewrite, Tail
+from foldlog.storage.formats.rewrite import Progress, Rewrite
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
@@ -28,11 +28,13 @@ def should_compact(appended_bytes: int, base_bytes: int, threshold_bytes: int) -
 
 
 LIMIT_FACTOR = 3
+MIN_LIMIT = 4 * 1024 * 1024
+"""Below this, a log is not worth waiting for."""
 
 
 def log_limit(live_bytes: int, threshold_bytes: int) -> int:
     """What a store keeps its log below, but for one batch: 3 x (live + compact_threshold) bytes."""
-    return LIMIT_FACTOR * (live_bytes + threshold_bytes)
+    return max(LIMIT_FACTOR * (live_bytes + threshold_bytes), MIN_LIMIT)
 
 
 def check_threshold(threshold: object) -> int:
@@ -76,10 +78,8 @@ class Engine:
         self._next = self.fold
         # What the callers read: the fold, until the engine is closed.
         self.snapshot: FoldSnapshot | ClosedFold = self.fold
-        # While a rewrite is under way: what was committed since it started, and of that, what was since it was last
-        # told of it; as folds over an empty base.
+        # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
         self._since: FoldSnapshot | None = None
-        self._fresh: FoldSnapshot | None = None
 
     def commit(self, batches: Sequence[Batch], staged: FoldSnapshot | None = None) -> FoldSnapshot:
         """Append the batches as one commit group, and fold them. Returns the new fold.
@@ -97,15 +97,15 @@ class Engine:
             and log.poison is None
         ):
             self.fold = self.snapshot = self._next
-        since, fresh = self._since, self._fresh
+        since = self._since
         if staged is None:
             staged = self.fold.with_group(batches)
         self._next = staged
         log.append([batch.item for batch in batches])
         if log.sync_each:
             log.sync()
-        if since is not None and fresh is not None:
-            self._since, self._fresh = since.with_group(batches), fresh.with_group(batches)
+        if since is not None:
+            self._since = since.with_group(batches)
         self.fold = self.snapshot = self._next
         return self.fold
 
@@ -123,30 +123,28 @@ class Engine:
         if self.log.poison is None:
             self.log.check_usable()
         rewrite = Rewrite(self.log, self.fold)
-        self._since = self._fresh = self._nothing_new()
+        self._since = self._nothing_new()
         return rewrite
+
+    def rewrite_again(self, rewrite: Rewrite) -> None:
+        """Let the next pass of the rewrite write the fold as it is by now."""
+        rewrite.begin_again(self.fold)
+        self._since = self._nothing_new()
 
     def _nothing_new(self) -> FoldSnapshot:
         return FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), self.fold.seq, self.fold.cursor())
-
-    def take_tail(self) -> Tail:
-        """What was committed since the rewrite began, or since this was last called."""
-        fresh = self._fresh
-        assert fresh is not None, "no rewrite is under way"
-        self._fresh = self._nothing_new()
-        return Tail(self.log.chain, fresh)
 
     def finish_rewrite(self, rewrite: Rewrite) -> FoldSnapshot:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
-        self.fold = self.snapshot = self._next = rewrite.finish(since, self.take_tail())
-        self._since = self._fresh = None
+        self.fold = self.snapshot = self._next = rewrite.finish(since)
+        self._since = None
         return self.fold
 
     def drop_rewrite(self, rewrite: Rewrite) -> None:
         """Give a rewrite up: the log goes on as it was. Whoever runs `rewrite.write` discards it."""
-        self._since = self._fresh = None
+        self._since = None
         rewrite.cancelled = True
 
     def compact(self, progress: Progress | None = None) -> FoldSnapshot:

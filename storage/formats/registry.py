@@ -120,13 +120,6 @@ class NewFile(ABC):
     def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
         """Append what stands in `source`, of the same format, from `chain` to `stop`. Returns the chain at `stop`."""
 
-    def carry_fold(self, since: FoldSnapshot, batches: int, max_bytes: int) -> bool:
-        """Append what `batches` batches came to, `since`, in place of the batches themselves.
-
-        False, and nothing was written, if that takes over `max_bytes`, or the format has no way to.
-        """
-        return False
-
     @abstractmethod
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
         """The fold that was written, with what was committed `since` on top of it."""

@@ -4,18 +4,20 @@ The new file is written beside the place where it shall stand, synced, and renam
 rename, so that no step after it can fail. Equal states give equal bodies; only ids, and the checksums that they seed, differ.
 Leaves that nothing touched are copied as they are.
 
-A compaction runs beside the writer: `Rewrite.write` works from an immutable fold, and `catch_up` carries over what was
-appended meanwhile: as the fold of it, where that is much less than its frames. Only `finish` (the last few frames, an fsync,
-the rename) needs the writer to stand still. `allowance` is what makes it end: how far the writer may go on meanwhile.
+A compaction runs beside the writer: `Rewrite.write` works from an immutable fold, and `catch_up`
+carries over the frames that were appended meanwhile. Where these are more than all that is live,
+most of what they hold is overwritten by now, and the fold is written once more instead. Only
+`finish` (the last few frames, an fsync, the rename) needs the writer to stand still. `allowance`
+makes it come to an end: it says how far the writer may go on meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import msgpack
 from blake3 import blake3
@@ -29,18 +31,8 @@ from foldlog.protocol.frames import (
     KIND_BATCHES,
     KIND_LEAF,
     KIND_OPEN,
-    MAX_GROUP,
     FileHead,
     build_frame,
-)
-from foldlog.protocol.tokens import VersionToken
-from foldlog.protocol.updates import (
-    Change,
-    Delete,
-    Put,
-    Update,
-    batches_body,
-    encode_batch,
 )
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.leaf import encode_leaf, leaf_end, patched_leaf
@@ -101,7 +93,6 @@ class FrameWriter(NewFile):
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
         self.base, self._copied = write_base(self, fold, progress)
         self.base_end = self.chain.offset
-        self._base_cursor = fold.cursor()
 
     def keep_warm(self, fold: FoldSnapshot) -> None:
         self.base.inherit(fold.base, self._copied, (*fold.delta, *reversed(fold.runs)))
@@ -126,35 +117,6 @@ class FrameWriter(NewFile):
             self.add(KIND_OPEN, open_body(), flags=self._carried_flags)
             self.session = True
 
-    def carry_fold(self, since: FoldSnapshot, batches: int, max_bytes: int) -> bool:
-        """See `NewFile`. All but the last of the batches become empty, at the base's cursor.
-
-        So sequences go on, and a watch that resumes from a cursor in between is told CursorExpired,
-        as for any cursor from before a compaction.
-        """
-        empty = encode_batch((), self._base_cursor).item
-        size = len(empty) * batches
-        changes: dict[str, Change] = {}
-        for piece in (*since.delta, *reversed(since.runs)):
-            changes.update(piece)
-        for key, value, version in changes.values():
-            size += 4 * len(key) + len(value or b"") + len(version) + _CHANGE_OVERHEAD
-            if size > max_bytes:
-                return False
-        last = encode_batch(list(_updates(changes)), since.cursor()).item
-        self._begin_session()
-        before = batches - 1
-        while before > 0:
-            count = min(before, MAX_GROUP)
-            self._add_batches([empty] * count)
-            before -= count
-        self._add_batches([last])
-        return True
-
-    def _add_batches(self, items: list[bytes]) -> None:
-        flags = self._carried_flags
-        self.add(KIND_BATCHES, batches_body(items), batches=len(items), flags=flags)
-
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
         return FoldSnapshot(self.base, since.delta, since.runs, since.seq, since.cursor())
 
@@ -163,13 +125,7 @@ class FrameWriter(NewFile):
         return super().log_file(format, handle)
 
 
-_CHANGE_OVERHEAD = 12  # bytes of msgpack around a key, a value and a version
-
-
-def _updates(changes: dict[str, Change]) -> Iterator[Update]:
-    for key, value, version in changes.values():
-        token = VersionToken(version)
-        yield Delete(key, token) if value is None else Put(key, value, token)
+_ENTRY_OVERHEAD = 12  # bytes around a key, a value and a version
 
 
 def write_base(
@@ -250,34 +206,42 @@ class Cancelled(Exception):
 
 
 SLACK_BYTES = 1024 * 1024
-"""What the writer may always append while a pass of a rewrite is under way."""
-FOLDED_BYTES = 32 * 1024 * 1024
-"""The fold of what came meanwhile is carried in one frame, which is built in memory, up to this."""
+"""What the writer may always append while a pass of a rewrite is under way, below the limit."""
+FINISH_BYTES = 2 * SLACK_BYTES
+"""What may be left to carry over while the writer stands still: about 10 ms, with the fsync."""
+MAX_PASSES = 20
 
 
-def allowance_bytes(limit: int, began: int, stage: int, lag: int, made: int, expected: int) -> int:
+class Next(enum.Enum):
+    """What to do with a rewrite, after a pass of it."""
+
+    FINISH = enum.auto()
+    CARRY = enum.auto()
+    """Carry over the frames that were appended meanwhile."""
+    AGAIN = enum.auto()
+    """Write the fold as it is by now: that is less."""
+
+
+def next_pass(lag_bytes: int, live_bytes: int, passes: int) -> Next:
+    """How to go on, where `lag_bytes` of the log are not in the new file, of which `live_bytes` are the base."""
+    if lag_bytes <= FINISH_BYTES or passes >= MAX_PASSES:
+        return Next.FINISH
+    return Next.AGAIN if lag_bytes > live_bytes else Next.CARRY
+
+
+def allowance_bytes(limit: int, stage: int, lag: int, made: int, expected: int) -> int:
     """How large the log may grow before the writer has to wait for the rewrite to get on.
 
-    `limit`: of the log. `began`: its size when the rewrite began. `stage`: its size when this pass
-    began. `lag`: bytes of it that the pass carries over; 0 while the fold is written. `made` of the
-    `expected` bytes of the pass are written.
+    `limit`: of the log. `stage`: its size when this pass began. `lag`: what had been appended during
+    the pass before; 0 in the first. `made` of the `expected` bytes of this pass are written.
 
-    While the fold is written the writer has half of what is left up to the limit at once, and the
-    rest as the fold gets on, so that it is slowed down rather than stopped. While the rest is carried
-    over it may append half as fast as that gets on: each pass then leaves at most half as much.
+    In the first pass the writer has a third of what is left up to the limit at once, and another
+    third as the pass gets on, so that it is slowed down rather than stopped. In each later pass it
+    may append about half as much as in the one before, so that the passes become short.
     """
     part = min(made / expected, 1.0) if expected > 0 else 0.0
-    if not lag:
-        return began + SLACK_BYTES + int(max(limit - began, 0) * (1 + part) / 2)
-    return min(stage + int(lag * part / 2), max(limit, stage)) + SLACK_BYTES
-
-
-class Tail(NamedTuple):
-    """What was appended to the log in one stretch, up to `chain`: what a pass carries over."""
-
-    chain: Chain
-    fold: FoldSnapshot
-    """What it came to, as a fold over an empty base."""
+    room = int(lag * part / 2) if lag else int(max(limit - stage, 0) * (1 + part) / 3)
+    return min(limit, stage + SLACK_BYTES + room)
 
 
 class Rewrite:
@@ -298,9 +262,10 @@ class Rewrite:
         self._lag = self._stage_out = 0
         self._expected = self._began  # bytes that this pass writes, at most
         self._out: NewFile | None = None
+        self._outdated: NewFile | None = None
         self._adopted = False
         self.passes = 0
-        """Times that what was appended meanwhile was carried over, without those of `finish`."""
+        """Those after the first, without what `finish` carries over."""
         self.cancelled = False
         """Set by anyone to make `write` stop soon, with Cancelled."""
         self.outcome: object = None
@@ -315,10 +280,8 @@ class Rewrite:
         """How large the log may grow for now; `limit` gives the bound for so many live bytes. Any thread."""
         out = self._out
         made = 0 if out is None else out.chain.offset - self._stage_out
-        live = self._live if self._lag else max(self._live, made)
-        return allowance_bytes(
-            limit(live), self._began, self._stage, self._lag, made, self._expected
-        )
+        live = max(self._live, made) if self._fold is not None else self._live
+        return allowance_bytes(limit(live), self._stage, self._lag, made, self._expected)
 
     def write(self, progress: Progress | None = None) -> None:
         """Write the fold, and sync it. The long part; any thread may run it while the log is appended to."""
@@ -330,7 +293,8 @@ class Rewrite:
                 progress(done, total)
 
         log, fold = self._log, self._fold
-        assert fold is not None, "a rewrite is written once"
+        assert fold is not None, "it is written already"
+        self._discard_outdated()
         self._out = log.file.format.new_file(
             log.files,
             temporary(log.path),
@@ -363,7 +327,7 @@ class Rewrite:
         live = 0
         with contextlib.suppress(OSError, FoldlogError):
             for columns in fold.columns("", None):
-                live += sum(map(len, columns.keys)) + _CHANGE_OVERHEAD * len(columns.keys)
+                live += sum(map(len, columns.keys)) + _ENTRY_OVERHEAD * len(columns.keys)
                 live += sum(map(len, columns.values)) + sum(map(len, columns.versions))
                 if progress is not None:
                     progress(live, self._began)
@@ -374,47 +338,47 @@ class Rewrite:
         """The fold is written; what is left to do is to carry over, and to finish."""
         return self._fold is None
 
-    def begin_pass(self, tail: Tail) -> None:
-        """Note what the next `catch_up` has to carry. For the writer, while nobody runs the rewrite."""
+    def begin_carry(self) -> None:
+        """Let the next pass be `catch_up`. For the writer, while nobody runs the rewrite."""
         assert self._out is not None
-        self._tail = tail
+        self._begin_pass(expected=self.lag_bytes)
+        self._stop, self._stage_out = self._log.chain.offset, self._out.chain.offset
+
+    def begin_again(self, fold: FoldSnapshot) -> None:
+        """Let the next pass be `write`, of `fold`, which holds all that is in the log by now. For the writer, as before."""
+        self._begin_pass(expected=self._live)
+        self._outdated, self._out, self._stage_out = self._out, None, 0
+        self._fold, self.seq, self._carried = fold, fold.seq, self._log.chain
+
+    def _begin_pass(self, expected: int) -> None:
         self.passes += 1
-        self._stage = tail.chain.offset
-        self._lag = self._expected = self.lag_bytes
-        self._stage_out = self._out.chain.offset
+        self._stage, self._lag, self._expected = self._log.chain.offset, self.lag_bytes, expected
 
     def catch_up(self) -> None:
-        """Carry over and sync what `begin_pass` noted. Any thread may run it, beside the writer."""
-        self._carry(self._tail)
+        """Carry over and sync what had been appended by `begin_carry`. Any thread may run it, beside the writer."""
+        self._carry(self._stop)
 
-    def _carry(self, tail: Tail) -> None:
+    def _carry(self, stop: int) -> None:
         if self._poisoned:
             return  # what follows the acknowledged fold in the file is a lie
         log, out = self._log, self._out
         assert out is not None
-        start, stop = self._carried.offset, tail.chain.offset
-        if stop == start:
-            return
-        most = min((stop - start) // 2, FOLDED_BYTES)
-        batches = tail.chain.seq - self._carried.seq
-        if most > SLACK_BYTES and batches and out.carry_fold(tail.fold, batches, most):
-            self._carried = tail.chain
-        else:
-            self._carried = out.carry(log.file, self._carried, stop)
-        out.sync()
+        start = self._carried.offset
+        self._carried = out.carry(log.file, self._carried, stop)
+        if stop > start:
+            out.sync()
 
-    def finish(self, since: FoldSnapshot, tail: Tail) -> FoldSnapshot:
+    def finish(self, since: FoldSnapshot) -> FoldSnapshot:
         """Take the log's place. The writer stands still meanwhile. Returns the fold, with what was committed `since`.
 
-        `tail`: of that, what is not carried over yet. Whatever the rename needs is at hand before
-        it: no step after it can fail for want of a descriptor. On an error, which comes before the
-        rename, the log goes on as it was.
+        Whatever the rename needs is at hand before it: no step after it can fail for want of a
+        descriptor. On an error, which comes before the rename, the log goes on as it was.
         """
         log, out = self._log, self._out
         assert out is not None
         if log.closed:
             raise StoreClosed(f"{log.path} was closed while it was compacted")
-        self._carry(tail)
+        self._carry(log.chain.offset)
         if not self._poisoned:
             log.check_unchanged()
         directory = log.files.open_dir(log.path.parent)
@@ -441,9 +405,15 @@ class Rewrite:
 
     def discard(self) -> None:
         """Give it up, unless `finish` has renamed: the log goes on as it was."""
+        self._discard_outdated()
         if self._out is not None and not self._adopted:
             self._adopted = True
             self._out.discard()
+
+    def _discard_outdated(self) -> None:
+        outdated, self._outdated = self._outdated, None
+        if outdated is not None:
+            outdated.discard()
 
 
 def write_new(
