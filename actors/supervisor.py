@@ -76,8 +76,10 @@ SHORTAGES = (errno.EMFILE, errno.ENFILE)
 """What an actor that starts again may lack for as long as others hold it."""
 MAX_DELAY_S = 5.0
 HEALTH_CHECK_S = 1.0
-LATE_S = 0.25
-"""A wait that ends later than this was not the store's: the process, or the machine, stood still."""
+LATE_S = 0.05
+"""A wait that ends later than this is not the store's doing: the process, or the machine, stood still."""
+LOOKS = 4
+"""How often at least to look within `stuck_after_s`: a pause is seen but for one interval."""
 
 
 class CloseNow(NamedTuple):
@@ -164,6 +166,8 @@ class Supervisor:
         self._stuck_since: float | None = None
         """The `busy_since` of a writer that the store gave up on as stuck: it comes back when that changes."""
         self._clock = StuckClock()
+        self._late_s = 0.0
+        """For how long the process stood still since the writer was last looked at."""
         self.thread = threading.Thread(target=self._run, name="foldlog-supervisor", daemon=True)
 
     def post(self, notice: Notice | CloseNow | Reopen) -> None:
@@ -228,13 +232,11 @@ class Supervisor:
         ]:
             del self._due[actor]
             self._resume(actor)
-        timeout_s = min([HEALTH_CHECK_S, *(max(due - now, 0.0) for due in self._due.values())])
-        began = time.monotonic()
-        try:
-            notice = self._notices.get(timeout=timeout_s)
-        except queue.Empty:
-            now = time.monotonic()
-            self._check_health(now, lateness_s(timeout_s, now - began))
+        look_s = min(HEALTH_CHECK_S, self.core.config.stuck_after_s / LOOKS)
+        timeout_s = min([look_s, *(max(due - now, 0.0) for due in self._due.values())])
+        notice = self._next_notice(timeout_s)
+        if notice is None:
+            self._check_health(time.monotonic())
             return
         if isinstance(notice, Started):
             self._on_started(notice.actor)
@@ -245,6 +247,15 @@ class Supervisor:
             self._begin_close()
         else:
             self._on_reopen(notice)
+
+    def _next_notice(self, timeout_s: float) -> Notice | CloseNow | Reopen | None:
+        began = time.monotonic()
+        try:
+            return self._notices.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        finally:
+            self._late_s += lateness_s(timeout_s, time.monotonic() - began)
 
     # Starting and restarting.
 
@@ -439,10 +450,11 @@ class Supervisor:
             inbox.accept()
         self.core.state = state
 
-    def _check_health(self, now_s: float, late_s: float = 0.0) -> None:
-        """Whether the writer is stuck, or was and has come back. `late_s`: for how long the process stood still."""
+    def _check_health(self, now_s: float) -> None:
+        """Whether the writer is stuck, or was and has come back."""
         busy_since = self.writer.busy_since
-        stuck_s = self._clock.look(busy_since, now_s, late_s)
+        stuck_s = self._clock.look(busy_since, now_s, self._late_s)
+        self._late_s = 0.0
         came_back = self._stuck_since is not None and busy_since != self._stuck_since
         if came_back:
             self._stuck_since = None

@@ -1,0 +1,126 @@
+"""None, one, two, ... free descriptors at any step of a compaction, a heal, a restart, an open: in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+from actor_kit import script
+
+PRELUDE = """
+    import gc, logging, os, resource, sys, time
+    import foldlog
+    from foldlog import Put, WatchCursor
+    from foldlog.testing import Fault, FaultyFiles
+    logging.disable(logging.CRITICAL)
+    path, free = sys.argv[1], int(sys.argv[2])
+    files = FaultyFiles()
+    die = []
+    def step(name):
+        if name == "writer.before_write" and die:
+            raise die.pop()
+    held = []
+    def starve():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        try:
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            pass
+        for _ in range(free):
+            os.close(held.pop())
+    def feed():
+        while held:
+            os.close(held.pop())
+    def open_files():
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                found.append((name, os.readlink("/proc/self/fd/" + name)))
+            except OSError:
+                pass  # of the listing itself
+        return found
+    def at(number):
+        return [Put("k%d" % number, b"v%d" % number)], WatchCursor.from_u64(number)
+"""
+
+STORE = (
+    PRELUDE
+    + """
+    what = sys.argv[3]
+    store = foldlog.open(path, files=files, step=step, sync="always")
+    for number in range(1, 21):
+        store.apply(*at(number))
+    starve()
+    if what == "heal":
+        files.arm(Fault("sync"))
+    elif what == "crash":
+        die.append(RuntimeError("boom"))
+    else:
+        try:
+            store.compact(20.0)
+        except OSError as error:
+            assert error.errno == 24, error
+    answer = store.apply_async(*at(21))
+    if what == "compact":
+        assert answer.result(20.0) == 21  # an append needs none
+        assert store.state == "running", store.state
+    else:
+        end = time.monotonic() + 1.5  # several tries
+        while not answer.done() and time.monotonic() < end:
+            time.sleep(0.01)
+    assert store.state != "failed", store.stats().reason
+    feed()
+    assert answer.result(20.0) == 21
+    store.compact(20.0)
+    assert len(store.snapshot()) == 21
+    store.close()
+    with foldlog.AppendLogSnapshot.open(path)[1] as snap:
+        assert (len(snap), snap.cursor()) == (21, WatchCursor.from_u64(21))
+    names = sorted(os.listdir(os.path.dirname(path)))
+    assert not [name for name in names if "tmp" in name], names
+    print("whole")
+"""
+)
+
+OPEN = (
+    PRELUDE
+    + """
+    with foldlog.AppendLogSnapshot.open(path, 1 << 40)[1] as snap:
+        for number in range(1, 21):
+            snap.apply(*at(number))
+    snap = None
+    before = open_files()
+    starve()
+    for opens in (lambda: foldlog.AppendLogSnapshot.open(path)[1], lambda: foldlog.open(path)):
+        try:
+            opened = opens()
+        except OSError as error:
+            assert error.errno == 24, error
+        else:
+            assert opened.get("k20").value == b"v20"
+            opened.apply(*at(21))
+            opened.close()
+    feed()
+    opened = None
+    gc.collect()
+    # watchdog keeps one inotify instance for the process
+    leaked = [file for file in open_files() if file not in before and "inotify" not in file[1]]
+    assert not leaked, leaked
+    with foldlog.AppendLogSnapshot.open(path)[1] as snap:
+        assert snap.get("k20").value == b"v20"
+    print("whole")
+"""
+)
+
+
+@pytest.mark.parametrize("free", range(5))
+@pytest.mark.parametrize("what", ["compact", "heal", "crash"])
+def test_a_store_outlives_a_lack_of_descriptors(path, what, free):
+    """With two free ones a compaction renamed, could not sync the directory, and the store was FAILED for good."""
+    done = script(STORE, path, free, what)
+    assert (done.stdout, done.stderr) == ("whole\n", "")
+
+
+@pytest.mark.parametrize("free", range(12))
+def test_opening_with_few_descriptors_opens_or_says_so_and_leaks_none(path, free):
+    done = script(OPEN, path, free)
+    assert (done.stdout, done.stderr) == ("whole\n", "")

@@ -1,0 +1,167 @@
+"""A process that was paused, a writer that was stuck and comes back, a clock that jumps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from actor_kit import DEADLINE_S, batch, cursor, in_thread, read_back, until
+
+from foldlog import State, StoreFailed
+from foldlog.actors import supervisor as supervisor_module
+from foldlog.actors.supervisor import LATE_S, StuckClock, lateness_s, next_restart_delay_s
+
+
+def test_time_for_which_the_process_stood_still_does_not_count():
+    clock = StuckClock()
+    assert clock.look(None, 10.0, 0.0) == 0.0
+    assert clock.look(10.5, 11.0, 0.0) == 0.5
+    assert clock.look(10.5, 112.0, 100.0) == 1.5
+    assert clock.look(10.5, 113.0, 0.0) == 2.5
+    assert clock.look(112.5, 113.5, 0.0) == 1.0, "it is at another thing by now"
+
+
+def test_a_wait_is_late_only_beyond_what_a_busy_machine_takes():
+    assert lateness_s(1.0, 1.0 + LATE_S / 2) == 0.0
+    assert lateness_s(1.0, 4.0) == 3.0
+
+
+def test_a_shortage_of_descriptors_is_waited_out_and_other_errors_are_not():
+    window = {"max_restarts": 2, "window_s": 60.0, "delay_s": 0.05}
+    short, broken = OSError(24, "Too many open files"), OSError(5, "Input/output error")
+    assert next_restart_delay_s(broken, [1.0, 2.0], 3.0, **window) is None
+    assert next_restart_delay_s(short, [1.0, 2.0], 3.0, **window) == 0.1
+    assert next_restart_delay_s(short, [1.0] * 50, 3.0, **window) == 5.0
+    assert next_restart_delay_s(short, [1.0, 2.0], 3.0, **window, patient=False) is None
+
+
+PAUSED = """
+    import sys, threading
+    import foldlog
+    store = foldlog.open(sys.argv[1], stuck_after_s=0.6, sync=sys.argv[2])
+    stop, started, failed = threading.Event(), threading.Event(), []
+    def load():
+        number = 0
+        while not stop.is_set() and not failed:
+            number += 1
+            try:
+                store.apply([foldlog.Put("k%d" % (number % 9), b"v" * 9000)] * 20,
+                            foldlog.WatchCursor.from_u64(number))
+            except Exception as error:
+                failed.append(repr(error))
+            started.set()
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    print("go", flush=True)
+    sys.stdin.readline()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    print(store.state, store.stats().reason, failed, flush=True)
+    store.close()
+"""
+
+
+@pytest.mark.parametrize("sync", ["always", "never"])
+def test_a_process_that_was_paused_goes_on_as_if_nothing_had_been(path, sync):
+    """SIGSTOP, a debugger, the snapshot of a machine: the supervisor took the pause for a stuck writer."""
+    code = textwrap.dedent(PAUSED)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, str(path), sync],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "go\n"
+        for _ in range(2):
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep(1.0)  # the pause itself, longer than stuck_after_s
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.3)
+        out, _ = process.communicate("\n", timeout=DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait()
+    assert out.strip() == "running  []"
+
+
+def test_a_writer_that_comes_back_ends_the_failure_by_itself(open_store, path, steps, monkeypatch):
+    monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
+    store = open_store(stuck_after_s=0.05)
+    store.apply(batch(1), cursor(1))
+    gate = steps.park("writer.before_write")
+    stuck = store.apply_async(batch(2), cursor(2))
+    gate.wait_until_reached()
+    with pytest.raises(StoreFailed, match="stuck") as caught:
+        stuck.result(DEADLINE_S)
+    assert caught.value.applied is None
+    with pytest.raises(StoreFailed) as refused:
+        store.apply(batch(3), cursor(3))
+    assert refused.value.applied is False
+    gate.open()
+    until(lambda: store.state is State.RUNNING, "the store runs again")
+    assert store.stats().reason == ""
+    store.apply(batch(4), cursor(4))
+    assert steps.seen["writer.start"] == 1
+    store.close()
+    assert read_back(path).cursor == cursor(4)
+
+
+def test_a_writer_that_comes_back_only_to_die_is_restarted(open_store, path, steps, monkeypatch):
+    monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
+    store = open_store(stuck_after_s=0.05)
+    store.apply(batch(1), cursor(1))
+    gate = steps.park("writer.after_write")
+    steps.crash("writer.after_write", SystemExit)
+    stuck = store.apply_async(batch(2), cursor(2))
+    gate.wait_until_reached()
+    with pytest.raises(StoreFailed, match="stuck"):
+        stuck.result(DEADLINE_S)
+    gate.open()
+    until(lambda: store.state is State.RUNNING, "the store runs again")
+    assert store.apply(batch(3), cursor(3)) == 3
+    store.close()
+    assert read_back(path).cursor == cursor(3)
+
+
+def test_a_second_reopen_waits_for_the_first(open_store, steps):
+    """It answered both with success, while the log was still being replayed; and the replay failed."""
+    store = open_store(max_restarts=0)
+    steps.crash("writer.before_write")
+    with pytest.raises(StoreFailed):
+        store.apply(batch(1), cursor(1))
+    until(lambda: store.state is State.FAILED, "the store has failed")
+    gate = steps.park("writer.start")
+    steps.crash("writer.start")
+    reopens = [in_thread(store.reopen, DEADLINE_S)]
+    gate.wait_until_reached()
+    reopens += [in_thread(store.reopen, DEADLINE_S) for _ in range(3)]
+    until(lambda: len(store._supervisor._reopening) == 4, "all have asked")
+    assert not any(reopen.done() for reopen in reopens)
+    gate.open()
+    for reopen in reopens:
+        with pytest.raises(StoreFailed):
+            reopen.result(DEADLINE_S)
+    store.reopen(DEADLINE_S)
+    assert store.state is State.RUNNING
+
+
+def test_what_reaches_a_supervisor_that_has_ended_is_answered(open_store):
+    """`reopen` and `close` that came as the store's last thread ended waited out their timeouts."""
+    store = open_store()
+    supervisor = store._supervisor
+    store.close(DEADLINE_S)
+    closing = supervisor_module.CloseNow(supervisor_module.Future())
+    reopening = supervisor_module.Reopen(supervisor_module.Future())
+    supervisor.post(closing)
+    supervisor.post(reopening)
+    assert closing.future.result(0) is None
+    assert "is closed" in str(reopening.future.exception(0))
