@@ -26,7 +26,7 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreFailed
+from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
@@ -240,10 +240,9 @@ class Store(Readable):
         """
         check_format(format)
         dest = os.path.abspath(os.fspath(dest_dir))
-        try:
-            manifest: ExportManifest = self._send(ExportRequest(dest, format), timeout_s)
-        except StoreFailed:
+        if self._core.state is State.FAILED:
             return self._export_failed(dest, format)
+        manifest: ExportManifest = self._send(ExportRequest(dest, format), timeout_s)
         return manifest
 
     def _export_failed(self, dest: str, format: FormatName | None) -> ExportManifest:

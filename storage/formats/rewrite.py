@@ -207,8 +207,8 @@ class Cancelled(Exception):
 
 SLACK_BYTES = 1024 * 1024
 """What the writer may always append while a pass of a rewrite is under way, below the limit."""
-FINISH_BYTES = 2 * SLACK_BYTES
-"""What may be left to carry over while the writer stands still: about 10 ms, with the fsync."""
+FINISH_BYTES = 3 * SLACK_BYTES
+"""What may be left to carry over while the writer stands still: 10 to 20 ms, with the fsync."""
 MAX_PASSES = 20
 
 

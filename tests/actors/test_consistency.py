@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import threading
+from pathlib import Path
 
 import pytest
 from actor_kit import (
@@ -20,7 +22,21 @@ from actor_kit import (
     until,
 )
 
-from foldlog import Get, Put, Range, State, VersionMismatch, VersionToken, WriterCrashed
+from foldlog import (
+    Get,
+    KeyExists,
+    Put,
+    Range,
+    State,
+    VersionMismatch,
+    VersionToken,
+    WatchCursor,
+    WriterCrashed,
+)
+from foldlog.actors.core import Config, Core
+from foldlog.storage.fold.base import EMPTY_BASE
+from foldlog.storage.fold.delta import EMPTY_DELTA
+from foldlog.storage.fold.snapshot import FoldSnapshot
 
 HARM = [
     "writer.before_write",
@@ -232,3 +248,68 @@ def test_a_snapshot_outlives_crash_restart_compaction_and_close(open_store, step
     assert held.cursor() == cursor(1)
     assert held.range("") == before
     assert held.get("k0000").value == b"old" * 50
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
+    open_store, steps, files, fails
+):
+    """`create` was refused for an entry of its own commit group, whose write then failed: it had never existed.
+
+    And if the write succeeded, a read after the refusal could still be older than what it was refused for.
+    """
+    store = open_store(files=files)
+    store.put("x", b"0")
+    gate = steps.park("writer.before_write")
+    first = in_thread(store.put, "x", b"1")
+    gate.wait_until_reached()
+    creations = []
+    for number, name in enumerate((b"A", b"B", b"C"), 1):
+        creations.append(in_thread(store.create, "lock", name))
+        until(
+            lambda number=number: len(store._supervisor.writer.inbox) == number,
+            "it waits behind the first",
+        )
+    group = steps.park("writer.before_write")
+    gate.open()
+    first.result(DEADLINE_S)
+    group.wait_until_reached()
+    assert not any(creation.done() for creation in creations), "refused before anything is written"
+    if fails:
+        files.fail("write", errno.ENOSPC, times=1, part="state.log")
+    group.open()
+    outcomes = [creation.exception(DEADLINE_S) for creation in creations]
+    winner = 1 if fails else 0
+    assert outcomes[winner] is None
+    if fails:
+        assert isinstance(outcomes[0], OSError)
+    for outcome in outcomes[winner + 1 :]:
+        assert isinstance(outcome, KeyExists)
+        assert outcome.version == bytes(creations[winner].result().as_u64().to_bytes(8, "big"))
+    assert store.get("lock").value == (b"B" if fails else b"A")
+
+
+def test_what_is_known_to_be_synced_never_steps_back_between_two_threads():
+    """The writer and the syncer each compared and then wrote, in two fields: one could undo the other."""
+    core = Core(Config(Path("none.log")))
+    folds = [FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), seq, cursor(seq)) for seq in range(1, 2001)]
+    seen = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(core.synced)
+
+    watcher = in_thread(watch)
+    notes = [
+        in_thread(lambda: [core.note_synced(fold) for fold in folds]),
+        in_thread(lambda: [core.note_synced(fold, by_syncer=True) for fold in folds[::3]]),
+    ]
+    results(notes)
+    core.note_synced(folds[0])
+    core.note_synced(folds[0], by_syncer=True)
+    done.set()
+    watcher.result(DEADLINE_S)
+    assert core.synced == (2000, cursor(2000))
+    assert [seq for seq, _ in seen] == sorted(seq for seq, _ in seen)
+    assert all(at == (cursor(seq) if seq else WatchCursor.none()) for seq, at in seen)

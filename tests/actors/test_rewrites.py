@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from actor_kit import (
     DEADLINE_S,
@@ -229,3 +231,61 @@ def test_a_job_that_kills_maintenance_leaves_no_file_behind(open_store, steps, p
         store.export_to(tmp_path / "artifact", DEADLINE_S)
     assert sorted(name.name for name in path.parent.iterdir()) == ["state.log", "state.log.lock"]
     assert [name for name in tmp_path.iterdir() if name != path.parent] == []
+
+
+def test_a_compaction_asked_for_during_another_covers_what_was_written_before_the_call(
+    open_store, steps
+):
+    """It was answered by the one under way, which had begun before: the log was full of what was overwritten."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    gate = steps.park("compact.write")
+    first = in_thread(store.compact, DEADLINE_S)
+    gate.wait_until_reached()
+    fill(store, 2, 20)
+    second_gate = steps.park("compact.write")
+    second = in_thread(store.compact, DEADLINE_S)
+    until(lambda: len(store._supervisor.writer._wanted) == 2, "both have asked")
+    gate.open()
+    first.result(DEADLINE_S)
+    second_gate.wait_until_reached()
+    assert not second.done()
+    second_gate.open()
+    second.result(DEADLINE_S)
+    assert store.stats().appended_bytes == 0
+    assert store.stats().compactions == 2
+
+
+def test_a_compaction_that_fails_leaves_those_who_asked_during_it_to_the_next(
+    open_store, steps, files
+):
+    store = open_store(files=files)
+    fill(store, 1, 3)
+    gate = steps.park("compact.write")
+    first = in_thread(store.compact, DEADLINE_S)
+    gate.wait_until_reached()
+    fill(store, 4, 5)
+    second = in_thread(store.compact, DEADLINE_S)
+    until(lambda: len(store._supervisor.writer._wanted) == 2, "both have asked")
+    files.fail("create", errno.ENOSPC, part="tmp")
+    gate.open()
+    with pytest.raises(OSError, match="No space left"):
+        first.result(DEADLINE_S)
+    second.result(DEADLINE_S)
+    assert store.stats().appended_bytes == 0
+
+
+def test_a_store_whose_log_was_replaced_exports_what_its_readers_see(open_store, path, tmp_path):
+    """The remedy that the documentation names raised StoreFailed."""
+    store = open_store()
+    fill(store, 1, 5)
+    (tmp_path / "other").write_bytes(b"somebody else's")
+    (tmp_path / "other").replace(path)
+    until(lambda: store.state is State.FAILED, "the store has failed")
+    manifest = store.export_to(tmp_path / "artifact", DEADLINE_S)
+    assert manifest.cursor == cursor(5)
+    _, imported = AppendLogSnapshot.import_artifact(tmp_path / "artifact", tmp_path / "new.log")
+    with imported:
+        assert imported.range("") == store.range("")
+    with pytest.raises(FileExistsError):
+        store.export_to(tmp_path / "artifact", DEADLINE_S)
