@@ -74,9 +74,11 @@ def open(
     followed, and a watch cannot go on behind a cursor. See `docs/interchange.md`.
 
     `readers`: actors that serve `store.reader`. `compact_threshold`: appended bytes (and no fewer than the base has) after
-    which the log is compacted, behind the readers. `on_damage="cut"`: keep what stands before the first damage and set the
+    which the log is compacted, behind the readers; the log stays below `3 x (live + compact_threshold)`
+    plus one batch, and writes are slowed down for that where they must be. `on_damage="cut"`: keep what stands before the first damage and set the
     rest aside. `mailbox_batches`, `mailbox_bytes`: what may wait for the writer. `max_restarts` within `restart_window_s`:
-    what one actor may need before the store is FAILED. `stuck_after_s`: when a writer that does not come back is given up.
+    what one actor may need before the store is FAILED. `stuck_after_s`: when a writer that does not come back is given up (until it does); time for which
+    the process was paused does not count.
     `files`, `step`: see `foldlog.testing`.
 
     Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and nothing stays open.
@@ -221,7 +223,10 @@ class Store(Readable):
             ) from None
 
     def compact(self, timeout_s: float = JOB_TIMEOUT_S) -> None:
-        """Rewrite the log as its fold, behind the readers and while applies go on. Returns when it is done."""
+        """Rewrite the log as its fold, behind the readers and while applies go on.
+
+        Returns when a rewrite has ended that holds all batches before this call.
+        """
         self._send(CompactRequest(), timeout_s)
 
     def export_to(
@@ -347,7 +352,10 @@ class Store(Readable):
         )
 
     def reopen(self, timeout_s: float = JOB_TIMEOUT_S) -> None:
-        """Try again after FAILED: replay the log, and go on. StoreFailed if that fails, too; nothing to do in RUNNING."""
+        """Try again after FAILED: replay the log, and go on. StoreFailed if that fails, too; nothing to do in RUNNING.
+
+        Where the store restarts or reopens already, it waits for how that ends.
+        """
         self._check_process()
         self._check_thread()
         future: Future[None] = Future()

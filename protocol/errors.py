@@ -132,7 +132,10 @@ class WriterCrashed(FoldlogError):
 
 
 class KeyExists(FoldlogError):
-    """`create` found the key taken. Nothing was written. `version` is what stands there."""
+    """`create` found the key taken. Nothing was written. `version` is that of the entry.
+
+    It is decided by what is written and published: a read after it sees that entry, or a newer one.
+    """
 
     def __init__(self, key: str, version: bytes) -> None:
         super().__init__(key, version)
@@ -143,7 +146,10 @@ class KeyExists(FoldlogError):
 
 
 class VersionMismatch(FoldlogError):
-    """The entry is not at the expected version. Nothing was written. `actual` is None if there is no entry."""
+    """The entry is not at the expected version. Nothing was written. `actual` is None if there is no entry.
+
+    It is decided by what is written and published, as `KeyExists` is.
+    """
 
     def __init__(self, key: str, expected: bytes, actual: bytes | None) -> None:
         super().__init__(key, expected, actual)
