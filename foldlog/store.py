@@ -73,13 +73,14 @@ def open(
     process, all entries are in memory, and a few kinds of damage at its very end cannot be told from a torn write. It cannot be
     followed, and a watch cannot go on behind a cursor. See `docs/interchange.md`.
 
-    `readers`: actors that serve `store.reader`. `compact_threshold`: appended bytes (and no fewer than the base has) after
-    which the log is compacted, behind the readers; the log stays below `3 x (live + compact_threshold)`
-    plus one batch, and writes are slowed down for that where they must be. `on_damage="cut"`: keep what stands before the first damage and set the
-    rest aside. `mailbox_batches`, `mailbox_bytes`: what may wait for the writer. `max_restarts` within `restart_window_s`:
-    what one actor may need before the store is FAILED. `stuck_after_s`: when a writer that does not come back is given up (until it does); time for which
-    the process was paused does not count.
-    `files`, `step`: see `foldlog.testing`.
+    `readers`: actors that serve `store.reader`. `compact_threshold`: appended bytes (and no fewer
+    than the base has) after which the log is compacted, behind the readers; the log stays below `3
+    x (live + compact_threshold)` plus one batch, and writes are slowed down for that where they
+    must be. `on_damage="cut"`: keep what stands before the first damage and set the rest aside.
+    `mailbox_batches`, `mailbox_bytes`: what may wait for the writer. `max_restarts` within
+    `restart_window_s`: what one actor may need before the store is FAILED. `stuck_after_s`: when a
+    writer that does not come back is given up (until it does); time for which the process was
+    paused does not count. `files`, `step`: see `foldlog.testing`.
 
     Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and nothing stays open.
 
