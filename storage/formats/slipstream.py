@@ -10,14 +10,12 @@
 A batch is its records in order and then one cursor record, which may be empty. A purge is a delete. A compacted file holds one
 put for each live key, ascending, and then one cursor record; none if there is no cursor.
 
-No checksum covers a length alone: one that was damaged upwards looks like a record that the end of the file cuts short. If whole
-records follow it, `whole_record_after` finds them; `is_one_bit_off` finds a last record with one wrong bit. Nothing finds the
-rest.
+No checksum covers a length alone: one that was damaged upwards looks like a record that the end of the file cuts short.
+`slipstream_search.py` looks for the evidence that tells the two apart.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -45,10 +43,9 @@ _VALUE = struct.Struct("<I")
 _PUT_BYTE, _DELETE_BYTE, _CURSOR_BYTE = b"\x01", b"\x02", b"\x03"
 _TOKEN_LENGTHS = [bytes((length,)) for length in range(MAX_TOKEN_BYTES + 1)]
 
+MAX_RECORD_BYTES = _MIN_PUT_BYTES + 0xFFFF + MAX_VALUE_BYTES + MAX_TOKEN_BYTES
+
 WINDOW_BYTES = 4 * 1024 * 1024
-MAX_CANDIDATES = 1_000_000
-MAX_CANDIDATE_BYTES = 1024 * 1024 * 1024
-"""How far whole records are looked for behind a cut one: a file made for it must not cost more than seconds."""
 
 
 def check_head(raw: bytes) -> None:
@@ -132,6 +129,8 @@ class BadRecord(BadFrame):
         """Where it ends, as far as its lengths were read."""
         self.cut_short = cut_short
         """It is a record's beginning, by all that can be seen, and the file ends."""
+        self.in_base = False
+        """Only what a compacted file begins with comes before it, so it may be inside a base. Set by who counts."""
 
 
 def record_end(data: bytes | bytearray, at: int) -> int:
@@ -220,57 +219,3 @@ def _read(handle: ReadHandle, size: int, offset: int) -> bytes:
         return handle.read(size, offset)
     except EOFError as error:
         raise LogChangedError(handle.path, str(error)) from None
-
-
-def is_one_bit_off(rest: bytes) -> bool:
-    """Whether `rest`, which looks like a record's beginning, is a whole one (and zeros) but for one bit of its type or lengths.
-
-    Cost: at most 72 checksums. A beginning passes for one by chance once in 60 million times.
-    """
-    data = bytearray(rest)
-    fields = [4, 5, 6]
-    if len(rest) > 6:
-        version_at = 7 + _KEY.unpack_from(rest, 5)[0]
-        if rest[4] == PUT and version_at + 4 <= len(rest):
-            fields += range(version_at, version_at + 4)
-            version_at += 4 + _VALUE.unpack_from(rest, version_at)[0]
-        fields.append(version_at)
-    for field in fields:
-        for bit in range(8 if field < len(data) else 0):
-            data[field] ^= 1 << bit
-            if _is_whole(data):
-                return True
-            data[field] ^= 1 << bit
-    return False
-
-
-def _is_whole(data: bytearray) -> bool:
-    try:
-        end = record_end(data, 0)
-    except ValueError:
-        return False
-    if end > len(data) or data[end:].strip(b"\0"):
-        return False
-    return crc32(memoryview(data)[4:end]) == int.from_bytes(data[:4], "little")
-
-
-def whole_record_after(rest: bytes, start: int) -> int | None:
-    """Where in `rest[start:]` a whole record stands, anywhere, if one does.
-
-    Cost: microseconds a byte at worst. A record in random bytes: once in 4 billion places.
-    """
-    checked = 0
-    for tried, found in enumerate(re.compile(b"[\x01-\x03]").finditer(rest, start + 4)):
-        at = found.start() - 4
-        try:
-            end = record_end(rest, at)
-        except ValueError:
-            continue
-        if end > len(rest):
-            continue
-        if crc32(memoryview(rest)[at + 4 : end]) == int.from_bytes(rest[at : at + 4], "little"):
-            return at
-        checked += end - at
-        if tried >= MAX_CANDIDATES or checked >= MAX_CANDIDATE_BYTES:
-            return None
-    return None

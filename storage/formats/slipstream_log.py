@@ -37,6 +37,7 @@ from foldlog.storage.formats.slipstream import (
     HEAD,
     HEAD_BYTES,
     MAX_CURSOR_BYTES,
+    MAX_RECORD_BYTES,
     PUT,
     BadRecord,
     Record,
@@ -44,9 +45,12 @@ from foldlog.storage.formats.slipstream import (
     encode_cursor,
     encode_item,
     encode_put,
-    is_one_bit_off,
     read_records,
-    whole_record_after,
+)
+from foldlog.storage.formats.slipstream_search import (
+    find_cursor_record,
+    find_record,
+    one_bit_fixes,
 )
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.recovery import SECTOR, Verdict
@@ -197,6 +201,10 @@ class Count:
             else:
                 self._in_base = False
 
+    def may_be_in_base(self, offset: int) -> bool:
+        """True if what comes at `offset`, after the records so far, may belong to the base."""
+        return offset < self.base_end if self._known else self._in_base
+
     def end(self, offset: int) -> None:
         """The records end there."""
         if self._in_base and not self._known:
@@ -288,6 +296,7 @@ class SlipstreamFormat(LogFormat):
                         progress(offset, size)
         except BadRecord as error:
             bad = error
+            bad.in_base = replay.may_be_in_base(offset)
         replay.end(offset)
         head = (
             known.head
@@ -313,7 +322,7 @@ class SlipstreamFormat(LogFormat):
     def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
         bad = loaded.bad
         assert isinstance(bad, BadRecord)
-        return judge(bad, read_rest(handle, bad.offset, loaded.size))
+        return judge(handle, bad, loaded.size)
 
     def check_payload(self, loaded: Loaded) -> None:
         """Every record was checked when it was read, and a base is in key order."""
@@ -322,34 +331,54 @@ class SlipstreamFormat(LogFormat):
 SLIPSTREAM = SlipstreamFormat()
 
 
-def judge(bad: BadRecord, rest: bytes) -> tuple[Verdict, str]:
-    """Whether `rest`, the bytes of a file from the bad record on, are torn or corrupt, and the reason.
+def judge(handle: ReadHandle, bad: BadRecord, size: int) -> tuple[Verdict, str]:
+    """Whether the bytes from the bad record to `size` are torn or corrupt, and the reason. `docs/interchange.md` has the rule.
 
-    Torn: a record that the end of the file cuts short, if no whole one follows and no single bit makes it whole; nothing but
-    zeros; or zeros from the start of a sector on, which the bad record runs into and which are more than a cursor record at
-    the end could have. All else is corrupt: also a last record that is complete and does not verify, which the origin drops.
+    LogChangedError if the file ends before `size`. Memory: one record. Cost: see `slipstream_search`.
     """
     if bad.final:
         return Verdict.CORRUPT, bad.reason
-    written = len(rest.rstrip(b"\0"))
-    if not written:
-        return Verdict.TORN, "nothing but zeros"
-    if bad.cut_short:
-        if (at := whole_record_after(rest, 1)) is not None:
-            return (
-                Verdict.CORRUPT,
-                f"a damaged length: a whole record follows at byte {bad.offset + at} ({bad.reason})",
-            )
-        if is_one_bit_off(rest):
-            return (
-                Verdict.CORRUPT,
-                f"a damaged length: one bit makes a whole record of it ({bad.reason})",
-            )
-        return Verdict.TORN, f"the last record ends early ({bad.reason})"
-    lost = bad.offset + written + -(bad.offset + written) % SECTOR
-    if lost < bad.end and bad.offset + len(rest) - lost >= MAX_CURSOR_BYTES:
-        return Verdict.TORN, f"the last record misses a sector ({bad.reason})"
-    return Verdict.CORRUPT, bad.reason
+    written = _end_of_data(handle, bad.offset, size)
+    zeros_from = written + -written % SECTOR
+    if written == bad.offset:
+        lost_sector, reason = True, "nothing but zeros"
+    elif bad.cut_short:
+        lost_sector, reason = False, f"the last record ends early ({bad.reason})"
+    elif zeros_from < bad.end and size - zeros_from >= MAX_CURSOR_BYTES:
+        lost_sector, reason = True, f"a sector of the last record is missing ({bad.reason})"
+    else:
+        return Verdict.CORRUPT, bad.reason
+    if lost_sector and bad.in_base and written > HEAD.size:
+        return Verdict.CORRUPT, f"zeros in what may be the base, which was synced ({reason})"
+    if written > bad.offset and (damage := _damaged_length(handle, bad, size)):
+        return Verdict.CORRUPT, f"a damaged length: {damage} ({bad.reason})"
+    return Verdict.TORN, reason
+
+
+def _damaged_length(handle: ReadHandle, bad: BadRecord, size: int) -> str:
+    """What shows that the bad record, which seems to be torn, has a damaged length; "" if nothing does.
+
+    A batch that was written whole ends with a cursor record: if none follows, no answered batch does. A base may end without
+    one, so a put is evidence there, too.
+    """
+    rest = read_rest(handle, bad.offset, min(size, bad.offset + MAX_RECORD_BYTES))
+    if one_bit_fixes(rest):
+        return "one bit makes a whole record of it"
+    at = find_cursor_record(rest, 1)
+    follows = None if at is None else bad.offset + at
+    if follows is None and bad.in_base:
+        follows = find_record(handle, bad.offset + 1, size)
+    return "" if follows is None else f"a whole record follows at byte {follows}"
+
+
+def _end_of_data(handle: ReadHandle, start: int, size: int) -> int:
+    """Where the last byte from `start` to `size` that is not zero ends; `start` if there is none."""
+    while size > start:
+        low = max(start, size - _REPORT_BYTES)
+        if data := read_rest(handle, low, size).rstrip(b"\0"):
+            return low + len(data)
+        size = low
+    return start
 
 
 def read_rest(handle: ReadHandle, offset: int, size: int) -> bytes:

@@ -407,11 +407,6 @@ def test_a_log_within_a_value_is_not_mistaken_for_what_follows_a_damaged_length(
     assert state.entries["a"][0] == inner
 
 
-def test_the_search_for_whole_records_ends_on_bytes_made_to_be_slow() -> None:
-    cruel = (b"\0\0\0\0\x01\x01\x00k\xff\xff\x00\x00" * 200_000)[: 2 * 1024 * 1024]
-    assert slipstream.whole_record_after(cruel, 1) is None
-
-
 def test_windows_of_any_size_read_the_same(path: Path) -> None:
     records = [*three_batches(), slipref.put("big", b"b" * 3000), slipref.cursor(b"c")]
     path.write_bytes(slipref.HEADER + b"".join(records))
