@@ -13,20 +13,34 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from foldlog.actors.feeds import Feeds
+from foldlog.protocol.options import (
+    COMPACT_THRESHOLD,
+    FORMAT,
+    MAILBOX_BATCHES,
+    MAILBOX_BYTES,
+    MAX_RESTARTS,
+    ON_DAMAGE,
+    READERS,
+    RESTART_WINDOW_S,
+    STUCK_AFTER_S,
+    SYNC,
+    SYNC_INTERVAL_S,
+    Count,
+    OnDamage,
+    Seconds,
+)
+from foldlog.protocol.options import Sync as Sync
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
-from foldlog.storage.formats.replay import OnDamage, OpenReport
+from foldlog.storage.formats.replay import OpenReport
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.log import Log
 
 log = logging.getLogger("foldlog")
-
-Sync: TypeAlias = Literal["always", "interval", "never"]
 
 
 class State(enum.StrEnum):
@@ -44,30 +58,50 @@ class State(enum.StrEnum):
     """This process was forked from the store's own: it reads what was published then, and writes raise ForkedStore."""
 
 
+_NUMBERS: tuple[Count | Seconds, ...] = (
+    READERS,
+    SYNC_INTERVAL_S,
+    COMPACT_THRESHOLD,
+    MAILBOX_BATCHES,
+    MAILBOX_BYTES,
+    MAX_RESTARTS,
+    RESTART_WINDOW_S,
+    STUCK_AFTER_S,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """How a store was opened."""
 
     path: Path
-    readers: int = 2
+    readers: int = READERS.default
     sync: Sync = "interval"
-    sync_interval_s: float = 1.0
-    compact_threshold: int = DEFAULT_COMPACT_THRESHOLD
+    sync_interval_s: float = SYNC_INTERVAL_S.default
+    compact_threshold: int = COMPACT_THRESHOLD.default
     on_damage: OnDamage = "refuse"
-    mailbox_batches: int = 10_000
-    mailbox_bytes: int = 64 * 1024 * 1024
-    max_restarts: int = 5
+    mailbox_batches: int = MAILBOX_BATCHES.default
+    mailbox_bytes: int = MAILBOX_BYTES.default
+    max_restarts: int = MAX_RESTARTS.default
     """Restarts of one actor within `restart_window_s` before the store is FAILED."""
-    restart_window_s: float = 60.0
+    restart_window_s: float = RESTART_WINDOW_S.default
     restart_delay_s: float = 0.05
     """Before the second restart in a row; doubled for each further one, up to 5 s. The first is at once."""
-    stuck_after_s: float = 120.0
+    stuck_after_s: float = STUCK_AFTER_S.default
     """A writer that works on one thing for so long is reported as FAILED. A guess: no healthy disk takes that long."""
     format: FormatName | None = None
     """Of a log that is made; one that exists must be of it, unless this is None."""
     files: Files = field(default=OS_FILES, repr=False)
     step: Callable[[str], None] = field(default=lambda name: None, repr=False)
     """Called by each actor at its named steps (`foldlog.testing` crashes there)."""
+
+    def __post_init__(self) -> None:
+        """TypeError or ValueError for an option that no store can have. Spans are cut to `FOREVER_S`."""
+        FORMAT.check(self.format)
+        SYNC.check(self.sync)
+        ON_DAMAGE.check(self.on_damage)
+        for option in _NUMBERS:
+            object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
 
 
 class Restart(NamedTuple):

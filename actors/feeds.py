@@ -23,6 +23,7 @@ from typing import Self, TypeAlias
 
 from foldlog.protocol.errors import CursorExpired, FoldlogError
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
+from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Put, batches_body, decode_batches
 from foldlog.storage.fold.diff import diff
@@ -282,7 +283,9 @@ class Subscription:
 
     def next(self, timeout_s: float | None) -> Event | None:
         """The next event; None if there is none within `timeout_s`, or if it is over."""
-        self.buffer.deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if timeout_s is not None:
+            timeout_s = time.monotonic() + check_timeout(timeout_s)
+        self.buffer.deadline = timeout_s
         self.buffer.waited_before = len(self.buffer)
         try:
             return next(self._events)

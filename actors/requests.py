@@ -14,6 +14,7 @@ from typing import Any
 from foldlog.actors.adapter import Mail, log, reply
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch
 from foldlog.protocol.messages import Apply, Compact, Export
+from foldlog.protocol.options import UNSET, Unset
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Batch, Delete, Put, encode_batch
@@ -103,15 +104,15 @@ class LocalWrite(WriteRequest):
     def __init__(
         self,
         key: str,
-        value: bytes | None,
+        value: bytes | Unset,
         *,
         must_be_new: bool = False,
-        expected: VersionToken | None = None,
+        expected: VersionToken | Unset = UNSET,
     ) -> None:
-        """Put `value`, or delete if it is None; only if the key is new, or at version `expected`."""
-        update = Delete(key) if value is None else Put(key, value)
+        """Put `value`, or delete if it is UNSET; only if the key is new, or at version `expected`."""
+        update = Delete(key) if value is UNSET else Put(key, value)
         checked = encode_batch((update,), WatchCursor.none())  # to complain in the caller's thread
-        if expected is not None and type(expected) is not VersionToken:
+        if expected is not UNSET and type(expected) is not VersionToken:
             raise TypeError(f"expected is a VersionToken, not {type(expected).__name__}")
         super().__init__(None)
         self.weight = len(checked.item)
@@ -123,18 +124,18 @@ class LocalWrite(WriteRequest):
         )
 
     def decide(self, fold: FoldSnapshot) -> Batch:
-        if self._must_be_new or self._expected is not None:
+        if self._must_be_new or self._expected is not UNSET:
             entry = fold.get(self._key)
             if self._must_be_new and entry is not None:
                 raise KeyExists(self._key, entry.version)
-            if self._expected is not None and (entry is None or entry.version != self._expected):
+            if self._expected is not UNSET and (entry is None or entry.version != self._expected):
                 raise VersionMismatch(
                     self._key, self._expected, None if entry is None else entry.version
                 )
         version = VersionToken.from_u64(fold.seq + 1)
         update = (
             Delete(self._key, version)
-            if self._value is None
+            if self._value is UNSET
             else Put(self._key, self._value, version)
         )
         return encode_batch((update,), fold.cursor())

@@ -16,13 +16,12 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
 from foldlog.protocol.errors import ForkedStore, RequestTimeout
+from foldlog.protocol.options import POLL_INTERVAL_S, check_timeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.formats.replay import resolve
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
-
-POLL_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class FollowerStats:
 
 
 def follow(
-    path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S, files: Files = OS_FILES
+    path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S.default, files: Files = OS_FILES
 ) -> Follower:
     """Follow the log at `path`, which a writer in this or another process has open, or will create.
 
@@ -60,8 +59,7 @@ def follow(
     2
     2
     """
-    if poll_interval_s <= 0:
-        raise ValueError(f"poll_interval_s is above 0, got {poll_interval_s}")
+    poll_interval_s = POLL_INTERVAL_S.check(poll_interval_s)
     return Follower(FollowerThread(resolve(path), files, poll_interval_s))
 
 
@@ -75,13 +73,14 @@ class Follower(Readable):
         self._finalizer = weakref.finalize(self, _close_dropped, thread, self._pid)
         self._finalizer.atexit = False
 
-    def wait_for(self, cursor: WatchCursor, timeout_s: float) -> None:
+    def wait_for(self, cursor: WatchCursor, timeout_s: float | None) -> None:
         """Return once everything up to `cursor` is seen. RequestTimeout if that takes longer.
 
         Cursors of one length are compared as bytes, which is the order of u64 tokens and of versionstamps; others must be equal.
         """
         if not isinstance(cursor, WatchCursor):
             raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
+        timeout_s = check_timeout(timeout_s)
         self._check_process()
         deadline = time.monotonic() + timeout_s
         self._thread.woken.set()  # a look at the log, in case its event is late or lost

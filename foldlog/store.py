@@ -21,26 +21,40 @@ from typing import Any
 import pykka
 
 from foldlog.actors.adapter import Mail
-from foldlog.actors.core import Config, Core, State, Stats, Sync
+from foldlog.actors.core import Config, Core, State, Stats
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout
+from foldlog.protocol.options import (
+    APPLY_TIMEOUT_S,
+    CLOSE_TIMEOUT_S,
+    COMPACT_THRESHOLD,
+    FORMAT,
+    JOB_TIMEOUT_S,
+    MAILBOX_BATCHES,
+    MAILBOX_BYTES,
+    MAX_RESTARTS,
+    READERS,
+    RESTART_WINDOW_S,
+    STUCK_AFTER_S,
+    SYNC_INTERVAL_S,
+    UNSET,
+    OnDamage,
+    Sync,
+    Unset,
+    check_timeout,
+)
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
-from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, check_threshold
-from foldlog.storage.formats.registry import check_format
-from foldlog.storage.formats.replay import OnDamage, OpenReport, resolve
+from foldlog.storage.formats.replay import OpenReport, resolve
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
 from foldlog.storage.repair.verify import VerifyReport, verify_live
 
-APPLY_TIMEOUT_S = 30.0
-JOB_TIMEOUT_S = 600.0
-CLOSE_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 10.0
 
 
@@ -48,16 +62,16 @@ def open(
     path: StrPath,
     *,
     format: FormatName | None = None,
-    readers: int = 2,
+    readers: int = READERS.default,
     sync: Sync = "interval",
-    sync_interval_s: float = 1.0,
-    compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
+    sync_interval_s: float = SYNC_INTERVAL_S.default,
+    compact_threshold: int = COMPACT_THRESHOLD.default,
     on_damage: OnDamage = "refuse",
-    mailbox_batches: int = 10_000,
-    mailbox_bytes: int = 64 * 1024 * 1024,
-    max_restarts: int = 5,
-    restart_window_s: float = 60.0,
-    stuck_after_s: float = 120.0,
+    mailbox_batches: int = MAILBOX_BATCHES.default,
+    mailbox_bytes: int = MAILBOX_BYTES.default,
+    max_restarts: int = MAX_RESTARTS.default,
+    restart_window_s: float = RESTART_WINDOW_S.default,
+    stuck_after_s: float = STUCK_AFTER_S.default,
     files: Files = OS_FILES,
     step: Callable[[str], None] | None = None,
 ) -> Store:
@@ -82,6 +96,9 @@ def open(
     writer that does not come back is given up (until it does); time for which the process was
     paused does not count. `files`, `step`: see `foldlog.testing`.
 
+    TypeError or ValueError at once for an option that makes no sense. A `timeout_s`, here and in every call, is a number of
+    seconds: 0 does not wait, None and infinity wait without end, nan and negative ones are a ValueError.
+
     Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and nothing stays open.
 
     >>> with foldlog.open("routes.log") as routes:
@@ -92,21 +109,12 @@ def open(
     2
     [KvEntry(key='a', value=b'10.0.0.1', version=VersionToken(''))]
     """
-    check_format(format)
-    if sync not in ("always", "interval", "never"):
-        raise ValueError(f'sync is "always", "interval" or "never", not {sync!r}')
-    if isinstance(readers, bool) or not isinstance(readers, int):
-        raise TypeError(f"readers is an int, not {type(readers).__name__}")
-    if not 1 <= readers <= 64:
-        raise ValueError(f"readers is 1 to 64, got {readers}")
-    if sync_interval_s <= 0:
-        raise ValueError(f"sync_interval_s is above 0, got {sync_interval_s}")
     config = Config(
         resolve(path),
         readers,
         sync,
         sync_interval_s,
-        check_threshold(compact_threshold),
+        compact_threshold,
         on_damage,
         mailbox_batches,
         mailbox_bytes,
@@ -153,7 +161,10 @@ class Store(Readable):
     # Writing: by the writer, in the order of its mailbox.
 
     def apply(
-        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = APPLY_TIMEOUT_S
+        self,
+        updates: Iterable[Update],
+        cursor: WatchCursor,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> int:
         """Atomically fold the updates and advance the cursor. Returns the batch's sequence, once written and published.
 
@@ -162,11 +173,12 @@ class Store(Readable):
         withdrawn, or (`outcome unknown`) the writer has it in hand. Else StoreFailed, StoreClosed, ForkedStore.
         """
         self._core.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        timeout_s = check_timeout(timeout_s)  # before the updates, which may be an iterator
         seq: int = self._send(WriteRequest(encode_batch(updates, cursor)), timeout_s)
         return seq
 
     def apply_async(
-        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = 0.0
+        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float | None = 0.0
     ) -> Future[int]:
         """`apply`, answered to the future that is returned; many in flight make one commit group.
 
@@ -174,37 +186,55 @@ class Store(Readable):
         by default, not at all (Backpressure).
         """
         self._core.snapshot.seq  # noqa: B018
+        timeout_s = check_timeout(timeout_s)
         request = WriteRequest(encode_batch(updates, cursor))
         self._offer(Mail(request), timeout_s)
         return request.future
 
-    def put(self, key: str, value: bytes, timeout_s: float = APPLY_TIMEOUT_S) -> VersionToken:
+    def put(
+        self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
+    ) -> VersionToken:
         """Set `key`, for programs that are their own source. Returns the version: the batch's sequence as a u64 token.
 
         The cursor stays where it is.
         """
         return self._write(LocalWrite(key, value), timeout_s)
 
-    def create(self, key: str, value: bytes, timeout_s: float = APPLY_TIMEOUT_S) -> VersionToken:
+    def create(
+        self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
+    ) -> VersionToken:
         """`put`, for a key that must not exist: else KeyExists."""
         return self._write(LocalWrite(key, value, must_be_new=True), timeout_s)
 
     def update(
-        self, key: str, value: bytes, *, expected: VersionToken, timeout_s: float = APPLY_TIMEOUT_S
+        self,
+        key: str,
+        value: bytes,
+        *,
+        expected: VersionToken,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> VersionToken:
         """`put`, for an entry that must be at version `expected`: else VersionMismatch. Check and write are one step."""
         return self._write(LocalWrite(key, value, expected=expected), timeout_s)
 
     def delete(
-        self, key: str, *, expected: VersionToken | None = None, timeout_s: float = APPLY_TIMEOUT_S
+        self,
+        key: str,
+        *,
+        expected: VersionToken | Unset = UNSET,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> VersionToken:
-        """Remove `key`; with `expected`, only at that version: else VersionMismatch. Returns the version of the removal."""
-        return self._write(LocalWrite(key, None, expected=expected), timeout_s)
+        """Remove `key`; with `expected`, only at that version: else VersionMismatch. Returns the version of the removal.
 
-    def _write(self, request: LocalWrite, timeout_s: float) -> VersionToken:
+        An `expected` of None is a TypeError, here and in `update`: it is what a missing entry turns into, and not an order.
+        """
+        return self._write(LocalWrite(key, UNSET, expected=expected), timeout_s)
+
+    def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         return VersionToken.from_u64(self._send(request, timeout_s))
 
-    def _send(self, request: Request, timeout_s: float) -> Any:
+    def _send(self, request: Request, timeout_s: float | None) -> Any:
+        timeout_s = check_timeout(timeout_s)
         self._check_thread()
         deadline = time.monotonic() + timeout_s
         self._offer(Mail(request), timeout_s)
@@ -223,7 +253,7 @@ class Store(Readable):
                 f"no answer within {timeout_s} s; its outcome is unknown"
             ) from None
 
-    def compact(self, timeout_s: float = JOB_TIMEOUT_S) -> None:
+    def compact(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
         """Rewrite the log as its fold, behind the readers and while applies go on.
 
         Returns when a rewrite has ended that holds all batches before this call.
@@ -233,7 +263,7 @@ class Store(Readable):
     def export_to(
         self,
         dest_dir: StrPath,
-        timeout_s: float = JOB_TIMEOUT_S,
+        timeout_s: float | None = JOB_TIMEOUT_S,
         *,
         format: FormatName | None = None,
     ) -> ExportManifest:
@@ -244,7 +274,8 @@ class Store(Readable):
         FileExistsError if `dest_dir` exists. It appears complete or not at all. A store that is FAILED exports what its readers
         see, on the caller's thread and without a deadline.
         """
-        check_format(format)
+        FORMAT.check(format)
+        timeout_s = check_timeout(timeout_s)
         dest = os.path.abspath(os.fspath(dest_dir))
         if self._core.state is State.FAILED:
             return self._export_failed(dest, format)
@@ -352,11 +383,12 @@ class Store(Readable):
             snapshot_age_s=time.monotonic() - core.published_at,
         )
 
-    def reopen(self, timeout_s: float = JOB_TIMEOUT_S) -> None:
+    def reopen(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
         """Try again after FAILED: replay the log, and go on. StoreFailed if that fails, too; nothing to do in RUNNING.
 
         Where the store restarts or reopens already, it waits for how that ends.
         """
+        timeout_s = check_timeout(timeout_s)
         self._check_process()
         self._check_thread()
         future: Future[None] = Future()
@@ -366,12 +398,13 @@ class Store(Readable):
         except TimeoutError:
             raise RequestTimeout(f"the store did not reopen within {timeout_s} s") from None
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """Serve what waits, sync, seal the log, stop the actors, release the lock. Closing twice is fine.
 
         Called from one of the store's own threads (by a subscriber, say), it returns at once and closes behind it.
         RequestTimeout if the writer does not come to an end. Raises what sealing the log met.
         """
+        timeout_s = check_timeout(timeout_s)
         if self._core.state is State.FORKED:
             return
         self._finalizer.detach()

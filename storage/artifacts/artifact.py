@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
+from foldlog.protocol.options import FORMAT
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage.artifacts.strict_json import parse_object
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.registry import Loaded, LogFormat, check_format
+from foldlog.storage.formats.registry import Loaded, LogFormat
 from foldlog.storage.formats.replay import FORMATS, resolve
 from foldlog.storage.formats.rewrite import Progress, write_new
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
@@ -90,7 +91,7 @@ def export_fold(
     progress: Progress | None = None,
 ) -> ExportManifest:
     """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves nothing there."""
-    check_format(format)
+    FORMAT.check(format)
     kind = FORMATS[format]
     dest = Path(os.path.abspath(dest_dir))
     if files.exists(dest):
@@ -156,7 +157,7 @@ def import_artifact(
     The manifest tells which format the artifact itself is of.
     ArtifactInvalidError, FileExistsError, StoreLocked or OSError: nothing is at `dest_path` that was not there before.
     """
-    check_format(format)
+    FORMAT.check(format)
     given = Path(os.path.abspath(dest_path))
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Literal, Self
 
 from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts import artifact
 from foldlog.storage.artifacts.artifact import ExportManifest
-from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, Engine, check_threshold
+from foldlog.storage.engines.engine import Engine
 from foldlog.storage.formats.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.formats.rewrite import Progress
 from foldlog.storage.log.files import OS_FILES, Files
@@ -53,7 +54,7 @@ class AppendLogSnapshot(Readable):
     def open(
         cls,
         path: StrPath,
-        compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
+        compact_threshold: int = COMPACT_THRESHOLD.default,
         *,
         format: FormatName | None = None,
         sync: Literal["never", "always"] = "never",
@@ -76,9 +77,8 @@ class AppendLogSnapshot(Readable):
         there is no room to compact a good log, or no right to, it is opened as it is, and `report.compaction_error` says why.
         Cost: 30 ms for 1,000,000 entries of 100 bytes, compacted; 2-3 s in batches, compacting them.
         """
-        check_threshold(compact_threshold)
-        if sync not in ("never", "always"):
-            raise ValueError(f'sync is "never" or "always", not {sync!r}')
+        COMPACT_THRESHOLD.check(compact_threshold)
+        ENGINE_SYNC.check(sync)
         engine = Engine(
             path,
             format=format,
@@ -107,7 +107,7 @@ class AppendLogSnapshot(Readable):
         cls,
         artifact_dir: StrPath,
         dest_path: StrPath,
-        compact_threshold: int = DEFAULT_COMPACT_THRESHOLD,
+        compact_threshold: int = COMPACT_THRESHOLD.default,
         *,
         format: FormatName | None = None,
         files: Files = OS_FILES,
@@ -121,7 +121,7 @@ class AppendLogSnapshot(Readable):
         ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists: then nothing was written.
         A crash part-way leaves nothing at `dest_path`; a crash after the rename leaves a valid store.
         """
-        check_threshold(compact_threshold)
+        COMPACT_THRESHOLD.check(compact_threshold)
         artifact.import_artifact(
             artifact_dir, dest_path, format=format, files=files, progress=progress
         )

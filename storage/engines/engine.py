@@ -17,7 +17,6 @@ from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.opening import open_log
 
-DEFAULT_COMPACT_THRESHOLD = 10 * 1024 * 1024
 COMPACT_RATIO = 1.0
 """Appended bytes per byte of base that make a compaction worth its price: each record is then rewritten about twice."""
 
@@ -35,15 +34,6 @@ MIN_LIMIT = 4 * 1024 * 1024
 def log_limit(live_bytes: int, threshold_bytes: int) -> int:
     """What a store keeps its log below, but for one batch: 3 x (live + compact_threshold) bytes."""
     return max(LIMIT_FACTOR * (live_bytes + threshold_bytes), MIN_LIMIT)
-
-
-def check_threshold(threshold: object) -> int:
-    """TypeError or ValueError unless `threshold` can be a compact_threshold, in bytes."""
-    if isinstance(threshold, bool) or not isinstance(threshold, int):
-        raise TypeError(f"compact_threshold is an int, not {type(threshold).__name__}")
-    if threshold < 0:
-        raise ValueError(f"compact_threshold is at least 0, got {threshold}")
-    return threshold
 
 
 class Engine:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias, get_args
+from typing import NamedTuple, Protocol, TypeAlias
 
 from foldlog.protocol.frames import FileHead
 from foldlog.protocol.store import FormatName
@@ -24,14 +24,6 @@ from foldlog.storage.log.scan import BadFrame, Chain
 BUFFER_BYTES = 1024 * 1024
 Progress: TypeAlias = Callable[[int, int], None]
 """Told of long work as it goes on: (done, total), in entries or bytes."""
-
-
-def check_format(name: object) -> None:
-    """TypeError or ValueError unless `name` is a format's, or None."""
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"format is text, not {type(name).__name__}")
-    if name is not None and name not in get_args(FormatName):
-        raise ValueError(f"format is {' or '.join(map(repr, get_args(FormatName)))}, not {name!r}")
 
 
 class LogFile(NamedTuple):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from blake3 import blake3
 
@@ -28,6 +27,7 @@ from foldlog.protocol.frames import (
     parse_file_head,
     parse_open,
 )
+from foldlog.protocol.options import OnDamage as OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import DecodedBatch, decode_batches
@@ -47,7 +47,6 @@ from foldlog.storage.log.recovery import Verdict, gather, judge
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
 NO_CURSOR = WatchCursor.none()
-OnDamage: TypeAlias = Literal["refuse", "cut"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +82,7 @@ class OpenReport:
 
 def read_head(handle: ReadHandle) -> FileHead:
     """The head of a log file. InvalidFormatError if it is none, or of a newer format."""
+    check_own_format(handle)
     raw = handle.files.read(handle.fd, FILE_HEAD.size, 0)
     try:
         return parse_file_head(raw)
@@ -163,6 +163,18 @@ def format_of(handle: ReadHandle) -> LogFormat:
     """The format of a log file, by its first bytes; foldlog's own for a file of no format, which it will refuse."""
     first = handle.files.read(handle.fd, len(slipstream.MAGIC), 0)
     return SLIPSTREAM if first == slipstream.MAGIC else FRAMES
+
+
+def check_own_format(handle: ReadHandle) -> None:
+    """InvalidFormatError, with the remedy, for a log of another format than foldlog's own: for who reads frames only."""
+    found = format_of(handle)
+    if found is not FRAMES:
+        raise InvalidFormatError(
+            handle.path,
+            0,
+            f"a log of the format {found.name}, for which this is not supported: "
+            "`foldlog convert` makes a foldlog log of it",
+        )
 
 
 class FrameFormat(LogFormat):

@@ -10,9 +10,10 @@ import contextlib
 from pathlib import Path
 
 from foldlog.protocol.errors import InvalidFormatError, LogRegressedError, StoreLocked
+from foldlog.protocol.options import FORMAT, ON_DAMAGE
 from foldlog.protocol.store import FormatName
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.registry import Loaded, LogFile, check_format
+from foldlog.storage.formats.registry import Loaded, LogFile
 from foldlog.storage.formats.replay import (
     FORMATS,
     OnDamage,
@@ -47,9 +48,8 @@ def open_log(
 
     StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, with the file as it was.
     """
-    check_format(format)
-    if on_damage not in ("refuse", "cut"):
-        raise ValueError(f'on_damage is "refuse" or "cut", not {on_damage!r}')
+    FORMAT.check(format)
+    ON_DAMAGE.check(on_damage)
     if files.exists(path):
         files.close(
             files.open_read(path)

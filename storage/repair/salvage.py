@@ -34,7 +34,7 @@ from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA, Run
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import resolve
+from foldlog.storage.formats.replay import check_own_format, resolve
 from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head, write_base
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.log.lock import temporary
@@ -115,6 +115,7 @@ def salvage_log(
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, "a salvage never overwrites", str(given))
     dest = resolve(given)
+    check_own_format(handle)
     try:
         salvage = _Salvage(handle)
         salvage.find(progress)

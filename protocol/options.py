@@ -1,0 +1,141 @@
+"""Every option of stores, engines, followers and commands: declared, defaulted and checked here, once.
+
+An option is checked before anything is opened or sent. A wrong type is a TypeError, a value out of bounds a ValueError; both
+name the option. `bool` is no number, and `nan` is no order. Waiting without end is `None` or `math.inf`.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
+
+from foldlog.protocol.store import FormatName
+
+Sync: TypeAlias = Literal["always", "interval", "never"]
+OnDamage: TypeAlias = Literal["refuse", "cut"]
+
+FOREVER_S = min(1e9, threading.TIMEOUT_MAX / 4)
+"""What waiting without end is cut to, over 30 years on most systems: no clock or lock takes infinity."""
+
+
+class Unset(enum.Enum):
+    """The type of UNSET."""
+
+    UNSET = enum.auto()
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+"""The default of an argument for which None would be a likely mistake."""
+
+_Word = TypeVar("_Word", bound=str)
+
+
+def _real(name: str, value: object) -> float:
+    """`value` as a float. TypeError unless it is an int or a float, ValueError for nan and negative ones."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
+    if not value >= 0:  # nan, too
+        raise ValueError(f"{name} is at least 0, got {value!r}")
+    return float(
+        min(value, FOREVER_S)
+    )  # before the conversion: an int may be too large for a float
+
+
+def check_timeout(value: object, name: str = "timeout_s") -> float:
+    """A timeout in seconds, as a finite number that every wait takes. None and infinity wait without end (30 years).
+
+    0 does not wait. TypeError for what is no number, ValueError for nan and negative ones. Cost: 0.1 us.
+    """
+    if type(value) is float and 0.0 <= value <= FOREVER_S:
+        return value
+    return FOREVER_S if value is None else _real(name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Words(Generic[_Word]):
+    """An option that is one of a few words."""
+
+    name: str
+    words: tuple[_Word, ...]
+    default: _Word | None
+
+    def check(self, value: object) -> None:
+        """TypeError or ValueError unless it is one of the words, or None where that is the default."""
+        if value is None and self.default is None:
+            return
+        if not isinstance(value, str):
+            raise TypeError(f"{self.name} is text, not {type(value).__name__}")
+        if value not in self.words:
+            *most, last = map(repr, self.words)
+            raise ValueError(f"{self.name} is {', '.join(most)} or {last}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """An option that is a whole number within bounds."""
+
+    name: str
+    default: int
+    least: int = 0
+    most: int | None = None
+
+    def check(self, value: object) -> int:
+        """The number. TypeError unless it is an int, ValueError if it is out of bounds."""
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{self.name} is an int, not {type(value).__name__}")
+        if value < self.least or (self.most is not None and value > self.most):
+            bounds = (
+                f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
+            )
+            raise ValueError(f"{self.name} is {bounds}, got {value}")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """An option that is a span of time, longer than 0."""
+
+    name: str
+    default: float
+    may_be_infinite: bool = False
+    least: float = 0.0
+    """If above 0, the shortest span that is taken."""
+
+    def check(self, value: object) -> float:
+        """The span, at most `FOREVER_S`. TypeError unless it is a number, ValueError if it is out of bounds."""
+        seconds = _real(self.name, value)
+        if seconds < self.least:
+            raise ValueError(f"{self.name} is at least {self.least}, got {value!r}")
+        if seconds == 0:
+            raise ValueError(f"{self.name} is above 0, got {value!r}")
+        if value == float("inf") and not self.may_be_infinite:
+            raise ValueError(f"{self.name} is finite, got {value!r}")
+        return seconds
+
+
+FORMAT: Words[FormatName] = Words("format", get_args(FormatName), None)
+SYNC: Words[Sync] = Words("sync", get_args(Sync), "interval")
+ENGINE_SYNC: Words[Literal["never", "always"]] = Words("sync", ("never", "always"), "never")
+ON_DAMAGE: Words[OnDamage] = Words("on_damage", get_args(OnDamage), "refuse")
+READERS = Count("readers", 2, 1, 64)
+COMPACT_THRESHOLD = Count("compact_threshold", 10 * 1024 * 1024)
+"""Appended bytes."""
+MAILBOX_BATCHES = Count("mailbox_batches", 10_000, 1)
+MAILBOX_BYTES = Count("mailbox_bytes", 64 * 1024 * 1024, 1)
+MAX_RESTARTS = Count("max_restarts", 5)
+SYNC_INTERVAL_S = Seconds("sync_interval_s", 1.0)
+RESTART_WINDOW_S = Seconds("restart_window_s", 60.0, may_be_infinite=True)
+STUCK_AFTER_S = Seconds("stuck_after_s", 120.0, may_be_infinite=True)
+POLL_INTERVAL_S = Seconds("poll_interval_s", 0.5)
+PICTURE_INTERVAL_S = Seconds("--interval", 1.0, least=0.05)
+"""Between two pictures of `foldlog top`."""
+
+APPLY_TIMEOUT_S = 30.0
+JOB_TIMEOUT_S = 600.0
+"""Of a compaction, an export, a reopening."""
+CLOSE_TIMEOUT_S = 30.0
