@@ -2,15 +2,21 @@
 
 There is nothing to restart: the log is the writer's, and a poll that failed is followed by the next one. What went wrong is
 reported as the state, and readers keep the last snapshot.
+
+A fork leaves the thread behind in the parent. In the child, the first use of the follower reads the log anew and starts
+another thread (`_Asleep`).
 """
 
 from __future__ import annotations
 
 import enum
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from pathlib import Path
+from typing import Any, cast
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent
 
@@ -55,41 +61,88 @@ class FollowerThread:
 
     def __init__(self, path: Path, files: Files, poll_interval_s: float) -> None:
         self.path = path
+        self._files = files
         self._poll_interval_s = poll_interval_s
-        self._tail = Tail(files, path)
-        self.woken = threading.Event()
-        self.feeds = Feeds()
         # Written by this thread alone, replaced whole. Invariant: its sequence falls only with the state REPLACED.
         self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
         self.published_at = time.monotonic()
-        self.advanced = threading.Condition(threading.RLock())
-        """Notified behind each publish, and at the end."""
         self.state = FollowerState.WAITING
         self.reason = ""
         self.reloads = 0
         """Times that the state was read anew, with the steps in between unknown."""
         self._rewound = ""
-        self._error: Exception | None = None
+        self._had_log = False
+        self._asleep: _Asleep | None = None
         self._closing = False
-        while (
-            self._poll()
-        ):  # on the caller's thread: what stands in the log now is there when follow() returns
-            if self._tail.started and not self._tail.behind:
-                break
+        self._prepare()
+        self._catch_up()
         if self._error is not None:
             raise self._error
-        self.woken.set()  # for what came before the watch
+        self._start()
+        _live.add(self)
+
+    def _prepare(self) -> None:
+        """What belongs to one process: nothing of it is of use after a fork."""
+        self.pid = os.getpid()
+        self._tail = Tail(self._files, self.path)
+        self.woken = threading.Event()
+        self.feeds = Feeds()
+        self.advanced = threading.Condition(threading.RLock())
+        """Notified behind each publish, and at the end."""
+        self._waking = threading.RLock()
+        self._error: Exception | None = None
         self._has_event = False
         self._finds: deque[float] = deque(maxlen=BUSY_FINDS)
         self.busy = False
         """Changes come so often that the log is polled for them."""
-        self._watch = FileWatch(path, EVENTS, self._on_event)
+
+    def _catch_up(self) -> None:
+        """Read what is in the log now, on the caller's thread: it is there when follow() returns."""
+        while self._poll():
+            if self._tail.started and not self._tail.behind:
+                break
+
+    def _start(self) -> None:
+        self.woken.set()  # for what came before the watch
+        self._watch = FileWatch(self.path, EVENTS, self._on_event)
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
         try:
             self.thread.start()
         except RuntimeError:
             self._watch.stop()
             raise
+
+    def after_fork(self) -> None:
+        """In a forked child: leave it to the first use to go on. Nothing of the parent's is touched, nor waited for."""
+        if self._closing:
+            return
+        _left_behind.append((self._watch, self._tail))
+        self._prepare()
+        if self._asleep is None:  # else the parent was such a child itself
+            self._asleep = _Asleep(self, self.snapshot)
+            self.snapshot = cast(FoldSnapshot, self._asleep)
+
+    def wake(self) -> None:
+        """Go on in a forked child, if that was not done yet. RuntimeError if there can be no thread."""
+        if self._asleep is None:
+            return
+        with self._waking:
+            asleep = self._asleep
+            if asleep is None or self._closing:
+                return
+            self._catch_up()
+            fold, before = self.snapshot, asleep.before
+            if fold is cast(FoldSnapshot, asleep):  # there is nothing to be read, and the state says why
+                self.snapshot = before
+            elif fold.seq < before.seq:
+                self._rewound = f"the log is at batch {fold.seq}, and was at {before.seq} before"
+                self._set_state()
+            try:
+                self._start()
+            except RuntimeError:
+                self.snapshot = cast(FoldSnapshot, asleep)
+                raise
+            self._asleep = None
 
     @property
     def cursor(self) -> WatchCursor:
@@ -149,6 +202,7 @@ class FollowerThread:
         was_started = self._tail.started
         step = self._tail.poll()
         self._error = None
+        self._had_log |= self._tail.started
         if step is not None:
             self.snapshot, self.published_at = step.fold, time.monotonic()
             rewound = step.rewound if isinstance(step, Jump) else ""
@@ -173,7 +227,7 @@ class FollowerThread:
     def _set_state(self) -> None:
         if self._tail.missing:
             state, reason = FollowerState.WAITING, "there is no file under the name"
-            if self._tail.started:
+            if self._had_log:
                 state = FollowerState.MISSING
         elif self._rewound:
             state, reason = FollowerState.REPLACED, self._rewound
@@ -196,14 +250,45 @@ class FollowerThread:
 
     def close(self) -> None:
         """Stop, and wait for it; from the thread itself, returns at once."""
+        if self._asleep is not None:
+            self._closing, self._asleep = True, None
+            self._let_go()
+            return
         self.ask_to_close()
         if threading.current_thread() is not self.thread:
             self.thread.join(10.0)
 
     def _end(self) -> None:
         self._watch.stop()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self.state, self.reason = FollowerState.CLOSED, ""
         self.feeds.end(f"the follower of {self.path} was closed")
         self.snapshot = ClosedFold(f"the follower of {self.path} is closed")
         with self.advanced:
             self.advanced.notify_all()
+
+
+class _Asleep:
+    """The snapshot of a follower in a forked child, until it is used: then the follower goes on first."""
+
+    def __init__(self, thread: FollowerThread, before: FoldSnapshot | ClosedFold) -> None:
+        self.thread, self.before = thread, before
+
+    def __getattr__(self, name: str) -> Any:
+        self.thread.wake()
+        return getattr(self.thread.snapshot, name)
+
+
+_live: weakref.WeakSet[FollowerThread] = weakref.WeakSet()
+_left_behind: list[object] = []
+"""What a forked child must not stop, close or free: it shares its descriptors with the parent."""
+
+
+def _after_fork_in_child() -> None:
+    for thread in list(_live):
+        thread.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -25,6 +25,7 @@ from foldlog.actors.requests import (
     WriteRequest,
     as_request,
 )
+from foldlog.protocol.options import COMPACT_THRESHOLD
 from foldlog.protocol.errors import (
     Backpressure,
     FoldlogError,
@@ -39,10 +40,11 @@ from foldlog.protocol.errors import (
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.messages import Apply
 from foldlog.protocol.updates import Batch
-from foldlog.storage.engines.engine import DEFAULT_COMPACT_THRESHOLD, Engine, log_limit
+from foldlog.storage.engines.engine import Engine, log_limit
 from foldlog.storage.formats.rewrite import SLACK_BYTES, Next, Rewrite, next_pass
 from foldlog.storage.log.lock import WriterLock
 
+DEFAULT_COMPACT_THRESHOLD = COMPACT_THRESHOLD.default
 GROUP_BYTES = 16 * 1024 * 1024
 """A commit group of more than one batch holds no more: it is built in memory before it is written.
 

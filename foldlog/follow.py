@@ -15,10 +15,11 @@ import pykka
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
-from foldlog.protocol.errors import ForkedStore, RequestTimeout
+from foldlog.protocol.errors import RequestTimeout
 from foldlog.protocol.options import POLL_INTERVAL_S, check_timeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
+from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import resolve
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
@@ -64,13 +65,16 @@ def follow(
 
 
 class Follower(Readable):
-    """A log that is followed. Any thread may call any method."""
+    """A log that is followed. Any thread may call any method.
+
+    In a process that was forked from the follower's own, it goes on by itself: the first use there reads the log anew (as
+    `follow` does) and starts a thread. Watches and subscriptions from before the fork have ended there.
+    """
 
     def __init__(self, thread: FollowerThread) -> None:
         """Not for callers: use `foldlog.follow`."""
         self._thread = self._published = thread
-        self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _close_dropped, thread, self._pid)
+        self._finalizer = weakref.finalize(self, _close_dropped, thread)
         self._finalizer.atexit = False
 
     def wait_for(self, cursor: WatchCursor, timeout_s: float | None) -> None:
@@ -81,7 +85,7 @@ class Follower(Readable):
         if not isinstance(cursor, WatchCursor):
             raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
         timeout_s = check_timeout(timeout_s)
-        self._check_process()
+        self._thread.wake()
         deadline = time.monotonic() + timeout_s
         self._thread.woken.set()  # a look at the log, in case its event is late or lost
         with self._thread.advanced:
@@ -95,14 +99,14 @@ class Follower(Readable):
 
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
         """An iterator of events, as `Store.watch`; and Rewound, then the difference, if the log went back or was replaced."""
-        self._check_process()
+        self._thread.wake()
         return Watch(Subscription(self._thread.feeds, self.snapshot, prefix, since), self)
 
     def subscribe(
         self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
     ) -> Delivery:
         """`watch`, told to an actor: each event is a message to it. See `Store.subscribe`."""
-        self._check_process()
+        self._thread.wake()
         return Delivery(actor_ref, Subscription(self._thread.feeds, self.snapshot, prefix, since))
 
     @property
@@ -113,10 +117,12 @@ class Follower(Readable):
     @property
     def state(self) -> FollowerState:
         """What the follower sees of the log."""
+        self._thread.wake()
         return self._thread.state
 
     def stats(self) -> FollowerStats:
         """The books."""
+        self._thread.wake()
         thread, snapshot = self._thread, self.snapshot()
         return FollowerStats(
             state=thread.state,
@@ -130,15 +136,13 @@ class Follower(Readable):
 
     def close(self) -> None:
         """Stop following. Closing twice is fine; snapshots that were taken stay usable."""
-        if os.getpid() == self._pid:
-            self._finalizer.detach()
-            self._thread.close()
+        self._finalizer.detach()
+        self._thread.close()
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedStore(
-                f"the follower of {self.path} was opened before this process was forked; open one here"
-            )
+    def snapshot(self) -> FoldSnapshot:
+        """The state that reads see now: immutable, safe to hold and to share among threads. See `Store.snapshot`."""
+        self._thread.wake()
+        return super().snapshot()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a follower cannot be pickled; open one in the other process")
@@ -151,8 +155,8 @@ def _reached(at: WatchCursor, wanted: WatchCursor) -> bool:
     return at == wanted or (len(at) == len(wanted) and bytes(at) >= bytes(wanted)) or wanted.is_none
 
 
-def _close_dropped(thread: FollowerThread, pid: int) -> None:
-    if os.getpid() == pid and thread.state is not FollowerState.CLOSED:
+def _close_dropped(thread: FollowerThread) -> None:
+    if os.getpid() == thread.pid and thread.state is not FollowerState.CLOSED:
         warnings.warn(
             "a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2
         )

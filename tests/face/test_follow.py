@@ -524,52 +524,103 @@ def test_it_cannot_be_pickled(follow: Follow):
         pickle.dumps(follow())
 
 
-def test_a_fork_leaves_reads_and_a_new_follower_works_in_the_child(path: Path):
-    """Scenario 58."""
+def test_a_follower_goes_on_in_a_forked_child_and_the_parents_is_not_touched(path: Path):
+    """A follower that was opened before a fork served old data for ever in the child, and called itself following."""
     result = script(
         """
-        import os, sys, threading, foldlog
-        from foldlog import ForkedStore, Put, WatchCursor
+        import os, sys, threading, traceback, foldlog
+        from foldlog import Put, Synced, WatchCursor
         at = WatchCursor.from_u64
         store = foldlog.open(sys.argv[1])
         store.apply([Put("a", b"1")], at(1))
-        follower = foldlog.follow(sys.argv[1])
-        watch = follower.watch("nothing")
+        followers = [foldlog.follow(sys.argv[1]) for _ in range(7)]
+        unused, closed = followers[5:]
+        watch = followers[0].watch("nothing")
         watch.next(5)
+        snapshot = followers[0].snapshot()
         to_child, to_parent = os.pipe(), os.pipe()
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                assert follower.get("a").value == b"1" and len(follower) == 1
                 assert list(watch) == [] and "forked" in watch.ended
-                for refused in (follower.watch, lambda: follower.wait_for(at(1), 1.0), lambda: follower.subscribe(None)):
-                    try:
-                        refused()
-                    except ForkedStore:
-                        continue
-                    raise AssertionError("not refused")
-                follower.close()
-                with foldlog.follow(sys.argv[1]) as own:
+                closed.close()
+                os.write(to_parent[1], b"x")
+                os.read(to_child[0], 1)
+                # Whatever is used first is up to date, and goes on.
+                assert followers[0].get("a").value == b"2"
+                assert [entry.value for entry in followers[1].range()] == [b"2"]
+                assert followers[2].snapshot().get("a").value == b"2"
+                assert str(followers[3].state) == "following" and followers[3].get("a").value == b"2"
+                followers[4].wait_for(at(2), 0.0)
+                with followers[0].watch() as events:
+                    while not isinstance(events.next(10), Synced):
+                        pass
                     os.write(to_parent[1], b"x")
-                    own.wait_for(at(2), 10.0)
-                    assert own.get("a").value == b"2" and follower.get("a").value == b"1"
-                del follower, watch
+                    assert events.next(10).update.value == b"3"
+                for follower in followers[:5]:
+                    follower.wait_for(at(3), 10.0)
+                    assert follower.get("a").value == b"3" and len(follower) == 1
+                assert snapshot.get("a").value == b"1", "a snapshot stays what it was"
+                assert str(closed.state) == "closed"
+                for follower in followers[:5]:
+                    follower.close()
+                assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
                 code = 0
-            except BaseException as error:
-                print(repr(error), flush=True)
+            except BaseException:
+                print(traceback.format_exc(), flush=True)
             os._exit(code)
         os.read(to_parent[0], 1)
         store.apply([Put("a", b"2")], at(2))
+        os.write(to_child[1], b"x")
+        os.read(to_parent[0], 1)
+        store.apply([Put("a", b"3")], at(3))
         status = os.waitpid(child, 0)[1]
-        follower.wait_for(at(2), 10.0)
-        follower.close()
+        for follower in followers:
+            follower.wait_for(at(3), 10.0)
+            follower.close()
         store.close()
         print("status", status, [thread.name for thread in threading.enumerate()])
         """,
         path,
     )
     assert (result.stdout, result.stderr) == ("status 0 ['MainThread']\n", "")
+
+
+def test_a_forked_follower_says_what_became_of_the_log_meanwhile(path: Path):
+    result = script(
+        """
+        import os, sys, foldlog
+        def child_says(follower):
+            read, write = os.pipe()
+            if os.fork() == 0:
+                said = [str(follower.state), follower.get("a") and follower.get("a").value, follower.get("b") is not None]
+                os.write(write, repr(said).encode())
+                os._exit(0)
+            os.wait()
+            return os.read(read, 1000).decode()
+        path = sys.argv[1]
+        with foldlog.follow(path) as follower:
+            print(child_says(follower))
+            with foldlog.open(path) as store:
+                for number in range(9):
+                    store.put("a", b"1")
+                follower.wait_for(store.cursor(), 10)
+            while len(follower) == 0:
+                follower.stats()
+            os.rename(path, path + ".away")
+            print(child_says(follower))
+            with open(path, "wb") as file:
+                file.write(b"no log at all")
+            print(child_says(follower))
+        """,
+        path,
+    )
+    assert result.stdout.splitlines() == [
+        "['waiting', None, False]",
+        "['missing', b'1', False]",
+        "['failed', b'1', False]",
+    ]
 
 
 def test_a_script_that_forgets_to_close_ends_promptly(path: Path):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from actor_kit import DEADLINE_S, in_thread, results
 
-from foldlog import AppendLogSnapshot
+from foldlog import AppendLogSnapshot, Put, WatchCursor
 
 gunicorn = pytest.importorskip("gunicorn", reason="gunicorn does not run on this platform")
 
@@ -95,11 +95,13 @@ WRITER = """
 class Service:
     """gunicorn, with the program above."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
-        (folder / "service.py").write_text(textwrap.dedent(SERVICE), encoding="utf-8")
-        (folder / "gunicorn.conf.py").write_text(
-            textwrap.dedent(CONFIG % WORKERS), encoding="utf-8"
-        )
+    def __init__(self, folder: Path, log: Path, *, preloaded: bool = False) -> None:
+        service, config = textwrap.dedent(SERVICE), textwrap.dedent(CONFIG % WORKERS)
+        if preloaded:
+            service += "\nopen_follower()\n"
+            config = config.replace("service.open_follower()", "pass")
+        (folder / "service.py").write_text(service, encoding="utf-8")
+        (folder / "gunicorn.conf.py").write_text(config, encoding="utf-8")
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self.listener.getsockname()[1]
         fd = self.listener.fileno()
@@ -146,6 +148,31 @@ def service(tmp_path: Path, path: Path) -> Iterator[Service]:
     yield service
     service.stop()
     service.output.close()
+
+
+def test_a_follower_that_was_opened_before_the_fork_goes_on_in_each_worker(
+    tmp_path: Path, path: Path
+) -> None:
+    """With preload_app, the program had opened its follower before the fork: all workers served that state for ever."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("newest/1", b""), Put("row/1", b"1")], WatchCursor.from_u64(1))
+        service = Service(tmp_path, path, preloaded=True)
+        try:
+            assert service.ask()["newest"] == ["newest/1"]
+            snap.apply([Put("newest/2", b""), Put("row/2", b"2")], WatchCursor.from_u64(2))
+            pids: dict[int, int] = {}
+            deadline = time.monotonic() + DEADLINE_S
+            while len(pids) < WORKERS or set(pids.values()) != {2}:
+                assert time.monotonic() < deadline, f"workers are at {pids}, the log at 2"
+                answer = service.ask()
+                assert answer["state"] == "following"
+                pids[answer["pid"]] = answer["cursor"]
+        finally:
+            service.stop()
+            said = service.said()
+            service.output.close()
+    assert service.process.returncode == 0, said
+    assert "Traceback" not in said
 
 
 def assert_consistent(answer: dict[str, Any]) -> None:
