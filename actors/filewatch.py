@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,18 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("watchdog.observers.inotify").addFilter(_is_news)
+
+def patched_by() -> str:
+    """The library whose green threads stand in for this process's threads ("gevent", "eventlet"), or "".
+
+    watchdog does not run on those: its blocking reads stop every green thread, or its thread dies unseen.
+    """
+    gevent = sys.modules.get("gevent.monkey")
+    if gevent is not None and gevent.is_module_patched("threading"):
+        return "gevent"
+    eventlet = sys.modules.get("eventlet.patcher")
+    return "eventlet" if eventlet is not None and eventlet.is_monkey_patched("thread") else ""
+
 
 RETRY_S = 10.0
 """Before asking again for events that were not to be had: each try costs a thread."""
@@ -66,6 +79,8 @@ class FileWatch(FileSystemEventHandler):
         self._retry_at = time.monotonic() + RETRY_S
         observer = None
         try:
+            if green := patched_by():
+                raise RuntimeError(f"the threads are those of {green}")
             observer = self._make_observer()
             self._folder = self._folder_now()
             observer.schedule(
@@ -91,7 +106,7 @@ class FileWatch(FileSystemEventHandler):
             if (
                 self._observer is not None
                 and self._folder_now() == self._folder
-                and self._observer.is_alive()
+                and _is_alive(self._observer)
             ):
                 return
             self.stop()
@@ -111,6 +126,12 @@ class FileWatch(FileSystemEventHandler):
         """Stop, and wait for watchdog's threads."""
         observer, self._observer = self._observer, None
         _stop(observer)
+
+
+def _is_alive(observer: Any) -> bool:
+    """True if its threads run: its own, and those that read the events."""
+    emitters = getattr(observer, "emitters", ())
+    return bool(observer.is_alive()) and all(emitter.is_alive() for emitter in emitters)
 
 
 def _stop(observer: Any) -> None:
