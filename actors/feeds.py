@@ -322,7 +322,7 @@ def _start(at: FoldSnapshot, prefix: str, since: Since) -> Iterator[Event]:
     batches = batches_since(at, since)
     if batches is None:
         raise CursorExpired(
-            f"{since!r} is not in the log any more: it was compacted, or never there"
+            f"cursor {since.shown} is not in the log any more: it was compacted, or never there"
         )
     return (event for seq, batch in batches for event in _changes(seq, batch, prefix))
 

@@ -29,6 +29,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 logging.getLogger("watchdog.observers.inotify").addFilter(_is_news)
 
+
 def patched_by() -> str:
     """The library whose green threads stand in for this process's threads ("gevent", "eventlet"), or "".
 

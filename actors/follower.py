@@ -132,7 +132,9 @@ class FollowerThread:
                 return
             self._catch_up()
             fold, before = self.snapshot, asleep.before
-            if fold is cast(FoldSnapshot, asleep):  # there is nothing to be read, and the state says why
+            if fold is cast(
+                FoldSnapshot, asleep
+            ):  # there is nothing to be read, and the state says why
                 self.snapshot = before
             elif fold.seq < before.seq:
                 self._rewound = f"the log is at batch {fold.seq}, and was at {before.seq} before"

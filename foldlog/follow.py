@@ -93,7 +93,7 @@ class Follower(Readable):
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     raise RequestTimeout(
-                        f"{cursor!r} was not seen within {timeout_s} s; at {self.cursor()!r}"
+                        f"cursor {cursor.shown} was not seen within {timeout_s} s; the log is at {self.cursor().shown}"
                     )
                 self._thread.advanced.wait(rest)
 

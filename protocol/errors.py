@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from foldlog.protocol.tokens import VersionToken
+
 
 class FoldlogError(Exception):
     """Above all errors of foldlog."""
@@ -131,6 +133,10 @@ class WriterCrashed(FoldlogError):
     """The writer died while it held this request, and the replayed log shows that it was **not** applied."""
 
 
+def _shown(version: bytes) -> str:
+    return VersionToken(version).shown if version else "unknown"
+
+
 class KeyExists(FoldlogError):
     """`create` found the key taken. Nothing was written. `version` is that of the entry.
 
@@ -142,7 +148,7 @@ class KeyExists(FoldlogError):
         self.key, self.version = key, version
 
     def __str__(self) -> str:
-        return f"key {self.key!r} exists, at version {bytes(self.version).hex() or 'unknown'}"
+        return f"key {self.key!r} exists, at version {_shown(self.version)}"
 
 
 class VersionMismatch(FoldlogError):
@@ -156,9 +162,5 @@ class VersionMismatch(FoldlogError):
         self.key, self.expected, self.actual = key, expected, actual
 
     def __str__(self) -> str:
-        found = (
-            "no entry"
-            if self.actual is None
-            else f"version {bytes(self.actual).hex() or 'unknown'}"
-        )
-        return f"key {self.key!r}: expected version {bytes(self.expected).hex() or 'unknown'}, found {found}"
+        found = "no entry" if self.actual is None else f"version {_shown(self.actual)}"
+        return f"key {self.key!r}: expected version {_shown(self.expected)}, found {found}"

@@ -9,6 +9,7 @@ hashing, comparing and slicing stay at the speed of `bytes`.
 
 from __future__ import annotations
 
+import re
 from typing import Self
 
 MAX_TOKEN_BYTES = (
@@ -16,6 +17,10 @@ MAX_TOKEN_BYTES = (
 )
 U64_BYTES = 8
 U64_MAX = 2**64 - 1
+
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,19}", re.ASCII)
+_HEX = re.compile("(?:0x)?((?:[0-9a-fA-F]{2})+)")
 
 
 class _Token(bytes):
@@ -53,6 +58,24 @@ class _Token(bytes):
         )
 
     __str__ = __repr__
+
+    @property
+    def shown(self) -> str:
+        """For a human, as the command line prints it: a u64 as a number, other bytes in hex, the empty token as "none"."""
+        number = self.as_u64()
+        return (self.hex() or "none") if number is None else str(number)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The token that the command line prints as `text`: a number, or hex, maybe after 0x; else ValueError."""
+        if _NUMBER.fullmatch(text) and int(text) <= U64_MAX:
+            return cls.from_u64(int(text))
+        found = _HEX.fullmatch(text)
+        if found is None or len(found[1]) > 2 * MAX_TOKEN_BYTES:
+            raise ValueError(
+                f"{text[:40]} is neither a number nor the hex of up to {MAX_TOKEN_BYTES} bytes"
+            )
+        return cls(bytes.fromhex(found[1]))
 
 
 class VersionToken(_Token):

@@ -1,9 +1,11 @@
 """The command `foldlog`. Each module lists its commands in `COMMANDS`; a new module joins by adding a row to `_MODULES`.
 
     stream.py   the change stream of `apply`: parsing, batching, resuming; pure
+    args.py     arguments that several commands take
     show.py     text, JSON, sizes, progress bars
     read.py     get, range, info, export       change nothing, lock nothing
     write.py    apply, compact, import         hold the writer's lock
+    keys.py     put, delete                    one key, by a store
     convert.py  convert                        a log of one file format as a log of the other
     inspect.py  verify, salvage, dump          look at a log that may be damaged, and only look
     top.py      top                            a live view, through a follower
@@ -19,20 +21,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 from typing import Any
 
 import click
 
-from foldlog.cli import convert, demo, follow, inspect, read, top, write
+from foldlog.cli import convert, demo, follow, inspect, keys, read, top, write
 from foldlog.cli.show import printable
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
 __all__ = ["exit_code", "main"]
 
-_MODULES = (read, follow, write, convert, inspect, top, demo)
+_MODULES = (read, follow, keys, write, convert, inspect, top, demo)
 _MISUSE = {
     *(
         errno.ENOENT,
@@ -67,6 +70,9 @@ def _message(error: BaseException) -> str:
     return printable(str(error) or type(error).__name__)
 
 
+_UNTOLD = logging.NullHandler()
+
+
 class Cli(click.Group):
     """The group of all commands, which turns their errors into exit codes."""
 
@@ -84,6 +90,8 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         _fill_closed_streams()
+        # Warnings are told by the commands, escaped; without a handler, logging would print them as they are.
+        logging.getLogger("foldlog").addHandler(_UNTOLD)
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # here, for the interpreter's own flush could only complain
@@ -127,6 +135,7 @@ def _drop_stdout() -> None:
 
 @click.group(
     cls=Cli,
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog='Completion of commands and files: eval "$(_FOLDLOG_COMPLETE=bash_source foldlog)" (or zsh_, fish_).',
 )
 @click.version_option(__version__, prog_name="foldlog")

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from foldlog.cli.read import format_option, log_argument, read_log
+from foldlog.cli.args import format_option, log_argument
+from foldlog.cli.read import read_log, tell_torn
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.protocol.store import FormatName
 from foldlog.storage.formats.replay import FORMATS, resolve
@@ -49,10 +50,7 @@ def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> No
             write_new(OS_FILES, resolve(given), fold, FORMATS[format_name], progress)
         finally:
             lock.release()
-    if loaded.bad is not None:
-        click.echo(
-            f"left out a torn tail of {size_text(loaded.size - loaded.chain.offset)}", err=True
-        )
+    tell_torn(loaded)
     if as_json:
         facts: dict[str, Any] = {
             "path": os.fspath(log),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,27 +12,26 @@ import click
 
 from foldlog.actors.feeds import Since
 from foldlog.actors.follower import FollowerState
-from foldlog.cli.read import log_argument, utf8
+from foldlog.cli.args import log_argument, utf8
 from foldlog.cli.show import (
     counted,
     entry_json,
     op_text,
     printable,
+    terminal_text,
     token_json,
     token_text,
     value_text,
 )
 from foldlog.follow import Follower, follow
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
-from foldlog.protocol.tokens import MAX_TOKEN_BYTES, U64_MAX, WatchCursor
+from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.formats.replay import resolve
 from foldlog.storage.log.files import OS_FILES
 
 CHECK_S = 0.5
 """How long a change of the follower's state may go unreported while nothing else happens."""
-_NUMBER = re.compile("0|[1-9][0-9]{0,19}")
-_HEX = re.compile("(?:0x)?((?:[0-9a-fA-F]{2})+)")
 
 
 def _cursor(
@@ -43,21 +40,17 @@ def _cursor(
     """A cursor as the other commands print it: a u64 as a number, other bytes in hex."""
     if value is None:
         return None
-    if _NUMBER.fullmatch(value) and int(value) <= U64_MAX:
-        return WatchCursor.from_u64(int(value))
-    found = _HEX.fullmatch(value)
-    if found is None or len(found[1]) > 2 * MAX_TOKEN_BYTES:
-        reason = f"{printable(value[:40])} is neither a number nor the hex of up to {MAX_TOKEN_BYTES} bytes"
-        raise click.BadParameter(reason, param=parameter)
-    return WatchCursor(bytes.fromhex(found[1]))
+    try:
+        return WatchCursor.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error)), param=parameter) from None
 
 
 @click.command(
     epilog="""\b
 Examples:
   foldlog tail routes.log --prefix tenants/
-  foldlog tail routes.log --since 4711 --no-follow --json
-  foldlog tail a.log --json | grep --line-buffered '"op"' | foldlog apply b.log"""
+  foldlog tail routes.log --since 4711 --no-follow --json"""
 )
 @log_argument
 @click.option("--prefix", default="", callback=utf8, help="Only keys that start so.")
@@ -116,15 +109,13 @@ def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> N
         _note(f"{printable(str(log))}: {printable(key)} was deleted")
     else:
         sys.stdout.flush()
-        sys.stdout.buffer.write(entry.value + b"\n")
+        value = terminal_text(entry.value).encode() if sys.stdout.isatty() else entry.value + b"\n"
+        sys.stdout.buffer.write(value)
 
 
 def _events(follower: Follower, prefix: str, since: Since) -> Iterator[Event]:
     """The events of a watch, for ever. Flushes the output when there is nothing to print; tells on stderr how the log fares."""
     told = FollowerState.FOLLOWING
-    logging.getLogger("foldlog").addHandler(
-        logging.NullHandler()
-    )  # it is told here, in one line each
     with follower.watch(prefix, since) as watch:
         while True:
             event = watch.next(0.0)

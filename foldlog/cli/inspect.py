@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import click
 
-from foldlog.cli.read import log_argument
+from foldlog.cli.args import log_argument
 from foldlog.cli.show import (
     counted,
     entry_json,
@@ -215,7 +215,7 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
             if head is None
             else {
                 "log_id": head.log_id.hex(),
-                "generation": head.generation,
+                "generation": f"{head.generation:016x}",
                 "base_seq": head.base_seq,
             }
         )

@@ -7,19 +7,21 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple
 
 import click
 
+from foldlog.cli.args import format_option, log_argument, utf8
 from foldlog.cli.show import (
     counted,
     entry_json,
     printable,
     progress_bar,
     size_text,
+    terminal_text,
     token_json,
     token_text,
     value_text,
@@ -27,6 +29,7 @@ from foldlog.cli.show import (
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
+from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import Loaded, load_intact, resolve
 from foldlog.storage.formats.rewrite import Progress
 from foldlog.storage.formats.slipstream_log import SLIPSTREAM
@@ -35,22 +38,6 @@ from foldlog.storage.log.lock import beside
 
 _NOTE_BYTES = 4096  # more than any note that a writer leaves
 _WRITE_BYTES = 64 * 1024
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def log_argument(command: _F) -> _F:
-    """The argument LOG, the first of most commands."""
-    return click.argument("log", type=click.Path(path_type=Path))(command)
-
-
-def format_option(
-    help: str, name: str = "--format", *, required: bool = False
-) -> Callable[[_F], _F]:
-    """An option that takes the name of a file format, as the argument `format_name`."""
-    return click.option(
-        name, "format_name", type=click.Choice(get_args(FormatName)), required=required, help=help
-    )
 
 
 class Opened(NamedTuple):
@@ -69,13 +56,23 @@ def read_log(log: Path, progress: Progress | None = None) -> Opened:
     return Opened(handle, load_intact(handle, progress))
 
 
-def utf8(_context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Refuse a key that no log can hold, before anything is opened."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise click.BadParameter("is not UTF-8", param=parameter) from None
-    return value
+def read_state(log: Path) -> FoldSnapshot:
+    """The state of a log, read without touching it. A torn tail is left out, and told on stderr."""
+    loaded = read_log(log).loaded
+    tell_torn(loaded)
+    return loaded.fold
+
+
+def tell_torn(loaded: Loaded) -> None:
+    """Say on stderr how much of a log was left out, if its last write is torn."""
+    if loaded.bad is not None:
+        size = size_text(loaded.size - loaded.chain.offset)
+        click.echo(f"foldlog: left out a torn tail of {size}", err=True)
+
+
+def shown_value(value: bytes) -> bytes:
+    """A value as `get` writes it: as it is, or as text that a terminal may see if that is where it goes."""
+    return terminal_text(value).encode() if sys.stdout.isatty() else value
 
 
 @click.command(
@@ -98,20 +95,23 @@ Examples:
     help="Then print it again, each on a line, whenever it changes, until Ctrl-C.",
 )
 def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
-    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none, but with --follow it is waited for."""
+    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none, but with --follow it is waited for.
+
+    On a terminal, control characters are escaped, and the value ends with a line end.
+    """
     if follow:
         from foldlog.cli.follow import follow_key  # imported here: it takes longer than a `get`
 
         follow_key(log, key, as_json)
         return
-    entry = read_log(log).loaded.fold.get(key)
+    entry = read_state(log).get(key)
     if entry is None:
         click.echo(f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True)
         raise click.exceptions.Exit(1)
     if as_json:
         click.echo(json.dumps(entry_json(entry)))
     else:
-        sys.stdout.buffer.write(entry.value)
+        sys.stdout.buffer.write(shown_value(entry.value))
 
 
 @click.command("range", epilog="Example: foldlog range routes.log tenants/ --keys --limit 10")
@@ -125,7 +125,7 @@ def range_(log: Path, prefix: str, as_json: bool, keys_only: bool, limit: int | 
 
     A line is the key, a tab and the value; what is not UTF-8 or not printable is escaped as \\xNN, \\uNNNN or \\UNNNNNNNN.
     """
-    entries: Iterator[KvEntry] = chain.from_iterable(read_log(log).loaded.fold.blocks(prefix))
+    entries: Iterator[KvEntry] = chain.from_iterable(read_state(log).blocks(prefix))
     out = sys.stdout.buffer
     buffer = bytearray()
     for entry in islice(entries, limit):
@@ -270,6 +270,7 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
     with progress_bar("reading", "bytes") as progress:
         loaded = read_log(log, progress).loaded
         fold = loaded.fold
+    tell_torn(loaded)
     with progress_bar("exporting", "entries") as progress:
         manifest = export_fold(
             fold, dest_dir, format=format_name or loaded.format.name, progress=progress

@@ -38,6 +38,15 @@ def value_text(value: bytes) -> str:
     return printable(value.decode("utf-8", "backslashreplace"))
 
 
+def terminal_text(value: bytes) -> str:
+    """A value as lines of text that a terminal can take: tabs and line ends stay, all else that is not printable is escaped."""
+    text = value.decode("utf-8", "backslashreplace")
+    shown = "".join(
+        char if char.isprintable() or char in "\n\t" else _escaped(ord(char)) for char in text
+    )
+    return shown if shown.endswith("\n") else shown + "\n"
+
+
 def token_json(token: VersionToken | WatchCursor) -> int | str | None:
     """A token as the change stream spells it: a u64 as a number, other bytes in hex, the empty one as None."""
     number = token.as_u64()
@@ -46,8 +55,7 @@ def token_json(token: VersionToken | WatchCursor) -> int | str | None:
 
 def token_text(token: VersionToken | WatchCursor) -> str:
     """A token for a human."""
-    shown = token_json(token)
-    return "none" if shown is None else str(shown)
+    return token.shown
 
 
 def op_text(update: Update) -> str:

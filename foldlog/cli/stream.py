@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import select
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -23,6 +25,7 @@ from foldlog.storage.artifacts.strict_json import parse_object
 
 MAX_LINE_BYTES = 128 * 1024 * 1024
 """The largest value with every byte escaped as \\u00XX takes 96 MiB. A longer line is no line."""
+READ_BYTES = 256 * 1024
 MAX_BATCH_BYTES = 32 * 1024 * 1024
 """Bytes of keys and values at which a batch ends before its count is full: a guess that bounds memory."""
 
@@ -68,10 +71,53 @@ def lines_of(
         yield line
 
 
-def read_changes(lines: Iterable[bytes], name: str) -> Iterator[Change]:
-    """The changes in `lines`, blank ones skipped. BadLineError names `name` and the line. Cost: about 5 us a line."""
+def lines_with_pauses(
+    fd: int, pause_s: float, progress: Callable[[int, int], object] | None = None
+) -> Iterator[bytes | None]:
+    """The lines of a pipe or terminal, each as soon as it is whole; None whenever nothing came for `pause_s`, once a pause.
+
+    Ends with the input. Memory: a line, and what came with it.
+    """
+    waiting = bytearray()
+    done = 0
+    paused = True
+    while True:
+        if not paused and not select.select((fd,), (), (), pause_s)[0]:
+            paused = True
+            yield None
+            continue
+        data = os.read(fd, READ_BYTES)
+        paused = False
+        if not data:
+            break
+        done += len(data)
+        if progress is not None:
+            progress(done, 0)
+        searched = len(waiting)
+        waiting += data
+        start = 0
+        while (end := waiting.find(b"\n", max(start, searched))) >= 0:
+            yield bytes(waiting[start : end + 1])
+            start = end + 1
+        del waiting[:start]
+        if len(waiting) > MAX_LINE_BYTES:
+            break
+    if waiting:
+        yield bytes(waiting)
+
+
+def read_changes(lines: Iterable[bytes | None], name: str) -> Iterator[Change | None]:
+    """The changes in `lines`, blank ones skipped, and None for a pause. BadLineError names `name` and the line.
+
+    Cost: about 5 us a line.
+    """
     previous: int | None = None
-    for number, line in enumerate(lines, 1):
+    number = 0
+    for line in lines:
+        if line is None:
+            yield None
+            continue
+        number += 1
         if not line.strip():
             continue
         try:
@@ -225,19 +271,31 @@ class Batcher:
         self._size = size
         self._pending: list[Change] = []
         self._bytes = 0
+        self.begun: WatchCursor | None = None
+        """A position of which `pause` handed out changes, and which nothing that came since has ended."""
 
     def push(self, change: Change) -> list[Change]:
         """Take the next change. Returns the batch that ends before it, mostly an empty list."""
         full = len(self._pending) >= self._size or self._bytes >= MAX_BATCH_BYTES
         ended = self.rest() if full and change.cursor != self._pending[-1].cursor else []
+        if change.cursor != self.begun:
+            self.begun = None
         self._pending.append(change)
         self._bytes += change.size
         return ended
 
     def rest(self) -> list[Change]:
-        """All that is pending, at the end of the stream."""
+        """All that is pending."""
         pending, self._pending, self._bytes = self._pending, [], 0
         return pending
+
+    def pause(self) -> tuple[list[Change], list[Change]]:
+        """All that is pending: what is complete, and the last run of one cursor, which may go on in lines not read yet."""
+        pending = self.rest()
+        complete = [change for change in pending if change.cursor != pending[-1].cursor]
+        if pending:
+            self.begun = pending[-1].cursor
+        return complete, pending[len(complete) :]
 
     def settled(self) -> list[Change]:
         """All that is pending but the last run of one cursor, which may go on in lines not read yet."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from foldlog.actors.follower import FollowerState
-from foldlog.cli.read import log_argument, writer_of
+from foldlog.cli.args import log_argument
+from foldlog.cli.keyboard import Keyboard
+from foldlog.cli.read import writer_of
 from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, parse_frame_head
+from foldlog.protocol.options import PICTURE_INTERVAL_S
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.formats.replay import read_head, resolve
 from foldlog.storage.log.files import OS_FILES, ReadHandle
@@ -181,10 +186,12 @@ def _age(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
-def _pictures(watcher: Watcher, interval_s: float) -> Iterator[Picture]:
+def _pictures(watcher: Watcher, wait: Callable[[], bool]) -> Iterator[Picture]:
+    """Pictures until `wait`, which is called between two of them, returns True."""
     while True:
         yield watcher.look(time.monotonic())
-        time.sleep(interval_s)
+        if wait():
+            return
 
 
 def _text(picture: Picture) -> str:
@@ -215,6 +222,13 @@ def _show_live(pictures: Iterator[Picture]) -> None:
             live.update(_table(picture), refresh=True)
 
 
+def _interval(_context: click.Context, parameter: click.Parameter, value: float) -> float:
+    try:
+        return PICTURE_INTERVAL_S.check(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=parameter) from None
+
+
 @click.command(
     epilog="Example: foldlog top routes.log (or, for scripts: foldlog top routes.log --once --json)"
 )
@@ -228,28 +242,51 @@ def _show_live(pictures: Iterator[Picture]) -> None:
 @click.option(
     "--interval",
     "interval_s",
-    type=click.FloatRange(min=0.05),
-    default=1.0,
+    type=float,
+    callback=_interval,
+    default=PICTURE_INTERVAL_S.default,
     show_default=True,
     help="Seconds between pictures.",
 )
 def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
-    """Show what happens in LOG, live, until Ctrl-C: state, writer, sequence, cursor, sizes, rate of batches, changes.
+    """Show what happens in LOG, live, until `q` or Ctrl-C: state, writer, sequence, cursor, sizes, rate of batches, changes.
 
-    Only follows: changes nothing, takes no lock, and waits for a log that is not there yet. Into a pipe or a file it prints one
-    picture after the other, without colours.
+    Only follows: changes nothing, takes no lock, and waits for a log that is not there yet. Into a pipe, a file or a dumb
+    terminal it prints one picture after the other, without colours.
     """
     if once:
         OS_FILES.stat(resolve(log))  # FileNotFoundError, rather than a picture of nothing
     with follow(log) as follower:
-        pictures = _pictures(Watcher(follower), interval_s)
-        if not (once or as_json) and sys.stdout.isatty():
-            _show_live(pictures)
-        for picture in pictures:
-            fields: dict[str, Any] = picture._asdict()
-            click.echo(json.dumps(fields) if as_json else _text(picture) + ("" if once else "\n"))
-            if once:
+        live = not (once or as_json) and sys.stdout.isatty() and not _is_dumb()
+        with Keyboard() if live else nullcontext() as keyboard:
+            pictures = _pictures(
+                Watcher(follower),
+                lambda: (
+                    _sleep(interval_s) if keyboard is None else keyboard.wait_for("q", interval_s)
+                ),
+            )
+            if live:
+                _show_live(pictures)
                 return
+            _print(pictures, once, as_json)
+
+
+def _is_dumb() -> bool:
+    """True if the terminal cannot move its cursor: then pictures follow each other, as in a pipe."""
+    return os.environ.get("TERM", "dumb").lower() in ("dumb", "unknown")
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+def _print(pictures: Iterator[Picture], once: bool, as_json: bool) -> None:
+    for picture in pictures:
+        fields: dict[str, Any] = picture._asdict()
+        click.echo(json.dumps(fields) if as_json else _text(picture) + ("" if once else "\n"))
+        if once:
+            return
 
 
 COMMANDS = (top,)

@@ -7,22 +7,36 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
-from foldlog.cli.read import format_option, log_argument, manifest_json, payload_bytes
+from foldlog.cli.args import format_option, log_argument, on_damage_option
+from foldlog.cli.read import manifest_json, payload_bytes
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
-from foldlog.cli.stream import BadLineError, Batcher, Change, Resume, lines_of, read_changes
+from foldlog.cli.stream import (
+    BadLineError,
+    Batcher,
+    Change,
+    Resume,
+    lines_of,
+    lines_with_pauses,
+    read_changes,
+)
+from foldlog.protocol.options import OnDamage
 from foldlog.protocol.store import FormatName
+from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.artifacts.artifact import import_artifact
 from foldlog.storage.engines.append_log import AppendLogSnapshot
 from foldlog.storage.formats.replay import resolve
+from foldlog.storage.formats.rewrite import Progress
 
 DEFAULT_BATCH = 1000
+PAUSE_S = 0.1
+"""How long the input may be silent before what is pending is applied."""
 
 
 @dataclass(slots=True)
@@ -53,24 +67,37 @@ class BadStreamError(ValueError):
 
 
 def fold_stream(
-    snap: AppendLogSnapshot, changes: Iterable[Change], name: str, batch_size: int = DEFAULT_BATCH
+    snap: AppendLogSnapshot,
+    changes: Iterable[Change | None],
+    name: str,
+    batch_size: int = DEFAULT_BATCH,
 ) -> Tally:
     """Apply `changes`, which come from `name`, after the cursor of `snap`. Cost: about 8 us a change, parsing included.
+
+    None among the changes is a pause: what is pending is applied. The last position may not be complete then, so the cursor
+    stays before it until another one, or the end, follows.
 
     Ctrl-C applies what is pending, except for the last position, whose lines may not all have come, and is told in the tally.
     BadStreamError for a line that is no change: the batches before it stay applied, what is pending is not.
     """
     tally, resume, batcher = Tally(), Resume(snap.cursor()), Batcher(batch_size)
 
-    def apply(batch: list[Change]) -> None:
+    def apply(batch: list[Change], cursor: WatchCursor | None = None) -> None:
         if batch:
-            snap.apply([change.update for change in batch], batch[-1].cursor)
+            snap.apply(
+                [change.update for change in batch],
+                batch[-1].cursor if cursor is None else cursor,
+            )
             tally.applied += len(batch)
             tally.batches += 1
 
     try:
         for change in changes:
-            if not resume.is_held(change):
+            if change is None:
+                complete, begun = batcher.pause()
+                apply(complete)
+                apply(begun, snap.cursor())
+            elif not resume.is_held(change):
                 apply(batcher.push(change))
         if resume.lost:
             cursor = token_text(snap.cursor())
@@ -80,6 +107,8 @@ def fold_stream(
                 cursor,
             )
         apply(batcher.rest())
+        if batcher.begun is not None:
+            snap.apply((), batcher.begun)
     except KeyboardInterrupt:
         tally.interrupted = True
         apply(batcher.settled())
@@ -103,11 +132,17 @@ def fold_stream(
     help="Changes a batch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@on_damage_option
 @format_option(
     "The format of a new LOG; one that exists must be of it. Without it: foldlog's own, or that of LOG."
 )
 def apply(
-    log: Path, file: BinaryIO, batch_size: int, as_json: bool, format_name: FormatName | None
+    log: Path,
+    file: BinaryIO,
+    batch_size: int,
+    as_json: bool,
+    on_damage: OnDamage,
+    format_name: FormatName | None,
 ) -> None:
     """Apply the change stream in FILE (or stdin) to LOG, from the cursor on that LOG stands at. Creates LOG if there is none.
 
@@ -116,15 +151,18 @@ def apply(
 
     Lines that LOG holds already are skipped: numbers up to its cursor, or all lines up to the one with its cursor. A bad
     line ends it with exit code 2, and what was applied before stays. Ctrl-C applies what has come, and ends with 130.
+
+    When a pipe pauses for 100 ms, what has come is applied. More lines with the last cursor may follow, so LOG's cursor moves to
+    it once a line with another one comes, or the end.
     """
     name = "stdin" if getattr(file, "name", "-") in ("-", "<stdin>") else printable(str(file.name))
     with progress_bar("applying", "bytes") as progress:
-        _, snap = AppendLogSnapshot.open(log, format=format_name, progress=progress)
+        _, snap = AppendLogSnapshot.open(
+            log, format=format_name, on_damage=on_damage, progress=progress
+        )
         with snap:
             start = time.perf_counter()
-            tally = fold_stream(
-                snap, read_changes(lines_of(file, progress, _size(file)), name), name, batch_size
-            )
+            tally = fold_stream(snap, read_changes(_lines(file, progress), name), name, batch_size)
             elapsed_s = time.perf_counter() - start
             cursor = snap.cursor()
     rate = tally.applied / elapsed_s if elapsed_s else 0.0
@@ -145,6 +183,20 @@ def apply(
         raise click.exceptions.Exit(130)
 
 
+def _lines(file: BinaryIO, progress: Progress | None) -> Iterator[bytes | None]:
+    """The lines of a file; of a pipe or terminal also None, whenever nothing came for `PAUSE_S`."""
+    size = _size(file)
+    try:
+        waits = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (OSError, ValueError):
+        waits = False
+    return (
+        lines_with_pauses(file.fileno(), PAUSE_S, progress)
+        if waits
+        else lines_of(file, progress, size)
+    )
+
+
 def _size(file: BinaryIO) -> int:
     """The size of a regular file; 0, for unknown, of anything else."""
     try:
@@ -156,15 +208,16 @@ def _size(file: BinaryIO) -> int:
 
 @click.command(epilog="Example: foldlog compact routes.log")
 @log_argument
+@on_damage_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def compact(log: Path, as_json: bool) -> None:
+def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
     """Rewrite LOG as its state: one entry for each live key, and no history. Takes the space of both files meanwhile."""
     path = resolve(log)
     before = os.stat(
         path
     ).st_size  # also refuses a log that is not there, which opening would create
     with progress_bar("compacting", "entries", before) as progress:
-        _, snap = AppendLogSnapshot.open(path, progress=progress)
+        _, snap = AppendLogSnapshot.open(path, on_damage=on_damage, progress=progress)
         with snap:
             entries, compacted = len(snap), snap.report.compacted
     after = os.stat(path).st_size

@@ -162,7 +162,8 @@ def test_a_bad_threshold_is_refused_before_any_file_is_touched(path, threshold, 
 
 @pytest.mark.parametrize("sync", [None, "interval", True, ""])
 def test_an_unknown_way_to_sync_is_refused_before_any_file_is_touched(path, sync):
-    with pytest.raises(ValueError, match="sync"):
+    wrong = ValueError if isinstance(sync, str) else TypeError
+    with pytest.raises(wrong, match="sync"):
         AppendLogSnapshot.open(path, sync=sync)
     assert list(path.parent.iterdir()) == []
 

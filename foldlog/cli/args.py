@@ -1,0 +1,47 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from foldlog.protocol.options import FORMAT, ON_DAMAGE
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def log_argument(command: _F) -> _F:
+    """The argument LOG, the first of most commands."""
+    return click.argument("log", type=click.Path(path_type=Path))(command)
+
+
+def format_option(
+    help: str, name: str = "--format", *, required: bool = False
+) -> Callable[[_F], _F]:
+    """An option that takes the name of a file format, as the argument `format_name`."""
+    return click.option(
+        name, "format_name", type=click.Choice(FORMAT.words), required=required, help=help
+    )
+
+
+def on_damage_option(command: _F) -> _F:
+    """The option --on-damage of commands that open a log for writing."""
+    return click.option(
+        "--on-damage",
+        type=click.Choice(ON_DAMAGE.words),
+        default=ON_DAMAGE.default,
+        show_default=True,
+        help="What to do if LOG is damaged: refuse, or cut it at the first damage and keep the rest beside it.",
+    )(command)
+
+
+def utf8(_context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Refuse a key that no log can hold, before anything is opened."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("is not UTF-8", param=parameter) from None
+    return value

@@ -1,0 +1,126 @@
+"""Commands that write one key: `put` and `delete`. They hold the writer's lock while they run, and sync what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from foldlog.cli.args import format_option, log_argument, on_damage_option, utf8
+from foldlog.cli.show import printable, token_json, token_text
+from foldlog.protocol.options import UNSET, OnDamage, Unset
+from foldlog.protocol.store import FormatName
+from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.updates import MAX_VALUE_BYTES
+from foldlog.storage.formats.replay import resolve
+from foldlog.store import Store
+from foldlog.store import open as open_store
+
+
+def _version(
+    _context: click.Context, parameter: click.Parameter, value: str | None
+) -> VersionToken | Unset:
+    """A version as the other commands print it."""
+    if value is None:
+        return UNSET
+    try:
+        return VersionToken.parse(value)
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error)), param=parameter) from None
+
+
+_expected_option = click.option(
+    "--expected",
+    metavar="VERSION",
+    callback=_version,
+    help="Only if KEY is at this version: a number, or hex (0x...). Else exit code 1.",
+)
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print key and version as one JSON object."
+)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  foldlog put flags.log beta 5%
+  foldlog put certificates.log example.org < example.org.pem"""
+)
+@log_argument
+@click.argument("key", callback=utf8)
+@click.argument("value", required=False)
+@click.option("--create", is_flag=True, help="Only if there is no KEY yet. Else exit code 1.")
+@_expected_option
+@on_damage_option
+@_json_option
+@format_option("The format of a new LOG; one that exists must be of it.")
+def put(
+    log: Path,
+    key: str,
+    value: str | None,
+    create: bool,
+    expected: VersionToken | Unset,
+    on_damage: OnDamage,
+    as_json: bool,
+    format_name: FormatName | None,
+) -> None:
+    """Set KEY in LOG to VALUE, or to the bytes of stdin without VALUE. Creates LOG if there is none.
+
+    The cursor stays where it is. On return, the value survives a power loss. Prints the version of the entry.
+    """
+    if create and expected is not UNSET:
+        raise click.UsageError("--create and --expected exclude each other.")
+    given = (
+        sys.stdin.buffer.read(MAX_VALUE_BYTES + 1)
+        if value is None
+        else value.encode("utf-8", "surrogateescape")  # as the shell gave it
+    )
+    with _open(log, on_damage, format_name) as store:
+        if create:
+            version = store.create(key, given)
+        elif expected is not UNSET:
+            version = store.update(key, given, expected=expected)
+        else:
+            version = store.put(key, given)
+    _tell("put", key, version, as_json)
+
+
+@click.command(epilog="Example: foldlog delete flags.log beta")
+@log_argument
+@click.argument("key", callback=utf8)
+@_expected_option
+@on_damage_option
+@_json_option
+def delete(
+    log: Path, key: str, expected: VersionToken | Unset, on_damage: OnDamage, as_json: bool
+) -> None:
+    """Remove KEY from LOG. Exit code 1 if there is no such entry: then nothing is written.
+
+    The cursor stays where it is. On return, the removal survives a power loss. Prints its version.
+    """
+    os.stat(resolve(log))  # refuses a log that is not there, which opening would create
+    with _open(log, on_damage, None) as store:
+        if key not in store:
+            click.echo(
+                f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True
+            )
+            raise click.exceptions.Exit(1)
+        version = store.delete(key, expected=expected)
+    _tell("deleted", key, version, as_json)
+
+
+def _open(log: Path, on_damage: OnDamage, format_name: FormatName | None) -> Store:
+    return open_store(log, sync="always", readers=1, on_damage=on_damage, format=format_name)
+
+
+def _tell(done: str, key: str, version: VersionToken, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"key": key, "version": token_json(version)}))
+    else:
+        click.echo(f"{done} {printable(key)} at version {token_text(version)}")
+
+
+COMMANDS = (put, delete)
