@@ -67,7 +67,7 @@ def tell_torn(loaded: Loaded) -> None:
     """Say on stderr how much of a log was left out, if its last write is torn."""
     if loaded.bad is not None:
         size = size_text(loaded.size - loaded.chain.offset)
-        click.echo(f"foldlog: left out a torn tail of {size}", err=True)
+        click.echo(f"left out a torn tail of {size}", err=True)
 
 
 def shown_value(value: bytes) -> bytes:

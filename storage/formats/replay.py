@@ -82,11 +82,11 @@ class OpenReport:
 
 def read_head(handle: ReadHandle) -> FileHead:
     """The head of a log file. InvalidFormatError if it is none, or of a newer format."""
-    check_own_format(handle)
     raw = handle.files.read(handle.fd, FILE_HEAD.size, 0)
     try:
         return parse_file_head(raw)
     except ValueError as error:
+        check_own_format(handle)
         raise InvalidFormatError(handle.path, 0, str(error)) from None
 
 
