@@ -25,7 +25,6 @@ from foldlog.actors.requests import (
     WriteRequest,
     as_request,
 )
-from foldlog.protocol.options import COMPACT_THRESHOLD
 from foldlog.protocol.errors import (
     Backpressure,
     FoldlogError,
@@ -39,6 +38,7 @@ from foldlog.protocol.errors import (
 )
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.messages import Apply
+from foldlog.protocol.options import COMPACT_THRESHOLD
 from foldlog.protocol.updates import Batch
 from foldlog.storage.engines.engine import Engine, log_limit
 from foldlog.storage.formats.rewrite import SLACK_BYTES, Next, Rewrite, next_pass
