@@ -182,7 +182,7 @@ class Supervisor:
             while True:
                 notice = self._notices.get_nowait()
                 if isinstance(notice, CloseNow):
-                    notice.future.set_result(self._stop_error)
+                    notice.future.set_result(None)  # closing twice is fine
                 elif isinstance(notice, Reopen):
                     failed = self.core.state is State.FAILED
                     notice.future.set_exception(self._failed() if failed else self._closed())
