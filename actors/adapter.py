@@ -1,19 +1,23 @@
-"""pykka, made fit for a store that must keep its promises. The only module that knows pykka's insides (4.5, pinned below 5).
+"""pykka, made fit for a store that must keep its promises. The only module that knows how pykka runs an actor (4.5, pinned below 5).
 
 What pykka does, and what is done about it here:
 
 - An actor that fails in a `tell`, or with a BaseException, is gone, with its mailbox and its reference; a BaseException stops
   every actor of the process. Here an actor's loop always ends with a notice to the supervisor, which starts a new thread
   on the *same* actor: reference, mailbox and waiting messages stay.
-- A message that was put while the actor was ending is never answered. Here the mailbox refuses under the lock that it
-  takes messages under: a message is either taken, or answered with the refusal at once.
+- A message that was put while the actor was ending is never answered. Here the mailbox (`mailbox.py`) settles whether a message
+  is taken or refused: it is answered either way.
 - Mailboxes have no bound. Here one has, in messages and bytes, and stopping always gets through.
+- `ActorRegistry.stop_all`, which any foreign actor calls that dies of SystemExit, stops whatever is registered. The actors of a
+  store are not, and only their owner's stop message ends them.
+- `ask` waits on a future whose setter waits for a lock of the asker's. Here it is a `Reply` (`answers.py`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import _thread
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -21,187 +25,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pykka
-from pykka import ActorRegistry
-from pykka._envelope import Envelope
-from pykka.messages import _ActorStop
 
-from foldlog.protocol.errors import Backpressure
+from foldlog.actors.answers import Reply
+from foldlog.actors.mailbox import STOP as STOP
+from foldlog.actors.mailbox import Inbox as Inbox
+from foldlog.actors.mailbox import Mail as Mail
+from foldlog.actors.mailbox import answer_error as answer_error
+from foldlog.actors.mailbox import reply as reply
+from foldlog.actors.mailbox import stop_only as stop_only
+from foldlog.protocol.errors import FoldlogError
+from foldlog.storage.handover import RECHECK_S, discard, is_below, is_over
 
 log = logging.getLogger("foldlog")
-
-STOP = _ActorStop()
-Refusal = Callable[[], Exception]
-Mail = Envelope[Any]
-
-
-class Inbox:
-    """A mailbox with a bound that can be told to refuse. Any number of actors may take from it."""
-
-    def __init__(self, max_messages: int = 1_000_000, max_bytes: int = 1 << 40) -> None:
-        self._lock = threading.Lock()
-        self._filled = threading.Condition(self._lock)
-        self._emptied = threading.Condition(self._lock)
-        self._waiting: deque[Mail] = deque()
-        self._bytes = 0
-        self._max_messages, self._max_bytes = max_messages, max_bytes
-        self._refusal: Refusal | None = None
-        self._ended = False
-
-    def __len__(self) -> int:
-        """Messages that wait."""
-        return len(self._waiting)
-
-    def put(self, mail: Mail) -> None:
-        """What pykka's references call. A refused or surplus `ask` is answered with the error; a `tell` raises it."""
-        try:
-            self.offer(mail)
-        except Exception as error:
-            if mail.reply_to is None:
-                raise
-            mail.reply_to.set_exception((type(error), error, None))
-
-    def offer(self, mail: Mail, timeout_s: float = 0.0) -> None:
-        """Add a message, waiting for room up to `timeout_s`. Raises the refusal, or Backpressure.
-
-        Stopping gets through both, and what the store's own actors tell each other gets through a full mailbox.
-        """
-        weight = getattr(mail.message, "weight", 0)
-        stop = isinstance(mail.message, _ActorStop)
-        urgent = stop or getattr(mail.message, "urgent", False)
-        deadline = None
-        with self._lock:
-            while True:
-                if self._ended and stop:
-                    break
-                if self._refusal is not None and not stop:
-                    raise self._refusal()
-                if urgent or not self._full(weight):
-                    self._waiting.append(mail)
-                    self._bytes += weight
-                    self._filled.notify()
-                    return
-                if deadline is None:
-                    deadline = time.monotonic() + timeout_s
-                rest = deadline - time.monotonic()
-                if rest <= 0:
-                    raise Backpressure(
-                        f"{len(self._waiting)} requests ({self._bytes} bytes) wait for the writer already"
-                    )
-                self._emptied.wait(rest)
-        reply(mail)  # nobody is left to be stopped
-
-    def _full(self, weight: int) -> bool:
-        if not self._waiting:
-            return False  # one request always fits, whatever its size
-        return len(self._waiting) >= self._max_messages or self._bytes + weight > self._max_bytes
-
-    def take(
-        self,
-        taken: list[Mail],
-        group: tuple[type, ...] = (),
-        limit: int = 1,
-        timeout_s: float | None = None,
-    ) -> None:
-        """Wait for a message, up to `timeout_s`, and move it to `taken`; if it is of `group`, those behind it that are, too.
-
-        `taken` belongs to the actor: what it holds survives the actor's death.
-        """
-        with self._lock:
-            if not self._waiting:
-                self._filled.wait_for(self._waiting.__len__, timeout_s)
-            while self._waiting and len(taken) < limit:
-                mail = self._waiting[0]
-                if taken and not (
-                    isinstance(mail.message, group) and isinstance(taken[0].message, group)
-                ):
-                    break
-                taken.append(self._waiting.popleft())
-                self._bytes -= getattr(mail.message, "weight", 0)
-            self._emptied.notify_all()
-
-    def return_taken(self, taken: list[Mail]) -> None:
-        """Put messages back in front, past any bound, in their order."""
-        with self._lock:
-            self._waiting.extendleft(reversed(taken))
-            self._bytes += sum(getattr(mail.message, "weight", 0) for mail in taken)
-            taken.clear()
-            self._filled.notify()
-
-    def refuse(
-        self, refusal: Refusal, *, drain: bool, publish: Callable[[], None] | None = None
-    ) -> None:
-        """From now on answer every message with an error. With `drain`, also those that wait; else they are still served.
-
-        `publish` tells others of it in the same moment: whoever sees what it does is refused, and whoever is refused sees it.
-        """
-        with self._lock:
-            if publish is not None:
-                publish()
-            self._refusal = refusal
-            drained = list(self._waiting) if drain else []
-            if drain:
-                self._waiting.clear()
-                self._bytes = 0
-            self._emptied.notify_all()
-        for mail in drained:
-            answer_error(mail, None if isinstance(mail.message, _ActorStop) else refusal())
-
-    def end(self, refusal: Refusal) -> None:
-        """Nobody takes from it any more: answer all that waits, and all that comes."""
-        with self._lock:
-            self._ended = True
-        self.refuse(refusal, drain=True)
-
-    def accept(self) -> None:
-        """Take messages again."""
-        with self._lock:
-            self._refusal = None
-
-    def after_fork(self, refusal: Refusal) -> None:
-        """In a forked child: the locks may be held by threads that do not exist here."""
-        self.__init__()  # type: ignore[misc]
-        self._refusal = refusal
-
-    # The rest of what pykka expects of a mailbox.
-
-    def get(self) -> Mail:
-        taken: list[Mail] = []
-        self.take(taken)
-        return taken[0]
-
-    def empty(self) -> bool:
-        return not self._waiting
-
-
-def answer_error(mail: Mail, error: Exception | None) -> None:
-    """End a message that will not be served; None where that is what it asked for."""
-    fail = getattr(mail.message, "fail", None)
-    if fail is not None:
-        fail(error)
-    elif mail.reply_to is not None:
-        reply(mail, error=error)
-    elif error is not None:
-        log.error(
-            "a message was told to an actor that cannot serve it: %r: %s",
-            type(mail.message).__name__,
-            error,
-        )
-
-
-def reply(mail: Mail, value: Any = None, error: Exception | None = None) -> None:
-    """Answer an `ask`, once."""
-    if mail.reply_to is None:
-        return
-    with contextlib.suppress(Exception):  # queue.Full: it was answered already
-        if error is None:
-            mail.reply_to.set(value)
-        else:
-            mail.reply_to.set_exception((type(error), error, None))
-
-
-def stop_only(mails: list[Mail]) -> list[Mail]:
-    """Of messages in hand, those that ask to stop."""
-    return [mail for mail in mails if isinstance(mail.message, _ActorStop)]
+_getframe = sys._getframe
 
 
 class Started(NamedTuple):
@@ -215,6 +51,21 @@ class Ended(NamedTuple):
 
     actor: SupervisedActor
     error: BaseException | None
+
+
+def start_aside(thread: threading.Thread, failed: Callable[[BaseException], object]) -> None:
+    """Start `thread` from a thread of its own: an interrupt within `Thread.start` can leave locks of `threading` held.
+
+    RuntimeError, here or to `failed`, if there are no threads to be had.
+    """
+
+    def start() -> None:
+        try:
+            thread.start()
+        except BaseException as error:
+            failed(error)
+
+    _thread.start_new_thread(start, ())
 
 
 Notice = Started | Ended
@@ -240,10 +91,10 @@ class SupervisedActor(pykka.ThreadingActor):
         self.name = name
         self._post = post
         if inbox is not None:
-            self.actor_inbox = inbox
-            self._actor_ref.actor_inbox = inbox
+            self.actor_inbox = inbox  # type: ignore[assignment]
+            self._actor_ref.actor_inbox = inbox  # type: ignore[assignment]
         self.inbox: Inbox = self.actor_inbox  # type: ignore[assignment]
-        # What was taken from the mailbox and is not done. Owned by the actor's thread while it lives.
+        # What was taken from the mailbox and is not done. Owned by who has the turn.
         self.taken: list[Mail] = []
         self.thread: threading.Thread | None = None
         self.told_to_stop = False
@@ -254,9 +105,12 @@ class SupervisedActor(pykka.ThreadingActor):
     def _create_actor_inbox() -> Any:
         return Inbox()
 
+    @staticmethod
+    def _create_future() -> pykka.Future[Any]:
+        return Reply()
+
     def launch(self) -> None:
-        """Register and start. RuntimeError if there are no threads to be had; nothing is left behind then."""
-        ActorRegistry.register(self.actor_ref)
+        """Start. RuntimeError if there are no threads to be had; nothing is left behind then."""
         try:
             self.resume()
         except BaseException:
@@ -276,7 +130,6 @@ class SupervisedActor(pykka.ThreadingActor):
 
     def retire(self) -> None:
         """Mark as stopped for pykka."""
-        ActorRegistry.unregister(self.actor_ref)
         self.actor_stopped.set()
 
     def _actor_loop(self) -> None:
@@ -286,11 +139,8 @@ class SupervisedActor(pykka.ThreadingActor):
             self.on_start()
             self._post(Started(self))
             while not self.actor_stopped.is_set():
-                self.busy_since = None
-                if (
-                    not self.taken
-                ):  # a predecessor that died while it stopped has left that to be done
-                    self.inbox.take(self.taken, self.group, self.group_limit, self.tick_s)
+                if not self.taken:  # a predecessor that died while it stopped has left that to be done
+                    self._await_mail()
                 self.busy_since = time.monotonic()
                 self._serve()
         except BaseException as raised:
@@ -298,10 +148,14 @@ class SupervisedActor(pykka.ThreadingActor):
         finally:
             self._post(Ended(self, error))
 
+    def _await_mail(self) -> None:
+        self.busy_since = None
+        self.inbox.take(self.taken, self.group, self.group_limit, self.tick_s)
+
     def _serve(self) -> None:
         if not self.taken:
             self.on_tick()
-        elif isinstance(self.taken[0].message, _ActorStop):
+        elif self.taken[0].message is STOP:
             mail = self.taken[0]
             self.on_stop()
             self.retire()
@@ -314,7 +168,7 @@ class SupervisedActor(pykka.ThreadingActor):
     def abandon(self, error: Exception) -> None:
         """Answer what a thread that ended for good has left in hand. For the supervisor."""
         for mail in self.taken:
-            answer_error(mail, None if isinstance(mail.message, _ActorStop) else error)
+            answer_error(mail, None if mail.message is STOP else error)
         self.taken.clear()
 
     def handle(self, mails: list[Mail]) -> None:
@@ -323,3 +177,153 @@ class SupervisedActor(pykka.ThreadingActor):
 
     def on_tick(self) -> None:
         """Nothing came for `tick_s`."""
+
+
+class DiedInTurn(Exception):
+    """An actor died in a turn that a caller's thread had taken, of an exception that struck that thread (`__cause__`)."""
+
+
+def is_own_fault(error: BaseException) -> bool:
+    """True for what the store raises itself, and what the system tells it; else it struck the thread from outside.
+
+    A TimeoutError that a handler of SIGALRM raises is an OSError, too, but one without a number.
+    """
+    return isinstance(error, FoldlogError) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
+
+
+class SharedActor(SupervisedActor):
+    """An actor whose turns may also be taken by its callers' threads, while it is idle and its mailbox is empty.
+
+    It stays one turn at a time, in the order of the mailbox: who is first in the line `turn` has it. The actor stands in it
+    while it works, and from its death until it has started again. A caller that finds it empty enters, looks whether the
+    mailbox is still empty, works, and leaves. Mail is taken from the mailbox only by who has the turn, so an empty mailbox
+    means that nothing came before. (Flat combining: Hendler, Incze, Shavit, Tzafrir, SPAA 2010.)
+
+    What a turn dies of, the actor dies of: its thread wakes up, finds what was in hand, and ends with a notice as ever. It does
+    so as well if the caller's frame is gone without a word, after an interrupt within an interrupt.
+    """
+
+    def __init__(self, name: str, post: Post, inbox: Inbox | None = None) -> None:
+        super().__init__(name, post, inbox)
+        self.turn: deque[object] = deque()
+        """Who works, and who waits to: frames of `work_in_turn`, and the actor itself."""
+        self._died_of: BaseException | None = None
+        self._raised_by_hook: BaseException | None = None
+
+    def hooked(self, hook: Callable[[str], None]) -> Callable[[str], None]:
+        """`hook`, so that what it raises counts as the actor's own fault, whosever thread has the turn."""
+
+        def call(name: str) -> None:
+            try:
+                hook(name)
+            except BaseException as error:
+                if not isinstance(error, KeyboardInterrupt) or error.args:  # else Ctrl-C came within
+                    self._raised_by_hook = error
+                raise
+
+        return call
+
+    def is_own_fault(self, error: BaseException) -> bool:
+        """True if the actor failed; False if the exception struck the thread that had the turn from outside."""
+        return error is self._raised_by_hook or is_own_fault(error)
+
+    def resume(self) -> None:
+        if self not in self.turn:
+            self.turn.append(self)
+        super().resume()
+
+    def work_in_turn(self, mail: Mail) -> bool:
+        """Serve `mail` on the caller's thread, if the turn can be had at once. False if not: offer it to the mailbox.
+
+        Raises what the turn died of; then the actor has `mail` in hand, and settles it when it has started again.
+        """
+        turn, inbox = self.turn, self.inbox
+        if turn or inbox.mails:
+            return False
+        working = False
+        try:
+            turn.append(_getframe())
+            if not may_work(turn[0] is _getframe(), inbox):
+                return False
+            working = True
+            taken = self.taken
+            taken.append(mail)
+            self.busy_since = time.monotonic()
+            self.handle(taken)
+            taken.clear()
+            if inbox.mails:
+                self.work_for_others()
+            self.busy_since = None
+            working = False
+            return True
+        except BaseException as error:
+            if working:
+                self._died_of = error
+            raise
+        finally:
+            if not working:
+                discard(turn, _getframe())
+            if working or inbox.mails:
+                inbox.wake()
+
+    def is_in_turn(self) -> bool:
+        """True if the calling thread has the turn, further down its stack: then it would wait for itself."""
+        try:
+            return is_below(self.turn[0])
+        except IndexError:
+            return False
+
+    def work_for_others(self) -> None:
+        """In a turn that a caller has taken: serve some of what came meanwhile."""
+
+    def _await_mail(self) -> None:
+        turn, inbox = self.turn, self.inbox
+        deadline = None if self.tick_s is None else time.monotonic() + self.tick_s
+        self.busy_since = None
+        turn.remove(self)
+        while True:
+            rest = RECHECK_S
+            if deadline is not None:
+                rest = min(rest, max(deadline - time.monotonic(), 0.0))
+            spent = inbox.wait(rest)
+            self._look_after_turn()
+            late = deadline is not None and time.monotonic() >= deadline
+            if not inbox.mails and not late:
+                continue
+            turn.append(self)
+            while turn[0] is not self:
+                inbox.wait_for_wake(RECHECK_S)
+                self._look_after_turn()
+            self.busy_since = time.monotonic()
+            inbox.move(self.taken, self.group, self.group_limit, spent)
+            if self.taken or late:
+                return
+            self.busy_since = None
+            turn.remove(self)
+
+    def _look_after_turn(self) -> None:
+        """Take over from a caller that was interrupted in its turn; raise if that left something in hand."""
+        try:
+            first = self.turn[0]
+        except IndexError:
+            return
+        error = self._died_of
+        if first is self or (error is None and not is_over(first)):
+            return
+        if self.taken and self not in self.turn:
+            self.turn.append(self)
+        discard(self.turn, first)
+        if not self.taken:
+            self.busy_since = None
+            return
+        self._died_of = None
+        if error is not None and self.is_own_fault(error):
+            raise error
+        raise DiedInTurn(f"interrupted in a caller's thread: {error!r}") from error
+
+
+def may_work(is_first: bool, inbox: Inbox) -> bool:
+    """Whether a caller that has entered the line may take the turn: nobody and nothing came before, and nothing ended."""
+    return is_first and not inbox.mails and not inbox.refusing

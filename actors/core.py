@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.replay import OpenReport
 from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.handover import Latch
 from foldlog.storage.log.log import Log
 
 log = logging.getLogger("foldlog")
@@ -68,6 +68,8 @@ _NUMBERS: tuple[Count | Seconds, ...] = (
     RESTART_WINDOW_S,
     STUCK_AFTER_S,
 )
+def no_step(name: str) -> None:
+    """What actors call at their steps unless a test looks on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ class Config:
     format: FormatName | None = None
     """Of a log that is made; one that exists must be of it, unless this is None."""
     files: Files = field(default=OS_FILES, repr=False)
-    step: Callable[[str], None] = field(default=lambda name: None, repr=False)
+    step: Callable[[str], None] = field(default=no_step, repr=False)
     """Called by each actor at its named steps (`foldlog.testing` crashes there)."""
 
     def __post_init__(self) -> None:
@@ -190,7 +192,7 @@ class Core:
         self.report: OpenReport | None = None
         self.books = Books()
         self.feeds = Feeds()
-        self.ended = threading.Event()
+        self.ended = Latch()
         """Set when the store is CLOSED and its threads have ended."""
 
     def publish(self, fold: FoldSnapshot) -> None:

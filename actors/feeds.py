@@ -12,22 +12,26 @@ snapshot that it had seen and the present one. So it costs bounded memory, and m
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
+import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from foldlog.protocol.errors import CursorExpired, FoldlogError
+from foldlog.actors.adapter import is_own_fault
+from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Put, batches_body, decode_batches
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.handover import RECHECK_S, Wakeup, is_over
 from foldlog.storage.log.backlog import batches_since
 
 BUFFER_GROUPS = 1024
@@ -37,13 +41,25 @@ BUFFER_UPDATES = 32_768
 BUFFER_BYTES = 16 * 1024 * 1024
 """What they may hold, encoded. One group always fits, whatever its size."""
 
+_getframe = sys._getframe
+
 Since: TypeAlias = WatchCursor | FoldSnapshot | None
 
 
 class Group:
     """A commit group that was published; or, without batches, a state that was reached by steps that are not known."""
 
-    __slots__ = ("_batches", "_decoded", "first_seq", "fold", "rewound", "size", "updates")
+    __slots__ = (
+        "_batches",
+        "_decoded",
+        "first_seq",
+        "fold",
+        "rewound",
+        "size",
+        "total_bytes",
+        "total_updates",
+        "updates",
+    )
 
     def __init__(
         self,
@@ -57,6 +73,8 @@ class Group:
         self.updates = sum(
             batch.length if isinstance(batch, Batch) else len(batch.keys) for batch in batches
         )
+        self.total_updates, self.total_bytes = self.updates, size
+        """Of all groups of the feeds up to this one, so that a buffer counts what waits by its ends."""
         self._batches = batches
         self._decoded: list[DecodedBatch] | None = None
 
@@ -78,14 +96,12 @@ class Group:
 
 
 class Buffer:
-    """What waits for one subscriber."""
+    """What waits for one subscriber. Filled by one thread at a time, emptied by one, ended by any; none waits for another."""
 
     def __init__(self) -> None:
-        # Reentrant, all locks here: a collection of garbage within may close what is dropped.
-        self._changed = threading.Condition(threading.RLock())
-        self._groups: deque[Group] = deque()
-        self._updates = self._bytes = 0
-        self._lost: Lost | None = None
+        # Its elements are removed by who told them (`drop`), or all at once by who fills it (`push`).
+        self._waiting: deque[Group | Lost] = deque()
+        self._wakeup = Wakeup()
         self.ended: str | None = None
         """Why nothing more will come; None while it may. What waits is still told."""
         self.deadline: float | None = None
@@ -97,56 +113,64 @@ class Buffer:
         """Groups that wait."""
         return len(self._groups)
 
+    @property
+    def _groups(self) -> list[Group]:
+        return [item for item in tuple(self._waiting) if isinstance(item, Group)]
+
     def push(self, group: Group) -> None:
         """Add what was published. Past the bounds, everything that waits is dropped, and only its end is remembered."""
-        with self._changed:
-            self._groups.append(group)
-            self._updates += group.updates
-            self._bytes += group.size
-            over = (
-                len(self._groups) > BUFFER_GROUPS
-                or self._updates > BUFFER_UPDATES
-                or self._bytes > BUFFER_BYTES
-            )
-            if over and len(self._groups) > 1:
-                lost = self._lost or Lost(group.fold, 0, "")
-                batches = lost.batches + sum(map(len, self._groups))
-                rewound = [waiting.rewound for waiting in self._groups if waiting.rewound]
-                self._lost = Lost(group.fold, batches, rewound[-1] if rewound else lost.rewound)
-                self._clear()
-            self._changed.notify()
+        waiting = self._waiting
+        waiting.append(group)
+        if self._is_over_bounds(group):
+            waiting.append(_lost(_drained(waiting)))
+        self._wakeup.set()
 
-    def _clear(self) -> None:
-        self._groups.clear()
-        self._updates = self._bytes = 0
+    def _is_over_bounds(self, last: Group) -> bool:
+        """Whether more waits than may. One group always fits."""
+        try:
+            first = self._waiting[0]
+        except IndexError:
+            return False
+        groups = len(self._waiting) - isinstance(first, Lost)
+        return groups > 1 and (
+            groups > BUFFER_GROUPS
+            or last.total_updates - first.total_updates + first.updates > BUFFER_UPDATES
+            or last.total_bytes - first.total_bytes + first.size > BUFFER_BYTES
+        )
 
     def start_at(self, fold: FoldSnapshot) -> None:
         """Forget what was published before `fold`, which the subscriber begins with."""
-        with self._changed:
-            if any(group.fold is fold for group in self._groups):
-                while self._groups[0].fold is not fold:
-                    self._drop_first()
-                self._drop_first()
+        waiting = tuple(self._waiting)
+        for number, group in enumerate(waiting):
+            if group.fold is fold:
+                for older in waiting[: number + 1]:
+                    self.drop(older)
+                return
 
-    def _drop_first(self) -> Group:
-        group = self._groups.popleft()
-        self.waited_before -= 1
-        self._updates -= group.updates
-        self._bytes -= group.size
-        return group
+    def drop(self, told: Group | Lost) -> None:
+        """It was told to its end, and waits no more."""
+        with contextlib.suppress(ValueError):  # it was dropped with all that waited
+            self._waiting.remove(told)
+            self.waited_before -= isinstance(told, Group)
 
-    def take(self) -> Group | Lost | None:
-        """What comes next, waiting for it until the deadline. None: nothing came, or it is over."""
-        with self._changed:
-            if not self._groups and self._lost is None and self.ended is None:
-                rest = None if self.deadline is None else max(self.deadline - time.monotonic(), 0.0)
-                self._changed.wait_for(
-                    lambda: self._groups or self._lost is not None or self.ended is not None, rest
-                )
-            if self._lost is not None:
-                lost, self._lost = self._lost, None
-                return lost
-            return self._drop_first() if self._groups else None
+    def first(self) -> Group | Lost | None:
+        """What comes next, waiting for it until the deadline. None: nothing came, or it is over. It stays until `drop`."""
+        while True:
+            with contextlib.suppress(IndexError):
+                return self._waiting[0]
+            if self.ended is not None:
+                return None
+            rest = RECHECK_S
+            if self.deadline is not None:
+                rest = min(rest, self.deadline - time.monotonic())
+                if rest <= 0:
+                    return None
+            self._wakeup.wait(rest)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something waits."""
+        return bool(self._waiting)
 
     @property
     def is_late(self) -> bool:
@@ -159,87 +183,105 @@ class Buffer:
 
     def end(self, reason: str, *, drop: bool = False) -> None:
         """Nothing more will come. With `drop`, nor is told what waits."""
-        with self._changed:
-            if drop:
-                self._clear()
-                self._lost = None
-            self.ended = self.ended or reason
-            self._changed.notify_all()
+        self.ended = self.ended or reason
+        if drop:
+            self._waiting.clear()
+        self._wakeup.set()
 
     def after_fork(self, reason: str) -> None:
-        """In a forked child, where nobody publishes, and the lock may be held for ever."""
-        self._changed = threading.Condition(threading.RLock())
-        self._clear()
-        self._lost = None
+        """In a forked child, where nobody publishes."""
+        self._wakeup = Wakeup()
+        self._waiting.clear()
         self.ended = self.ended or reason
 
 
 class Lost:
-    """Groups were dropped; this is the last of them."""
+    """Groups were dropped; `fold` is what the last of them led to."""
 
-    __slots__ = ("batches", "fold", "rewound")
+    __slots__ = ("batches", "fold", "rewound", "size", "total_bytes", "total_updates", "updates")
 
     def __init__(self, fold: FoldSnapshot, batches: int, rewound: str) -> None:
         self.fold, self.batches, self.rewound = fold, batches, rewound
+        self.size = self.updates = 0
+        self.total_updates = self.total_bytes = 0
+
+
+def _drained(waiting: deque[Group | Lost]) -> list[Group | Lost]:
+    drained: list[Group | Lost] = []
+    with contextlib.suppress(IndexError):  # its reader removes from it, too
+        while True:
+            drained.append(waiting.popleft())
+    return drained
+
+
+def _lost(dropped: list[Group | Lost]) -> Lost:
+    """What is remembered of groups that were dropped, and of those before them."""
+    batches = sum(item.batches if isinstance(item, Lost) else len(item) for item in dropped)
+    rewound = [item.rewound for item in dropped if item.rewound]
+    last = dropped[-1]
+    lost = Lost(last.fold, batches, rewound[-1] if rewound else "")
+    lost.total_updates, lost.total_bytes = last.total_updates, last.total_bytes
+    return lost
 
 
 class Feeds:
     """The subscriptions of one store or follower."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
-        # Replaced whole under the lock, read without it by whoever publishes.
-        self._buffers: tuple[Buffer, ...] = ()
+        self._subscribed: dict[Buffer, None] = {}
+        self._updates = self._bytes = 0  # published to these, ever
         self._ended: str | None = None
         _all_feeds.add(self)
 
     @property
+    def _buffers(self) -> tuple[Buffer, ...]:
+        return tuple(self._subscribed)
+
+    @property
     def wanted(self) -> bool:
         """Whether anybody listens."""
-        return bool(self._buffers)
+        return bool(self._subscribed)
 
     def publish(
         self, fold: FoldSnapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int
     ) -> None:
         """Tell of a commit group, `size` bytes encoded. Cost: an append for each subscription."""
-        if self._buffers:
+        if self._subscribed:
             self._push(Group(fold, first_seq, batches, size))
 
     def jump(self, fold: FoldSnapshot, rewound: str = "") -> None:
         """Tell that the state is `fold`: by steps that are not known, or the same as before, in another file."""
-        if self._buffers:
+        if self._subscribed:
             self._push(Group(fold, 0, (), 0, rewound))
 
     def _push(self, group: Group) -> None:
+        self._updates = group.total_updates = self._updates + group.updates
+        self._bytes = group.total_bytes = self._bytes + group.size
         for buffer in self._buffers:
             buffer.push(group)
 
     def add(self, buffer: Buffer) -> None:
         """Let `buffer` have all that is published from here on."""
-        with self._lock:
-            if self._ended is None:
-                self._buffers = (*self._buffers, buffer)
-                return
-        buffer.end(self._ended)
+        self._subscribed[buffer] = None
+        if self._ended is not None:  # looked at after adding: whoever ends it looks at the buffers after saying so
+            self.remove(buffer)
+            buffer.end(self._ended)
 
     def remove(self, buffer: Buffer) -> None:
         """Let `buffer` have nothing more."""
-        with self._lock:
-            self._buffers = tuple(other for other in self._buffers if other is not buffer)
+        self._subscribed.pop(buffer, None)
 
     def end(self, reason: str) -> None:
         """End all subscriptions, and those to come."""
-        with self._lock:
-            self._ended = reason
-            buffers, self._buffers = self._buffers, ()
-        for buffer in buffers:
+        self._ended = reason
+        for buffer in self._buffers:
+            self.remove(buffer)
             buffer.end(reason)
 
     def after_fork(self) -> None:
-        self._lock = threading.RLock()
         self._ended = "the process was forked: nobody tells of changes here"
-        buffers, self._buffers = self._buffers, ()
-        for buffer in buffers:
+        for buffer in self._buffers:
+            self.remove(buffer)
             buffer.after_fork(self._ended)
 
 
@@ -252,6 +294,44 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class Part:
+    """A stretch of events that leads to one fold, and how much of it was told.
+
+    Events are made by generators, and one that an exception has passed through is dead. So the position is kept beside it, and
+    an interrupted part is made anew from there.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, Event | None], Iterator[Event]],
+        fold: FoldSnapshot,
+        source: Group | Lost | None = None,
+    ) -> None:
+        """`make` gives the events after so many, of which the last was the event given."""
+        self._make, self.fold, self.source = make, fold, source
+        self._events: Iterator[Event] | None = None
+        self._made = 0
+        self.told = 0
+        self._offered: Event | None = None
+        self._last: Event | None = None
+
+    def offer(self) -> Event | None:
+        """The next event; the same again until it is accepted. None at the end."""
+        events, self._events = self._events, None  # should this be interrupted, it is not gone on with
+        if events is None or self._made != self.told:
+            events = self._make(self.told, self._last)
+            self._made = self.told
+        self._offered = event = next(events, None)
+        self._made += 1
+        self._events = events
+        return event
+
+    def accept(self) -> None:
+        """The offered event has reached its subscriber."""
+        self._last = self._offered
+        self.told += 1
 
 
 class Subscription:
@@ -267,41 +347,95 @@ class Subscription:
             raise TypeError(f"since is a WatchCursor or a FoldSnapshot, not {type(since).__name__}")
         self.buffer = Buffer()
         self.feeds = feeds
-        feeds.add(
-            self.buffer
-        )  # first: what is published while the start is read must not fall between
+        self._prefix = prefix
+        self._line: deque[object] = deque()
+        """The frame that reads."""
+        self.ended: str | None = None
+        """Why it is over; None while there may be events."""
         try:
+            feeds.add(
+                self.buffer
+            )  # first: what is published while the start is read must not fall between
             at = current()
-            start = _start(at, prefix, since)
+            make = _start(at, prefix, since)
         except BaseException:
             feeds.remove(self.buffer)
             raise
         self.buffer.start_at(at)
-        self._events: Iterator[Event | None] = _events(self.buffer, at, start, prefix)
-        self.ended: str | None = None
-        """Why it is over; None while there may be events."""
+        # What was told reaches up to `_at`, always: with it, a difference is exact.
+        self._at: FoldSnapshot | None = at
+        self._part: Part | None = Part(make, at)
 
     def next(self, timeout_s: float | None) -> Event | None:
         """The next event; None if there is none within `timeout_s`, or if it is over."""
-        if timeout_s is not None:
-            timeout_s = time.monotonic() + check_timeout(timeout_s)
-        self.buffer.deadline = timeout_s
-        self.buffer.waited_before = len(self.buffer)
+        event = self.offer(timeout_s)
+        if event is not None:
+            self.accept()
+        return event
+
+    def accept(self) -> None:
+        """What was offered has reached the subscriber. Until then it is offered again."""
+        part = self._part
+        if part is not None:
+            part.accept()
+
+    def offer(self, timeout_s: float | None) -> Event | None:
+        """`next`, of what is to be accepted yet. ReentrantCall if it is being read already."""
+        line = self._line
         try:
-            return next(self._events)
-        except StopIteration:
-            self._finish(self.buffer.ended or "over")
-        except (
-            OSError,
-            FoldlogError,
-        ) as error:  # a snapshot whose file was overwritten does not read
-            self._finish(f"the difference cannot be told: {error}")
+            line.append(_getframe())
+            while (first := line[0]) is not _getframe():
+                if not is_over(first):
+                    raise ReentrantCall("the watch is being read already")
+                del first
+                line.popleft()
+            if timeout_s is not None:
+                timeout_s = time.monotonic() + check_timeout(timeout_s)
+            self.buffer.deadline = timeout_s
+            self.buffer.waited_before = len(self.buffer) if timeout_s is not None else 0
+            return self._offer()
+        except (OSError, FoldlogError) as error:
+            # A snapshot whose file was overwritten does not read.
+            if is_own_fault(error) and not isinstance(error, ReentrantCall):
+                self._finish(f"the difference cannot be told: {error}")
             raise
-        return None
+        finally:
+            first = None
+            with contextlib.suppress(ValueError):
+                line.remove(_getframe())
+
+    def _offer(self) -> Event | None:
+        while True:
+            part, at = self._part, self._at
+            if at is None:
+                return None
+            if part is None:
+                source = self.buffer.first()
+                if source is None:
+                    if self.buffer.ended is not None and not self.buffer.has_more:
+                        self._finish(self.buffer.ended)
+                    return None
+                part = self._part = _part_of(source, at, self._prefix)
+            event = part.offer()
+            if event is not None:
+                return event
+            self._end(part, at)
+            if not part.told and self.buffer.is_late:
+                return None
+
+    def _end(self, part: Part, at: FoldSnapshot) -> None:
+        """It is told. Each step may be done again, should this be interrupted."""
+        source = part.source
+        if isinstance(source, Lost) or (source and source.rewound) or part.fold.seq >= at.seq:
+            # Also if nothing differs: it may stand in a newer file, and let go of the older one.
+            self._at = part.fold
+        if source is not None:
+            self.buffer.drop(source)
+        self._part = None
 
     def _finish(self, reason: str) -> None:
         self.ended = self.ended or reason
-        self._events = iter(())  # and with it, the snapshot
+        self._part = self._at = None  # and with it, the snapshot
         self.feeds.remove(self.buffer)
         self.buffer.end(reason, drop=True)
 
@@ -310,48 +444,44 @@ class Subscription:
         self._finish(reason)
 
 
-def _start(at: FoldSnapshot, prefix: str, since: Since) -> Iterator[Event]:
+def _start(
+    at: FoldSnapshot, prefix: str, since: Since
+) -> Callable[[int, Event | None], Iterator[Event]]:
+    synced = Synced(at.cursor(), at.seq)
     if isinstance(since, FoldSnapshot):
-        return _difference(since, at, prefix)
+        return _again(lambda: chain(_difference(since, at, prefix), (synced,)))
     if since is None or since.is_none:
-        return (
-            Changed(Put(*entry), at.cursor(), at.seq)
-            for block in at.blocks(prefix)
-            for entry in block
+
+        def state(told: int, last: Event | None) -> Iterator[Event]:
+            if isinstance(last, Synced):
+                return iter(())
+            after = last.update.key if isinstance(last, Changed) else None
+            entries = chain.from_iterable(at.blocks(prefix, after))
+            return chain((Changed(Put(*entry), at.cursor(), at.seq) for entry in entries), (synced,))
+
+        return state
+
+    def changes() -> Iterator[Event]:
+        batches = batches_since(at, since)
+        if batches is None:
+            raise CursorExpired(
+                f"cursor {since.shown} is not in the log any more: it was compacted, or never there"
+            )
+        return chain(
+            (event for seq, batch in batches for event in _changes(seq, batch, prefix)), (synced,)
         )
-    batches = batches_since(at, since)
-    if batches is None:
-        raise CursorExpired(
-            f"cursor {since.shown} is not in the log any more: it was compacted, or never there"
-        )
-    return (event for seq, batch in batches for event in _changes(seq, batch, prefix))
+
+    begun = [changes()]  # to complain at once
+    return _again(lambda: begun.pop() if begun else changes())
 
 
-def _events(
-    buffer: Buffer, at: FoldSnapshot, start: Iterator[Event], prefix: str
-) -> Iterator[Event | None]:
-    """What was told reaches up to `at`, always: with it, a difference is exact."""
-    yield from start
-    del start
-    yield Synced(at.cursor(), at.seq)
-    while True:
-        taken = buffer.take()
-        if taken is None:
-            if buffer.ended is not None and not len(buffer):
-                return
-            yield None
-            continue
-        told = False
-        for event in _told(taken, at, prefix):
-            yield event
-            told = True
-        if isinstance(taken, Lost) or taken.rewound or taken.fold.seq >= at.seq:
-            at = (
-                taken.fold
-            )  # also if nothing differs: it may stand in a newer file, and let go of the older one
-        del taken
-        if not told and buffer.is_late:
-            yield None
+def _again(make: Callable[[], Iterator[Event]]) -> Callable[[int, Event | None], Iterator[Event]]:
+    """Events that are made from the beginning, and passed over as far as they were told."""
+    return lambda told, last: islice(make(), told, None)
+
+
+def _part_of(source: Group | Lost, at: FoldSnapshot, prefix: str) -> Part:
+    return Part(_again(lambda: _told(source, at, prefix)), source.fold, source)
 
 
 def _told(taken: Group | Lost, at: FoldSnapshot, prefix: str) -> Iterator[Event]:
@@ -408,14 +538,24 @@ class Watch:
         return self
 
     def __next__(self) -> Event:
-        event = self._subscription.next(None)
-        if event is None:
-            raise StopIteration
+        event = None
+        while event is None:
+            event = self._subscription.offer(None)
+            if event is None and self._subscription.ended is not None:
+                raise StopIteration
+        self._subscription.accept()
         return event
 
     def next(self, timeout_s: float | None = None) -> Event | None:
-        """The next event; None if there is none within `timeout_s`, or if it is over (`ended`)."""
-        return self._subscription.next(timeout_s)
+        """The next event; None if there is none within `timeout_s`, or if it is over (`ended`).
+
+        One that was interrupted (by an exception of a signal handler, say) can be called again, and goes on where it was.
+        ReentrantCall from a handler that came within it.
+        """
+        event = self._subscription.offer(timeout_s)
+        if event is not None:
+            self._subscription.accept()
+        return event
 
     def close(self) -> None:
         """Listen no more. Events that wait are dropped; a thread that waits for one is let go. Any thread may call it."""

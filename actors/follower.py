@@ -20,17 +20,20 @@ from typing import Any, cast
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent
 
-from foldlog.actors.adapter import log
+from foldlog.actors.adapter import log, start_aside
+from foldlog.actors.answers import Answer
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
+from foldlog.storage.handover import Bell, Latch, Wakeup
 from foldlog.storage.log.files import Files
 from foldlog.storage.log.tail import Jump, Tail
 
 PAUSE_S = 0.002
 """After a poll that found something: more is likely to come at once."""
+CLOSE_TIMEOUT_S = 10.0
 BUSY_PAUSE_S = 0.008
 """Between polls while the log is busy: half of it is the delay that a change has then."""
 BUSY_WINDOW_S = 0.25
@@ -75,20 +78,30 @@ class FollowerThread:
         self._asleep: _Asleep | None = None
         self._closing = False
         self._prepare()
+
+    def open(self) -> None:
+        """Read what is there, and follow what comes. Nothing stays open if this raises, or is interrupted."""
         self._catch_up()
         if self._error is not None:
             raise self._error
-        self._start()
-        _live.add(self)
+        try:
+            self._start()
+            _live.add(self)
+        except BaseException:
+            self.ask_to_close()
+            raise
 
     def _prepare(self) -> None:
         """What belongs to one process: nothing of it is of use after a fork."""
         self.pid = os.getpid()
         self._tail = Tail(self._files, self.path)
-        self.woken = threading.Event()
+        self.woken = Wakeup()
         self.feeds = Feeds()
-        self.advanced = threading.Condition(threading.RLock())
-        """Notified behind each publish, and at the end."""
+        self.advanced = Bell()
+        """Rung after each publish, and at the end."""
+        self._watch: FileWatch | None = None  # made by the thread: who opens may be interrupted
+        self._started: Answer[None] = Answer()
+        self._ended = Latch()
         self._waking = threading.RLock()
         self._error: Exception | None = None
         self._has_event = False
@@ -104,13 +117,9 @@ class FollowerThread:
 
     def _start(self) -> None:
         self.woken.set()  # for what came before the watch
-        self._watch = FileWatch(self.path, EVENTS, self._on_event)
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
-        try:
-            self.thread.start()
-        except RuntimeError:
-            self._watch.stop()
-            raise
+        start_aside(self.thread, lambda error: self._started.finish(None, error))
+        self._started.result()
 
     def after_fork(self) -> None:
         """In a forked child: leave it to the first use to go on. Nothing of the parent's is touched, nor waited for."""
@@ -150,21 +159,28 @@ class FollowerThread:
     def cursor(self) -> WatchCursor:
         return self.snapshot.cursor()
 
+    @property
+    def file_watch(self) -> FileWatch:
+        """What wakes the thread, once that has begun."""
+        assert self._watch is not None, "the thread has not begun"
+        return self._watch
+
     def _on_event(self) -> None:
         self._has_event = True
         self.woken.set()
 
     def _run(self) -> None:
         try:
+            self._watch = FileWatch(self.path, EVENTS, self._on_event)
+            self._started.finish(None)
             while not self._closing:
                 self.woken.wait(
                     min(BUSY_PAUSE_S, self._poll_interval_s) if self.busy else self._poll_interval_s
                 )
-                self.woken.clear()
                 has_event, self._has_event = self._has_event, False
                 while not self._closing and self._poll():
                     if not self.busy and not has_event:
-                        self._watch.refresh()  # there was news, and no event
+                        self.file_watch.refresh()  # there was news, and no event
                         has_event = True
                     if self._tail.behind:
                         continue
@@ -182,10 +198,10 @@ class FollowerThread:
         recent = [found for found in self._finds if now - found < BUSY_WINDOW_S]
         if not self.busy and len(recent) == BUSY_FINDS:
             self.busy = True
-            self._watch.stop()
+            self.file_watch.stop()
         elif self.busy and not recent:
             self.busy = False
-            self._watch.start()
+            self.file_watch.start()
             self.woken.set()  # for what came before the watch
 
     def _poll(self) -> bool:
@@ -222,8 +238,7 @@ class FollowerThread:
             else:
                 self.feeds.jump(step.fold, rewound)
         finally:
-            with self.advanced:
-                self.advanced.notify_all()
+            self.advanced.ring()
         return True
 
     def _set_state(self) -> None:
@@ -257,19 +272,21 @@ class FollowerThread:
             self._let_go()
             return
         self.ask_to_close()
-        if threading.current_thread() is not self.thread:
-            self.thread.join(10.0)
+        if threading.current_thread() is not self.thread and self._ended.wait(CLOSE_TIMEOUT_S):
+            self.thread.join(1.0)
 
     def _end(self) -> None:
-        self._watch.stop()
+        self._started.finish(None)
+        if self._watch is not None:
+            self._watch.stop()
         self._let_go()
+        self._ended.set()
 
     def _let_go(self) -> None:
         self.state, self.reason = FollowerState.CLOSED, ""
         self.feeds.end(f"the follower of {self.path} was closed")
         self.snapshot = ClosedFold(f"the follower of {self.path} is closed")
-        with self.advanced:
-            self.advanced.notify_all()
+        self.advanced.ring()
 
 
 class _Asleep:

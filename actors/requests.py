@@ -1,17 +1,19 @@
 """What is asked of the writer, and the futures that the askers wait on.
 
-A request is made on the caller's thread, checked and encoded there, and lives until its future is done: in the mailbox, or
-in what the writer has taken. It carries what decides its fate after a crash: the sequence that it was written under.
+A request is made on the caller's thread, checked and encoded there (a message that an actor sends, too), and lives until its
+future is done: in the mailbox, or in what the writer has taken. It carries what decides its fate after a crash: the sequence that it was written under.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from foldlog.actors.adapter import Mail, log, reply
+from pykka._envelope import Envelope
+from pykka.messages import _ActorStop
+
+from foldlog.actors.adapter import Inbox, Mail, log, reply
+from foldlog.actors.answers import Answer
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch
 from foldlog.protocol.messages import Apply, Compact, Export
 from foldlog.protocol.options import UNSET, Unset
@@ -24,34 +26,39 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 class Request:
     """Something asked of the writer. `future` always ends: with the answer, or with a typed error."""
 
-    __slots__ = ("attempts", "created", "future", "weight")
+    __slots__ = ("asker", "attempts", "created", "future", "weight")
 
     def __init__(self) -> None:
-        self.future: Future[Any] = Future()
+        self.future: Answer[Any] = Answer()
         self.created = time.monotonic()
         self.attempts = 0
         """Times that the writer died with it in hand."""
         self.weight = 0
         """Bytes that it holds, as the mailbox counts them."""
+        self.asker: Mail | None = None
+        """The kind of message that it came as, and where the reply goes, if an actor sent it."""
 
     def start(self) -> bool:
         """Whether to go on with it: False if its caller has withdrawn it. From here on it cannot be withdrawn."""
-        future = self.future
-        try:
-            return future.running() or (not future.done() and future.set_running_or_notify_cancel())
-        except RuntimeError:  # the supervisor, which gave up, and the writer, which was only stuck, came to it at once
-            return future.running()
+        return self.future.start()
 
     def succeed(self, result: Any) -> None:
         """Answer it. One that has ended otherwise by now (the store gave up on a stuck writer) stays as it is."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_result(result)
+        if self.future.finish(result) and self.asker is not None:
+            reply(self.asker, result)
 
     def fail(self, error: Exception | None) -> None:
         """End it with an error. One that was withdrawn stays so."""
-        with contextlib.suppress(InvalidStateError):
-            if self.start():
-                self.future.set_exception(error or FoldlogError("was not served"))
+        error = error or FoldlogError("was not served")
+        if not self.future.finish(None, error) or self.asker is None:
+            return
+        if self.asker.reply_to is None:
+            log.error("%s was told to the writer and failed: %s", self.asker.message, error)
+        reply(self.asker, error=error)
+
+    def asked_by(self, kind: str, reply_to: Any) -> None:
+        """It came as a message of this kind: its answer goes to `reply_to`, a failure without one to the log."""
+        self.asker = Mail(kind, reply_to)
 
 
 class WriteRequest(Request):
@@ -70,26 +77,6 @@ class WriteRequest(Request):
     def decide(self, fold: FoldSnapshot) -> Batch:
         """The batch to write on top of `fold`. Raises if it must not be written."""
         assert self.batch is not None
-        return self.batch
-
-
-class ToldBatch(WriteRequest):
-    """An `Apply` that came as a message: the writer checks and encodes it."""
-
-    __slots__ = ("_apply",)
-
-    def __init__(self, apply: Apply) -> None:
-        super().__init__(None)
-        self._apply: Apply | None = apply
-
-    def decide(self, fold: FoldSnapshot) -> Batch:
-        if self.batch is None:
-            apply, self._apply = self._apply, None
-            if apply is None:  # an iterator may have lost some of them by now
-                raise ValueError(
-                    "the updates could not be read to their end, and are not read twice"
-                )
-            self.batch = encode_batch(apply.updates, apply.cursor)
         return self.batch
 
 
@@ -162,29 +149,33 @@ class ExportRequest(Request):
         self.dest_dir, self.format = dest_dir, format
 
 
-def as_request(mail: Mail) -> Mail:
-    """A message that a user's actor sent, as mail with the request that stands for it, which answers the asker."""
-    message = mail.message
-    request: Request
+class WriterInbox(Inbox):
+    """The writer's mailbox: a message becomes a request on its sender's thread, checked, encoded and weighed there."""
+
+    def put(self, envelope: Envelope[Any] | Mail) -> None:
+        """What references call. A message that is not sound is an error to who asks, and a log line for who tells."""
+        message, reply_to = envelope.message, envelope.reply_to
+        if isinstance(message, _ActorStop):
+            super().put(envelope)
+            return
+        kind = type(message).__name__
+        try:
+            request = as_request(message)
+        except Exception as error:
+            if reply_to is None:
+                log.error("%s was told to the writer and failed: %s", kind, error)
+            reply(Mail(None, reply_to), error=error)
+            return
+        request.asked_by(kind, reply_to)
+        super().put(Mail(request, reply_to))
+
+
+def as_request(message: Any) -> Request:
+    """The request that a user's message stands for. TypeError or ValueError if it is not sound."""
     if type(message) is Apply:
-        request = ToldBatch(message)
-    elif type(message) is Compact:
-        request = CompactRequest()
-    elif type(message) is Export:
-        request = ExportRequest(message.dest_dir, message.format)
-    else:
-        return mail
-
-    def answer(future: Future[Any]) -> None:
-        error = future.exception()
-        if mail.reply_to is not None:
-            reply(
-                mail,
-                None if error else future.result(),
-                error if isinstance(error, Exception) else None,
-            )
-        elif error is not None:
-            log.error("%s was told to the writer and failed: %s", type(message).__name__, error)
-
-    request.future.add_done_callback(answer)
-    return Mail(request)
+        return WriteRequest(encode_batch(message.updates, message.cursor))
+    if type(message) is Compact:
+        return CompactRequest()
+    if type(message) is Export:
+        return ExportRequest(message.dest_dir, message.format)
+    raise TypeError(f"the writer takes Apply, Compact and Export, not {type(message).__name__}")

@@ -1,6 +1,6 @@
 """The supervisor: starts the actors of a store, restarts them by class of error, and gives up by rule.
 
-It is a plain thread, not an actor: it must outlive `pykka.ActorRegistry.stop_all()`, and it asks nobody.
+It is a plain thread, not an actor: it must outlive every actor, and it asks nobody.
 
 | what fails                  | what pykka would do          | what happens here             | what callers see               |
 |-----------------------------|------------------------------|-------------------------------|--------------------------------|
@@ -25,12 +25,15 @@ It is a plain thread, not an actor: it must outlive `pykka.ActorRegistry.stop_al
 | maintenance, syncer         | as above                     | restart; a job in hand fails  | WriterCrashed                  |
 | more than `max_restarts` in | -                            | FAILED, until `reopen`        | StoreFailed; reads go on       |
 | `restart_window_s`          |                              |                               |                                |
-| the host stops all actors   | threads end, messages vanish | the store closes in order     | StoreClosed                    |
 | the process is paused       | -                            | nothing: the supervisor was   | nothing                        |
 |                             |                              | late too, and discounts it    |                                |
 | a writer that is stuck      | -                            | FAILED, until it comes back   | StoreFailed; then as before    |
 | too few descriptors or      | -                            | tried again, at most 5 s      | the answer, later              |
 | threads to start again      |                              | apart, and without an end     |                                |
+| an exception strikes a      | -                            | restart at once, not counted  | who was struck: the exception; |
+| caller in a turn it took    |                              |                               | others: the answer             |
+| the host stops all actors   | threads end, messages vanish | nothing: the store ends when  | the answer                     |
+|                             |                              | its owner closes it           |                                |
 | the supervisor itself       | -                            | FAILED for good               | StoreFailed; reads go on       |
 """
 
@@ -38,15 +41,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import queue
 import random
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from typing import NamedTuple
 
-from foldlog.actors.adapter import STOP, Ended, Inbox, Mail, Notice, Started, SupervisedActor, log
+from foldlog.actors.adapter import (
+    STOP,
+    DiedInTurn,
+    Ended,
+    Inbox,
+    Mail,
+    Notice,
+    Started,
+    SupervisedActor,
+    log,
+)
+from foldlog.actors.answers import Answer
 from foldlog.actors.core import Core, Restart, State
 from foldlog.actors.maintenance import Maintenance, Syncer
 from foldlog.actors.readers import Reader
@@ -85,13 +100,13 @@ LOOKS = 4
 class CloseNow(NamedTuple):
     """Drain, stop all actors and release the log. The future gives the error that stopping met, or None."""
 
-    future: Future[BaseException | None]
+    future: Answer[BaseException | None]
 
 
 class Reopen(NamedTuple):
     """Try again after FAILED."""
 
-    future: Future[None]
+    future: Answer[None]
 
 
 def next_restart_delay_s(
@@ -160,7 +175,7 @@ class Supervisor:
         self._restarts_s: dict[SupervisedActor, list[float]] = {}
         self._closing: list[CloseNow] = []
         self._stop_error: BaseException | None = None
-        self.opened: Future[None] = Future()
+        self.opened: Answer[None] = Answer()
         """Done once the store has opened, or failed to."""
         self._reopening: list[Reopen] = []
         self._stuck_since: float | None = None
@@ -186,6 +201,12 @@ class Supervisor:
                 elif isinstance(notice, Reopen):
                     failed = self.core.state is State.FAILED
                     notice.future.set_exception(self._failed() if failed else self._closed())
+
+    def not_started(self, error: BaseException) -> None:
+        """There was no thread to be had."""
+        self.core.state = State.CLOSED
+        self.opened.finish(None, error)
+        self.core.ended.set()
 
     def owns(self, thread: threading.Thread) -> bool:
         """Whether `thread` is one of the store's own, which must not wait for it."""
@@ -300,10 +321,6 @@ class Supervisor:
         if error is None:
             if actor is self.writer:
                 self._stop_error = self._stop_error or self.writer.stop_error
-            if core.state not in (State.CLOSING, State.CLOSED, State.FAILED):
-                log.warning(
-                    "%s: %s was stopped by its host; the store closes", core.config.path, actor.name
-                )
             self._begin_close()
             return
         if actor is self.writer and self._stuck_since is not None:
@@ -326,7 +343,8 @@ class Supervisor:
         core, now = self.core, time.monotonic()
         config = core.config
         restarts_s = self._restarts_s.setdefault(actor, [])
-        delay_s = next_restart_delay_s(
+        interrupted = isinstance(error, DiedInTurn)  # a caller's thread: no fault of the actor's
+        delay_s = 0.0 if interrupted else next_restart_delay_s(
             error,
             restarts_s,
             now,
@@ -351,9 +369,11 @@ class Supervisor:
         delay_s *= random.uniform(
             0.5, 1.0
         )  # so that stores that failed together do not come back together
-        restarts_s.append(now)
+        if not interrupted:
+            restarts_s.append(now)
         core.books.restarts.append(Restart(actor.name, reason, time.time(), delay_s))
-        log.warning(
+        log.log(
+            logging.INFO if interrupted else logging.WARNING,
             "%s: %s died (%s); restarting in %.2f s",
             config.path,
             actor.name,

@@ -14,16 +14,15 @@ import contextlib
 import copy
 import time
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply
-from foldlog.actors.core import Core, State
+from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, log
+from foldlog.actors.core import Core, State, no_step
 from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
 from foldlog.actors.requests import (
     CompactRequest,
     ExportRequest,
     Request,
-    ToldBatch,
     WriteRequest,
-    as_request,
+    WriterInbox,
 )
 from foldlog.protocol.errors import (
     Backpressure,
@@ -37,7 +36,6 @@ from foldlog.protocol.errors import (
     WriterCrashed,
 )
 from foldlog.protocol.frames import MAX_GROUP
-from foldlog.protocol.messages import Apply
 from foldlog.protocol.options import COMPACT_THRESHOLD
 from foldlog.protocol.updates import Batch
 from foldlog.storage.engines.engine import Engine, log_limit
@@ -58,18 +56,22 @@ MAX_RETRY_S = 60.0
 FULL_RETRY_S = 5.0
 """The same where writes are refused until it succeeds."""
 
+TURN_BATCHES = 64
+"""What a caller that has taken the turn writes for others, at most: it waits for its own answer meanwhile."""
 
-class Writer(SupervisedActor):
+
+class Writer(SharedActor):
     """See the module."""
 
-    group = (WriteRequest, Apply)
+    group = (WriteRequest,)
     group_limit = MAX_GROUP
     tick_s = 1.0
 
     def __init__(self, core: Core, post: Post, maintenance: Inbox) -> None:
         config = core.config
-        super().__init__("writer", post, Inbox(config.mailbox_batches, config.mailbox_bytes))
-        self._core, self._step = core, config.step
+        super().__init__("writer", post, WriterInbox(config.mailbox_batches, config.mailbox_bytes))
+        self._core = core
+        self._step = no_step if config.step is no_step else self.hooked(config.step)
         self._maintenance = maintenance
         self._lock: WriterLock | None = (
             None  # kept from start to start, so that nobody steps in between
@@ -181,6 +183,7 @@ class Writer(SupervisedActor):
             if not isinstance(request, Request):
                 again.append(mail)
             elif request.future.done():
+                request.future.tell()  # the turn may have ended before its callers were woken
                 continue
             elif (
                 isinstance(request, WriteRequest)
@@ -205,8 +208,17 @@ class Writer(SupervisedActor):
 
     # Serving.
 
+    def work_for_others(self) -> None:
+        """A few batches that came while a caller had the turn. Under sync="always" they wait, and form a larger group."""
+        if self._core.config.sync == "always" or not isinstance(
+            self.inbox.mails[0].message, WriteRequest
+        ):
+            return
+        self.inbox.move(self.taken, self.group, TURN_BATCHES)
+        self.handle(self.taken)
+        self.taken.clear()
+
     def handle(self, mails: list[Mail]) -> None:
-        mails[:] = map(as_request, mails)  # in place: what is taken must be known after a crash
         first = mails[0].message
         if isinstance(first, WriteRequest):
             self._apply([mail.message for mail in mails])
@@ -230,13 +242,6 @@ class Writer(SupervisedActor):
                 )  # starting again heals
         elif isinstance(first, CheckFile):
             self._check_file()
-        else:
-            error = TypeError(
-                f"the writer takes Apply, Compact and Export, not {type(first).__name__}"
-            )
-            if mails[0].reply_to is None:
-                log.error("%s", error)
-            reply(mails[0], error=error)
         self._in_hand = []
 
     def _apply(self, requests: list[WriteRequest]) -> None:
@@ -286,9 +291,7 @@ class Writer(SupervisedActor):
             try:
                 batch = request.decide(staged)
             except Exception as error:
-                if not isinstance(
-                    error, (OSError, FoldlogError, TypeError, ValueError)
-                ) and not isinstance(request, ToldBatch):
+                if not isinstance(error, (OSError, FoldlogError, TypeError, ValueError)):
                     raise
                 if batches and isinstance(error, (KeyExists, VersionMismatch)):
                     undecided = requests[number:]

@@ -61,7 +61,13 @@ def follow(
     2
     """
     poll_interval_s = POLL_INTERVAL_S.check(poll_interval_s)
-    return Follower(FollowerThread(resolve(path), files, poll_interval_s))
+    thread = FollowerThread(resolve(path), files, poll_interval_s)
+    try:
+        thread.open()
+        return Follower(thread)
+    except BaseException:
+        thread.ask_to_close()
+        raise
 
 
 class Follower(Readable):
@@ -86,16 +92,11 @@ class Follower(Readable):
             raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
         timeout_s = check_timeout(timeout_s)
         self._thread.wake()
-        deadline = time.monotonic() + timeout_s
         self._thread.woken.set()  # a look at the log, in case its event is late or lost
-        with self._thread.advanced:
-            while not _reached(self.cursor(), cursor):
-                rest = deadline - time.monotonic()
-                if rest <= 0:
-                    raise RequestTimeout(
-                        f"cursor {cursor.shown} was not seen within {timeout_s} s; the log is at {self.cursor().shown}"
-                    )
-                self._thread.advanced.wait(rest)
+        if not self._thread.advanced.wait_for(lambda: _reached(self.cursor(), cursor), timeout_s):
+            raise RequestTimeout(
+                f"cursor {cursor.shown} was not seen within {timeout_s} s; the log is at {self.cursor().shown}"
+            )
 
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
         """An iterator of events, as `Store.watch`; and Rewound, then the difference, if the log went back or was replaced."""
@@ -136,8 +137,8 @@ class Follower(Readable):
 
     def close(self) -> None:
         """Stop following. Closing twice is fine; snapshots that were taken stay usable."""
-        self._finalizer.detach()
         self._thread.close()
+        self._finalizer.detach()
 
     def snapshot(self) -> FoldSnapshot:
         """The state that reads see now: immutable, safe to hold and to share among threads. See `Store.snapshot`."""
@@ -157,7 +158,8 @@ def _reached(at: WatchCursor, wanted: WatchCursor) -> bool:
 
 def _close_dropped(thread: FollowerThread) -> None:
     if os.getpid() == thread.pid and thread.state is not FollowerState.CLOSED:
+        # No more than that, since a collection of garbage calls this, on any thread; and first, since warnings may be errors.
+        thread.ask_to_close()
         warnings.warn(
             "a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2
         )
-        thread.ask_to_close()  # no more than that: a collection of garbage calls this, on any thread

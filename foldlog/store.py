@@ -20,13 +20,14 @@ from typing import Any
 
 import pykka
 
-from foldlog.actors.adapter import Mail
-from foldlog.actors.core import Config, Core, State, Stats
+from foldlog.actors.adapter import Mail, start_aside
+from foldlog.actors.answers import Answer, runs_callbacks
+from foldlog.actors.core import Config, Core, State, Stats, no_step
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout
+from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
@@ -56,6 +57,11 @@ from foldlog.storage.readable import Readable
 from foldlog.storage.repair.verify import VerifyReport, verify_live
 
 EXIT_TIMEOUT_S = 10.0
+TURN_TIMEOUT_S = 20.0
+"""A call that may take so long writes on its own thread, if the writer is idle: there, a disk that is stuck holds it past any
+deadline. One with a shorter deadline hands over to the writer's thread, and is free in time."""
+UNOPENED_TIMEOUT_S = 5.0
+"""What an interrupted `open` waits for the log to be closed again."""
 
 
 def open(
@@ -123,21 +129,18 @@ def open(
         stuck_after_s=stuck_after_s,
         format=format,
         files=files,
-        step=step or _no_step,
+        step=step or no_step,
     )
     core = Core(config)
     supervisor = Supervisor(core)
     try:
-        supervisor.thread.start()
+        start_aside(supervisor.thread, supervisor.not_started)
         supervisor.opened.result()
         return Store(core, supervisor)
     except BaseException:
-        supervisor.post(CloseNow(Future()))  # also for a KeyboardInterrupt while the log is read
+        supervisor.post(CloseNow(Answer()))  # also for a KeyboardInterrupt while the log is read
+        core.ended.wait(UNOPENED_TIMEOUT_S)
         raise
-
-
-def _no_step(name: str) -> None:
-    pass
 
 
 class Store(Readable):
@@ -235,9 +238,21 @@ class Store(Readable):
 
     def _send(self, request: Request, timeout_s: float | None) -> Any:
         timeout_s = check_timeout(timeout_s)
-        self._check_thread()
         deadline = time.monotonic() + timeout_s
-        self._offer(Mail(request), timeout_s)
+        mail, writer = Mail(request), self._supervisor.writer
+        in_hand = False
+        if runs_callbacks():
+            self._check_thread()
+        if timeout_s >= TURN_TIMEOUT_S and isinstance(request, WriteRequest):
+            try:
+                in_hand = writer.work_in_turn(mail)
+            except BaseException as error:
+                if not writer.is_own_fault(error):
+                    raise
+                in_hand = True  # the writer died of it, and settles the request when it starts again
+        if not in_hand:
+            self._check_thread()
+            self._offer(mail, timeout_s)
         try:
             return request.future.result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
@@ -391,32 +406,35 @@ class Store(Readable):
         timeout_s = check_timeout(timeout_s)
         self._check_process()
         self._check_thread()
-        future: Future[None] = Future()
-        self._supervisor.post(Reopen(future))
+        answer: Answer[None] = Answer()
+        self._supervisor.post(Reopen(answer))
         try:
-            future.result(timeout_s)
+            answer.result(timeout_s)
         except TimeoutError:
             raise RequestTimeout(f"the store did not reopen within {timeout_s} s") from None
 
     def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """Serve what waits, sync, seal the log, stop the actors, release the lock. Closing twice is fine.
 
-        Called from one of the store's own threads (by a subscriber, say), it returns at once and closes behind it.
-        RequestTimeout if the writer does not come to an end. Raises what sealing the log met.
+        Called from one of the store's own threads, or from a signal handler that came within a write of this very thread, it
+        returns at once, and the store closes when that is done. RequestTimeout if the writer does not come to an end. Raises
+        what sealing the log met.
         """
         timeout_s = check_timeout(timeout_s)
         if self._core.state is State.FORKED:
             return
-        self._finalizer.detach()
-        _live.pop(self._supervisor, None)
         error = _close(self._supervisor, timeout_s)
+        if self._core.ended.is_set():
+            self._finalizer.detach()
+            _live.pop(self._supervisor, None)
         if error is not None:
             raise error
 
     def _check_thread(self) -> None:
-        if self._supervisor.owns(threading.current_thread()):
-            raise FoldlogError(
-                "called from a thread of the store's own, which would wait for itself: use apply_async"
+        if _would_wait_for_itself(self._supervisor):
+            raise ReentrantCall(
+                "called within a write of this thread, from a callback, or from a thread of the store's own, which would"
+                " wait for itself: use apply_async"
             )
 
     def _check_process(self) -> None:
@@ -432,14 +450,22 @@ class Store(Readable):
 _live: weakref.WeakKeyDictionary[Supervisor, int] = weakref.WeakKeyDictionary()
 
 
+def _would_wait_for_itself(supervisor: Supervisor) -> bool:
+    return (
+        runs_callbacks()
+        or supervisor.writer.is_in_turn()
+        or supervisor.owns(threading.current_thread())
+    )
+
+
 def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
-    future: Future[BaseException | None] = Future()
-    supervisor.post(CloseNow(future))
-    if supervisor.owns(threading.current_thread()):
+    answer: Answer[BaseException | None] = Answer()
+    supervisor.post(CloseNow(answer))
+    if _would_wait_for_itself(supervisor):
         return None
     deadline = time.monotonic() + timeout_s
     try:
-        error = future.result(timeout_s)
+        error = answer.result(timeout_s)
     except TimeoutError:
         return RequestTimeout(
             f"the store did not close within {timeout_s} s; the writer still has the log"
@@ -450,7 +476,7 @@ def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
 
 def _close_dropped(supervisor: Supervisor, pid: int) -> None:
     if os.getpid() == pid and supervisor.thread.is_alive():
-        supervisor.post(CloseNow(Future()))  # first: warnings may be errors
+        supervisor.post(CloseNow(Answer()))  # first: warnings may be errors
         warnings.warn("a foldlog store was dropped without close()", ResourceWarning, stacklevel=2)
 
 

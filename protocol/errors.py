@@ -129,6 +129,14 @@ class RequestTimeout(FoldlogError, TimeoutError):
     """No answer by the deadline. The request may still be carried out: its outcome is unknown."""
 
 
+class ReentrantCall(FoldlogError):
+    """Refused at once: called within a call of the same thread that it would have to wait for.
+
+    From a signal handler, a finalizer or a callback that came within a write, say. Nothing was written. `apply_async` works
+    there, and so do reads.
+    """
+
+
 class WriterCrashed(FoldlogError):
     """The writer died while it held this request, and the replayed log shows that it was **not** applied."""
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, Self
 
-from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.errors import FoldlogError, ReentrantCall
 from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Update, encode_batch
+from foldlog.protocol.updates import Batch, Update, encode_batch
 from foldlog.storage.artifacts import artifact
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.engine import Engine
 from foldlog.storage.formats.replay import OnDamage, OpenReport, resolve
 from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.handover import discard, is_over
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
 from foldlog.storage.repair.verify import VerifyReport, verify_live
 
 log = logging.getLogger("foldlog")
+_getframe = sys._getframe
 
 
 class AppendLogSnapshot(Readable):
@@ -43,6 +47,8 @@ class AppendLogSnapshot(Readable):
     def __init__(self, engine: Engine, compact_threshold: int) -> None:
         """Not for callers: use `open`, `load` or `import_artifact`."""
         self._engine = self._published = engine
+        self._line: deque[object] = deque()
+        """The frame of the call that writes, if there is one."""
         self._threshold = compact_threshold
         self._retry_bytes = (
             0  # after a compaction that failed: how much must be appended before the next is tried
@@ -135,11 +141,24 @@ class AppendLogSnapshot(Readable):
         with sync="always". Cost: 3-6 us, and 1-2 us an update.
         """
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
-        seq = self._engine.commit((encode_batch(updates, cursor),)).seq
+        batch = encode_batch(updates, cursor)
+        line = self._line
+        try:
+            line.append(_getframe())
+            if line[0] is not _getframe():
+                self._enter(_getframe())
+            return self._apply(batch)
+        finally:
+            discard(line, _getframe())
+
+    def _apply(self, batch: Batch) -> int:
+        seq = self._engine.commit((batch,)).seq
         if self._engine.should_compact(max(self._threshold, self._retry_bytes)):
             try:
-                self.compact()
-            except (OSError, FoldlogError):
+                self._compact()
+            except (OSError, FoldlogError) as error:
+                if isinstance(error, OSError) and error.errno is None:
+                    raise  # not the system's: a signal handler's TimeoutError, say
                 # The batch is in the log, and its caller must not be told otherwise.
                 self._failed_to_compact()
         return seq
@@ -154,13 +173,24 @@ class AppendLogSnapshot(Readable):
         On an error the log goes on as it was. Cost: a copy of the untouched leaves, about 1 us an entry for the others.
         """
         self._engine.snapshot.seq  # noqa: B018
+        try:
+            self._enter(_getframe())
+            self._compact(progress)
+        finally:
+            discard(self._line, _getframe())
+
+    def _compact(self, progress: Progress | None = None) -> None:
         self._engine.compact(progress)
         self._retry_bytes = 0
 
     def sync(self) -> None:
         """Make all applied batches survive a power loss. LogPoisonedError if the disk refuses: `compact` recovers."""
         self._engine.snapshot.seq  # noqa: B018
-        self._engine.log.sync()
+        try:
+            self._enter(_getframe())
+            self._engine.log.sync()
+        finally:
+            discard(self._line, _getframe())
 
     def export_to(
         self,
@@ -190,8 +220,29 @@ class AppendLogSnapshot(Readable):
         return verify_live(self._engine.log, self.snapshot().seq, progress)
 
     def close(self) -> None:
-        """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on."""
-        self._engine.close()
+        """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on.
+
+        One that was interrupted can be called again, and finishes.
+        """
+        try:
+            self._enter(_getframe())
+            self._engine.close()
+        finally:
+            discard(self._line, _getframe())
+
+    def _enter(self, frame: object) -> None:
+        """Begin to write. ReentrantCall, at once, if another call writes: this thread's, further down its stack, or another's.
+
+        What a call that was interrupted has left half done is settled first.
+        """
+        line = self._line
+        if frame not in line:
+            line.append(frame)
+        while (first := line[0]) is not frame:
+            if not is_over(first):
+                raise ReentrantCall("called while the store is being written: it is for one thread at a time")
+            discard(line, first)
+        self._engine.settle()
 
 
 def _compacted_at_open(

@@ -70,6 +70,8 @@ class Engine:
         self.snapshot: FoldSnapshot | ClosedFold = self.fold
         # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
         self._since: FoldSnapshot | None = None
+        self._finishing: Rewrite | None = None
+        """The rewrite that is taking the log's place."""
 
     def commit(self, batches: Sequence[Batch], staged: FoldSnapshot | None = None) -> FoldSnapshot:
         """Append the batches as one commit group, and fold them. Returns the new fold.
@@ -81,12 +83,8 @@ class Engine:
         Cost: a `stat` and a `write`, and about 1 us an update.
         """
         log = self.log
-        if (
-            self.fold.seq != log.chain.seq
-            and self._next.seq == log.chain.seq
-            and log.poison is None
-        ):
-            self.fold = self.snapshot = self._next
+        if self._finishing is not None or self.fold.seq != log.chain.seq:
+            self.settle()
         since = self._since
         if staged is None:
             staged = self.fold.with_group(batches)
@@ -128,9 +126,33 @@ class Engine:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
-        self.fold = self.snapshot = self._next = rewrite.finish(since)
-        self._since = None
+        self._finishing = rewrite
+        try:
+            self._move_to(rewrite.finish(since))
+        except BaseException:
+            self.settle()
+            raise
         return self.fold
+
+    def settle(self) -> None:
+        """After an exception at any point: bring the fold to what the log holds. Can be done again if it was interrupted."""
+        rewrite, log = self._finishing, self.log
+        if rewrite is not None:
+            landed = rewrite.settle()
+            if landed is None:
+                self._finishing = None
+            else:
+                self._move_to(landed)
+        elif (
+            self.fold.seq != log.chain.seq
+            and self._next.seq == log.chain.seq
+            and log.poison is None
+        ):
+            self.fold = self.snapshot = self._next
+
+    def _move_to(self, fold: FoldSnapshot) -> None:
+        self.fold = self.snapshot = self._next = fold
+        self._since = self._finishing = None
 
     def drop_rewrite(self, rewrite: Rewrite) -> None:
         """Give a rewrite up: the log goes on as it was. Whoever runs `rewrite.write` discards it."""
@@ -146,12 +168,14 @@ class Engine:
             rewrite.write(progress)
             return self.finish_rewrite(rewrite)
         except BaseException:
+            self.settle()
             self.drop_rewrite(rewrite)
             rewrite.discard()
             raise
 
     def close(self) -> None:
-        """Sync, seal and release the log, and let go of the fold. Closing twice is fine."""
+        """Sync, seal and release the log, and let go of the fold. Closing twice is fine: the second finishes the first."""
+        self.settle()
         self.snapshot = ClosedFold(f"{self.path} is closed")
         self.fold = self._next = FoldSnapshot.empty()
         self.log.close()

@@ -8,31 +8,33 @@ values need no tracking. The collector belongs to the whole process, so this is 
 from __future__ import annotations
 
 import gc
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _NEVER = 2**31 - 1
-_lock = threading.Lock()
-_holding = 0
+_holders: dict[int, None] = {}
 _thresholds = gc.get_threshold()
 
 
-@contextmanager
-def no_full_collections() -> Iterator[None]:
-    """None within; they go on behind the last of those that overlap."""
-    global _holding, _thresholds
-    with _lock:
-        if not _holding:
-            _thresholds = gc.get_threshold()
-            gc.set_threshold(*_thresholds[:2], _NEVER)
-        _holding += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _holding -= 1
-            if (
-                not _holding and gc.get_threshold()[2] == _NEVER
-            ):  # else the host has set its own meanwhile
-                gc.set_threshold(*_thresholds)
+class no_full_collections:  # noqa: N801 - used as `with no_full_collections():`
+    """None within; they go on after the last of those that overlap. One that is dropped half-way, by an interrupt, has ended."""
+
+    def __enter__(self) -> None:
+        global _thresholds
+        present = gc.get_threshold()
+        if present[2] != _NEVER:
+            _thresholds = present
+        _holders[id(self)] = None
+        gc.set_threshold(*present[:2], _NEVER)
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        _holders.pop(id(self), None)
+        if not _holders and gc.get_threshold()[2] == _NEVER:  # else the host has set its own meanwhile
+            gc.set_threshold(*_thresholds)
+        if _holders and gc.get_threshold()[2] != _NEVER:  # one came just now
+            gc.set_threshold(*gc.get_threshold()[:2], _NEVER)
+
+    def __del__(self) -> None:
+        if id(self) in _holders:
+            self._end()

@@ -266,6 +266,8 @@ class Rewrite:
         self._adopted = False
         self.passes = 0
         """Those after the first, without what `finish` carries over."""
+        self._landing: tuple[LogFile, tuple[int, int], FoldSnapshot] | None = None
+        """What takes the log's place, from just before the rename on."""
         self.cancelled = False
         """Set by anyone to make `write` stop soon, with Cancelled."""
         self.outcome: object = None
@@ -390,18 +392,44 @@ class Rewrite:
                 raise StoreLocked(log.path, None)
             inode = log.identity(out.fd)
             log.announce(file)
-            try:
-                log.files.replace(out.path, log.path)  # the last step that can fail
-            except BaseException:
-                log.announce(None)
-                raise
-            self._adopted = True
-            handle.path = log.path
-            log.adopt(file, inode, directory)
+            self._landing = file, inode, fold
+            log.files.replace(out.path, log.path)  # the last step that can fail
+            self._land(file, inode, directory)
         finally:
             with contextlib.suppress(OSError):  # nothing was written through it
                 log.files.close(directory)
         return fold
+
+    def settle(self) -> FoldSnapshot | None:
+        """After an exception: finish what stands under the log's name by now. None if it does not, and the log goes on as it was."""
+        if self._landing is None:
+            return None
+        file, inode, fold = self._landing
+        log = self._log
+        if not self._adopted:
+            try:
+                stat = log.files.stat(log.path)
+                landed = (stat.st_dev, stat.st_ino) == inode
+            except FileNotFoundError:
+                landed = False
+            if not landed:
+                log.announce(None)
+                self._landing = None
+                return None
+        self._land(file, inode)
+        return fold
+
+    def _land(
+        self,
+        file: LogFile,
+        inode: tuple[int, int],
+        directory: int | None = None,
+    ) -> None:
+        """It stands under the log's name. Can be done again if it was interrupted."""
+        self._adopted = True
+        if isinstance(file.handle, ReadHandle):
+            file.handle.path = self._log.path
+        self._log.adopt(file, inode, directory)
 
     def discard(self) -> None:
         """Give it up, unless `finish` has renamed: the log goes on as it was."""

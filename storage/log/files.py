@@ -176,6 +176,33 @@ def remove_quietly(files: Files, path: Path) -> None:
         files.unlink(path)
 
 
+class Retiring:
+    """A descriptor that is closed once, whatever interrupts that: the number may be another's by the second try."""
+
+    def __init__(self, files: Files, fd: int) -> None:
+        self._files, self._fd = files, fd
+        stat = os.fstat(fd)
+        self._identity = stat.st_dev, stat.st_ino
+        self._begun = False
+
+    def close(self) -> None:
+        if self._fd < 0 or (self._begun and not self._is_open()):
+            return
+        self._begun = True
+        try:
+            self._files.close(self._fd)
+        finally:
+            if not self._is_open():
+                self._fd = -1
+
+    def _is_open(self) -> bool:
+        try:
+            stat = os.fstat(self._fd)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._identity
+
+
 class ReadHandle:
     """A file open for reading, shared by all who read from it, closed when the last of them is gone."""
 
@@ -191,6 +218,6 @@ class ReadHandle:
         return read_all(self.files, self.fd, size, offset)
 
     def __del__(self) -> None:
-        if self.fd >= 0:
+        if getattr(self, "fd", -1) >= 0:  # an interrupt may come before it has one
             with contextlib.suppress(OSError):
                 self.files.close(self.fd)

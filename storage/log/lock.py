@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.errors import StoreLocked
-from foldlog.storage.log.files import Files, remove_quietly, write_all
+from foldlog.storage.log.files import Files, Retiring, remove_quietly, write_all
 
 _NOTE_BYTES = 256
 
@@ -60,6 +60,7 @@ class WriterLock:
     def __init__(self, files: Files, path: Path) -> None:
         """Take the lock, at once. StoreLocked if somebody else has it."""
         self._files = files
+        self._retiring: Retiring | None = None
         lock_path = beside(path, "lock")
         try:
             self._fd = files.create(lock_path, exclusive=True)
@@ -96,10 +97,12 @@ class WriterLock:
         )
 
     def release(self) -> None:
-        """Give the lock back. In a forked child, closes the child's copy only."""
+        """Give the lock back. In a forked child, closes the child's copy only. Can be done again if it was interrupted."""
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            self._files.close(fd)
+            if self._retiring is None:
+                self._retiring = Retiring(self._files, self._fd)
+            self._retiring.close()
+            self._fd = -1
 
 
 def _watermark(note: dict[str, object]) -> Watermark | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,11 +38,13 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.protocol.updates import batches_body
 from foldlog.storage.formats.registry import Known, LogFile
-from foldlog.storage.log.files import Files, remove_quietly, write_all
+from foldlog.storage.handover import Turns
+from foldlog.storage.log.files import Files, Retiring, remove_quietly, write_all
 from foldlog.storage.log.lock import Watermark, WriterLock, beside
 from foldlog.storage.log.scan import Chain
 
 WRITER = "foldlog 1"
+_getframe = sys._getframe
 
 
 class Log:
@@ -66,9 +68,13 @@ class Log:
         self._codec = file.format.codec(file.head, sync_each=sync_each)
         self._session = file.session
         self._successor: tuple[tuple[int, int], LogFile] | None = None
-        # Held while the file is synced from any thread, so that it is not exchanged or closed under the fsync.
-        self._sync_lock = threading.Lock()
+        # Whose turn it is with the file: it is synced from any thread, and not exchanged or closed under the fsync.
+        self._turns = Turns()
         self.closed = False
+        self._released = False
+        self._half_written = False  # there may be more in the file than the chain says: `_undo` mends it
+        self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
+        self._retiring: list[Retiring] | None = None
         self._forked = False
         _open_logs.add(self)
 
@@ -90,8 +96,11 @@ class Log:
 
     def here(self) -> tuple[LogFile, int]:
         """The file and where it ends, of one moment. Any thread may ask."""
-        with self._sync_lock:
+        try:
+            self._turns.enter(_getframe())
             return self.file, self.chain.offset
+        finally:
+            self._turns.leave(_getframe())
 
     def check_usable(self) -> None:
         """Raise unless the log can be written: StoreClosed, ForkedStore or LogPoisonedError."""
@@ -129,6 +138,8 @@ class Log:
             raise ValueError(f"a commit group takes at most {MAX_GROUP} batches, got {len(items)}")
         if self.chain.seq + len(items) > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is at its end")
+        if self._half_written:
+            self._undo("it was interrupted")
         self.check_unchanged()
         if not self._session:
             self._begin_session()
@@ -145,6 +156,7 @@ class Log:
 
     def _write(self, data: bytes, behind: Chain) -> None:
         chain = self.chain
+        self._half_written = True
         try:
             write_all(self.files, self.file.fd, data, chain.offset)
             self.chain = behind
@@ -152,31 +164,44 @@ class Log:
             if self.chain is chain:
                 self._undo(error)
             raise
+        finally:
+            if self.chain is behind:
+                self._half_written = False
 
-    def _undo(self, error: BaseException) -> None:
+    def _undo(self, error: object) -> None:
         """Cut a failed write off, for good: later frames must not mix with what it left."""
         try:
             self.files.truncate(self.file.fd, self.chain.offset)
             self.files.sync(self.file.fd)
         except OSError as second:
+            if second.errno is None:
+                raise  # not the system's: a signal handler's TimeoutError, say; it is undone later
             self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
+        self._half_written = False
 
     def sync(self) -> None:
         """Make all that was appended survive a power loss. Any thread may call it beside the writer.
 
         LogPoisonedError if it fails: that is final for this file.
         """
-        with self._sync_lock:
-            if self.closed:
-                return
-            self.check_usable()
-            chain = self.chain
-            try:
-                self.files.sync(self.file.fd)
-            except OSError as error:
-                self.poison_with(f"fsync failed: {error}")
-                raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
-            self._note_synced(chain)
+        try:
+            self._turns.enter(_getframe())
+            if not self.closed:
+                self._sync()
+        finally:
+            self._turns.leave(_getframe())
+
+    def _sync(self) -> None:
+        self.check_usable()
+        chain = self.chain
+        try:
+            self.files.sync(self.file.fd)
+        except OSError as error:
+            if error.errno is None:
+                raise  # not the system's
+            self.poison_with(f"fsync failed: {error}")
+            raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
+        self._note_synced(chain)
 
     def _note_synced(self, chain: Chain) -> None:
         self._synced_offset = chain.offset
@@ -205,46 +230,63 @@ class Log:
             return Known(self._successor[1].head, self._successor[1].base_end)
         return None
 
-    def adopt(self, file: LogFile, inode: tuple[int, int], directory: int) -> None:
+    def adopt(self, file: LogFile, inode: tuple[int, int], directory: int | None = None) -> None:
         """Go on in a rewritten file, which is complete, synced, and is at `path` by now. Clears the poison.
 
-        Makes the rename durable, through the open `directory`; if that fails, the log is poisoned again.
+        Makes the rename durable, through the open `directory` if there is one; if that fails, the log is poisoned again.
         """
-        with self._sync_lock:
-            old = self.file
+        try:
+            self._turns.enter(_getframe())
+            self._adopt(file, inode, directory)
+        finally:
+            self._turns.leave(_getframe())
+
+    def _adopt(self, file: LogFile, inode: tuple[int, int], directory: int | None) -> None:
+        """Each step may be done again: a rewrite that was interrupted after its rename is gone on with."""
+        if self.file is not file:
+            self._replaced = self.file
             self.file, self.chain = file, file.chain
-            self._inode = inode
-            self._codec = file.format.codec(file.head, sync_each=self.sync_each)
-            self._session = file.session
-            self._successor = None
-            self.synced_seq = file.chain.seq
-            if self.poison is not None:
-                self.poison = None
-                remove_quietly(self.files, beside(self.path, "poison"))
-            self._synced_offset = -1
-            try:
-                self.files.sync_dir(self.path.parent, directory)
-            except OSError as error:
-                # The old name may come back after a power loss, and take what is acknowledged from now on with it.
-                self.poison_with(f"syncing the folder failed after a rewrite: {error}")
-            else:
-                self._note_synced(file.chain)
+        self._inode = inode
+        self._codec = file.format.codec(file.head, sync_each=self.sync_each)
+        self._session = file.session
+        self._half_written = False
+        self.synced_seq = file.chain.seq
+        if self.poison is not None:
+            self.poison = None
+            remove_quietly(self.files, beside(self.path, "poison"))
+        self._synced_offset = -1
+        try:
+            self.files.sync_dir(self.path.parent, directory)
+        except OSError as error:
+            # The old name may come back after a power loss, and take what is acknowledged from now on with it.
+            self.poison_with(f"syncing the folder failed after a rewrite: {error}")
+        else:
+            self._note_synced(file.chain)
+        self._successor = None
+        if self._replaced is not None:
+            retiring = Retiring(self.files, self._replaced.fd)
+            self._replaced = None
             with contextlib.suppress(OSError):  # of a file that has no name any more
-                self.files.close(old.fd)
+                retiring.close()
 
     def close(self) -> None:
-        """Sync and seal what was appended, and release the lock. Closing twice is fine."""
-        if self.closed:
+        """Sync and seal what was appended, and release the lock. Closing twice is fine: the second finishes the first."""
+        if self._released:
             return
         try:
-            if self._session and self.poison is None and not self._forked:
+            if not self.closed and self._session and self.poison is None and not self._forked:
                 self._seal()
         finally:
-            with self._sync_lock:
+            try:
+                self._turns.enter(_getframe())
                 self.closed = True
                 self.release()
+            finally:
+                self._turns.leave(_getframe())
 
     def _seal(self) -> None:
+        if self._half_written:
+            self._undo("it was interrupted")
         if self._synced_offset != self.chain.offset:
             self.sync()
         try:
@@ -262,27 +304,34 @@ class Log:
             self._close_file()
         finally:
             self._lock.release()
+        self._released = True
 
     def _close_file(self) -> None:
-        fds = {self.file.fd}
+        if self._retiring is None:
+            files = [self.file, self._replaced, self._successor and self._successor[1]]
+            fds = {file.fd for file in files if file is not None} - {-1}
+            self._retiring = [Retiring(self.files, fd) for fd in fds]
         self.file = self.file._replace(fd=-1)
         if self._successor is not None:
             inode, successor = self._successor
-            fds.add(successor.fd)
             self._successor = inode, successor._replace(fd=-1)
-        for fd in fds - {-1}:
-            self.files.close(fd)
+        for retiring in self._retiring:
+            retiring.close()
 
     def abandon(self, *, keep_lock: bool = False) -> None:
         """Let go of the log as a killed process would: no sync, no seal. The lock may be kept, to open the log again."""
-        with self._sync_lock:
-            if not self.closed:
+        try:
+            self._turns.enter(_getframe())
+            if not self._released:
                 self.closed = True
                 try:
                     self._close_file()
                 finally:
                     if not keep_lock:
                         self._lock.release()
+                    self._released = True
+        finally:
+            self._turns.leave(_getframe())
 
 
 _open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
@@ -291,7 +340,7 @@ _open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     for log in list(_open_logs):
         if not log.closed:
-            log._sync_lock = threading.Lock()
+            log._turns = Turns()
             log._forked = True
             with contextlib.suppress(OSError):
                 log._close_file()

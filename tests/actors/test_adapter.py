@@ -12,8 +12,9 @@ from actor_kit import DEADLINE_S, FATAL, in_thread, results, until
 from pykka._envelope import Envelope
 from pykka.messages import _ActorStop
 
-from foldlog import Backpressure, StoreClosed
-from foldlog.actors.adapter import Ended, Inbox, Mail, Started, SupervisedActor, reply
+from foldlog import Backpressure, FoldlogError, StoreClosed
+from foldlog.actors.adapter import STOP, Ended, Inbox, Mail, Started, SupervisedActor, reply
+from foldlog.actors.answers import Reply
 
 # Facts about pykka.
 
@@ -51,13 +52,15 @@ def test_setting_a_future_twice_raises_full():
     assert future.get(timeout=0) == 1
 
 
-def test_stopping_a_reference_sends_the_message_that_the_inbox_lets_through():
+def test_stopping_a_reference_is_refused_and_the_actor_lives():
+    """A foreign actor that died of SystemExit stopped all actors of the process, and with them every store."""
     actor = Echo("echo", lambda notice: None)
-    future = actor.actor_ref.stop(block=False)
-    (mail,) = actor.inbox._waiting
-    assert isinstance(mail.message, _ActorStop)
-    reply(mail)
-    assert future.get(timeout=DEADLINE_S) is True
+    with pytest.raises(FoldlogError, match="close"):
+        actor.actor_ref.stop(timeout=DEADLINE_S)
+    with pytest.raises(FoldlogError, match="close"):
+        actor.actor_ref.tell(_ActorStop())
+    assert actor.inbox.empty()
+    assert actor.actor_ref.is_alive()
 
 
 # What the adapter promises.
@@ -85,6 +88,13 @@ class Echo(SupervisedActor):
         pass
 
 
+def stop(actor: SupervisedActor) -> Reply:
+    """As its owner does."""
+    stopped = Reply()
+    actor.inbox.offer(Mail(STOP, stopped))
+    return stopped
+
+
 @pytest.fixture
 def echo(nothing_left):
     notices: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -96,7 +106,7 @@ def echo(nothing_left):
     if not actor.actor_stopped.is_set():
         if not actor.thread.is_alive():
             actor.resume()
-        actor.actor_ref.stop(timeout=DEADLINE_S)
+        stop(actor).get(timeout=DEADLINE_S)
     actor.thread.join(DEADLINE_S)
 
 
@@ -141,14 +151,14 @@ def test_a_hook_that_fails_is_heard_of(nothing_left, hook, error):
     stopping = None
     if hook == "on_stop":
         assert notices.get(timeout=DEADLINE_S) == Started(actor)
-        stopping = actor.actor_ref.stop(block=False)
+        stopping = stop(actor)
     ended = notices.get(timeout=DEADLINE_S)
     assert isinstance(ended.error, error)
     actor.thread.join(DEADLINE_S)
     if stopping is not None:
         delattr(actor, hook)
         actor.resume()
-        assert stopping.get(timeout=DEADLINE_S) is True, (
+        assert stopping.get(timeout=DEADLINE_S) is None, (
             "who asked it to stop is answered by its successor"
         )
     actor.retire()
@@ -169,7 +179,7 @@ def test_asks_that_race_with_the_end_of_an_actor_are_all_answered(nothing_left):
 
         asking = [in_thread(ask) for _ in range(3)]
         ready.wait(DEADLINE_S)
-        actor.actor_ref.stop(timeout=DEADLINE_S)
+        stop(actor).get(timeout=DEADLINE_S)
         actor.inbox.end(lambda: StoreClosed("over"))
         for future in [future for futures in results(asking) for future in futures]:
             try:
@@ -211,7 +221,7 @@ def test_a_mailbox_that_refuses_answers_asks_raises_to_tellers_and_lets_stops_th
         future.get(timeout=0)
     with pytest.raises(StoreClosed):
         inbox.put(Mail("tell"))
-    inbox.put(Mail(_ActorStop()))
+    inbox.put(Mail(STOP))
     assert len(inbox) == 1
     inbox.accept()
     inbox.put(Mail("tell"))
@@ -222,9 +232,9 @@ def test_a_mailbox_that_has_ended_answers_stops_at_once():
     """A stop that came after the last look into the mailbox would have waited for ever, and with it `stop_all`."""
     inbox = Inbox()
     waiting, late = pykka.ThreadingFuture(), pykka.ThreadingFuture()
-    inbox.put(Mail(_ActorStop(), waiting))
+    inbox.put(Mail(STOP, waiting))
     inbox.end(lambda: StoreClosed("over"))
-    inbox.put(Mail(_ActorStop(), late))
+    inbox.put(Mail(STOP, late))
     assert waiting.get(timeout=0) is None
     assert late.get(timeout=0) is None
     assert inbox.empty()
@@ -264,7 +274,7 @@ def test_a_take_ends_after_its_time_and_a_waiting_offer_when_there_is_room():
     assert taken == []
     inbox.put(Mail(1))
     offering = in_thread(inbox.offer, Mail(2), DEADLINE_S)
-    until(lambda: inbox._emptied._waiters, "it waits for room")
+    until(lambda: inbox._line, "it waits for room")
     assert inbox.get().message == 1
     offering.result(DEADLINE_S)
     assert inbox.get().message == 2

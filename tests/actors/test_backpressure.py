@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pykka
 import pytest
 from actor_kit import (
     DEADLINE_S,
@@ -64,7 +63,7 @@ def test_waiting_for_room_ends_with_back_pressure_or_with_room(full):
 def test_those_who_wait_for_room_are_told_when_the_store_closes(full):
     store, gate, futures = full
     waiting = in_thread(store.apply, batch(4), cursor(4), DEADLINE_S)
-    until(lambda: store._supervisor.writer.inbox._emptied._waiters, "it waits for room")
+    until(lambda: store._supervisor.writer.inbox._line, "it waits for room")
     closing = in_thread(store.close, DEADLINE_S)
     error = waiting.exception(DEADLINE_S)
     assert type(error).__name__ == "StoreClosed"
@@ -74,10 +73,9 @@ def test_those_who_wait_for_room_are_told_when_the_store_closes(full):
     nothing_pending(store)
 
 
-@pytest.mark.parametrize("how", ["close", "stop_all"])
-def test_stopping_gets_through_a_full_mailbox(full, how, path):
+def test_stopping_gets_through_a_full_mailbox(full, path):
     store, gate, futures = full
-    stopping = in_thread(store.close if how == "close" else pykka.ActorRegistry.stop_all)
+    stopping = in_thread(store.close)
     until(lambda: len(store._supervisor.writer.inbox) >= 3, "the stop is in the mailbox")
     gate.open()
     stopping.result(DEADLINE_S)
@@ -155,7 +153,7 @@ def test_the_mailbox_is_bounded_in_bytes_and_one_batch_always_fits(open_store, s
         store.apply_async([Put("k7", bytes(3_000))], cursor(7))
     gate.open()
     assert results(futures) == [3, 4, 5, 6]
-    assert store._supervisor.writer.inbox._bytes == 0, "what was taken is not counted any more"
+    assert store._supervisor.writer.inbox.waiting_bytes == 0, "what was taken is not counted any more"
 
 
 def test_the_count_of_bytes_survives_crashes_and_withdrawals(open_store, steps):
@@ -170,7 +168,7 @@ def test_the_count_of_bytes_survives_crashes_and_withdrawals(open_store, steps):
     gate.open()
     results(futures)
     store.apply(batch(13), cursor(13))
-    assert store._supervisor.writer.inbox._bytes == 0
+    assert store._supervisor.writer.inbox.waiting_bytes == 0
     assert store.stats().mailbox_depth == 0
 
 

@@ -371,16 +371,8 @@ def test_what_waits_for_a_subscriber_is_bounded_in_groups_updates_and_bytes(
         store.apply(numbered(number), cursor(number))
         held = max(held, len(buffer))
         assert len(buffer) <= most
-        assert (
-            sum(group.updates for group in buffer._groups)
-            == buffer._updates
-            <= feeds_module.BUFFER_UPDATES
-        )
-        assert (
-            sum(group.size for group in buffer._groups)
-            == buffer._bytes
-            <= feeds_module.BUFFER_BYTES
-        )
+        assert sum(group.updates for group in buffer._groups) <= feeds_module.BUFFER_UPDATES
+        assert sum(group.size for group in buffer._groups) <= feeds_module.BUFFER_BYTES
     assert held > 1, "it did hold something"
     assert applied(following(watch, 59)) == contents(store)
 
@@ -683,14 +675,14 @@ def test_a_call_that_does_not_wait_ends_though_the_publisher_is_faster_than_it(
     subscription = publisher.subscribe(lambda: publisher.folds[0], "nothing")
     drained(subscription)
     publisher.publish(1)
-    take, taken = subscription.buffer.take, []
+    first, taken = subscription.buffer.first, []
 
     def taking() -> Any:
-        taken.append(take())
+        taken.append(first())
         if len(taken) < 6:
             publisher.publish(1 + len(taken))
         return taken[-1]
 
-    monkeypatch.setattr(subscription.buffer, "take", taking)
+    monkeypatch.setattr(subscription.buffer, "first", taking)
     assert subscription.next(0.0) is None
     assert len(taken) == 1

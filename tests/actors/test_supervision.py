@@ -13,6 +13,7 @@ from logfiles import some_batches, write_log
 
 import foldlog
 from foldlog import (
+    Apply,
     CorruptLogError,
     FoldlogError,
     Get,
@@ -345,18 +346,38 @@ def test_reopening_a_store_that_runs_does_nothing_and_one_that_is_closed_raises(
         store.reopen(DEADLINE_S)
 
 
-def test_stopping_all_actors_of_the_process_closes_the_store_in_order(open_store, path):
-    """Row: the host stops all actors."""
+def test_stopping_all_actors_of_the_process_leaves_the_store_to_its_owner(open_store, path):
+    """Row: the host stops all actors. It closed every open store, also for reads."""
     store = open_store()
     store.apply(batch(1), cursor(1))
+    assert pykka.ActorRegistry.get_all() == []
     results([in_thread(pykka.ActorRegistry.stop_all)])
-    until(lambda: store.state is State.CLOSED, "the store is closed")
-    with pytest.raises(StoreClosed):
-        store.apply(batch(2), cursor(2))
-    with pytest.raises(StoreClosed):
-        store.get("shared/0")
+    assert store.state is State.RUNNING
+    assert store.apply(batch(2), cursor(2)) == 2
+    assert store.writer.ask(Apply(batch(3), cursor(3)), timeout=DEADLINE_S) == 3
+    assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S) == store.get("shared/0")
     store.close()
-    assert read_back(path).cursor == cursor(1)
+    assert read_back(path).cursor == cursor(3)
+
+
+class Exits(pykka.ThreadingActor):
+    """A host's actor that ends the process, as it believes."""
+
+    use_daemon_thread = True
+
+    def on_receive(self, message: object) -> None:
+        raise SystemExit
+
+
+def test_a_foreign_actor_that_dies_of_system_exit_leaves_the_store_to_its_owner(open_store):
+    """pykka then stops all actors that are registered: every open store was closed with them."""
+    store = open_store()
+    exits = Exits.start()
+    exits.tell("now")
+    until(lambda: not exits.is_alive(), "it has died")
+    assert exits.actor_stopped.wait(DEADLINE_S)
+    assert store.apply(batch(1), cursor(1)) == 1
+    assert store.state is State.RUNNING
 
 
 def test_a_supervisor_that_dies_fails_the_store_for_good_and_reads_go_on(

@@ -1,0 +1,310 @@
+"""An exception at any point of a caller's thread, and a handler that calls the store again there."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actor_kit import DEADLINE_S, cursor, in_thread
+from interrupts import At, Struck, points, strike
+
+import foldlog
+from foldlog import AppendLogSnapshot, FoldlogError, Put, RequestTimeout
+
+NUMBERS = itertools.count(1)
+
+
+def an_update() -> list[Put]:
+    return [Put(f"k/{next(NUMBERS) % 7}", b"v")]
+
+
+STORE_CALLS: dict[str, Callable[[foldlog.Store], Any]] = {
+    "apply": lambda store: store.apply(an_update(), cursor(next(NUMBERS))),
+    "apply, handed over": lambda store: store.apply(
+        an_update(), cursor(next(NUMBERS)), timeout_s=DEADLINE_S / 2
+    ),
+    "apply_async": lambda store: store.apply_async(an_update(), cursor(next(NUMBERS))).result(
+        DEADLINE_S
+    ),
+    "put": lambda store: store.put("p", b"1"),
+    "create": lambda store: store.create(f"new/{next(NUMBERS)}", b"1"),
+    "delete": lambda store: store.delete("p"),
+    "get": lambda store: store.get("p"),
+    "range": lambda store: store.range(""),
+    "snapshot": lambda store: store.snapshot().get("p"),
+    "compact": lambda store: store.compact(),
+    "verify": lambda store: store.verify(),
+    "stats": lambda store: store.stats(),
+    "watch": lambda store: watched(store),
+    "ask the writer": lambda store: store.writer.ask(
+        foldlog.Apply(an_update(), cursor(next(NUMBERS))), timeout=DEADLINE_S
+    ),
+    "ask a reader": lambda store: store.reader.ask(foldlog.Get("p"), timeout=DEADLINE_S),
+    "tell the writer": lambda store: store.writer.tell(
+        foldlog.Apply(an_update(), cursor(next(NUMBERS)))
+    ),
+    "reopen": lambda store: store.reopen(DEADLINE_S),
+}
+
+
+def watched(store: foldlog.Store) -> None:
+    with store.watch() as watch:
+        while not isinstance(watch.next(0.0), foldlog.Synced):
+            pass
+
+
+def goes_on(store: foldlog.Store) -> None:
+    """Another thread writes, and what it wrote is there."""
+    number = next(NUMBERS)
+    in_thread(lambda: store.put("other", b"%d" % number, timeout_s=DEADLINE_S)).result(DEADLINE_S)
+    entry = store.get("other")
+    assert entry is not None
+    assert entry.value == b"%d" % number
+
+
+@pytest.fixture
+def stride(request: pytest.FixtureRequest) -> int:
+    """How many points to pass over: all are tried in the slow set."""
+    return 1 if "slow" in (request.config.getoption("-m") or "") else 23
+
+
+@pytest.mark.parametrize("name", STORE_CALLS)
+def test_a_store_outlives_an_exception_at_any_point_of_a_call(tmp_path: Path, name: str, stride: int):
+    """One exception within `Condition.__enter__` left a lock held that the writer, then the supervisor waited on for ever."""
+    call = STORE_CALLS[name]
+    path = tmp_path / "a.log"
+    store = foldlog.open(path, max_restarts=1)
+    call(store)
+    for number in points(stride):
+        at = At(number, strike)
+        try:
+            at.run(lambda: call(store))
+        except Struck:
+            pass
+        if not at.fired:
+            break
+        goes_on(store)
+    assert number > 1
+    store.close(DEADLINE_S)
+    with foldlog.open(path) as store:
+        assert store.verify().ok
+
+
+@pytest.mark.parametrize("name", ["apply", "put", "compact", "watch", "ask a reader"])
+@pytest.mark.parametrize("handler", ["put", "apply_async", "get", "close"])
+def test_a_handler_that_calls_the_store_again_works_or_is_refused_at_once(
+    tmp_path: Path, name: str, handler: str, stride: int
+):
+    """A handler that wrote while its thread was putting a message in the mailbox waited for a lock of its own."""
+    call = STORE_CALLS[name]
+    acts: dict[str, Callable[[], Any]] = {
+        "put": lambda: store.put("handler", b"1", timeout_s=DEADLINE_S),
+        "apply_async": lambda: store.apply_async(an_update(), cursor(next(NUMBERS))),
+        "get": lambda: store.get("p"),
+        "close": lambda: store.close(DEADLINE_S),
+    }
+    stride *= 3 if stride > 1 and handler == "close" else 1
+    store = foldlog.open(tmp_path / "a.log")
+    for number in points(stride, first=stride):
+        if handler == "close" and number > stride:
+            store.close(DEADLINE_S)
+            store = foldlog.open(tmp_path / "a.log")
+
+        def act() -> None:
+            try:
+                acts[handler]()
+            except FoldlogError as error:
+                assert not isinstance(error, RequestTimeout)
+
+        at = At(number, act)
+        try:
+            at.run(lambda: call(store))
+        except FoldlogError:
+            assert handler == "close"
+        if not at.fired:
+            break
+        if handler != "close":
+            goes_on(store)
+    store.close(DEADLINE_S)
+    foldlog.open(tmp_path / "a.log").close()
+
+
+@pytest.mark.parametrize("first", range(3))
+def test_a_close_that_was_interrupted_can_be_called_again(tmp_path: Path, stride: int, first: int):
+    for number in points(max(stride // 2, 1), first=first + 1):
+        store = foldlog.open(tmp_path / "a.log")
+        store.put("k", b"%d" % number)
+        at = At(number, strike)
+        try:
+            at.run(lambda: store.close(DEADLINE_S))
+        except Struck:
+            store.close(DEADLINE_S)
+        with foldlog.open(tmp_path / "a.log") as store:
+            assert store.get("k").value == b"%d" % number
+        if not at.fired:
+            break
+
+
+def test_an_open_that_was_interrupted_leaves_nothing_open(tmp_path: Path, stride: int):
+    for number in points(stride):
+        at = At(number, strike)
+        try:
+            store = at.run(lambda: foldlog.open(tmp_path / "a.log"))
+        except Struck:
+            store = foldlog.open(tmp_path / "a.log")
+        store.put("k", b"1")
+        store.close(DEADLINE_S)
+        if not at.fired:
+            break
+    assert foldlog_threads() == []
+
+
+def foldlog_threads() -> list[threading.Thread]:
+    for thread in threading.enumerate():
+        if thread.name.startswith("foldlog"):
+            thread.join(DEADLINE_S)
+    return [thread for thread in threading.enumerate() if thread.name.startswith("foldlog")]
+
+
+ENGINE_CALLS: dict[str, Callable[[AppendLogSnapshot], Any]] = {
+    "apply": lambda snap: snap.apply(an_update(), cursor(next(NUMBERS))),
+    "compact": lambda snap: (snap.apply(an_update(), cursor(next(NUMBERS))), snap.compact()),
+    "sync": lambda snap: snap.sync(),
+    "get": lambda snap: snap.get("k/1"),
+    "range": lambda snap: snap.range(""),
+    "verify": lambda snap: snap.verify(),
+}
+
+
+@pytest.mark.parametrize("name", ENGINE_CALLS)
+def test_an_engine_outlives_an_exception_at_any_point_of_a_call(
+    tmp_path: Path, name: str, stride: int
+):
+    """An interrupt between a compaction's rename and its adoption made a false LogChangedError."""
+    path = tmp_path / "a.log"
+    _, snap = AppendLogSnapshot.open(path)
+    snap.apply(an_update(), cursor(next(NUMBERS)))
+    for number in points(max(stride // 3, 1)):
+        at = At(number, strike)
+        try:
+            at.run(lambda: ENGINE_CALLS[name](snap))
+        except Struck:
+            pass
+        position = cursor(next(NUMBERS))
+        snap.apply([Put("after", b"%d" % number)], position)
+        assert snap.get("after").value == b"%d" % number
+        if not at.fired:
+            break
+    assert snap.verify().ok
+    before = snap.range("")
+    snap.close()
+    at_end, snap = AppendLogSnapshot.open(path)
+    assert (at_end, snap.range("")) == (position, before)
+    snap.close()
+
+
+@pytest.mark.parametrize("first", range(2))
+def test_an_engine_whose_close_was_interrupted_lets_go_of_its_lock(
+    tmp_path: Path, stride: int, first: int
+):
+    """It counted as closed, and the lock was never given back."""
+    for number in points(max(stride // 3, 1), first=first + 1):
+        _, snap = AppendLogSnapshot.open(tmp_path / "a.log")
+        snap.apply([Put("k", b"%d" % number)], cursor(number))
+        at = At(number, strike)
+        try:
+            at.run(snap.close)
+        except Struck:
+            snap.close()
+        at_end, snap = AppendLogSnapshot.open(tmp_path / "a.log")
+        assert at_end == cursor(number)
+        snap.close()
+        if not at.fired:
+            break
+
+
+def test_an_engine_refuses_a_call_within_a_call(tmp_path: Path, stride: int):
+    _, snap = AppendLogSnapshot.open(tmp_path / "a.log")
+    outcomes: list[object] = []
+
+    def act() -> None:
+        try:
+            outcomes.append(snap.apply(an_update(), cursor(next(NUMBERS))))
+        except foldlog.ReentrantCall as error:
+            outcomes.append(error)
+
+    for number in points(max(stride // 3, 1)):
+        at = At(number, act)
+        at.run(lambda: snap.apply(an_update(), cursor(next(NUMBERS))))
+        if not at.fired:
+            break
+    assert any(isinstance(outcome, foldlog.ReentrantCall) for outcome in outcomes)
+    assert snap.verify().ok
+    snap.close()
+
+
+def test_a_watch_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, stride: int):
+    """The generator that made its events was dead then, and the watch over, without a word."""
+    with foldlog.open(tmp_path / "a.log") as store:
+        store.apply([Put(f"s/{n}", b"0") for n in range(5)], cursor(1))
+        watch = store.watch()
+        state: dict[str, bytes] = {}
+        for number in points(max(stride // 3, 1)):
+            store.put("k", b"%d" % number)
+            at = At(number, strike)
+            events: list[Any] = []
+            try:
+                at.run(lambda: [events.append(watch.next(0.0)) for _ in range(3)])
+            except Struck:
+                pass
+            while (event := watch.next(0.0)) is not None:
+                events.append(event)
+            assert watch.ended is None
+            for event in events:
+                if isinstance(event, foldlog.Changed):
+                    state[event.update.key] = event.update.value
+            if not at.fired:
+                break
+        assert state["k"] == store.get("k").value
+        assert len(state) == 6
+
+
+def test_a_follower_outlives_an_exception_at_any_point_of_a_wait(tmp_path: Path, stride: int):
+    with foldlog.open(tmp_path / "a.log") as store, foldlog.follow(tmp_path / "a.log") as follower:
+        position = 1
+        for number in points(stride):
+            at = At(number, strike)
+            try:
+                at.run(lambda: follower.wait_for(cursor(2**40), 0.005))
+            except (Struck, RequestTimeout):
+                pass
+            position += 1
+            store.apply(an_update(), cursor(position))
+            follower.wait_for(cursor(position), DEADLINE_S)
+            if not at.fired:
+                break
+
+
+def test_a_follow_or_its_close_that_was_interrupted_leaves_nothing(tmp_path: Path, stride: int):
+    foldlog.open(tmp_path / "a.log").close()
+    for number in points(stride):
+        at = At(number, strike)
+        try:
+            follower = at.run(lambda: foldlog.follow(tmp_path / "a.log"))
+        except Struck:
+            continue
+        closing = At(number, strike)
+        try:
+            closing.run(follower.close)
+        except Struck:
+            follower.close()
+        assert follower.state is foldlog.FollowerState.CLOSED
+        if not at.fired and not closing.fired:
+            break
+    assert foldlog_threads() == []
+
+

@@ -1,0 +1,50 @@
+"""An exception, or a call of the user's, at each point of a call where CPython may let a signal handler run.
+
+CPython runs handlers between bytecodes: when a function is entered, and after calls. A profile function is called at all of
+these, and may raise, as a handler may.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+
+class Struck(Exception):
+    """What the handler raises: the soft time limit of a task queue, say."""
+
+
+class At:
+    """Calls `act` at the `number`-th event of the thread, once. `fired` tells whether it came to that."""
+
+    def __init__(self, number: int, act: Callable[[], object]) -> None:
+        self.number, self.act = number, act
+        self.seen = 0
+        self.fired = False
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        self.seen += 1
+        if self.seen == self.number:
+            sys.setprofile(None)
+            self.fired = True
+            self.act()
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """`call()`, with this in force."""
+        try:
+            sys.setprofile(self)
+            return call()
+        finally:
+            sys.setprofile(None)
+
+
+def strike() -> None:
+    """What to do at a point: raise."""
+    raise Struck
+
+
+def points(stride: int = 1, first: int = 1, most: int = 60) -> Iterator[int]:
+    """The numbers of points to try, at most so many, until the caller finds one that was not reached."""
+    return iter(range(first, first + stride * most if stride > 1 else 1_000_000, stride))
