@@ -139,7 +139,9 @@ class SupervisedActor(pykka.ThreadingActor):
             self.on_start()
             self._post(Started(self))
             while not self.actor_stopped.is_set():
-                if not self.taken:  # a predecessor that died while it stopped has left that to be done
+                if (
+                    not self.taken
+                ):  # a predecessor that died while it stopped has left that to be done
                     self._await_mail()
                 self.busy_since = time.monotonic()
                 self._serve()
@@ -219,7 +221,9 @@ class SharedActor(SupervisedActor):
             try:
                 hook(name)
             except BaseException as error:
-                if not isinstance(error, KeyboardInterrupt) or error.args:  # else Ctrl-C came within
+                if (
+                    not isinstance(error, KeyboardInterrupt) or error.args
+                ):  # else Ctrl-C came within
                     self._raised_by_hook = error
                 raise
 

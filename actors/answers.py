@@ -48,9 +48,7 @@ class Answer(Future[T]):
 
     def start(self) -> bool:
         """From here on it cannot be withdrawn. False if it was, or has its answer already."""
-        return (
-            self._facts.setdefault("fate", _STARTED) is _STARTED and "outcome" not in self._facts
-        )
+        return self._facts.setdefault("fate", _STARTED) is _STARTED and "outcome" not in self._facts
 
     def finish(self, result: Any, error: BaseException | None = None) -> bool:
         """Answer it, once: False if it has ended before."""
@@ -231,10 +229,7 @@ class Reply(pykka.Future[T]):
         self._finish((None, error.with_traceback(trace)))
 
     def _finish(self, outcome: tuple[Any, BaseException | None]) -> None:
-        if (
-            self._get_hook is not None
-            or self._facts.setdefault("outcome", outcome) is not outcome
-        ):
+        if self._get_hook is not None or self._facts.setdefault("outcome", outcome) is not outcome:
             raise queue.Full  # as pykka does
         self._bell.ring()
 

@@ -263,7 +263,9 @@ class Feeds:
     def add(self, buffer: Buffer) -> None:
         """Let `buffer` have all that is published from here on."""
         self._subscribed[buffer] = None
-        if self._ended is not None:  # looked at after adding: whoever ends it looks at the buffers after saying so
+        if (
+            self._ended is not None
+        ):  # looked at after adding: whoever ends it looks at the buffers after saying so
             self.remove(buffer)
             buffer.end(self._ended)
 
@@ -319,7 +321,10 @@ class Part:
 
     def offer(self) -> Event | None:
         """The next event; the same again until it is accepted. None at the end."""
-        events, self._events = self._events, None  # should this be interrupted, it is not gone on with
+        events, self._events = (
+            self._events,
+            None,
+        )  # should this be interrupted, it is not gone on with
         if events is None or self._made != self.told:
             events = self._make(self.told, self._last)
             self._made = self.told
@@ -457,7 +462,9 @@ def _start(
                 return iter(())
             after = last.update.key if isinstance(last, Changed) else None
             entries = chain.from_iterable(at.blocks(prefix, after))
-            return chain((Changed(Put(*entry), at.cursor(), at.seq) for entry in entries), (synced,))
+            return chain(
+                (Changed(Put(*entry), at.cursor(), at.seq) for entry in entries), (synced,)
+            )
 
         return state
 

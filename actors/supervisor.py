@@ -344,14 +344,18 @@ class Supervisor:
         config = core.config
         restarts_s = self._restarts_s.setdefault(actor, [])
         interrupted = isinstance(error, DiedInTurn)  # a caller's thread: no fault of the actor's
-        delay_s = 0.0 if interrupted else next_restart_delay_s(
-            error,
-            restarts_s,
-            now,
-            max_restarts=config.max_restarts,
-            window_s=config.restart_window_s,
-            delay_s=config.restart_delay_s,
-            patient=core.state is not State.CLOSING,
+        delay_s = (
+            0.0
+            if interrupted
+            else next_restart_delay_s(
+                error,
+                restarts_s,
+                now,
+                max_restarts=config.max_restarts,
+                window_s=config.restart_window_s,
+                delay_s=config.restart_delay_s,
+                patient=core.state is not State.CLOSING,
+            )
         )
         reason = f"{type(error).__name__}: {error}"
         if delay_s is None:

@@ -249,7 +249,9 @@ class Store(Readable):
             except BaseException as error:
                 if not writer.is_own_fault(error):
                     raise
-                in_hand = True  # the writer died of it, and settles the request when it starts again
+                in_hand = (
+                    True  # the writer died of it, and settles the request when it starts again
+                )
         if not in_hand:
             self._check_thread()
             self._offer(mail, timeout_s)
@@ -423,11 +425,12 @@ class Store(Readable):
         timeout_s = check_timeout(timeout_s)
         if self._core.state is State.FORKED:
             return
+        was_closed = self._core.ended.is_set()
         error = _close(self._supervisor, timeout_s)
         if self._core.ended.is_set():
             self._finalizer.detach()
             _live.pop(self._supervisor, None)
-        if error is not None:
+        if error is not None and not was_closed:
             raise error
 
     def _check_thread(self) -> None:

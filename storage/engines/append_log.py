@@ -240,7 +240,9 @@ class AppendLogSnapshot(Readable):
             line.append(frame)
         while (first := line[0]) is not frame:
             if not is_over(first):
-                raise ReentrantCall("called while the store is being written: it is for one thread at a time")
+                raise ReentrantCall(
+                    "called while the store is being written: it is for one thread at a time"
+                )
             discard(line, first)
         self._engine.settle()
 

@@ -30,7 +30,9 @@ class no_full_collections:  # noqa: N801 - used as `with no_full_collections():`
 
     def _end(self) -> None:
         _holders.pop(id(self), None)
-        if not _holders and gc.get_threshold()[2] == _NEVER:  # else the host has set its own meanwhile
+        if (
+            not _holders and gc.get_threshold()[2] == _NEVER
+        ):  # else the host has set its own meanwhile
             gc.set_threshold(*_thresholds)
         if _holders and gc.get_threshold()[2] != _NEVER:  # one came just now
             gc.set_threshold(*gc.get_threshold()[:2], _NEVER)

@@ -72,7 +72,9 @@ class Log:
         self._turns = Turns()
         self.closed = False
         self._released = False
-        self._half_written = False  # there may be more in the file than the chain says: `_undo` mends it
+        self._half_written = (
+            False  # there may be more in the file than the chain says: `_undo` mends it
+        )
         self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
         self._retiring: list[Retiring] | None = None
         self._forked = False

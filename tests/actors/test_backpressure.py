@@ -153,7 +153,9 @@ def test_the_mailbox_is_bounded_in_bytes_and_one_batch_always_fits(open_store, s
         store.apply_async([Put("k7", bytes(3_000))], cursor(7))
     gate.open()
     assert results(futures) == [3, 4, 5, 6]
-    assert store._supervisor.writer.inbox.waiting_bytes == 0, "what was taken is not counted any more"
+    assert store._supervisor.writer.inbox.waiting_bytes == 0, (
+        "what was taken is not counted any more"
+    )
 
 
 def test_the_count_of_bytes_survives_crashes_and_withdrawals(open_store, steps):

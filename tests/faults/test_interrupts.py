@@ -15,6 +15,9 @@ from interrupts import At, Struck, points, strike
 import foldlog
 from foldlog import AppendLogSnapshot, FoldlogError, Put, RequestTimeout
 
+# What strikes within a finalizer is reported by CPython, and swallowed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 NUMBERS = itertools.count(1)
 
 
@@ -66,14 +69,16 @@ def goes_on(store: foldlog.Store) -> None:
     assert entry.value == b"%d" % number
 
 
-@pytest.fixture
+@pytest.fixture(params=[37, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 def stride(request: pytest.FixtureRequest) -> int:
-    """How many points to pass over: all are tried in the slow set."""
-    return 1 if "slow" in (request.config.getoption("-m") or "") else 23
+    """Try each so many-th point: all of them in the slow set."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", STORE_CALLS)
-def test_a_store_outlives_an_exception_at_any_point_of_a_call(tmp_path: Path, name: str, stride: int):
+def test_a_store_outlives_an_exception_at_any_point_of_a_call(
+    tmp_path: Path, name: str, stride: int
+):
     """One exception within `Condition.__enter__` left a lock held that the writer, then the supervisor waited on for ever."""
     call = STORE_CALLS[name]
     path = tmp_path / "a.log"
@@ -306,5 +311,3 @@ def test_a_follow_or_its_close_that_was_interrupted_leaves_nothing(tmp_path: Pat
         if not at.fired and not closing.fired:
             break
     assert foldlog_threads() == []
-
-

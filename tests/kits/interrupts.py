@@ -45,6 +45,6 @@ def strike() -> None:
     raise Struck
 
 
-def points(stride: int = 1, first: int = 1, most: int = 60) -> Iterator[int]:
+def points(stride: int = 1, first: int = 1, most: int = 25) -> Iterator[int]:
     """The numbers of points to try, at most so many, until the caller finds one that was not reached."""
-    return iter(range(first, first + stride * most if stride > 1 else 1_000_000, stride))
+    return iter(range(first, first + stride * most if stride > 1 else 5_000, stride))
