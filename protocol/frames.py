@@ -14,12 +14,14 @@ that a frame of another file is junk here. `offset` is where the frame stands, `
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgpack
 from crc32c import crc32c
 
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.protocol.undecodable import MAX_MAP_BYTES, Undecodable, unpack_map
+from foldlog.protocol.updates import MAX_BODY_BYTES
+from foldlog.protocol.updates import MAX_GROUP as MAX_GROUP
 
 FORMAT_VERSION = 1
 FILE_MAGIC = b"\x89FLG\r\n\x1a\n"  # as PNG's: a non-ASCII byte and both line ends catch a transfer that mangles text
@@ -51,8 +53,15 @@ FLAG_SYNC_EACH = 1
 """The writer of this frame syncs each frame before it writes the next."""
 KNOWN_FLAGS = FLAG_SYNC_EACH
 
-MAX_GROUP = 65_535
-"""Batches in one frame: what its head can count."""
+MAX_LEAF_BODY_BYTES = 32 * 1024 * 1024
+"""A leaf ends with the entry that brings it to 256 KiB, and one entry may have a value of 16 MiB."""
+_BODY_LIMITS = {
+    KIND_OPEN: MAX_MAP_BYTES,
+    KIND_BATCHES: MAX_BODY_BYTES,
+    KIND_LEAF: MAX_LEAF_BODY_BYTES,
+    KIND_BASE_END: MAX_MAP_BYTES,
+    KIND_SEAL: 0,
+}
 
 
 class FileHead(NamedTuple):
@@ -145,34 +154,44 @@ def parse_frame_head(
     return FrameHead(*fields)
 
 
+def oversize(frame: FrameHead) -> str | None:
+    """Why no body of `frame`'s kind is as long as its head says; None if one may be. Looked at before the body is read."""
+    limit = _BODY_LIMITS.get(frame.kind, MAX_BODY_BYTES)
+    if frame.body_len <= limit:
+        return None
+    return f"a body of {frame.body_len} bytes is over the limit of {limit} for its kind"
+
+
 def parse_open(body: bytes | memoryview) -> str:
-    """The boot id in the body of an OPEN frame. ValueError for anything else."""
+    """The boot id in the body of an OPEN frame. Undecodable for anything else."""
     try:
-        boot = msgpack.unpackb(body, max_map_len=8)["boot"]
-    except Exception as error:
-        raise ValueError(f"an undecodable OPEN frame: {type(error).__name__}") from None
+        boot = unpack_map(body)["boot"]
+    except (Undecodable, KeyError) as error:
+        raise Undecodable(f"an undecodable OPEN frame: {type(error).__name__}") from None
     if type(boot) is not str:
-        raise ValueError("an OPEN frame without a boot id")
+        raise Undecodable("an OPEN frame without a boot id")
     return boot
 
 
-def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, Any, Any, bytes]:
-    """Cursor, leaves, entries and digest in the body of a BASE_END frame. ValueError for anything else.
+def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
+    """Cursor, leaves, entries and digest in the body of a BASE_END frame. Undecodable for anything else.
 
-    The counts are as they stand there, of any type, and the digest of any length: to be compared, or checked by `verify.py`.
+    The digest may have any length, and the counts any value: to be compared, or checked by `verify.py`.
     """
     try:
-        end = msgpack.unpackb(body, max_map_len=8)
+        end = unpack_map(body)
         cursor, leaves, entries, digest = (
             end["cursor"],
             end["leaves"],
             end["entries"],
             end["digest"],
         )
-    except Exception as error:
-        raise ValueError(f"an undecodable end of the base: {type(error).__name__}") from None
+    except (Undecodable, KeyError) as error:
+        raise Undecodable(f"an undecodable end of the base: {type(error).__name__}") from None
     if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes:
-        raise ValueError("the end of the base has a bad field")
+        raise Undecodable("the end of the base has a bad field")
+    if type(leaves) is not int or type(entries) is not int:
+        raise Undecodable("the end of the base has a bad count")
     return WatchCursor(cursor), leaves, entries, digest
 
 

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import msgpack
 
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, VersionToken, WatchCursor
+from foldlog.protocol.undecodable import MSGPACK_ERRORS, Undecodable, refuse_nested
 
 MAX_KEY_BYTES = 65_535
 MAX_VALUE_BYTES = 16 * 1024 * 1024
 MAX_BODY_BYTES = 1024 * 1024 * 1024
+MAX_GROUP = 65_535
+"""Batches in one frame: what its header can count."""
 MAX_ITEM_BYTES = MAX_BODY_BYTES - 5
 """One encoded batch, with room for the array header of a body that holds it alone."""
 SLICE = 8192
@@ -28,6 +32,10 @@ SLICE = 8192
 
 _SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # no key of so many characters can be over-long in UTF-8
 _SMALL_BATCH = 256
+_SMALL_BODY = 4096
+"""A body that is unpacked by one call. Arrays in arrays, each of a length that lies, take a thousand times as much."""
+_MAX_KEPT_BYTES = 1024 * 1024
+"""A packer keeps the largest buffer that it ever needed; one that needed more is not kept."""
 
 
 class _Write(NamedTuple):
@@ -150,8 +158,9 @@ class DecodedBatch(NamedTuple):
 
 
 class _Packers(threading.local):
-    def __init__(self) -> None:
-        self.packer = msgpack.Packer()
+    # Taken out while it packs, and put back only once it has: whatever stops it half-way (a MemoryError, an interrupt), its
+    # buffer, and with it what it had packed of the batch that failed, is gone.
+    packer: msgpack.Packer | None = None
 
 
 _packers = _Packers()
@@ -180,11 +189,10 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
     keys, values, versions = _columns(updates)
     try:
         if len(keys) <= _SMALL_BATCH:
-            item = _packers.packer.pack((cursor, keys, values, versions))
+            item = _packed((cursor, keys, values, versions))
         else:
             item = _pack_columns(cursor, keys, values, versions)
     except UnicodeEncodeError:
-        _packers.packer = msgpack.Packer()  # the failed one keeps what it had packed
         _explain(updates)
         raise
     if len(item) > MAX_ITEM_BYTES:
@@ -192,6 +200,14 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
             f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}"
         )
     return Batch(cursor, item, _changes(keys, values, list(map(bytes, versions))), len(keys))
+
+
+def _packed(item: tuple[Any, ...]) -> bytes:
+    packer, _packers.packer = _packers.packer or msgpack.Packer(), None
+    packed: bytes = packer.pack(item)
+    if len(packed) <= _MAX_KEPT_BYTES:
+        _packers.packer = packer
+    return packed
 
 
 def _columns(
@@ -317,44 +333,104 @@ def batches_body(items: Sequence[bytes]) -> bytes:
     return b"".join((header, *items))
 
 
-def decode_batches(body: bytes | memoryview) -> list[DecodedBatch]:
-    """The batches of a BATCHES body. ValueError for anything that `encode_batch` would not have written."""
+def decode_batches(body: bytes | memoryview, count: int | None = None) -> list[DecodedBatch]:
+    """The batches of a BATCHES body, `count` of them. Undecodable for anything that `encode_batch` would not have written.
+
+    No array is made before its length is checked against what remains of the body, and none where none belongs: what is
+    refused has taken no more memory than a batch of as many bytes.
+    """
     try:
-        # A record takes at least three bytes of body, so a longer array is a lie; refuse it before it is allocated.
+        if len(body) > _SMALL_BODY:
+            return _decoded_in_steps(body, count)
+        # A record takes at least three bytes of body, so a longer array is a lie.
         items = msgpack.unpackb(
             body, max_array_len=max(4, len(body) // 3), max_map_len=0, max_ext_len=0
         )
-    except Exception as error:  # msgpack raises half a dozen kinds, TypeError among them
-        raise ValueError(f"undecodable: {type(error).__name__}: {error}") from None
-    if type(items) is not list or not items:
-        raise ValueError("not an array of batches")
-    return [_decode_item(item) for item in items]
+    except Undecodable:
+        raise
+    except MSGPACK_ERRORS as error:
+        raise Undecodable(f"undecodable: {type(error).__name__}: {error}") from None
+    if type(items) is not list:
+        raise Undecodable("not an array of batches")
+    _check_count(len(items), count)
+    return [_decode_item(item, len(body)) for item in items]
 
 
-def _decode_item(item: object) -> DecodedBatch:
+def _check_count(found: int, count: int | None) -> None:
+    if not 0 < found <= MAX_GROUP:
+        raise Undecodable(f"{found} batches in one frame")
+    if count is not None and found != count:
+        raise Undecodable(f"{found} batches, but the header says {count}")
+
+
+def _decoded_in_steps(body: bytes | memoryview, count: int | None) -> list[DecodedBatch]:
+    """`decode_batches`, array by array. Cost: 60 ns an update more than in one call."""
+    size = len(body)
+    unpacker = msgpack.Unpacker(
+        read_size=size,
+        max_buffer_size=size,
+        max_array_len=0,
+        list_hook=refuse_nested,
+        object_hook=refuse_nested,
+        ext_hook=refuse_nested,
+    )
+    unpacker.feed(body)
+    found = unpacker.read_array_header()
+    _check_count(found, count)
+    batches = []
+    for _ in range(found):
+        if unpacker.read_array_header() != 4:
+            raise Undecodable("a batch is not [cursor, keys, values, versions]")
+        cursor = unpacker.unpack()
+        columns = [_column(unpacker, size) for _ in range(3)]
+        batches.append(_decode_item([cursor, *columns], size))
+    if unpacker.tell() != size:
+        raise Undecodable("bytes follow the last batch")
+    return batches
+
+
+def _column(unpacker: msgpack.Unpacker, size: int) -> list[Any]:
+    count = unpacker.read_array_header()
+    if count > size - unpacker.tell():
+        raise Undecodable(f"an array of {count} values is longer than the body")
+    column: list[Any] = []
+    while len(column) < count:
+        piece = list(islice(unpacker, min(count - len(column), SLICE)))
+        if not piece:
+            raise Undecodable("the body ends within an array")
+        if column:
+            column += piece
+        else:
+            column = piece
+    return column
+
+
+def _decode_item(item: object, size: int) -> DecodedBatch:
+    """The batch in `item`, as it was unpacked from a body of `size` bytes, which bounds the length of all that is in it."""
     if type(item) is not list or len(item) != 4:
-        raise ValueError("a batch is not [cursor, keys, values, versions]")
+        raise Undecodable("a batch is not [cursor, keys, values, versions]")
     cursor, keys, values, versions = item
     if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES:
-        raise ValueError("a cursor is not a token")
+        raise Undecodable("a cursor is not a token")
     if not (type(keys) is list and type(values) is list and type(versions) is list):
-        raise ValueError("a column is not an array")
+        raise Undecodable("a column is not an array")
     if not len(keys) == len(values) == len(versions):
-        raise ValueError("columns of different lengths")
+        raise Undecodable("columns of different lengths")
     if keys:
         if set(map(type, keys)) != {str}:
-            raise ValueError("a key is not text")
-        if max(map(len, keys)) > _SAFE_KEY_CHARS and any(
-            len(key.encode()) > MAX_KEY_BYTES for key in keys
-        ):
-            raise ValueError("an over-long key")
+            raise Undecodable("a key is not text")
+        if size > MAX_KEY_BYTES and max(map(len, keys)) > _SAFE_KEY_CHARS:
+            if any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
+                raise Undecodable("an over-long key")
         if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
-            raise ValueError("a version is not a token")
+            raise Undecodable("a version is not a token")
         kinds = set(map(type, values))
         if not kinds <= {bytes, bool, type(None)} or (
             bool in kinds and any(value is True for value in values)
         ):
-            raise ValueError("a value is neither bytes, nil nor false")
-        if max(map(len, filter(None, values)), default=0) > MAX_VALUE_BYTES:
-            raise ValueError("an over-long value")
+            raise Undecodable("a value is neither bytes, nil nor false")
+        if size > MAX_VALUE_BYTES and max(map(len, filter(None, values)), default=0) > (
+            MAX_VALUE_BYTES
+        ):
+            raise Undecodable("an over-long value")
     return DecodedBatch(WatchCursor(cursor), keys, values, versions)

@@ -33,6 +33,7 @@ from foldlog.protocol.frames import (
     parse_open,
 )
 from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.replay import format_of, resolve
@@ -332,7 +333,7 @@ def _piece_json(piece: Piece, bodies: bool) -> dict[str, Any]:
 def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
     try:
         if head.kind == KIND_BATCHES:
-            for number, batch in enumerate(decode_batches(body), head.seq - head.batches + 1):
+            for number, batch in enumerate(decode_batches(body, head.batches), head.seq - head.batches + 1):
                 yield f"batch {number} at cursor {token_text(batch.cursor)}, {counted(len(batch.keys), 'update')}"
                 yield from map("  ".__add__, _update_lines(batch))
         elif head.kind == KIND_LEAF:
@@ -344,7 +345,7 @@ def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
             yield f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest {digest.hex()}"
         elif head.kind == KIND_OPEN:
             yield f"boot {printable(parse_open(body)) or 'unknown'}"
-    except ValueError as error:
+    except Undecodable as error:
         yield f"undecodable: {printable(str(error))}"
 
 

@@ -23,6 +23,7 @@ OPERATIONS = (
         "close",
         "read",
         "read_into",
+        "data_after",
         "write",
         "truncate",
     ),

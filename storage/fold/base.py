@@ -14,11 +14,12 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from itertools import chain
+from itertools import chain, count
 
 from crc32c import crc32c
 
 from foldlog.protocol.errors import CorruptLogError
+from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Change
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.leaf import Columns, Index
@@ -30,6 +31,7 @@ CACHE_BYTES = 512 * 1024 * 1024
 """What the cache may hold of each base, by an estimate."""
 _ENTRY_OVERHEAD = 250  # bytes of the objects around a cached value: tuple, key, token, dict slot; measured on CPython 3.11
 _SHARD_BYTES = CACHE_BYTES // SHARDS
+_uids = count()
 _READ_AHEAD_PART = 5
 """One in so many entries of a leaf, read one by one, bring the others: 7 us each alone, 1 us each together."""
 
@@ -43,9 +45,13 @@ class Base:
         "_index_crcs",
         "_index_lens",
         "_indexes",
+        "_last",
         "_lengths",
         "_offsets",
+        "_origins",
         "_reads",
+        "_sound",
+        "_uid",
         "_weight",
         "cache",
         "digest",
@@ -66,6 +72,12 @@ class Base:
         self._index_lens = array("I")
         self._index_crcs = array("I")
         self._indexes: list[Index | None] = []
+        self._last = ""  # key of the last leaf
+        self._sound = bytearray()  # 1: of this leaf, all that is in it was looked at
+        # What a leaf is, apart from where it stands: the base and the number that it was made with. Never the same for two
+        # leaves that differ, as checksums may be made to be.
+        self._uid = next(_uids)
+        self._origins: dict[int, tuple[int, int]] = {}
         # Entries that were read, by hash. A shard is replaced when it is full; losing a race loses a cached entry, no more.
         self.cache: list[dict[str, Change]] = [{} for _ in range(SHARDS)]
         self._cached_bytes = [0] * SHARDS
@@ -75,20 +87,13 @@ class Base:
         self._weight = 0  # of all entries, were they cached
 
     def add_leaf(self, offset: int, body: bytes | memoryview, crc: int) -> None:
-        """Note the leaf whose body stands at `offset`. ValueError if it does not follow the leaf before."""
-        if len(body) < leaf.HEAD.size:
-            raise ValueError("a leaf is shorter than its head")
-        count, index_len, keys_len, index_crc = leaf.HEAD.unpack_from(body)
-        if (
-            not count
-            or index_len > len(body)
-            or keys_len < count + 1
-            or leaf.HEAD.size + keys_len + 10 * count > index_len
-        ):
-            raise ValueError("a leaf's lengths do not fit")
-        first = leaf.first_key(body)
-        if self.firsts and first <= self.firsts[-1]:
-            raise ValueError("leaves are not in key order")
+        """Note the leaf whose body stands at `offset`. Undecodable if it does not follow the leaf before."""
+        first, last = leaf.key_bounds(body)
+        if last < first or (self.firsts and first <= self._last):
+            raise Undecodable("leaves are not in key order")
+        count, index_len, _, index_crc = leaf.HEAD.unpack_from(body)
+        self._last = last
+        self._sound.append(0)
         self.firsts.append(first)
         self._offsets.append(offset)
         self._lengths.append(len(body))
@@ -108,6 +113,9 @@ class Base:
         `copies`: which leaves are, byte for byte, which of `old`. Cost: 20 ns for each entry in the cache, 0.1 us for each
         change; nothing if `old` was never read.
         """
+        self._origins = {number: old.identity(origin) for number, origin in copies.items()}
+        for number, origin in copies.items():
+            self._sound[number] = old._sound[origin]
         if not any(old.cache):
             return
         self._cached_bytes = (
@@ -132,14 +140,22 @@ class Base:
         """The checksum of a leaf's body."""
         return self._crcs[number]
 
-    def identity(self, number: int) -> tuple[str, int, int, int]:
-        """What tells whether a leaf of another file is the same: first key, length, and the checksums of body and index."""
+    def identity(self, number: int) -> tuple[int, int]:
+        """What a leaf shares with its copies, and with nothing else. Of leaves that were read from two files, see `looks`."""
+        return self._origins.get(number) or (self._uid, number)
+
+    def looks(self, number: int) -> tuple[str, int, int, int]:
+        """What two leaves with the same body have in common: first key, length, checksums. Not a proof that they are the same."""
         return (
             self.firsts[number],
             self._lengths[number],
             self._crcs[number],
             self._index_crcs[number],
         )
+
+    def same_as(self, number: int, other: Base, origin: int) -> None:
+        """Remember that a leaf is, byte for byte, leaf `origin` of `other`."""
+        self._origins[number] = other.identity(origin)
 
     def read(self, key: str) -> Change | None:
         """The entry of `key`, from disk. Cost: 3-8 us, and 20 us more on the first touch of a leaf."""
@@ -180,7 +196,9 @@ class Base:
             return
         try:
             columns = self.columns(number)
-        except (CorruptLogError, OSError):
+        except (CorruptLogError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is None:
+                raise  # a TimeoutError that a signal handler raises comes from no disk
             return  # whoever asks for the entry that is damaged is told; the others can be had one by one
         keys = self.index(number).keys  # the same as in the columns, but they are in memory already
         cache, weights = self.cache, self._cached_bytes
@@ -194,9 +212,12 @@ class Base:
         index = self._indexes[number]
         if index is None:
             try:
-                index = Index(self._pread(self._index_lens[number], self._offsets[number]))
-            except ValueError as error:
+                raw = self._pread(self._index_lens[number], self._offsets[number])
+                index = Index(raw, self._lengths[number])
+            except Undecodable as error:
                 raise self._corrupt(number, str(error)) from None
+            if index.crc != self._index_crcs[number]:
+                raise self._corrupt(number, "a leaf's index is another than it was")
             self._indexes[number] = index
         return index
 
@@ -211,9 +232,25 @@ class Base:
             raise self._corrupt(number, "a leaf does not verify")
         return body
 
+    def sound_body(self, number: int) -> tuple[bytes, list[str] | None]:
+        """`body`, once all that is in it was looked at; and its keys, if they were decoded for that.
+
+        Cost: on the first touch, 0.2 us an entry; then that of `body`.
+        """
+        body = self.body(number)
+        if self._sound[number]:
+            return body, None
+        try:
+            keys = leaf.check_order(body)
+        except Undecodable as error:
+            raise self._corrupt(number, str(error)) from None
+        self._sound[number] = 1
+        return body, keys
+
     def columns(self, number: int, low: str | None = None, high: str | None = None) -> Columns:
         """The entries of a leaf with low <= key < high."""
-        return leaf.decode_leaf(self.body(number), low, high)
+        body, keys = self.sound_body(number)
+        return leaf.decode_leaf(body, low, high, keys)
 
     def _pread(self, size: int, offset: int) -> bytes:
         assert self.handle is not None, "a base without a file has no leaves"

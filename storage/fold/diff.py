@@ -1,9 +1,9 @@
 """The difference of two folds, at the cost of what changed: what they share is recognised and passed over.
 
 Runs and pieces of the delta are shared as objects, and the changes in them, too. A base is shared as an object until the log
-is compacted; leaves of two files are taken as equal if first key, length and the checksums of body and of index are. Equal
-entries make equal leaves, so a compaction renews those only that something changed in. That two unequal leaves pass for
-equal takes a chance match of CRC-32C, as for any damage that a log would not notice.
+is compacted, and so is, after that, each leaf that the compaction copied: nothing of it is read. Equal entries make equal
+leaves, so a compaction renews those only that something changed in. Leaves that were read from two files and have the same
+checksums are compared byte by byte, once: a checksum shows that bytes are unchanged, and never that others are the same.
 """
 
 from __future__ import annotations
@@ -85,13 +85,7 @@ def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator
     """
     if old is new:
         return
-    identities = {base: set(map(base.identity, range(len(base)))) for base in (old, new)}
-    own = {
-        base: [
-            number for number in range(len(base)) if base.identity(number) not in identities[other]
-        ]
-        for base, other in ((old, new), (new, old))
-    }
+    own = dict(zip((old, new), _unshared(old, new, low, high), strict=True))
     cuts = {low}
     for base, numbers in own.items():
         cuts.update(map(base.firsts.__getitem__, numbers))
@@ -101,6 +95,27 @@ def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator
         before, after = (side.entries(start, end) for side in sides)
         if before != after:
             yield from sorted({key for key, _ in before.items() ^ after.items()})
+
+
+def _unshared(old: Base, new: Base, low: str, high: str | None) -> tuple[list[int], list[int]]:
+    """The leaves of each base, of those with keys in low <= key < high, that the other one has not."""
+    before, after = ({base.identity(n): n for n in _touched(base, low, high)} for base in (old, new))
+    for identity in before.keys() & after.keys():
+        del before[identity], after[identity]
+    looks = {old.looks(number): (identity, number) for identity, number in before.items()}
+    for identity, number in list(after.items()):
+        if (found := looks.get(new.looks(number))) is None:
+            continue
+        if old.body(found[1]) == new.body(number):
+            new.same_as(number, old, found[1])
+            del before[found[0]], after[identity]
+    return sorted(before.values()), sorted(after.values())
+
+
+def _touched(base: Base, low: str, high: str | None) -> range:
+    """The leaves that may hold keys in low <= key < high."""
+    stop = len(base) if high is None else bisect_left(base.firsts, high)
+    return range(max(bisect_right(base.firsts, low) - 1, 0), stop)
 
 
 class _OwnLeaves:

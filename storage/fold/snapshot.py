@@ -233,7 +233,8 @@ class FoldSnapshot:
         low, high = (None, None) if span.whole else (span.low, span.high)
         if not span.changes:
             return self.base.columns(span.leaf, low, high)
-        return leaf.merged_columns(self.base.body(span.leaf), span.changes, low, high)
+        body, keys = self.base.sound_body(span.leaf)
+        return leaf.merged_columns(body, span.changes, low, high, keys)
 
     def _leaf_keys(self, span: Span) -> list[str]:
         if span.leaf < 0:

@@ -30,6 +30,7 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.options import OnDamage as OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import Base
@@ -43,7 +44,7 @@ from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head
 from foldlog.storage.formats.slipstream_log import SLIPSTREAM
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.log import FrameCodec, boot_id
-from foldlog.storage.log.recovery import Verdict, gather, judge
+from foldlog.storage.log.recovery import Rest, Verdict, gather, judge
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
 NO_CURSOR = WatchCursor.none()
@@ -105,10 +106,10 @@ class Replay:
         self._cursor = WatchCursor.none()
 
     def feed(self, frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
-        """Take the next frame; returns its batches. ValueError if its body is not what its kind says."""
+        """Take the next frame; returns its batches. Undecodable if its body is not what its kind says."""
         batches: list[DecodedBatch] = []
         if (frame.kind in (KIND_LEAF, KIND_BASE_END)) == bool(self.base_end):
-            raise ValueError(
+            raise Undecodable(
                 "a frame of the base behind its end"
                 if self.base_end
                 else "a frame before the end of the base"
@@ -119,9 +120,7 @@ class Replay:
             self._cursor = _end_of_base(body, self.base)
             self.base_end = frame.offset + frame.size
         elif frame.kind == KIND_BATCHES:
-            batches = decode_batches(body)
-            if len(batches) != frame.batches:
-                raise ValueError(f"{len(batches)} batches, but the head says {frame.batches}")
+            batches = decode_batches(body, frame.batches)
             for batch in batches:
                 for changes in batch.changes():
                     self._collected.add(changes)
@@ -141,7 +140,7 @@ class Replay:
 def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
     cursor, leaves, entries, digest = parse_base_end(body)
     if leaves != len(base) or entries != base.entries:
-        raise ValueError(
+        raise Undecodable(
             f"the base has {len(base)} leaves and {base.entries} entries, but its end says {leaves} and {entries}"
         )
     base.digest = digest
@@ -220,7 +219,7 @@ class FrameFormat(LogFormat):
                 for frame, body in read_frames(handle, head, chain, size):
                     try:
                         replay.feed(frame, body)
-                    except ValueError as error:
+                    except Undecodable as error:
                         raise BadFrame(frame.offset, str(error), final=True) from None
                     chain = chain.after(frame)
                     if progress is not None:
@@ -254,14 +253,14 @@ class FrameFormat(LogFormat):
                 Verdict.CORRUPT,
                 f"the base is damaged: {bad.reason}",
             )  # it was synced before it got its name
+        rest = Rest(handle, bad.offset, loaded.size - bad.offset)
+        same_boot = bool(loaded.boot) and loaded.boot == boot_id()
         try:
-            rest = handle.read(loaded.size - bad.offset, bad.offset)
+            verdict, why = judge(
+                gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, same_boot)
+            )
         except EOFError as error:
             raise LogChangedError(handle.path, str(error)) from None
-        same_boot = bool(loaded.boot) and loaded.boot == boot_id()
-        verdict, why = judge(
-            gather(rest, bad.offset, loaded.head.seed, loaded.chain.seq, same_boot)
-        )
         return verdict, f"{why} ({bad.reason})"
 
     def check_payload(self, loaded: Loaded) -> None:
@@ -272,11 +271,11 @@ class FrameFormat(LogFormat):
             body = base.body(number)
             keys = leaf.check_order(body)
             if last_key is not None and keys[0] <= last_key:
-                raise ValueError(f"leaf {number} overlaps the one before it")
+                raise Undecodable(f"leaf {number} overlaps the one before it")
             last_key = keys[-1]
             digest.update(body)
         if digest.digest() != base.digest:
-            raise ValueError("the digest of the leaves is not what the end of the base says")
+            raise Undecodable("the digest of the leaves is not what the end of the base says")
 
 
 FRAMES = FrameFormat()

@@ -14,6 +14,7 @@ from foldlog.protocol.frames import (
     parse_base_end,
 )
 from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import read_head
@@ -40,7 +41,7 @@ def batches_since(
     chain = Chain.start(head)
     try:
         for frame, body in read_frames(handle, head, chain, size):
-            if frame.kind == KIND_BASE_END and parse_base_end(body)[0] == cursor:
+            if frame.kind == KIND_BASE_END and _base_cursor(frame, body) == cursor:
                 return _batches_behind(handle, head, chain.after(frame), size, frame.seq, fold.seq)
             if frame.kind == KIND_BATCHES:
                 batches = decoded(frame, body)
@@ -73,14 +74,16 @@ def _batches_behind(
         raise CorruptLogError(handle.path, bad.offset, bad.reason) from None
 
 
+def _base_cursor(frame: FrameHead, body: memoryview) -> WatchCursor:
+    try:
+        return parse_base_end(body)[0]
+    except Undecodable as error:
+        raise BadFrame(frame.offset, str(error), final=True) from None
+
+
 def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
     """The batches of a BATCHES frame. BadFrame if they do not decode."""
     try:
-        batches = decode_batches(body)
-    except ValueError as error:
+        return decode_batches(body, frame.batches)
+    except Undecodable as error:
         raise BadFrame(frame.offset, str(error), final=True) from None
-    if len(batches) != frame.batches:
-        raise BadFrame(
-            frame.offset, f"{len(batches)} batches, but the head says {frame.batches}", final=True
-        )
-    return batches

@@ -70,6 +70,19 @@ class Files:
     def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
 
+    def data_after(self, fd: int, offset: int) -> int | None:
+        """Where, from `offset` on, the file may hold anything but zeros: holes are passed over. None: nowhere."""
+        try:
+            return os.lseek(fd, offset, os.SEEK_DATA)
+        except AttributeError:
+            return offset
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            if error.errno in (errno.EINVAL, errno.ENOTSUP):
+                return offset  # a file system that knows of no holes
+            raise
+
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         """Write at `offset`; returns how many bytes were taken, which may be fewer."""
         return os.pwrite(fd, data, offset)

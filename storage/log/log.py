@@ -36,7 +36,7 @@ from foldlog.protocol.frames import (
     build_frame,
 )
 from foldlog.protocol.tokens import U64_MAX
-from foldlog.protocol.updates import batches_body
+from foldlog.protocol.updates import MAX_BODY_BYTES, batches_body
 from foldlog.storage.formats.registry import Known, LogFile
 from foldlog.storage.handover import Turns
 from foldlog.storage.log.files import Files, Retiring, remove_quietly, write_all
@@ -45,6 +45,8 @@ from foldlog.storage.log.scan import Chain
 
 WRITER = "foldlog 1"
 _getframe = sys._getframe
+_ARRAY_HEADER_BYTES = 5  # the most that the array around the items takes
+_MAX_BOOT_CHARS = 64
 
 
 class Log:
@@ -133,11 +135,14 @@ class Log:
         """Write encoded batches as one commit group, in one write.
 
         On return they survive a killed process. On an error, nothing of them is in the log (or it is poisoned).
+        ValueError for what no reader of the log would take.
         """
         if self._forked or self.closed or self.poison is not None:
             self.check_usable()
-        if len(items) > MAX_GROUP:
-            raise ValueError(f"a commit group takes at most {MAX_GROUP} batches, got {len(items)}")
+        if not 0 < len(items) <= MAX_GROUP:
+            raise ValueError(f"a commit group takes 1 to {MAX_GROUP} batches, got {len(items)}")
+        if (size := sum(map(len, items)) + _ARRAY_HEADER_BYTES) > MAX_BODY_BYTES:
+            raise ValueError(f"a commit group of {size} bytes is over the limit of {MAX_BODY_BYTES}")
         if self.chain.seq + len(items) > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is at its end")
         if self._half_written:
@@ -410,6 +415,7 @@ def open_body() -> bytes:
 def boot_id() -> str:
     """What names this run of the machine; "" where the system does not tell, which reads as "restarted since"."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
         return ""
+    return text.strip()[:_MAX_BOOT_CHARS]

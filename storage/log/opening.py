@@ -24,10 +24,10 @@ from foldlog.storage.formats.replay import (
     load,
 )
 from foldlog.storage.formats.rewrite import Progress, write_new
-from foldlog.storage.log.files import Files, ReadHandle, read_all, remove_quietly, write_all
+from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.log.lock import WriterLock, beside, sweep_temporaries
 from foldlog.storage.log.log import Log
-from foldlog.storage.log.recovery import Verdict
+from foldlog.storage.log.recovery import Rest, Verdict
 
 
 def open_log(
@@ -133,21 +133,33 @@ def open_log(
 
 def _set_aside(
     files: Files, path: Path, fd: int, handle: ReadHandle, loaded: Loaded
-) -> tuple[Path, int]:
-    """Keep what follows the last good frame in a file of its own, durably, and only then cut it off."""
+) -> tuple[Path | None, int]:
+    """Keep what follows the last good frame in a file of its own, durably, and only then cut it off.
+
+    Holes stay holes, and nothing but zeros is not kept at all.
+    """
     start = loaded.chain.offset
     size = files.fstat(fd).st_size
+    rest = Rest(handle, start, size - start)
+    kept_at = None if rest.is_zero(0, rest.size) else _kept(files, path, loaded.chain.seq, rest)
+    files.truncate(fd, start)
+    files.sync(fd)  # or a later append could mix with what was cut, sector by sector
+    return kept_at, size - start
+
+
+def _kept(files: Files, path: Path, seq: int, rest: Rest) -> Path:
     number = 1
     while True:
-        kept_at = beside(path, f"torn-{loaded.chain.seq}-{number}")
+        kept_at = beside(path, f"torn-{seq}-{number}")
         with contextlib.suppress(FileExistsError):
             copy = files.create(kept_at, exclusive=True)
             break
         number += 1
     try:
-        step = 1024 * 1024
-        for at in range(start, size, step):
-            write_all(files, copy, read_all(files, handle.fd, min(step, size - at), at), at - start)
+        for at, piece in rest.pieces(0, rest.size):
+            if piece.strip(b"\0"):
+                write_all(files, copy, piece, at)
+        files.truncate(copy, rest.size)
         files.sync(copy)
     except BaseException:
         files.close(copy)
@@ -155,6 +167,4 @@ def _set_aside(
         raise
     files.close(copy)
     files.sync_dir(path.parent)
-    files.truncate(fd, start)
-    files.sync(fd)  # or a later append could mix with what was cut, sector by sector
-    return kept_at, size - start
+    return kept_at

@@ -12,7 +12,11 @@ zeros. What a killed process can leave is a prefix of its last write.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+
+from crc32c import crc32c
 
 from foldlog.protocol.frames import (
     FLAG_SYNC_EACH,
@@ -22,11 +26,16 @@ from foldlog.protocol.frames import (
     FrameHead,
     parse_frame_head,
 )
+from foldlog.storage.log.files import ReadHandle
 
 SECTOR = 512
 MAX_CANDIDATES = 65_536
 """Frame heads tried as evidence. A file crafted of nothing but magic numbers must not cost more than a second."""
-_CHUNK_BYTES = 1024 * 1024
+_CHUNK_BYTES = 1024 * 1024  # a multiple of SECTOR
+_MAX_BYTE_SEARCH = 16 * 1024
+_MAX_BIT_SEARCH = 1024 * 1024
+"""Bodies up to this size are tried for one byte, or one bit, that is wrong. By chance, a body with a lost sector looks like one
+with a wrong byte in 1 of 1,000 cases at this size, and like one with a wrong bit in 1 of 500."""
 
 
 class Verdict(enum.Enum):
@@ -59,10 +68,8 @@ class Facts:
     evidence: Evidence | None
     same_boot: bool
     """The machine has not been restarted since the frames before were written."""
-    gap_lost: bool
-    """Between the bad frame and the evidence, a sector (or the part of one) is all zero."""
-    frame_lost: bool
-    """In the bad frame, a sector (or the part of one) is all zero, or the trailer's place is."""
+    sector_lost: bool
+    """Sectors that were not written back explain what is wrong with the bad frame: see `_is_explained`."""
     followed: bool
     """The bad frame's writer synced each frame before the next, and bytes that are not zero follow it."""
 
@@ -79,7 +86,7 @@ def judge(facts: Facts) -> tuple[Verdict, str]:
                 Verdict.CORRUPT,
                 "a frame before the last is damaged, and the machine has run on since",
             )
-        if not facts.gap_lost:
+        if not facts.sector_lost:
             return (
                 Verdict.CORRUPT,
                 "a frame before the last is damaged, and no sector of it is missing",
@@ -99,22 +106,95 @@ def judge(facts: Facts) -> tuple[Verdict, str]:
         )
     if facts.followed:
         return Verdict.CORRUPT, "a frame that was synced is damaged"
-    if facts.frame_lost:
+    if facts.sector_lost:
         return Verdict.TORN, "the last frame misses a sector"
     return Verdict.CORRUPT, "the last frame is complete but wrong"
 
 
+class Rest:
+    """The bytes from the bad frame on, read in pieces: a tail may be as long as the disk, and mostly a hole."""
+
+    def __init__(self, handle: ReadHandle | None, offset: int, size: int, held: bytes = b"") -> None:
+        """`size` bytes of a file from `offset` on; or those of `held`, which stand there."""
+        self._handle, self._held = handle, held
+        self.offset, self.size = offset, size
+
+    @classmethod
+    def of(cls, held: bytes | memoryview, offset: int) -> Rest:
+        """Bytes that were read already."""
+        return cls(None, offset, len(held), bytes(held))
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`, or to the end. EOFError if the file ends before it should."""
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        if self._handle is None:
+            return self._held[start:stop]
+        return self._handle.read(stop - start, self.offset + start)
+
+    def pieces(self, start: int, stop: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
+        """All between `start` and `stop` that may be anything but zeros, in pieces, each with `overlap` bytes of the next."""
+        at, stop = start, min(stop, self.size)
+        while at < stop:
+            if self._handle is not None:
+                data = self._handle.files.data_after(self._handle.fd, self.offset + at)
+                if data is None:
+                    return
+                at = max(at, data - self.offset - overlap)
+                if at >= stop:
+                    return
+            end = min(at + _CHUNK_BYTES - (self.offset + at) % SECTOR, stop)
+            yield at, self.read(at, min(end + overlap, stop))
+            at = end
+
+    def is_zero(self, start: int, stop: int) -> bool:
+        """Whether nothing but zeros stands from `start` to `stop`."""
+        return not any(piece.strip(b"\0") for _, piece in self.pieces(start, stop))
+
+    def sector(self, at: int) -> tuple[int, int]:
+        """The sector that holds `at`: its part in the rest."""
+        start = at - (self.offset + at) % SECTOR
+        return max(start, 0), min(start + SECTOR, self.size)
+
+    def is_lost(self, at: int) -> bool:
+        """Whether the sector that holds `at`, from the bad frame on, is all zero: the machine writes a sector as a whole."""
+        return self.is_zero(*self.sector(at))
+
+    def has_lost(self, start: int, stop: int) -> bool:
+        """Whether any sector between `start` and `stop`, or one that they cut through, is lost."""
+        first, last = self.sector(start), self.sector(max(stop - 1, start))
+        if self.is_zero(*first) or self.is_zero(*last):
+            return True
+        reached = first[1]
+        zeros = bytes(SECTOR)
+        for at, piece in self.pieces(first[1], last[0]):
+            if at - reached >= SECTOR:
+                return True  # a hole
+            skip = -(self.offset + at) % SECTOR
+            for start_at in range(skip, len(piece) - SECTOR + 1, SECTOR):
+                if piece[start_at : start_at + SECTOR] == zeros:
+                    return True
+            reached = at + len(piece)
+        return last[0] - reached >= SECTOR
+
+
 def gather(
-    rest: bytes | memoryview, offset: int, seed: int, last_seq: int, same_boot: bool
+    rest: Rest | bytes | memoryview, offset: int, seed: int, last_seq: int, same_boot: bool
 ) -> Facts:
     """The facts about `rest`, the bytes from the bad frame at `offset` to the end of the file.
 
-    Cost: linear in `rest`.
+    Cost: linear in what of `rest` is no hole. Memory: a few MiB.
     """
-    rest = memoryview(rest)
-    head = parse_frame_head(rest, 0, seed)
-    frame_end = len(rest) if head is None else min(head.size, len(rest))
-    found = _evidence(rest, frame_end if head is not None else 1, offset, seed, last_seq)
+    if not isinstance(rest, Rest):
+        rest = Rest.of(rest, offset)
+    first = rest.read(0, FRAME_HEAD.size)
+    head = parse_frame_head(first, 0, seed)
+    frame_end = rest.size if head is None else min(head.size, rest.size)
+    all_zero = rest.is_zero(0, rest.size)
+    found = None
+    if not all_zero:
+        found = _evidence(rest, frame_end if head is not None else 1, seed, last_seq)
     if found is None:
         evidence = None
     elif found[1] is None:
@@ -125,61 +205,101 @@ def gather(
         durable = found[1].synced_seq > last_seq or bool(found[1].flags & FLAG_SYNC_EACH)
         evidence = Evidence(found[1].offset != offset + found[0], durable)
     if head is not None:
-        cut_short = head.size > len(rest)
+        cut_short = head.size > rest.size
     else:
-        cut_short = len(rest) < FRAME_HEAD.size and bytes(rest[:4]) == FRAME_MAGIC[: len(rest)]
-    trailer = bytes(rest[max(frame_end - len(TRAILER), 0) : frame_end])
+        cut_short = rest.size < FRAME_HEAD.size and first[:4] == FRAME_MAGIC[: len(first)]
     return Facts(
         head_valid=head is not None,
         cut_short=cut_short,
-        all_zero=_all_zero(rest),
+        all_zero=all_zero,
         evidence=evidence,
         same_boot=same_boot,
-        gap_lost=found is not None and _lost_sector(rest[: found[0]], offset),
-        frame_lost=_lost_sector(rest[:frame_end], offset) or not any(trailer),
+        sector_lost=_is_explained(rest, head, frame_end),
         followed=head is not None
         and bool(head.flags & FLAG_SYNC_EACH)
-        and not _all_zero(rest[frame_end:]),
+        and not rest.is_zero(frame_end, rest.size),
     )
 
 
 def _evidence(
-    rest: memoryview, start: int, offset: int, seed: int, last_seq: int
+    rest: Rest, start: int, seed: int, last_seq: int
 ) -> tuple[int, FrameHead | None] | None:
     """Where the first valid frame head from `start` on is that is no copy of the past; no head after too many tries."""
     tried = 0
-    for chunk_start in range(start, len(rest), _CHUNK_BYTES):
-        chunk = bytes(rest[chunk_start : chunk_start + _CHUNK_BYTES + len(FRAME_MAGIC) - 1])
-        at = chunk.find(FRAME_MAGIC)
-        while at >= 0:
-            head = parse_frame_head(rest, chunk_start + at, seed)
+    for base, chunk in rest.pieces(start, rest.size, len(FRAME_MAGIC) - 1):
+        found = chunk.find(FRAME_MAGIC)
+        while found >= 0:
+            at = base + found
+            head = parse_frame_head(rest.read(at, at + FRAME_HEAD.size), 0, seed)
             # A value may hold a copy of older frames of this very log: those are older, or elsewhere.
             if head is not None and (
-                head.seq > last_seq
-                or (head.seq == last_seq and head.offset == offset + chunk_start + at)
+                head.seq > last_seq or (head.seq == last_seq and head.offset == rest.offset + at)
             ):
-                return chunk_start + at, head
+                return at, head
             tried += 1
             if tried >= MAX_CANDIDATES:
-                return chunk_start + at, None
-            at = chunk.find(FRAME_MAGIC, at + 1)
+                return at, None
+            found = chunk.find(FRAME_MAGIC, found + 1)
     return None
 
 
-def _all_zero(data: memoryview) -> bool:
-    return not any(
-        bytes(data[at : at + _CHUNK_BYTES]).strip(b"\0") for at in range(0, len(data), _CHUNK_BYTES)
+def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
+    """Whether lost sectors, or zeros to the end, can be all that is wrong with the bad frame.
+
+    A sector that was not written back reads as zeros from the bad frame on, to its aligned end, and all other sectors are as
+    they were written. So what does not verify must lie where nothing but zeros stands: a frame whose own value holds a sector
+    of zeros is not torn because a bit has flipped elsewhere in it.
+    """
+    if rest.size <= FRAME_HEAD.size:
+        return rest.is_lost(0) or rest.is_lost(rest.size - 1)
+    if head is None:
+        if rest.is_lost(0) or rest.is_lost(FRAME_HEAD.size - 1):
+            return True
+        return rest.is_zero(FRAME_HEAD.size, rest.size)
+    if head.size > rest.size:
+        return rest.has_lost(0, rest.size)
+    trailer_at = frame_end - len(TRAILER)
+    trailer = rest.read(trailer_at, frame_end)
+    if not any(trailer):
+        return True
+    for at, (byte, right) in enumerate(zip(trailer, TRAILER, strict=True), trailer_at):
+        if byte != right and not rest.is_lost(at):
+            return False
+    wrong_by = _body_crc(rest, trailer_at) ^ head.body_crc
+    if not wrong_by:
+        return trailer != TRAILER
+    if not rest.has_lost(FRAME_HEAD.size, frame_end):
+        return False
+    if trailer != TRAILER:
+        return True
+    return all(
+        rest.is_lost(trailer_at - 1 - behind) for behind in _single_errors(wrong_by, head.body_len)
     )
 
 
-def _lost_sector(data: memoryview, offset: int) -> bool:
-    """Whether `data`, which stands at `offset`, holds a sector, or at its ends a part of one, of nothing but zeros."""
-    zeros = bytes(SECTOR)
-    first = -offset % SECTOR
-    if first > 0 and len(data) and bytes(data[:first]) == zeros[: min(first, len(data))]:
-        return True
-    for at in range(first, len(data), SECTOR):
-        piece = data[at : at + SECTOR]
-        if piece == zeros[: len(piece)]:
-            return True
-    return False
+def _body_crc(rest: Rest, stop: int) -> int:
+    crc = 0
+    cuts = (*range(FRAME_HEAD.size, stop, _CHUNK_BYTES), stop)
+    for start, end in pairwise(cuts):
+        crc = crc32c(rest.read(start, end), crc)
+    return crc
+
+
+def _single_errors(wrong_by: int, length: int) -> Iterator[int]:
+    """How many bytes follow the one byte of `length` that, if it alone is wrong, puts a CRC-32C wrong by so much.
+
+    The checksum is linear: what a wrong byte does to it depends on the error and on how many bytes follow, and is undone
+    byte by byte. Long bodies are tried for a wrong bit only, and very long ones not at all.
+    """
+    if length > _MAX_BIT_SEARCH:
+        return
+    table = [crc32c(bytes((byte,)), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
+    by_top = {entry >> 24: byte for byte, entry in enumerate(table)}
+    errors = range(1, 256) if length <= _MAX_BYTE_SEARCH else [1 << bit for bit in range(8)]
+    effects = {table[error] for error in errors}
+    state = wrong_by
+    for behind in range(length):
+        if state in effects:
+            yield behind
+        byte = by_top[state >> 24]
+        state = (state ^ table[byte]) << 8 & 0xFFFFFFFF | byte

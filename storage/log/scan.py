@@ -17,9 +17,9 @@ from foldlog.protocol.frames import (
     TRAILER,
     FileHead,
     FrameHead,
+    oversize,
     parse_frame_head,
 )
-from foldlog.protocol.updates import MAX_BODY_BYTES
 from foldlog.storage.log.files import ReadHandle
 
 WINDOW_BYTES = 4 * 1024 * 1024
@@ -101,10 +101,9 @@ def read_frames(
                 final=True,
                 unsupported=True,
             )
-        if frame.body_len > MAX_BODY_BYTES:
-            raise BadFrame(
-                chain.offset, f"a body of {frame.body_len} bytes is over the limit", final=True
-            )
+        too_long = oversize(frame)
+        if too_long is not None:
+            raise BadFrame(chain.offset, too_long, final=True)
         if frame.size > rest:
             raise BadFrame(
                 chain.offset,

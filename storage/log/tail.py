@@ -16,11 +16,13 @@ from foldlog.protocol.frames import (
     FRAME_HEAD,
     KIND_BASE_END,
     KIND_BATCHES,
+    TRAILER,
     FileHead,
     FrameHead,
     parse_base_end,
     parse_frame_head,
 )
+from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Batch, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import Replay, damage_error, diagnose, load, read_head
@@ -65,8 +67,18 @@ class _Place(NamedTuple):
     chain: Chain
     batches_chain: Chain | None
     """Where the chain stood behind the last BATCHES frame; None if there was none."""
-    batches_crc: int
-    """The body checksum of that frame, which a compaction keeps: tells the batch apart from another of the same sequence."""
+    batches_size: int
+    """Of the body of that frame, which a compaction keeps: it tells the batch from another of the same sequence."""
+
+    def ends_with(self, body: memoryview) -> bool:
+        """Whether the last BATCHES frame has this body. It is looked at: a checksum can be made to agree."""
+        if self.batches_chain is None or len(body) != self.batches_size:
+            return False
+        start = self.batches_chain.offset - len(TRAILER) - self.batches_size
+        try:
+            return body == self.handle.read(self.batches_size, start)
+        except EOFError:
+            return False
 
 
 class _Opened(NamedTuple):
@@ -135,7 +147,7 @@ class Tail:
         return self._go_over("")
 
     def _read_on(self, place: _Place) -> Advance | Jump | None:
-        handle, _, head, chain, batches_chain, batches_crc = place
+        handle, _, head, chain, batches_chain, batches_size = place
         size = self._files.fstat(handle.fd).st_size
         start = chain.offset
         if size == start:
@@ -148,7 +160,7 @@ class Tail:
             for frame, body in read_frames(handle, head, chain, size):
                 if frame.kind == KIND_BATCHES:
                     batches += decoded(frame, body)
-                    batches_chain, batches_crc = chain.after(frame), frame.body_crc
+                    batches_chain, batches_size = chain.after(frame), frame.body_len
                 chain = chain.after(frame)
                 if chain.offset - start >= STEP_BYTES:
                     break
@@ -159,13 +171,17 @@ class Tail:
         if chain.offset > start:
             self.behind = self.behind or chain.offset < size
             self._patience, self._stalled_polls = STALLED_POLLS, 0
-            self._place = place._replace(
-                chain=chain, batches_chain=batches_chain, batches_crc=batches_crc
+            first_seq = self.fold.seq + 1
+            fold = _folded(self.fold, batches) if batches else self.fold
+            # Only now, and both: what fails half-way (for want of memory, say) is read again.
+            self.fold, self._place = (
+                fold,
+                place._replace(
+                    chain=chain, batches_chain=batches_chain, batches_size=batches_size
+                ),
             )
             if batches:
-                first_seq = self.fold.seq + 1
-                self.fold = _folded(self.fold, batches)
-                return Advance(self.fold, first_seq, batches, chain.offset - start)
+                return Advance(fold, first_seq, batches, chain.offset - start)
             return None
         return None if bad is None else self._wait_or_judge(place, bad, size)
 
@@ -234,7 +250,7 @@ class Tail:
         chain = Chain.start(head)
         replay = Replay(handle, head)
         joint = _Joint(self._place, self.fold, head)
-        batches_chain, batches_crc = None, 0
+        batches_chain, batches_size = None, 0
         whole = True
         try:
             for frame, body in read_frames(handle, head, chain, size):
@@ -242,8 +258,8 @@ class Tail:
                 chain = chain.after(frame)
                 joint.feed(frame, body, chain, batches)
                 if batches:
-                    batches_chain, batches_crc = chain, frame.body_crc
-        except (BadFrame, ValueError):
+                    batches_chain, batches_size = chain, frame.body_len
+        except (BadFrame, Undecodable):
             whole = False
         if not whole or not replay.base_end:
             loaded = load(handle)
@@ -253,7 +269,7 @@ class Tail:
                     raise damage_error(self._path, loaded, why)
             if not replay.base_end:
                 raise LogChangedError(self._path, "changed while it was read")
-        place = _Place(handle, inode, head, chain, batches_chain, batches_crc)
+        place = _Place(handle, inode, head, chain, batches_chain, batches_size)
         return _Opened(place, replay.fold(), joint.found, joint.news, joint.news_bytes)
 
 
@@ -280,7 +296,7 @@ class _Joint:
         if self._same_file:
             self.found = self.found or behind in (self._place.chain, self._place.batches_chain)
         elif frame.seq == self._seq and batches:
-            self.found = frame.body_crc == self._place.batches_crc
+            self.found = self._place.ends_with(body)
         elif frame.seq == self._seq and frame.kind == KIND_BASE_END:
             self.found = (
                 parse_base_end(body)[0] == self._cursor

@@ -36,6 +36,7 @@ from foldlog.protocol.frames import (
     parse_open,
 )
 from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import decode_batches
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.registry import Known
@@ -45,7 +46,7 @@ from foldlog.storage.formats.slipstream_log import SLIPSTREAM
 from foldlog.storage.formats.slipstream_walk import check_records
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.log.log import Log, boot_id
-from foldlog.storage.log.recovery import Verdict, gather, judge
+from foldlog.storage.log.recovery import Rest, Verdict, gather, judge
 from foldlog.storage.log.scan import Chain
 from foldlog.storage.repair.walk import Piece, Walker, mended_head, seed_of_frames
 
@@ -257,13 +258,13 @@ class _Check:
             return False
         if piece.final or (piece.head is not None and chain.fault(piece.head) is not None):
             return False
-        rest = self._handle.read(self._size - piece.offset, piece.offset)
+        rest = Rest(self._handle, piece.offset, self._size - piece.offset)
         same_boot = bool(self._boot) and self._boot == boot_id()
         verdict, why = judge(gather(rest, piece.offset, seed, chain.seq, same_boot))
         if verdict is Verdict.CORRUPT:
             self._say(piece.offset, piece.size, f"{why} ({piece.reason})")
             return False
-        self._torn = len(rest), f"{why} ({piece.reason})"
+        self._torn = rest.size, f"{why} ({piece.reason})"
         return True
 
     def _bad(self, piece: Piece) -> None:
@@ -290,7 +291,7 @@ class _Check:
         self._frames += 1
         try:
             self._take(head, piece)
-        except ValueError as error:
+        except Undecodable as error:
             self._say(piece.offset, piece.size, str(error))
             self._base_complete &= self._base_ended
         self._seq = head.seq
@@ -316,30 +317,28 @@ class _Check:
         kind, body = head.kind, piece.body
         if kind in (KIND_LEAF, KIND_BASE_END):
             if self._base_ended:
-                raise ValueError("a frame of the base behind its end")
+                raise Undecodable("a frame of the base behind its end")
             self._take_leaf(piece) if kind == KIND_LEAF else self._take_base_end(body)
             return
         if not self._base_ended:
             self._base_ended = True  # said once: what follows is taken as if the end had been there
             if self._base_complete:  # else it may be among what is bad
-                raise ValueError("a frame before the end of the base")
+                raise Undecodable("a frame before the end of the base")
         if kind == KIND_OPEN:
             self._boot, self._in_session = parse_open(body), True
             return
         if not self._in_session:
-            raise ValueError("a frame that no OPEN frame precedes")
+            raise Undecodable("a frame that no OPEN frame precedes")
         if kind == KIND_BATCHES:
-            batches = decode_batches(body)
-            if len(batches) != head.batches:
-                raise ValueError(f"{len(batches)} batches, but the head says {head.batches}")
+            batches = decode_batches(body, head.batches)
             self._batches += len(batches)
             self._cursor = batches[-1].cursor
         else:
             self._in_session = False
             if body:
-                raise ValueError("a SEAL frame with a body")
+                raise Undecodable("a SEAL frame with a body")
             if head.synced_seq != head.seq:
-                raise ValueError(
+                raise Undecodable(
                     f"a SEAL frame that knows batch {head.synced_seq} as synced, not {head.seq}"
                 )
 
@@ -359,9 +358,9 @@ class _Check:
                 piece.offset, piece.size, "a leaf that is not the last ends too early"
             )
         if last_key is not None and columns.keys[0] <= last_key:
-            raise ValueError("leaves are not in key order")
+            raise Undecodable("leaves are not in key order")
         if end is not None and end != len(columns.keys):
-            raise ValueError(f"a leaf has {len(columns.keys)} entries, and should end after {end}")
+            raise Undecodable(f"a leaf has {len(columns.keys)} entries, and should end after {end}")
 
     def _take_base_end(self, body: bytes) -> None:
         self._base_ended = True
@@ -370,16 +369,16 @@ class _Check:
         if not self._base_complete:
             return
         if (leaves, entries) != (self._leaves, self._entries):
-            raise ValueError(
+            raise Undecodable(
                 f"the base has {self._leaves} leaves and {self._entries} entries, but its end says {leaves} and {entries}"
             )
         if digest != self._digest.digest():
-            raise ValueError("the leaves of the base have another digest than its end says")
+            raise Undecodable("the leaves of the base have another digest than its end says")
 
 
 def base_end_of(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
-    """`parse_base_end`, with counts that are whole numbers and a digest of 32 bytes. ValueError for anything else."""
+    """`parse_base_end`, with a digest of 32 bytes. Undecodable for anything else."""
     cursor, leaves, entries, digest = parse_base_end(body)
-    if type(leaves) is not int or type(entries) is not int or len(digest) != 32:
-        raise ValueError("the end of the base has a bad field")
+    if len(digest) != 32:
+        raise Undecodable("the end of the base has a bad field")
     return cursor, leaves, entries, digest

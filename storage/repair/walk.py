@@ -20,10 +20,10 @@ from foldlog.protocol.frames import (
     TRAILER,
     FileHead,
     FrameHead,
+    oversize,
     parse_file_head,
     parse_frame_head,
 )
-from foldlog.protocol.updates import MAX_BODY_BYTES
 from foldlog.storage.formats.rewrite import Progress
 from foldlog.storage.log.files import ReadHandle
 
@@ -103,15 +103,9 @@ class Walker:
         if head.kind not in KINDS or head.flags & ~KNOWN_FLAGS:
             reason = f"a frame of kind {head.kind}, flags {head.flags:#x}, from a newer foldlog"
             return Piece(at, head.size, head, b"", reason, final=True)
-        if head.body_len > MAX_BODY_BYTES:
-            return Piece(
-                at,
-                head.size,
-                head,
-                b"",
-                f"a body of {head.body_len} bytes is over the limit",
-                final=True,
-            )
+        too_long = oversize(head)
+        if too_long is not None:
+            return Piece(at, head.size, head, b"", too_long, final=True)
         if head.size > rest:
             return Piece(
                 at,
@@ -204,7 +198,7 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
             head.offset != at
             or head.kind not in KINDS
             or head.size > size - at
-            or head.body_len > MAX_BODY_BYTES
+            or oversize(head) is not None
         ):
             continue
         rest = handle.read(head.size - FRAME_HEAD.size, at + FRAME_HEAD.size)

@@ -56,7 +56,7 @@ def test_a_leaf_decodes_to_what_was_encoded(entries):
         )
         == entries
     )
-    assert leaf.first_key(body) == min(entries)
+    assert leaf.key_bounds(body) == (min(entries), max(entries))
     assert leaf.decode_keys(body) == leaf.decode_keys(index_of(body)) == columns.keys
     assert leaf.decode_leaf(memoryview(body)) == columns
     leaf.check_index(index_of(body))
@@ -67,7 +67,7 @@ def test_a_leaf_decodes_to_what_was_encoded(entries):
 @given(stores | same_sized, st.lists(texts, max_size=5))
 def test_an_entry_is_found_and_located_in_the_index_alone(entries, others):
     body = encode(entries)
-    index = leaf.Index(index_of(body))
+    index = leaf.Index(index_of(body), len(body))
     for number, key in enumerate(sorted(entries)):
         assert index.find(key) == number
         start, size, crc, version = index.locate(number)
