@@ -419,9 +419,9 @@ def _decode_item(item: object, size: int) -> DecodedBatch:
     if keys:
         if set(map(type, keys)) != {str}:
             raise Undecodable("a key is not text")
-        if size > MAX_KEY_BYTES and max(map(len, keys)) > _SAFE_KEY_CHARS:
-            if any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
-                raise Undecodable("an over-long key")
+        long_keys = size > MAX_KEY_BYTES and max(map(len, keys)) > _SAFE_KEY_CHARS
+        if long_keys and any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
+            raise Undecodable("an over-long key")
         if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
             raise Undecodable("a version is not a token")
         kinds = set(map(type, values))

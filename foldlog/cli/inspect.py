@@ -333,7 +333,9 @@ def _piece_json(piece: Piece, bodies: bool) -> dict[str, Any]:
 def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
     try:
         if head.kind == KIND_BATCHES:
-            for number, batch in enumerate(decode_batches(body, head.batches), head.seq - head.batches + 1):
+            for number, batch in enumerate(
+                decode_batches(body, head.batches), head.seq - head.batches + 1
+            ):
                 yield f"batch {number} at cursor {token_text(batch.cursor)}, {counted(len(batch.keys), 'update')}"
                 yield from map("  ".__add__, _update_lines(batch))
         elif head.kind == KIND_LEAF:

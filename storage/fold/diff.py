@@ -99,7 +99,9 @@ def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator
 
 def _unshared(old: Base, new: Base, low: str, high: str | None) -> tuple[list[int], list[int]]:
     """The leaves of each base, of those with keys in low <= key < high, that the other one has not."""
-    before, after = ({base.identity(n): n for n in _touched(base, low, high)} for base in (old, new))
+    before, after = (
+        {base.identity(n): n for n in _touched(base, low, high)} for base in (old, new)
+    )
     for identity in before.keys() & after.keys():
         del before[identity], after[identity]
     looks = {old.looks(number): (identity, number) for identity, number in before.items()}

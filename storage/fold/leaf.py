@@ -176,20 +176,22 @@ def _checked_keys(index: bytes, size: int) -> list[str]:
         raise Undecodable("a leaf's values do not end where its body does, or are over their limit")
     versions = index_len - ends_at - 10 * count
     if not _ends_fit(index, ends_at + 8 * count, "H", count, versions, MAX_TOKEN_BYTES):
-        raise Undecodable("a leaf's versions do not end where its index does, or are over their limit")
+        raise Undecodable(
+            "a leaf's versions do not end where its index does, or are over their limit"
+        )
     return keys
 
 
 def _ends_fit(index: bytes, at: int, width: str, count: int, total: int, limit: int) -> bool:
     """Whether `count` items, which end where the numbers at `at` say, have 0 to `limit` bytes each, and `total` together."""
-    size = _SIZES[width]
+    size = _SIZES[width] * count
     step = total // count
-    if step * count == total and step <= limit:  # of one length, as tokens mostly are
-        if index[at : at + size * count] == _even_ends(width, step)[: size * count]:
-            return True
+    even = step * count == total and step <= limit  # of one length, as tokens mostly are
+    if even and index[at : at + size] == _even_ends(width, step)[:size]:
+        return True
     ends = struct.unpack_from(f"<{count}{width}", index, at)
-    lengths = list(map(sub, ends, (0, *ends)))
-    return ends[-1] == total and min(lengths) >= 0 and max(lengths) <= limit
+    lengths: list[int] = list(map(sub, ends, (0, *ends)))
+    return bool(ends[-1] == total and min(lengths) >= 0 and max(lengths) <= limit)
 
 
 @lru_cache(16)
@@ -303,9 +305,9 @@ def _slices(
     first = struct.unpack_from("<" + width, body, ends_at + size * (start - 1))[0] if start else 0
     blob = bytes(body[base + first : base + ends[-1]])
     step = ends[0] - first
-    if (
-        step and ends[-1] == first + step * len(ends)
-    ) and ends == tuple(range(ends[0], ends[-1] + 1, step)):  # all of one length, as tokens mostly are
+    if (step and ends[-1] == first + step * len(ends)) and ends == tuple(
+        range(ends[0], ends[-1] + 1, step)
+    ):  # all of one length, as tokens mostly are
         return [blob[at : at + step] for at in range(0, len(blob), step)]
     slices = []
     at = 0

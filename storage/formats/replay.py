@@ -11,7 +11,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError
+from foldlog.protocol.errors import (
+    CorruptLogError,
+    InvalidFormatError,
+    LogChangedError,
+    LogRegressedError,
+)
 from foldlog.protocol.frames import (
     FILE_HEAD,
     FORMAT_VERSION,
@@ -43,8 +48,10 @@ from foldlog.storage.formats.registry import Loaded as Loaded
 from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head
 from foldlog.storage.formats.slipstream_log import SLIPSTREAM
 from foldlog.storage.log.files import Files, ReadHandle
+from foldlog.storage.log.lock import Watermark
 from foldlog.storage.log.log import FrameCodec, boot_id
 from foldlog.storage.log.recovery import Rest, Verdict, gather, judge
+from foldlog.storage.log.regression import lost_since, regression_text
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
 NO_CURSOR = WatchCursor.none()
@@ -288,13 +295,31 @@ def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
 
 
 def load_intact(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
-    """`load`, for one that only reads: CorruptLogError or InvalidFormatError for damage; a torn tail is left out."""
+    """`load`, for one that only reads: CorruptLogError or InvalidFormatError for damage; a torn tail is left out.
+
+    LogRegressedError for a log that ends before what the note beside it remembers as synced.
+    """
+    loaded = _undamaged(handle, progress)
+    if regressed(handle, loaded) is None:
+        return loaded
+    loaded = _undamaged(handle, progress)  # its writer may have been about to end the last frame
+    if (mark := regressed(handle, loaded)) is not None:
+        raise LogRegressedError(handle.path, regression_text(loaded.chain.seq, mark))
+    return loaded
+
+
+def _undamaged(handle: ReadHandle, progress: Progress | None) -> Loaded:
     loaded = load(handle, progress)
     if loaded.bad is not None:
         verdict, why = diagnose(handle, loaded)
         if verdict is Verdict.CORRUPT:
             raise damage_error(handle.path, loaded, why)
     return loaded
+
+
+def regressed(handle: ReadHandle, loaded: Loaded) -> Watermark | None:
+    """What the note beside the log remembers as synced, if `loaded` lost some of it."""
+    return lost_since(handle, loaded.head.log_id, loaded.chain.seq, loaded.size)
 
 
 def damage_error(path: Path, loaded: Loaded, why: str) -> CorruptLogError | InvalidFormatError:

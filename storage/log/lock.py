@@ -54,6 +54,27 @@ def sweep_temporaries(files: Files, path: Path) -> None:
         remove_quietly(files, path.with_name(name))
 
 
+class Note(NamedTuple):
+    """What the last writer left beside the log."""
+
+    watermark: Watermark | None = None
+
+
+def read_note(files: Files, path: Path) -> Note | None:
+    """The note of the log at `path`, for those who only read: None if there is none, or none that is valid."""
+    try:
+        fd = files.open_read(beside(path, "lock"))
+    except OSError:
+        return None
+    try:
+        note = json.loads(files.read(fd, _NOTE_BYTES, 0))
+    except (OSError, ValueError, RecursionError):
+        return None
+    finally:
+        files.close(fd)
+    return Note(_watermark(note)) if type(note) is dict else None
+
+
 class WriterLock:
     """The right to write the log at `path`, until `release` or the end of the process."""
 

@@ -142,7 +142,9 @@ class Log:
         if not 0 < len(items) <= MAX_GROUP:
             raise ValueError(f"a commit group takes 1 to {MAX_GROUP} batches, got {len(items)}")
         if (size := sum(map(len, items)) + _ARRAY_HEADER_BYTES) > MAX_BODY_BYTES:
-            raise ValueError(f"a commit group of {size} bytes is over the limit of {MAX_BODY_BYTES}")
+            raise ValueError(
+                f"a commit group of {size} bytes is over the limit of {MAX_BODY_BYTES}"
+            )
         if self.chain.seq + len(items) > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is at its end")
         if self._half_written:

@@ -28,6 +28,7 @@ from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_a
 from foldlog.storage.log.lock import WriterLock, beside, sweep_temporaries
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.recovery import Rest, Verdict
+from foldlog.storage.log.regression import regression_text
 
 
 def open_log(
@@ -90,9 +91,7 @@ def open_log(
             and mark.log_id == loaded.head.log_id
             and mark.seq > loaded.chain.seq
         ):
-            raise LogRegressedError(
-                path, f"ends with batch {loaded.chain.seq}, but batch {mark.seq} was synced to it"
-            )
+            raise LogRegressedError(path, regression_text(loaded.chain.seq, mark))
         kept_at, cut_bytes = None, 0
         if loaded.bad is not None:
             kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)

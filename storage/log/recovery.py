@@ -114,7 +114,9 @@ def judge(facts: Facts) -> tuple[Verdict, str]:
 class Rest:
     """The bytes from the bad frame on, read in pieces: a tail may be as long as the disk, and mostly a hole."""
 
-    def __init__(self, handle: ReadHandle | None, offset: int, size: int, held: bytes = b"") -> None:
+    def __init__(
+        self, handle: ReadHandle | None, offset: int, size: int, held: bytes = b""
+    ) -> None:
         """`size` bytes of a file from `offset` on; or those of `held`, which stand there."""
         self._handle, self._held = handle, held
         self.offset, self.size = offset, size
@@ -144,7 +146,8 @@ class Rest:
                 at = max(at, data - self.offset - overlap)
                 if at >= stop:
                     return
-            end = min(at + _CHUNK_BYTES - (self.offset + at) % SECTOR, stop)
+            end = at + _CHUNK_BYTES
+            end = min(max(end - (self.offset + end) % SECTOR, at + 1), stop)
             yield at, self.read(at, min(end + overlap, stop))
             at = end
 
@@ -257,7 +260,7 @@ def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
             return True
         return rest.is_zero(FRAME_HEAD.size, rest.size)
     if head.size > rest.size:
-        return rest.has_lost(0, rest.size)
+        return False  # it is cut short
     trailer_at = frame_end - len(TRAILER)
     trailer = rest.read(trailer_at, frame_end)
     if not any(trailer):

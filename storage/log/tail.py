@@ -11,7 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from foldlog.protocol.errors import CorruptLogError, InvalidFormatError, LogChangedError
+from foldlog.protocol.errors import (
+    CorruptLogError,
+    FoldlogError,
+    InvalidFormatError,
+    LogChangedError,
+    LogRegressedError,
+)
 from foldlog.protocol.frames import (
     FRAME_HEAD,
     KIND_BASE_END,
@@ -25,10 +31,10 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Batch, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import Replay, damage_error, diagnose, load, read_head
+from foldlog.storage.formats.replay import Replay, load_intact, read_head
 from foldlog.storage.log.backlog import decoded
 from foldlog.storage.log.files import Files, ReadHandle
-from foldlog.storage.log.recovery import Verdict
+from foldlog.storage.log.regression import lost_since
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
 STALLED_POLLS = 5
@@ -103,7 +109,7 @@ class Tail:
         self._stalled_polls = 0  # how often,
         self._patience = STALLED_POLLS  # and how often it may be before it is judged
         # A file that was refused, by inode, size and time: it is not read again until it changes.
-        self._refused: tuple[tuple[int, ...], CorruptLogError | InvalidFormatError] | None = None
+        self._refused: tuple[tuple[int, ...], FoldlogError] | None = None
         self.fold = FoldSnapshot.empty()
         self.missing = False
         """There is no file under the name just now."""
@@ -118,8 +124,8 @@ class Tail:
     def poll(self) -> Advance | Jump | None:
         """The next thing that happened since the last call; None if nothing did.
 
-        OSError, CorruptLogError or InvalidFormatError as they come; call again later, nothing is lost by them. Cost: two calls
-        to the system if nothing happened.
+        OSError, CorruptLogError, InvalidFormatError or LogRegressedError as they come; call again later, nothing is lost by
+        them. Cost: two calls to the system if nothing happened.
         """
         self.behind = False
         try:
@@ -176,9 +182,7 @@ class Tail:
             # Only now, and both: what fails half-way (for want of memory, say) is read again.
             self.fold, self._place = (
                 fold,
-                place._replace(
-                    chain=chain, batches_chain=batches_chain, batches_size=batches_size
-                ),
+                place._replace(chain=chain, batches_chain=batches_chain, batches_size=batches_size),
             )
             if batches:
                 return Advance(fold, first_seq, batches, chain.offset - start)
@@ -239,7 +243,7 @@ class Tail:
             raise self._refused[1].with_traceback(None)
         try:
             opened = self._load(handle, (stat.st_dev, stat.st_ino), stat.st_size)
-        except (CorruptLogError, InvalidFormatError) as error:
+        except (CorruptLogError, InvalidFormatError, LogRegressedError) as error:
             self._refused = (mark, error)
             raise
         self._refused = None
@@ -262,13 +266,11 @@ class Tail:
         except (BadFrame, Undecodable):
             whole = False
         if not whole or not replay.base_end:
-            loaded = load(handle)
-            if loaded.bad is not None:
-                verdict, why = diagnose(handle, loaded)
-                if verdict is Verdict.CORRUPT:
-                    raise damage_error(self._path, loaded, why)
+            load_intact(handle)
             if not replay.base_end:
                 raise LogChangedError(self._path, "changed while it was read")
+        elif self._place is None and lost_since(handle, head.log_id, chain.seq, size) is not None:
+            load_intact(handle)  # to say so
         place = _Place(handle, inode, head, chain, batches_chain, batches_size)
         return _Opened(place, replay.fold(), joint.found, joint.news, joint.news_bytes)
 

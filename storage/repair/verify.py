@@ -9,6 +9,7 @@ What must hold, beyond the checksums of heads, bodies and trailers:
     the base's end counts its leaves and entries, has the digest of their bodies, and a cursor that is a token
     batches        decode, and are as many as the head says
     the tail       what follows the last good frame is nothing, or what a stopped writer may leave (`recovery.py`)
+    the note       remembers no batch as synced that the log does not have (`regression.py`)
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from foldlog.storage.formats.slipstream_walk import check_records
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.log.log import Log, boot_id
 from foldlog.storage.log.recovery import Rest, Verdict, gather, judge
+from foldlog.storage.log.regression import lost_since, regression_text
 from foldlog.storage.log.scan import Chain
 from foldlog.storage.repair.walk import Piece, Walker, mended_head, seed_of_frames
 
@@ -109,9 +111,19 @@ def verify_log(
     if format_of(handle) is SLIPSTREAM:
         return _verify_records(handle, size, None, tail_may_be_torn=end is None, progress=progress)
     try:
-        return _Check(handle, size, tail_may_be_torn=end is None).run(progress)
+        report = _Check(handle, size, tail_may_be_torn=end is None).run(progress)
     except EOFError as error:
         raise LogChangedError(handle.path, str(error)) from None
+    return report if end is not None or not report.ok else _with_regression(handle, report)
+
+
+def _with_regression(handle: ReadHandle, report: VerifyReport) -> VerifyReport:
+    head = parse_file_head(handle.files.read(handle.fd, FILE_HEAD.size, 0))
+    mark = lost_since(handle, head.log_id, report.seq, report.size)
+    if mark is None:
+        return report
+    lost = Problem(report.size, 0, f"the log {regression_text(report.seq, mark)}")
+    return replace(report, problems=(lost,))
 
 
 def verify_live(log: Log, seq: int, progress: Progress | None = None) -> VerifyReport:

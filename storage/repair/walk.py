@@ -160,6 +160,12 @@ def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, by
     overlap = FRAME_HEAD.size - 1
     base, step = start, _FIRST_CHUNK_BYTES
     while base < size - overlap:
+        data = handle.files.data_after(handle.fd, base)
+        if data is None:
+            return
+        if data - overlap > base:
+            base = data - overlap  # a hole holds no magic
+            continue
         chunk = handle.read(min(step + overlap, size - base), base)
         at = chunk.find(FRAME_MAGIC)
         while 0 <= at <= min(len(chunk) - FRAME_HEAD.size, step - 1):

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from foldlog.protocol import frames
 from foldlog.protocol.frames import FLAG_SYNC_EACH, FRAME_MAGIC, KIND_BATCHES, TRAILER, build_frame
 from foldlog.storage.log import recovery
-from foldlog.storage.log.recovery import Evidence, Facts, Verdict, gather, judge
+from foldlog.storage.log.recovery import Evidence, Facts, Rest, Verdict, gather, judge
 
 BOOLEANS = [
     "head_valid",
     "cut_short",
     "all_zero",
     "same_boot",
-    "gap_lost",
-    "frame_lost",
+    "sector_lost",
     "followed",
 ]
 EVIDENCE = [
@@ -38,7 +37,7 @@ ALL_FACTS = [
 def expected(facts: Facts) -> Verdict:
     """The rules, said once more in other words: the tail is torn if, and only if, one of four stories explains it."""
     if facts.evidence is not None:
-        lost_in_a_power_failure = facts.gap_lost and not facts.same_boot
+        lost_in_a_power_failure = facts.sector_lost and not facts.same_boot
         return (
             Verdict.TORN
             if lost_in_a_power_failure and facts.evidence == Evidence(False, False)
@@ -46,12 +45,12 @@ def expected(facts: Facts) -> Verdict:
         )
     written_in_part = facts.cut_short
     never_written = facts.all_zero
-    last_frame_lost = facts.frame_lost and not facts.same_boot and not facts.followed
+    last_frame_lost = facts.sector_lost and not facts.same_boot and not facts.followed
     return Verdict.TORN if written_in_part or never_written or last_frame_lost else Verdict.CORRUPT
 
 
 def test_the_table_judges_every_combination_of_facts():
-    assert len(ALL_FACTS) == 5 * 2**7
+    assert len(ALL_FACTS) == 5 * 2**6
     for facts in ALL_FACTS:
         verdict, why = judge(facts)
         assert verdict is expected(facts), facts
@@ -82,25 +81,25 @@ CLEAN = dict.fromkeys(BOOLEANS, False) | {"evidence": None}
 SCENARIOS = {
     "facts.evidence is not None": (
         "a lost sector amid synced frames",
-        {"evidence": Evidence(False, True), "frame_lost": True},
+        {"evidence": Evidence(False, True), "sector_lost": True},
         Verdict.CORRUPT,
     ),
     "facts.evidence.displaced": (
         "a hole of zeros between un-synced frames",
-        {"evidence": Evidence(True, False), "gap_lost": True},
+        {"evidence": Evidence(True, False), "sector_lost": True},
         Verdict.CORRUPT,
     ),
     "facts.evidence.durable": (
         "a synced frame with a lost sector",
-        {"evidence": Evidence(False, True), "gap_lost": True},
+        {"evidence": Evidence(False, True), "sector_lost": True},
         Verdict.CORRUPT,
     ),
     "facts.same_boot": (
         "a hole punched while the machine runs on",
-        {"evidence": Evidence(False, False), "gap_lost": True, "same_boot": True},
+        {"evidence": Evidence(False, False), "sector_lost": True, "same_boot": True},
         Verdict.CORRUPT,
     ),
-    "not facts.gap_lost": (
+    "not facts.sector_lost": (
         "a flip amid un-synced frames, found after a reboot",
         {"evidence": Evidence(False, False)},
         Verdict.CORRUPT,
@@ -117,17 +116,17 @@ SCENARIOS = {
     ),
     "facts.same_boot (the last frame)": (
         "a zeroed sector while the machine runs on",
-        {"frame_lost": True, "same_boot": True},
+        {"sector_lost": True, "same_boot": True},
         Verdict.CORRUPT,
     ),
     "facts.followed": (
         "a synced frame with a lost sector and junk behind it",
-        {"head_valid": True, "frame_lost": True, "followed": True},
+        {"head_valid": True, "sector_lost": True, "followed": True},
         Verdict.CORRUPT,
     ),
-    "facts.frame_lost": (
+    "facts.sector_lost": (
         "the last frame lost a sector in a power failure",
-        {"frame_lost": True},
+        {"sector_lost": True},
         Verdict.TORN,
     ),
 }
@@ -236,17 +235,69 @@ def test_too_many_candidates_count_as_evidence_against(monkeypatch):
     assert judge(found)[0] is Verdict.CORRUPT
 
 
-@given(st.integers(0, 1500), st.integers(0, 1500), st.integers(0, 5000))
+@given(st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 5000))
 def test_a_lost_sector_is_found_where_it_lies(start, length, offset):
-    data = bytearray(b"\1" * 1500)
-    stop = min(start + length, 1500)
+    data = bytearray(b"\1" * 3000)
+    stop = min(start + length, 3000)
     data[start:stop] = bytes(stop - start)
     sectors = {}
     for at, byte in enumerate(data):
         sectors.setdefault((offset + at) // 512, bytearray()).append(byte)
-    assert recovery._lost_sector(memoryview(data), offset) == any(
-        not any(sector) for sector in sectors.values()
-    )
+    rest = Rest.of(bytes(data), offset)
+    assert rest.has_lost(0, 3000) == any(not any(sector) for sector in sectors.values())
+    for at in range(0, 3000, 100):
+        assert rest.is_lost(at) == (not any(sectors[(offset + at) // 512]))
+
+
+# What a lost sector explains. The frame stands at byte 1000 and its value holds two sectors of zeros.
+
+HOLLOW = b"\1" * 700 + bytes(1600) + b"\2" * 700
+
+
+def hollow_frame() -> bytes:
+    return frame(5, 1000, body=HOLLOW)
+
+
+def test_a_flip_is_not_explained_by_zeros_that_the_value_holds_itself():
+    """A batch was synced, and its value held a sector of zeros. After a reboot, each flipped bit of it read as a torn tail."""
+    raw = hollow_frame()
+    for at in range(len(raw)):
+        flipped = raw[:at] + bytes((raw[at] ^ 1 << at % 8,)) + raw[at + 1 :]
+        assert not facts_of(flipped).sector_lost, at
+
+
+def test_a_byte_that_is_wrong_is_not_explained_either():
+    raw = hollow_frame()
+    for at in range(0, len(raw), 7):
+        wrong = raw[:at] + bytes((raw[at] ^ 0xA5,)) + raw[at + 1 :]
+        assert not facts_of(wrong).sector_lost, at
+
+
+def lose_sector(raw: bytes, number: int) -> bytes:
+    start, stop = max(number * 512 - 1000, 0), min((number + 1) * 512 - 1000, len(raw))
+    return raw[:start] + bytes(stop - start) + raw[stop:]
+
+
+@pytest.mark.parametrize("body", [HOLLOW, b"\1" * 3000, bytes(1000) + b"\1" + bytes(1000)])
+def test_a_frame_that_lost_a_sector_is_explained_wherever_it_was(body):
+    raw = frame(5, 1000, body=body)
+    for number in range(1, (1000 + len(raw) - 1) // 512 + 1):
+        lost = lose_sector(raw, number)
+        if lost != raw:
+            assert facts_of(lost).sector_lost, number
+
+
+def test_zeros_from_any_byte_on_are_explained():
+    raw = hollow_frame()
+    for at in range(1, len(raw) - 3):
+        facts = facts_of(raw[:at] + bytes(len(raw) - at))
+        assert judge(facts)[0] is Verdict.TORN, at
+
+
+def test_a_header_that_is_wrong_is_not_explained_by_a_sector_that_it_does_not_lie_in():
+    raw = frame(5, 1000, body=b"\1" * 3000)
+    assert facts_of(lose_sector(raw, 4)).sector_lost
+    assert not facts_of(lose_sector(damaged(raw, 20), 4)).sector_lost
 
 
 @pytest.mark.parametrize("size", range(1, 60))
