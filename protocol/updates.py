@@ -34,6 +34,8 @@ _SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # no key of so many characters can be over
 _SMALL_BATCH = 256
 _SMALL_BODY = 4096
 """A body that is unpacked by one call. Arrays in arrays, each of a length that lies, take a thousand times as much."""
+_READ_BYTES = 64 * 1024
+"""Of a longer body, what is copied at a time."""
 _MAX_KEPT_BYTES = 1024 * 1024
 """A packer keeps the largest buffer that it ever needed; one that needed more is not kept."""
 
@@ -367,14 +369,14 @@ def _decoded_in_steps(body: bytes | memoryview, count: int | None) -> list[Decod
     """`decode_batches`, array by array. Cost: 60 ns an update more than in one call."""
     size = len(body)
     unpacker = msgpack.Unpacker(
-        read_size=size,
-        max_buffer_size=size,
+        _Reader(body),
+        read_size=min(size, _READ_BYTES),
+        max_buffer_size=MAX_VALUE_BYTES + _READ_BYTES,
         max_array_len=0,
         list_hook=refuse_nested,
         object_hook=refuse_nested,
         ext_hook=refuse_nested,
     )
-    unpacker.feed(body)
     found = unpacker.read_array_header()
     _check_count(found, count)
     batches = []
@@ -387,6 +389,17 @@ def _decoded_in_steps(body: bytes | memoryview, count: int | None) -> list[Decod
     if unpacker.tell() != size:
         raise Undecodable("bytes follow the last batch")
     return batches
+
+
+class _Reader:
+    """A body as a file, so that not all of it is copied at once."""
+
+    def __init__(self, body: bytes | memoryview) -> None:
+        self._body, self._at = memoryview(body), 0
+
+    def read(self, size: int) -> bytes:
+        start, self._at = self._at, self._at + size
+        return bytes(self._body[start : self._at])
 
 
 def _column(unpacker: msgpack.Unpacker, size: int) -> list[Any]:

@@ -347,7 +347,10 @@ def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
     _, index_len, keys_len, _ = HEAD.unpack_from(body)
     if keys_len + len(body) - index_len >= MAX_LEAF_BYTES:
         return None  # where it ends may depend on the lengths of its values
-    index = Index(body[:index_len], len(body))
+    try:
+        index = Index(body[:index_len], len(body))
+    except Undecodable:
+        return None  # whoever decodes the leaf says why
     patched = bytearray(body)
     for key, value, version in changes.values():
         number = index.find(key)

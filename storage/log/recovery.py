@@ -263,7 +263,7 @@ def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
         return False  # it is cut short
     trailer_at = frame_end - len(TRAILER)
     trailer = rest.read(trailer_at, frame_end)
-    if not any(trailer):
+    if not any(trailer) and rest.is_zero(frame_end, rest.size):
         return True
     for at, (byte, right) in enumerate(zip(trailer, TRAILER, strict=True), trailer_at):
         if byte != right and not rest.is_lost(at):

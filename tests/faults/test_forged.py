@@ -1,0 +1,160 @@
+"""Logs with every checksum right that say what no writer would: each reader refuses them, typed, in bounded memory and reads."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from click.testing import CliRunner
+from forged import KEYS, NUMBERS, Frame, forged, sample, written
+
+import foldlog
+from foldlog import AppendLogSnapshot, CorruptLogError, FoldlogError, Synced
+from foldlog.cli import main
+from foldlog.protocol.frames import KIND_BATCHES, KIND_LEAF
+from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
+from foldlog.storage.fold.leaf import encode_leaf
+from foldlog.storage.formats.replay import load_intact
+from foldlog.storage.log.files import Files, ReadHandle
+from foldlog.storage.repair.verify import verify_log
+
+pytestmark = pytest.mark.exhaustive
+
+MAX_GROWTH_KIB = 96 * 1024
+
+
+class CountedReads(Files):
+    """Counts the bytes that are asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def sync(self, fd: int) -> None:
+        pass
+
+    def read(self, fd: int, size: int, offset: int) -> bytes:
+        data = super().read(fd, size, offset)
+        self.asked += len(data)
+        return data
+
+    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
+        count = super().read_into(fd, buffer, offset)
+        self.asked += count
+        return count
+
+
+class Tally:
+    """What became of the logs."""
+
+    def __init__(self) -> None:
+        self.cases = self.opened = self.salvaged = 0
+
+
+def read_all_ways(reader: Any) -> None:
+    """`get` and `range` agree, whatever the log says."""
+    with contextlib.suppress(FoldlogError):
+        len(reader.snapshot())
+    try:
+        entries = {entry.key: entry for entry in reader.range("")}
+    except FoldlogError:
+        entries = None
+    found: list[Any] = []
+    with contextlib.suppress(FoldlogError):
+        reader.for_each_in_range("b", found.append)
+    for key in {*KEYS, *(entries or ()), "zz"}:
+        try:
+            entry = reader.get(key)
+        except FoldlogError:
+            assert entries is None, f"range has {key!r}, and get refuses it"
+            continue
+        if entries is not None:
+            assert entry == entries.get(key)
+    if entries is not None:
+        assert list(entries) == sorted(entries)
+
+
+def check(path: Path, raw: bytes, tally: Tally) -> None:
+    """Read a log in every way that there is."""
+    files = CountedReads()
+    path.write_bytes(raw)
+    with contextlib.suppress(FoldlogError):
+        with foldlog.follow(path, files=files) as follower:
+            read_all_ways(follower)
+            with contextlib.suppress(FoldlogError), contextlib.closing(follower.watch()) as watch:
+                for event in watch:
+                    if isinstance(event, Synced):
+                        break
+    for command in (["verify"], ["dump", "--bodies"], ["dump", "--bodies", "--json"], ["info"]):
+        run(command[0], str(path), *command[1:])
+    saved = path.with_name("saved.log")
+    run("salvage", str(path), "--output", str(saved))
+    assert path.read_bytes() == raw
+    if saved.exists():
+        tally.salvaged += 1
+        told = {problem.reason for problem in verify_log(saved).problems}
+        assert all("end" in reason and "leaf" in reason for reason in told), "leaves end elsewhere"
+        load_intact(ReadHandle(files, saved)).fold.range("")
+        saved.unlink()
+    with contextlib.suppress(FoldlogError):
+        _, snap = AppendLogSnapshot.open(path, files=files)
+        tally.opened += 1
+        try:
+            read_all_ways(snap)
+            snap.verify()
+        finally:
+            snap.close()
+    assert files.asked < 400 * len(raw) + 65_536
+    tally.cases += 1
+    for left in path.parent.iterdir():
+        left.unlink()
+
+
+def run(command: str, *arguments: str) -> None:
+    result = CliRunner().invoke(main, [command, *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code in (0, 1), result.output
+
+
+def campaign(path: Path, seeds: range) -> Tally:
+    tally = Tally()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in seeds:
+        try:
+            check(path, forged(seed), tally)
+        except BaseException as error:
+            error.add_note(f"forged log {seed}")
+            raise
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{tally.cases} forged logs: {tally.opened} opened, {tally.salvaged} salvaged;")
+    print(f"nothing but typed errors; peak memory grew by {grown / 1024:.0f} MiB")
+    assert grown < MAX_GROWTH_KIB
+    return tally
+
+
+def test_what_is_forged_is_right_but_for_the_forgery(path):
+    import random
+
+    raw = written(sample(random.Random(1)))
+    path.write_bytes(raw)
+    _, snap = AppendLogSnapshot.open(path)
+    assert len(snap.range("")) > 0
+    assert snap.verify().ok
+    snap.close()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_log_that_is_forged_is_read_with_nothing_but_typed_errors(path, part):
+    tally = campaign(path, range(75 * part, 75 * (part + 1)))
+    assert 0 < tally.opened < tally.cases, "some are accepted, some are not"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(4))
+def test_ten_thousand_forged_logs_are_read_with_nothing_but_typed_errors(path, part):
+    campaign(path, range(10_000 + 2500 * part, 10_000 + 2500 * (part + 1)))
