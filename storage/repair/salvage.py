@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -227,12 +228,11 @@ class _Salvage:
         whole = self._tell_lost_base()
         self.last_cursor = base_cursor
         self.safe_cursor = base_cursor if whole else NO_CURSOR
+        kept: set[tuple[int, int]] = set()
         steps: list[tuple[_Found, WatchCursor]] = []  # what was kept, with the cursor behind it
         for found in sorted(self._found):
             if found.first_seq <= fold.seq:
-                if found.last_seq > base_seq and not any(
-                    found[:2] == step[0][:2] for step in steps
-                ):
+                if found.last_seq > base_seq and found[:2] not in kept:
                     self.losses.append(
                         Loss(found.offset, found.size, f"repeats batches up to {fold.seq}")
                     )
@@ -250,6 +250,7 @@ class _Salvage:
             if whole:
                 self.safe_cursor = self.last_cursor
             steps.append((found, self.last_cursor))
+            kept.add(found[:2])
         self._tell_lost_batches(base_seq, base_cursor, steps)
         return fold
 
@@ -289,13 +290,15 @@ class _Salvage:
         """Tell what lies in bad stretches behind the base, and the holes in the sequence that no bad stretch explains."""
         last_seq, cursor = base_seq, base_cursor
         position = self._base_end_offset or 0
+        bad = sorted(self._bad, key=lambda piece: piece.offset)
+        offsets = [piece.offset for piece in bad]
         for found, cursor_behind in [*steps, (None, None)]:
             stop = None if found is None else found.offset
-            inside = [
-                piece
-                for piece in self._bad
-                if position <= piece.offset and (stop is None or piece.offset < stop)
-            ]
+            start = bisect_left(offsets, position)
+            end = len(offsets) if stop is None else max(bisect_left(offsets, stop), start)
+            inside = bad[start:end]
+            if inside:
+                del bad[start:end], offsets[start:end]
             next_seq = None if found is None else found.first_seq
             for piece, (first, last) in zip(
                 inside, _lost_ranges(inside, last_seq, next_seq), strict=True
@@ -303,7 +306,6 @@ class _Salvage:
                 self.losses.append(
                     Loss(piece.offset, piece.size, piece.reason, first, last, cursor, cursor_behind)
                 )
-            self._bad = [piece for piece in self._bad if piece not in inside]
             if found is None or cursor_behind is None:
                 break
             if found.first_seq > last_seq + 1 and not inside:
@@ -312,7 +314,7 @@ class _Salvage:
                     Loss(found.offset, 0, "frames are missing here", *lost, cursor, cursor_behind)
                 )
             last_seq, cursor, position = found.last_seq, cursor_behind, found.offset
-        self.losses += [Loss(piece.offset, piece.size, piece.reason) for piece in self._bad]
+        self.losses += [Loss(piece.offset, piece.size, piece.reason) for piece in bad]
 
 
 def _lost_ranges(
@@ -324,24 +326,31 @@ def _lost_ranges(
     """
     ranges: list[tuple[int | None, int | None]] = []
     first = last_seq + 1
-    for number, piece in enumerate(pieces):
+    for piece, later in zip(pieces, _first_later(pieces), strict=True):
         head = piece.head
         if head is not None:
             ranges.append((head.seq - head.batches + 1, head.seq) if head.batches else (None, None))
             first = max(first, head.seq + 1)
             continue
-        known = [
-            below.head.seq - below.head.batches + 1
-            for below in pieces[number + 1 :]
-            if below.head and below.head.batches
-        ]
-        stop = min(known, default=next_seq)
+        stop = next_seq if later is None else later
         if stop is None:
             ranges.append((first, None))
         else:
             ranges.append((first, stop - 1) if first < stop else (None, None))
             first = max(first, stop)
     return ranges
+
+
+def _first_later(pieces: list[Piece]) -> list[int | None]:
+    """Of each piece, the first batch that one after it says to hold; None if none does."""
+    firsts: list[int | None] = []
+    first: int | None = None
+    for piece in reversed(pieces):
+        firsts.append(first)
+        if piece.head and piece.head.batches:
+            begin = piece.head.seq - piece.head.batches + 1
+            first = begin if first is None else min(first, begin)
+    return firsts[::-1]
 
 
 def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
+from blake3 import blake3
 from click.testing import CliRunner
-from forged import KEYS, NUMBERS, Frame, forged, sample, written
+from forged import KEYS, forged, sample, written
 
 import foldlog
-from foldlog import AppendLogSnapshot, CorruptLogError, FoldlogError, Synced
+from foldlog import (
+    AppendLogSnapshot,
+    ArtifactInvalidError,
+    FoldlogError,
+    Synced,
+    WatchCursor,
+)
 from foldlog.cli import main
-from foldlog.protocol.frames import KIND_BATCHES, KIND_LEAF
 from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
-from foldlog.storage.fold.leaf import encode_leaf
 from foldlog.storage.formats.replay import load_intact
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.repair.verify import verify_log
@@ -51,7 +56,7 @@ class Tally:
     """What became of the logs."""
 
     def __init__(self) -> None:
-        self.cases = self.opened = self.salvaged = 0
+        self.cases = self.opened = self.salvaged = self.imported = 0
 
 
 def read_all_ways(reader: Any) -> None:
@@ -81,13 +86,12 @@ def check(path: Path, raw: bytes, tally: Tally) -> None:
     """Read a log in every way that there is."""
     files = CountedReads()
     path.write_bytes(raw)
-    with contextlib.suppress(FoldlogError):
-        with foldlog.follow(path, files=files) as follower:
-            read_all_ways(follower)
-            with contextlib.suppress(FoldlogError), contextlib.closing(follower.watch()) as watch:
-                for event in watch:
-                    if isinstance(event, Synced):
-                        break
+    with contextlib.suppress(FoldlogError), foldlog.follow(path, files=files) as follower:
+        read_all_ways(follower)
+        with contextlib.suppress(FoldlogError), contextlib.closing(follower.watch()) as watch:
+            for event in watch:
+                if isinstance(event, Synced):
+                    break
     for command in (["verify"], ["dump", "--bodies"], ["dump", "--bodies", "--json"], ["info"]):
         run(command[0], str(path), *command[1:])
     saved = path.with_name("saved.log")
@@ -99,6 +103,7 @@ def check(path: Path, raw: bytes, tally: Tally) -> None:
         assert all("end" in reason and "leaf" in reason for reason in told), "leaves end elsewhere"
         load_intact(ReadHandle(files, saved)).fold.range("")
         saved.unlink()
+    import_as_artifact(path.with_name("artifact"), raw, tally)
     with contextlib.suppress(FoldlogError):
         _, snap = AppendLogSnapshot.open(path, files=files)
         tally.opened += 1
@@ -110,7 +115,26 @@ def check(path: Path, raw: bytes, tally: Tally) -> None:
     assert files.asked < 400 * len(raw) + 65_536
     tally.cases += 1
     for left in path.parent.iterdir():
-        left.unlink()
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def import_as_artifact(folder: Path, raw: bytes, tally: Tally) -> None:
+    """The log as the payload of an artifact whose manifest is right."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "fold.log").write_bytes(raw)
+    file = ArtifactFile("data/fold.log", len(raw), blake3(raw).hexdigest())
+    manifest = ExportManifest("foldlog", "1", WatchCursor(b"c"), 0, (file,))
+    (folder / "MANIFEST.json").write_bytes(manifest.to_json())
+    dest = folder.with_name("imported.log")
+    try:
+        _, snap = AppendLogSnapshot.import_artifact(folder, dest)
+    except ArtifactInvalidError:
+        assert not dest.exists()
+        return
+    tally.imported += 1
+    read_all_ways(snap)
+    assert snap.range("") is not None
+    snap.close()
 
 
 def run(command: str, *arguments: str) -> None:
@@ -130,8 +154,10 @@ def campaign(path: Path, seeds: range) -> Tally:
             error.add_note(f"forged log {seed}")
             raise
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{tally.cases} forged logs: {tally.opened} opened, {tally.salvaged} salvaged;")
-    print(f"nothing but typed errors; peak memory grew by {grown / 1024:.0f} MiB")
+    print(f"{tally.cases} forged logs: {tally.opened} opened, {tally.salvaged} salvaged,")
+    print(
+        f"{tally.imported} imported; nothing but typed errors; peak memory grew by {grown / 1024:.0f} MiB"
+    )
     assert grown < MAX_GROWTH_KIB
     return tally
 

@@ -88,9 +88,11 @@ def sample(chance: random.Random) -> list[Frame]:
         [b"c", [chance.choice(KEYS)], [chance.choice([b"new", None, False])], [b"12345678"]]
         for _ in range(chance.randint(1, 3))
     ]
+    base = [*leaves, Frame(KIND_BASE_END, b"")]
+    if chance.random() < 0.3:
+        return base  # as an artifact's payload
     return [
-        *leaves,
-        Frame(KIND_BASE_END, b""),
+        *base,
         Frame(KIND_OPEN, msgpack.packb({"boot": "a boot", "nonce": b"12345678", "writer": "x"})),
         Frame(KIND_BATCHES, msgpack.packb(items), len(items)),
         Frame(KIND_BATCHES, msgpack.packb([[b"d", [], [], []]]), 1),

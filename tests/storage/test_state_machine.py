@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from readback import read_back
 
 import foldlog.protocol.updates
 import foldlog.storage.fold.base
@@ -44,6 +45,12 @@ from foldlog import (
 from foldlog.storage.artifacts.artifact import read_manifest
 
 pytestmark = pytest.mark.exhaustive
+
+
+@pytest.fixture(autouse=True)
+def _read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_back(monkeypatch)
+
 
 KEYS = [
     "",
