@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crc32c import crc32c
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from foldlog import (
     diff,
 )
 from foldlog.storage.fold import base, leaf
+from foldlog.storage.log.files import Files
 
 Entries = dict[str, tuple[bytes, bytes]]
 
@@ -247,3 +249,86 @@ def test_merging_never_tells_a_key_twice(path: Path):
         snap.compact()
         snap.apply([Put("a", b"3"), Put("b", b"1")], WatchCursor.from_u64(3))
         assert list(diff(old, snap.snapshot())) == [Put("a", b"3")]
+
+
+# Leaves whose checksums agree.
+
+
+def with_the_checksum_of(value: bytes, other: bytes) -> bytes:
+    """`value` with its last 4 bytes chosen so that it has the CRC-32C of `other`, which is as long."""
+    stem = value[:-4]
+    basis: list[tuple[int, int]] = []
+    zero = crc32c(stem + bytes(4))
+    for bit in range(32):
+        effect, mask = crc32c(stem + (1 << bit).to_bytes(4, "little")) ^ zero, 1 << bit
+        for known, known_mask in basis:
+            if effect ^ known < effect:
+                effect, mask = effect ^ known, mask ^ known_mask
+        basis.append((effect, mask))
+        basis.sort(reverse=True)
+    wanted, chosen = crc32c(other) ^ zero, 0
+    for known, known_mask in basis:
+        if wanted ^ known < wanted:
+            wanted, chosen = wanted ^ known, chosen ^ known_mask
+    return stem + chosen.to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_values_with_one_checksum_are_told_apart(path: Path, reopened: bool):
+    """Both checksums of a leaf agreed, and a watcher that resumed across the compaction kept the old value for ever."""
+    old, new = b"role=viewer;    sig=0000", b"role=admin ;    sig=????"
+    new = with_the_checksum_of(new, old)
+    assert crc32c(new) == crc32c(old)
+    snap = AppendLogSnapshot.open(path)[1]
+    snap.apply([Put(f"u{n:03}", b"x" * 10) for n in range(300)], WatchCursor.from_u64(1))
+    snap.apply([Put("user/7", old)], WatchCursor.from_u64(2))
+    snap.compact()
+    before = snap.snapshot()
+    snap.apply([Put("user/7", new)], WatchCursor.from_u64(3))
+    snap.compact()
+    if reopened:
+        snap.close()
+        snap = AppendLogSnapshot.open(path)[1]
+    assert list(diff(before, snap.snapshot())) == [Put("user/7", new)]
+    snap.close()
+
+
+class BytesRead(Files):
+    read_bytes = 0
+
+    def read(self, fd: int, size: int, offset: int) -> bytes:
+        self.read_bytes += size
+        return super().read(fd, size, offset)
+
+
+def test_leaves_that_a_compaction_copied_are_not_read(path: Path):
+    files = BytesRead()
+    snap = AppendLogSnapshot.open(path, files=files)[1]
+    snap.apply([Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], WatchCursor.from_u64(1))
+    snap.compact()
+    before = snap.snapshot()
+    for number in range(2, 5):
+        snap.apply([Put("k00500", b"%d" % number)], WatchCursor.from_u64(number))
+        snap.compact()
+    files.read_bytes = 0
+    assert list(diff(before, snap.snapshot())) == [Put("k00500", b"4")]
+    assert files.read_bytes < 8 * 512 * 100, "the leaf that changed, in both files"
+    snap.close()
+
+
+def test_leaves_of_two_files_are_compared_once_and_only_under_the_prefix(path: Path):
+    files = BytesRead()
+    snap = AppendLogSnapshot.open(path, files=files)[1]
+    snap.apply([Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], WatchCursor.from_u64(1))
+    snap.compact()
+    before = snap.snapshot()
+    snap.close()
+    snap = AppendLogSnapshot.open(path, files=files)[1]
+    files.read_bytes = 0
+    assert list(diff(before, snap.snapshot(), "k00")) == []
+    assert files.read_bytes < 20_000 * 60 / 2
+    assert list(diff(before, snap.snapshot())) == []
+    files.read_bytes = 0
+    assert list(diff(before, snap.snapshot())) == []
+    assert files.read_bytes == 0
+    snap.close()

@@ -27,13 +27,7 @@ class SoftTimeLimit(Exception):
     """What a task queue's signal handler raises."""
 
 
-FAILURES = [
-    MemoryError(),
-    SoftTimeLimit(),
-    KeyboardInterrupt(),
-    OSError(errno.EIO, "no"),
-    TimeoutError(),
-]
+FAILURES = [MemoryError(), SoftTimeLimit(), TimeoutError()]
 DECODERS = [
     (updates_module.msgpack, "unpackb"),
     (updates_module, "_decode_item"),
@@ -87,7 +81,6 @@ def test_a_decoder_that_is_stopped_says_nothing_of_the_bytes(
             assert error is failure  # noqa: PT017 - any other error is one too many
     assert path.read_bytes() == raw or number == 2
     assert not list(path.parent.glob("*.torn-*"))
-    assert len(AppendLogSnapshot.open(path)[1].range("")) > 0
 
 
 def test_what_msgpack_raises_for_bytes_is_all_that_counts_as_damage():

@@ -5,7 +5,9 @@ No loss is silent and no value is wrong: a tail is cut only where a stopped writ
 
 from __future__ import annotations
 
+import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ from foldlog import (
 from foldlog.protocol.frames import FILE_HEAD
 from foldlog.storage.engines.engine import Engine
 from foldlog.storage.log.files import Files
+from foldlog.storage.repair.verify import verify_log
 
 pytestmark = pytest.mark.exhaustive
 
@@ -440,3 +443,52 @@ def test_a_session_that_died_before_its_first_batch_is_synced_before_the_next(pa
     _, snap = AppendLogSnapshot.open(path)
     snap._engine.log.abandon()
     assert len(synced) == 1
+
+
+# Long tails.
+
+
+def test_a_tail_as_long_as_a_disk_is_judged_in_little_memory_and_its_holes_are_kept(path):
+    """`truncate -s 3G LOG` cost 6.2 GiB of memory, and 3 GiB of zeros beside the log."""
+    raw = write_log(path, some_batches(2))
+    length = 64 * 1024**3
+    for junk in (b"", b"\1junk"):
+        path.write_bytes(raw)
+        os.truncate(path, length)
+        with open(path, "r+b") as file:
+            file.seek(length - 4096)
+            file.write(junk)
+        tracemalloc.start()
+        try:
+            assert verify_log(path).ok is not bool(junk)
+            engine = Engine(path, on_damage="cut")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        report = engine.report
+        engine.log.abandon()
+        assert peak < 24 * 1024 * 1024
+        assert report.cut_bytes == length - len(raw)
+        assert path.read_bytes() == raw
+        if not junk:
+            assert report.kept_at is None
+            assert "nothing but zeros" in report.cut_reason
+            continue
+        kept = report.kept_at.stat()
+        assert kept.st_size == length - len(raw)
+        assert kept.st_blocks * 512 < 1024 * 1024
+        report.kept_at.unlink()
+
+
+def test_a_long_tail_that_is_no_hole_is_judged_in_little_memory(path):
+    raw = write_log(path, some_batches(2))
+    path.write_bytes(raw + bytes(40_000_000) + b"\1" * 1_000_000)
+    tracemalloc.start()
+    try:
+        assert not verify_log(path).ok
+        with pytest.raises(CorruptLogError):
+            Engine(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 24 * 1024 * 1024
