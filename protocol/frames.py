@@ -54,7 +54,8 @@ FLAG_SYNC_EACH = 1
 KNOWN_FLAGS = FLAG_SYNC_EACH
 
 MAX_LEAF_BODY_BYTES = 32 * 1024 * 1024
-"""A leaf ends with the entry that brings it to 256 KiB, and one entry may have a value of 16 MiB."""
+"""A leaf ends with the entry that brings it to 256 KiB, and one entry may have a value of 16
+MiB."""
 _BODY_LIMITS = {
     KIND_OPEN: MAX_MAP_BYTES,
     KIND_BATCHES: MAX_BODY_BYTES,
@@ -155,7 +156,8 @@ def parse_frame_head(
 
 
 def oversize(frame: FrameHead) -> str | None:
-    """Why no body of `frame`'s kind is as long as its head says; None if one may be. Looked at before the body is read."""
+    """Why no body of `frame`'s kind is as long as its head says; None if one may be. Looked at
+    before the body is read."""
     limit = _BODY_LIMITS.get(frame.kind, MAX_BODY_BYTES)
     if frame.body_len <= limit:
         return None
@@ -174,9 +176,11 @@ def parse_open(body: bytes | memoryview) -> str:
 
 
 def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
-    """Cursor, leaves, entries and digest in the body of a BASE_END frame. Undecodable for anything else.
+    """Cursor, leaves, entries and digest in the body of a BASE_END frame. Undecodable for anything
+    else.
 
-    The digest may have any length, and the counts any value: to be compared, or checked by `verify.py`.
+    The digest may have any length, and the counts any value: to be compared, or checked by
+    `verify.py`.
     """
     try:
         end = unpack_map(body)

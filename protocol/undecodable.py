@@ -1,8 +1,9 @@
 """The verdict of a decoder: these bytes are what no writer makes, whatever their checksum says.
 
-Only this verdict is evidence of damage. What else comes up while bytes are decoded (a MemoryError, an OSError, an interrupt,
-an exception that a signal handler raises) says something of the process or the machine and nothing of the bytes, so whoever
-calls a decoder catches `Undecodable` and lets everything else pass.
+Only this verdict is evidence of damage. What else comes up while bytes are decoded (a MemoryError,
+an OSError, an interrupt, an exception that a signal handler raises) says something of the process
+or the machine and nothing of the bytes, so whoever calls a decoder catches `Undecodable` and lets
+everything else pass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Undecodable(ValueError):
 
 
 def refuse_nested(*_inner: Any) -> NoReturn:
-    """A hook for msgpack, where a plain value must stand: the first array, map or extension in its place is refused."""
+    """A hook for msgpack, where a plain value must stand: the first array, map or extension in its
+    place is refused."""
     raise Undecodable("an array, a map or an extension where a plain value belongs")
 
 

@@ -33,7 +33,8 @@ SLICE = 8192
 _SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # no key of so many characters can be over-long in UTF-8
 _SMALL_BATCH = 256
 _SMALL_BODY = 4096
-"""A body that is unpacked by one call. Arrays in arrays, each of a length that lies, take a thousand times as much."""
+"""A body that is unpacked by one call. Arrays in arrays, each of a length that lies, take a
+thousand times as much."""
 _READ_BYTES = 64 * 1024
 """Of a longer body, what is copied at a time."""
 _MAX_KEPT_BYTES = 1024 * 1024
@@ -160,8 +161,9 @@ class DecodedBatch(NamedTuple):
 
 
 class _Packers(threading.local):
-    # Taken out while it packs, and put back only once it has: whatever stops it half-way (a MemoryError, an interrupt), its
-    # buffer, and with it what it had packed of the batch that failed, is gone.
+    # Taken out while it packs, and put back only once it has: whatever stops it half-way (a
+    # MemoryError, an interrupt), its buffer, and with it what it had packed of the batch that
+    # failed, is gone.
     packer: msgpack.Packer | None = None
 
 
@@ -336,10 +338,11 @@ def batches_body(items: Sequence[bytes]) -> bytes:
 
 
 def decode_batches(body: bytes | memoryview, count: int | None = None) -> list[DecodedBatch]:
-    """The batches of a BATCHES body, `count` of them. Undecodable for anything that `encode_batch` would not have written.
+    """The batches of a BATCHES body, `count` of them. Undecodable for anything that `encode_batch`
+    would not have written.
 
-    No array is made before its length is checked against what remains of the body, and none where none belongs: what is
-    refused has taken no more memory than a batch of as many bytes.
+    No array is made before its length is checked against what remains of the body, and none where
+    none belongs: what is refused has taken no more memory than a batch of as many bytes.
     """
     try:
         if len(body) > _SMALL_BODY:
@@ -419,7 +422,8 @@ def _column(unpacker: msgpack.Unpacker, size: int) -> list[Any]:
 
 
 def _decode_item(item: object, size: int) -> DecodedBatch:
-    """The batch in `item`, as it was unpacked from a body of `size` bytes, which bounds the length of all that is in it."""
+    """The batch in `item`, as it was unpacked from a body of `size` bytes, which bounds the length
+    of all that is in it."""
     if type(item) is not list or len(item) != 4:
         raise Undecodable("a batch is not [cursor, keys, values, versions]")
     cursor, keys, values, versions = item

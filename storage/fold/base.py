@@ -74,8 +74,8 @@ class Base:
         self._indexes: list[Index | None] = []
         self._last = ""  # key of the last leaf
         self._sound = bytearray()  # 1: of this leaf, all that is in it was looked at
-        # What a leaf is, apart from where it stands: the base and the number that it was made with. Never the same for two
-        # leaves that differ, as checksums may be made to be.
+        # What a leaf is, apart from where it stands: the base and the number that it was made with.
+        # Never the same for two leaves that differ, as checksums may be made to be.
         self._uid = next(_uids)
         self._origins: dict[int, tuple[int, int]] = {}
         # Entries that were read, by hash. A shard is replaced when it is full; losing a race loses a cached entry, no more.
@@ -87,7 +87,8 @@ class Base:
         self._weight = 0  # of all entries, were they cached
 
     def add_leaf(self, offset: int, body: bytes | memoryview, crc: int) -> None:
-        """Note the leaf whose body stands at `offset`. Undecodable if it does not follow the leaf before."""
+        """Note the leaf whose body stands at `offset`. Undecodable if it does not follow the leaf
+        before."""
         first, last = leaf.key_bounds(body)
         if last < first or (self.firsts and first <= self._last):
             raise Undecodable("leaves are not in key order")
@@ -141,11 +142,13 @@ class Base:
         return self._crcs[number]
 
     def identity(self, number: int) -> tuple[int, int]:
-        """What a leaf shares with its copies, and with nothing else. Of leaves that were read from two files, see `looks`."""
+        """What a leaf shares with its copies, and with nothing else. Of leaves that were read from
+        two files, see `looks`."""
         return self._origins.get(number) or (self._uid, number)
 
     def looks(self, number: int) -> tuple[str, int, int, int]:
-        """What two leaves with the same body have in common: first key, length, checksums. Not a proof that they are the same."""
+        """What two leaves with the same body have in common: first key, length, checksums. Not a
+        proof that they are the same."""
         return (
             self.firsts[number],
             self._lengths[number],
@@ -233,7 +236,8 @@ class Base:
         return body
 
     def sound_body(self, number: int) -> tuple[bytes, list[str] | None]:
-        """`body`, once all that is in it was looked at; and its keys, if they were decoded for that.
+        """`body`, once all that is in it was looked at; and its keys, if they were decoded for
+        that.
 
         Cost: on the first touch, 0.2 us an entry; then that of `body`.
         """

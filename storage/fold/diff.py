@@ -1,9 +1,12 @@
-"""The difference of two folds, at the cost of what changed: what they share is recognised and passed over.
+"""The difference of two folds, at the cost of what changed: what they share is recognised and
+passed over.
 
-Runs and pieces of the delta are shared as objects, and the changes in them, too. A base is shared as an object until the log
-is compacted, and so is, after that, each leaf that the compaction copied: nothing of it is read. Equal entries make equal
-leaves, so a compaction renews those only that something changed in. Leaves that were read from two files and have the same
-checksums are compared byte by byte, once: a checksum shows that bytes are unchanged, and never that others are the same.
+Runs and pieces of the delta are shared as objects, and the changes in them, too. A base is shared
+as an object until the log is compacted, and so is, after that, each leaf that the compaction
+copied: nothing of it is read. Equal entries make equal leaves, so a compaction renews those only
+that something changed in. Leaves that were read from two files and have the same checksums are
+compared byte by byte, once: a checksum shows that bytes are unchanged, and never that others are
+the same.
 """
 
 from __future__ import annotations
@@ -98,7 +101,8 @@ def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator
 
 
 def _unshared(old: Base, new: Base, low: str, high: str | None) -> tuple[list[int], list[int]]:
-    """The leaves of each base, of those with keys in low <= key < high, that the other one has not."""
+    """The leaves of each base, of those with keys in low <= key < high, that the other one has
+    not."""
     before, after = (
         {base.identity(n): n for n in _touched(base, low, high)} for base in (old, new)
     )

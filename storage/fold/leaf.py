@@ -111,7 +111,8 @@ def _little(numbers: array[int]) -> bytes:
 
 
 def key_bounds(body: bytes | memoryview) -> tuple[str, str]:
-    """The first and the last key of a leaf's body. Undecodable unless the lengths in its head fit into it.
+    """The first and the last key of a leaf's body. Undecodable unless the lengths in its head fit
+    into it.
 
     Whatever else the index holds is checked when it is first touched: `Index`. Cost: 2 us.
     """
@@ -152,10 +153,11 @@ def check_index(index: bytes | memoryview) -> None:
 
 
 def _checked_keys(index: bytes, size: int) -> list[str]:
-    """The keys of a leaf whose body has `size` bytes, from its index. Undecodable unless all of the index makes sense:
+    """The keys of a leaf whose body has `size` bytes, from its index. Undecodable unless all of the
+    index makes sense:
 
-    it verifies; its keys are as many as it says, and ascend; values and versions end in order, within their limits, where
-    the body and the index end. Cost: 60 ns a key.
+    it verifies; its keys are as many as it says, and ascend; values and versions end in order,
+    within their limits, where the body and the index end. Cost: 60 ns a key.
     """
     check_index(index)
     count, index_len, keys_len, _ = HEAD.unpack_from(index)
@@ -183,7 +185,8 @@ def _checked_keys(index: bytes, size: int) -> list[str]:
 
 
 def _ends_fit(index: bytes, at: int, width: str, count: int, total: int, limit: int) -> bool:
-    """Whether `count` items, which end where the numbers at `at` say, have 0 to `limit` bytes each, and `total` together."""
+    """Whether `count` items, which end where the numbers at `at` say, have 0 to `limit` bytes each,
+    and `total` together."""
     size = _SIZES[width] * count
     step = total // count
     even = step * count == total and step <= limit  # of one length, as tokens mostly are
@@ -206,7 +209,8 @@ class Index:
     __slots__ = ("_count", "_places", "_places_at", "_values_at", "crc", "keys")
 
     def __init__(self, raw: bytes, size: int) -> None:
-        """From the bytes before the values, of a body of `size` bytes. Undecodable unless all in them makes sense.
+        """From the bytes before the values, of a body of `size` bytes. Undecodable unless all in
+        them makes sense.
 
         Cost: 60 ns a key, and 90 bytes.
         """
@@ -270,7 +274,8 @@ def decode_leaf(
     high: str | None = None,
     keys: list[str] | None = None,
 ) -> Columns:
-    """The entries of a leaf with low <= key < high; None is no bound. Cost: 25 ns a key, 0.3 us an entry in the bounds.
+    """The entries of a leaf with low <= key < high; None is no bound. Cost: 25 ns a key, 0.3 us an
+    entry in the bounds.
 
     `keys`: all of the leaf's, where they are decoded already.
     """
@@ -318,7 +323,8 @@ def _slices(
 
 
 def check_order(body: bytes | memoryview) -> list[str]:
-    """The keys of a leaf; Undecodable unless keys ascend, lengths fit and values verify. Cost: 0.2 us an entry."""
+    """The keys of a leaf; Undecodable unless keys ascend, lengths fit and values verify. Cost: 0.2
+    us an entry."""
     if len(body) < HEAD.size:
         raise Undecodable("a leaf is shorter than its head")
     count, index_len, keys_len, _ = HEAD.unpack_from(body)
@@ -375,10 +381,12 @@ def merged_columns(
     high: str | None = None,
     keys: list[str] | None = None,
 ) -> Columns:
-    """The entries of a leaf with low <= key < high, once `changes`, all within these bounds, are made.
+    """The entries of a leaf with low <= key < high, once `changes`, all within these bounds, are
+    made.
 
-    Cost: that of decoding the leaf, and 1 us a change if they are few, else 0.3 us an entry. A stretch of which every entry
-    is overwritten, as when an upstream sends its state anew, is not decoded. `keys`: as for `decode_leaf`.
+    Cost: that of decoding the leaf, and 1 us a change if they are few, else 0.3 us an entry. A
+    stretch of which every entry is overwritten, as when an upstream sends its state anew, is not
+    decoded. `keys`: as for `decode_leaf`.
     """
     if keys is None:
         keys = decode_keys(body)

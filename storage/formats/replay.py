@@ -79,7 +79,7 @@ class OpenReport:
     """Bytes of a torn tail (or, with on_damage="cut", of damage) that were cut off."""
     cut_reason: str = ""
     kept_at: Path | None = None
-    """Where the cut bytes are kept."""
+    """Where the cut bytes are kept; None if nothing was cut, or nothing but zeros."""
     compacted: bool = False
     """Opening compacted the log."""
     compaction_error: str = ""
@@ -113,7 +113,8 @@ class Replay:
         self._cursor = WatchCursor.none()
 
     def feed(self, frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
-        """Take the next frame; returns its batches. Undecodable if its body is not what its kind says."""
+        """Take the next frame; returns its batches. Undecodable if its body is not what its kind
+        says."""
         batches: list[DecodedBatch] = []
         if (frame.kind in (KIND_LEAF, KIND_BASE_END)) == bool(self.base_end):
             raise Undecodable(
@@ -295,7 +296,8 @@ def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
 
 
 def load_intact(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
-    """`load`, for one that only reads: CorruptLogError or InvalidFormatError for damage; a torn tail is left out.
+    """`load`, for one that only reads: CorruptLogError or InvalidFormatError for damage; a torn
+    tail is left out.
 
     LogRegressedError for a log that ends before what the note beside it remembers as synced.
     """

@@ -71,7 +71,8 @@ class Files:
         return os.preadv(fd, [buffer], offset)
 
     def data_after(self, fd: int, offset: int) -> int | None:
-        """Where, from `offset` on, the file may hold anything but zeros: holes are passed over. None: nowhere."""
+        """Where, from `offset` on, the file may hold anything but zeros: holes are passed over.
+        None: nowhere."""
         try:
             return os.lseek(fd, offset, os.SEEK_DATA)
         except AttributeError:

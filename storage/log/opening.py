@@ -133,7 +133,8 @@ def open_log(
 def _set_aside(
     files: Files, path: Path, fd: int, handle: ReadHandle, loaded: Loaded
 ) -> tuple[Path | None, int]:
-    """Keep what follows the last good frame in a file of its own, durably, and only then cut it off.
+    """Keep what follows the last good frame in a file of its own, durably, and only then cut it
+    off.
 
     Holes stay holes, and nothing but zeros is not kept at all.
     """

@@ -34,8 +34,9 @@ MAX_CANDIDATES = 65_536
 _CHUNK_BYTES = 1024 * 1024  # a multiple of SECTOR
 _MAX_BYTE_SEARCH = 16 * 1024
 _MAX_BIT_SEARCH = 1024 * 1024
-"""Bodies up to this size are tried for one byte, or one bit, that is wrong. By chance, a body with a lost sector looks like one
-with a wrong byte in 1 of 1,000 cases at this size, and like one with a wrong bit in 1 of 500."""
+"""Bodies up to this size are tried for one byte, or one bit, that is wrong. By chance, a body with
+a lost sector looks like one with a wrong byte in 1 of 1,000 cases at this size, and like one with a
+wrong bit in 1 of 500."""
 
 
 class Verdict(enum.Enum):
@@ -69,7 +70,8 @@ class Facts:
     same_boot: bool
     """The machine has not been restarted since the frames before were written."""
     sector_lost: bool
-    """Sectors that were not written back explain what is wrong with the bad frame: see `_is_explained`."""
+    """Sectors that were not written back, or zeros to the end, explain what is wrong with the bad
+    frame: see `_is_explained`."""
     followed: bool
     """The bad frame's writer synced each frame before the next, and bytes that are not zero follow it."""
 
@@ -112,7 +114,8 @@ def judge(facts: Facts) -> tuple[Verdict, str]:
 
 
 class Rest:
-    """The bytes from the bad frame on, read in pieces: a tail may be as long as the disk, and mostly a hole."""
+    """The bytes from the bad frame on, read in pieces: a tail may be as long as the disk, and
+    mostly a hole."""
 
     def __init__(
         self, handle: ReadHandle | None, offset: int, size: int, held: bytes = b""
@@ -127,7 +130,8 @@ class Rest:
         return cls(None, offset, len(held), bytes(held))
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`, or to the end. EOFError if the file ends before it should."""
+        """The bytes from `start` to `stop`, or to the end. EOFError if the file ends before it
+        should."""
         stop = min(stop, self.size)
         if start >= stop:
             return b""
@@ -136,7 +140,8 @@ class Rest:
         return self._handle.read(stop - start, self.offset + start)
 
     def pieces(self, start: int, stop: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
-        """All between `start` and `stop` that may be anything but zeros, in pieces, each with `overlap` bytes of the next."""
+        """All between `start` and `stop` that may be anything but zeros, in pieces, each with
+        `overlap` bytes of the next."""
         at, stop = start, min(stop, self.size)
         while at < stop:
             if self._handle is not None:
@@ -161,7 +166,8 @@ class Rest:
         return max(start, 0), min(start + SECTOR, self.size)
 
     def is_lost(self, at: int) -> bool:
-        """Whether the sector that holds `at`, from the bad frame on, is all zero: the machine writes a sector as a whole."""
+        """Whether the sector that holds `at`, from the bad frame on, is all zero: the machine
+        writes a sector as a whole."""
         return self.is_zero(*self.sector(at))
 
     def has_lost(self, start: int, stop: int) -> bool:
@@ -249,9 +255,10 @@ def _evidence(
 def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
     """Whether lost sectors, or zeros to the end, can be all that is wrong with the bad frame.
 
-    A sector that was not written back reads as zeros from the bad frame on, to its aligned end, and all other sectors are as
-    they were written. So what does not verify must lie where nothing but zeros stands: a frame whose own value holds a sector
-    of zeros is not torn because a bit has flipped elsewhere in it.
+    A sector that was not written back reads as zeros from the bad frame on, to its aligned end, and
+    all other sectors are as they were written. So what does not verify must lie where nothing but
+    zeros stands: a frame whose own value holds a sector of zeros is not torn because a bit has
+    flipped elsewhere in it.
     """
     if rest.size <= FRAME_HEAD.size:
         return rest.is_lost(0) or rest.is_lost(rest.size - 1)
@@ -289,10 +296,12 @@ def _body_crc(rest: Rest, stop: int) -> int:
 
 
 def _single_errors(wrong_by: int, length: int) -> Iterator[int]:
-    """How many bytes follow the one byte of `length` that, if it alone is wrong, puts a CRC-32C wrong by so much.
+    """How many bytes follow the one byte of `length` that, if it alone is wrong, puts a CRC-32C
+    wrong by so much.
 
-    The checksum is linear: what a wrong byte does to it depends on the error and on how many bytes follow, and is undone
-    byte by byte. Long bodies are tried for a wrong bit only, and very long ones not at all.
+    The checksum is linear: what a wrong byte does to it depends on the error and on how many bytes
+    follow, and is undone byte by byte. Long bodies are tried for a wrong bit only, and very long
+    ones not at all.
     """
     if length > _MAX_BIT_SEARCH:
         return

@@ -1,4 +1,5 @@
-"""Whether a log ends before what was synced to it. Nothing inside a log shows that; the note beside it does."""
+"""Whether a log ends before what was synced to it. Nothing inside a log shows that; the note beside
+it does."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ from foldlog.storage.log.lock import Watermark, read_note
 
 
 def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Watermark | None:
-    """What the note remembers as synced, if the log, which was read up to `size` and ends with batch `seq`, lost some of it.
+    """What the note remembers as synced, if the log, which was read up to `size` and ends with
+    batch `seq`, lost some of it.
 
-    None if it lost nothing, or if that cannot be told. Every reader asks this: a log that has regressed is not served as
-    if its last batches had never been. Cost: a read of the note; two calls to the system more if it is ahead.
+    None if it lost nothing, or if that cannot be told. Every reader asks this: a log that has
+    regressed is not served as if its last batches had never been. Cost: a read of the note; two
+    calls to the system more if it is ahead.
     """
     note = read_note(handle.files, handle.path)
     mark = None if note is None else note.watermark
     if mark is None or mark.log_id != log_id or mark.seq <= seq:
         return None
-    # The note is read last, and may be newer: a writer has appended meanwhile, or goes on in another file.
+    # The note is read last, and may be newer: a writer has appended meanwhile, or goes on in
+    # another file.
     here = handle.files.fstat(handle.fd)
     try:
         there = handle.files.stat(handle.path)

@@ -74,10 +74,12 @@ class _Place(NamedTuple):
     batches_chain: Chain | None
     """Where the chain stood behind the last BATCHES frame; None if there was none."""
     batches_size: int
-    """Of the body of that frame, which a compaction keeps: it tells the batch from another of the same sequence."""
+    """Of the body of that frame, which a compaction keeps: it tells the batch from another of the
+    same sequence."""
 
     def ends_with(self, body: memoryview) -> bool:
-        """Whether the last BATCHES frame has this body. It is looked at: a checksum can be made to agree."""
+        """Whether the last BATCHES frame has this body. It is looked at: a checksum can be made to
+        agree."""
         if self.batches_chain is None or len(body) != self.batches_size:
             return False
         start = self.batches_chain.offset - len(TRAILER) - self.batches_size
@@ -124,8 +126,8 @@ class Tail:
     def poll(self) -> Advance | Jump | None:
         """The next thing that happened since the last call; None if nothing did.
 
-        OSError, CorruptLogError, InvalidFormatError or LogRegressedError as they come; call again later, nothing is lost by
-        them. Cost: two calls to the system if nothing happened.
+        OSError, CorruptLogError, InvalidFormatError or LogRegressedError as they come; call again
+        later, nothing is lost by them. Cost: two calls to the system if nothing happened.
         """
         self.behind = False
         try:

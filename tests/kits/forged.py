@@ -1,7 +1,8 @@
-"""Logs that say what no writer would, with every checksum right: values, leaf indexes, leaves, frames, chain, header, digest.
+"""Logs that say what no writer would, with every checksum right: values, leaf indexes, leaves,
+frames, chain, header, digest.
 
-A log is made from its parts, one of them is changed, and then all that vouches for it is worked out again. So what refuses it
-is a check of what it says, never a checksum.
+A log is made from its parts, one of them is changed, and then all that vouches for it is worked out
+again. So what refuses it is a check of what it says, never a checksum.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ ODD_VALUES: list[Any] = [
 
 @dataclass
 class Frame:
-    """A frame that is to be written. `lies`: fields of its header that are not what they should be."""
+    """A frame that is to be written. `lies`: fields of its header that are not what they should
+    be."""
 
     kind: int
     body: bytes
@@ -77,7 +79,8 @@ class Frame:
 
 
 def sample(chance: random.Random) -> list[Frame]:
-    """The frames of a log that is right: two or three leaves, the end of the base, a session with batches."""
+    """The frames of a log that is right: two or three leaves, the end of the base, a session with
+    batches."""
     keys = sorted(chance.sample(KEYS, chance.randint(4, len(KEYS))))
     cut = chance.randint(1, len(keys) - 1)
     leaves = []

@@ -1,4 +1,5 @@
-"""Each frame that a log writes, read back by the reader's own code: what is answered can be read."""
+"""Each frame that a log writes, read back by the reader's own code: what is answered can be
+read."""
 
 from __future__ import annotations
 

@@ -255,7 +255,8 @@ def test_merging_never_tells_a_key_twice(path: Path):
 
 
 def with_the_checksum_of(value: bytes, other: bytes) -> bytes:
-    """`value` with its last 4 bytes chosen so that it has the CRC-32C of `other`, which is as long."""
+    """`value` with its last 4 bytes chosen so that it has the CRC-32C of `other`, which is as
+    long."""
     stem = value[:-4]
     basis: list[tuple[int, int]] = []
     zero = crc32c(stem + bytes(4))
@@ -275,7 +276,8 @@ def with_the_checksum_of(value: bytes, other: bytes) -> bytes:
 
 @pytest.mark.parametrize("reopened", [False, True])
 def test_values_with_one_checksum_are_told_apart(path: Path, reopened: bool):
-    """Both checksums of a leaf agreed, and a watcher that resumed across the compaction kept the old value for ever."""
+    """Both checksums of a leaf agreed, and a watcher that resumed across the compaction kept the
+    old value for ever."""
     old, new = b"role=viewer;    sig=0000", b"role=admin ;    sig=????"
     new = with_the_checksum_of(new, old)
     assert crc32c(new) == crc32c(old)

@@ -1,4 +1,5 @@
-"""The environment's failure is no evidence about bytes: it passes through, and the file is as it was."""
+"""The environment's failure is no evidence about bytes: it passes through, and the file is as it
+was."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def readers(path: Any) -> list[Any]:
 def test_a_decoder_that_is_stopped_says_nothing_of_the_bytes(
     path, raw, module, name, failure, number, monkeypatch
 ):
-    """A log was opened by a process short of memory, with on_damage="cut": synced batches were cut off as undecodable."""
+    """A log was opened by a process short of memory, with on_damage="cut": synced batches were cut
+    off as undecodable."""
 
     def stopped(*_arguments: Any, **_options: Any) -> Any:
         raise failure
@@ -153,7 +155,8 @@ def test_a_read_that_fails_is_an_error_of_the_disk_wherever_it_comes(path, raw, 
 def test_a_batch_that_could_not_be_encoded_leaves_nothing_to_the_next_one(
     path, failure, monkeypatch
 ):
-    """A MemoryError left a batch in the packer's buffer: the next one was written behind it, answered, and unreadable."""
+    """A MemoryError left a batch in the packer's buffer: the next one was written behind it,
+    answered, and unreadable."""
     real = updates_module.msgpack.Packer
 
     class Packer:
@@ -207,7 +210,8 @@ def test_a_large_batch_keeps_no_memory_once_it_is_encoded():
 
 
 def test_a_follower_that_could_not_fold_what_it_read_reads_it_again(path, monkeypatch):
-    """The place was moved before the fold was made: a MemoryError in between, and the follower lacked the batch for ever."""
+    """The place was moved before the fold was made: a MemoryError in between, and the follower
+    lacked the batch for ever."""
     with AppendLogSnapshot.open(path)[1] as snap:
         tail = Tail(OS_FILES, path)
         tail.poll()
@@ -233,7 +237,8 @@ def test_a_group_that_no_reader_takes_is_refused(path, items):
 
 
 def test_a_group_that_is_longer_than_a_body_may_be_is_refused(path, monkeypatch):
-    """Batches of 16 MiB each became one frame of 1.09 GB: it was answered, and no reader took it."""
+    """Batches of 16 MiB each became one frame of 1.09 GB: it was answered, and no reader took
+    it."""
     monkeypatch.setattr("foldlog.storage.log.log.MAX_BODY_BYTES", 1000)
     engine = Engine(path)
     before = path.read_bytes()

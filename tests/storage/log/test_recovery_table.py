@@ -249,7 +249,8 @@ def test_a_lost_sector_is_found_where_it_lies(start, length, offset):
         assert rest.is_lost(at) == (not any(sectors[(offset + at) // 512]))
 
 
-# What a lost sector explains. The frame stands at byte 1000 and its value holds two sectors of zeros.
+# What a lost sector explains. The frame stands at byte 1000 and its value holds two sectors of
+# zeros.
 
 HOLLOW = b"\1" * 700 + bytes(1600) + b"\2" * 700
 
@@ -259,7 +260,8 @@ def hollow_frame() -> bytes:
 
 
 def test_a_flip_is_not_explained_by_zeros_that_the_value_holds_itself():
-    """A batch was synced, and its value held a sector of zeros. After a reboot, each flipped bit of it read as a torn tail."""
+    """A batch was synced, and its value held a sector of zeros. After a reboot, each flipped bit of
+    it read as a torn tail."""
     raw = hollow_frame()
     for at in range(len(raw)):
         flipped = raw[:at] + bytes((raw[at] ^ 1 << at % 8,)) + raw[at + 1 :]

@@ -18,7 +18,8 @@ from foldlog.storage.repair.verify import verify_log
 
 @pytest.fixture
 def regressed(path: Path) -> Path:
-    """A log whose last batch was synced, and is gone; the note beside it is as its writer left it."""
+    """A log whose last batch was synced, and is gone; the note beside it is as its writer left
+    it."""
     with AppendLogSnapshot.open(path, sync="always")[1] as snap:
         for number in (1, 2):
             snap.apply([Put("a", b"%d" % number)], WatchCursor.from_u64(number))
@@ -57,7 +58,8 @@ def test_a_torn_tail_that_was_synced_is_a_regression_to_a_follower_too(path: Pat
 
 
 def test_a_note_that_is_newer_than_what_was_read_says_nothing(path: Path):
-    """A writer appends, syncs and compacts beside its readers: the note is ahead of what they have read by then."""
+    """A writer appends, syncs and compacts beside its readers: the note is ahead of what they have
+    read by then."""
     with AppendLogSnapshot.open(path, sync="always")[1] as snap:
         snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
         old = ReadHandle(OS_FILES, path)
@@ -81,7 +83,8 @@ def test_the_note_of_another_log_says_nothing(regressed: Path, tmp_path: Path):
 def test_a_flip_after_a_reboot_is_refused_though_the_value_holds_a_sector_of_zeros(
     path: Path, monkeypatch
 ):
-    """Each of 12,720 flips in the last frame, which was synced, read as a torn tail, with and without the note."""
+    """Each of 12,720 flips in the last frame, which was synced, read as a torn tail, with and
+    without the note."""
     write_log(path, [[Put("k", b"v")]], sync_each=True)
     size = path.stat().st_size
     value = b"\1" + bytes(1500) + b"\2"
