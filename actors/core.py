@@ -36,8 +36,8 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.replay import OpenReport
-from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.handover import Latch
+from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.log import Log
 
 log = logging.getLogger("foldlog")
@@ -68,6 +68,8 @@ _NUMBERS: tuple[Count | Seconds, ...] = (
     RESTART_WINDOW_S,
     STUCK_AFTER_S,
 )
+
+
 def no_step(name: str) -> None:
     """What actors call at their steps unless a test looks on."""
 

@@ -14,7 +14,7 @@ _holders: dict[int, None] = {}
 _thresholds = gc.get_threshold()
 
 
-class no_full_collections:  # noqa: N801 - used as `with no_full_collections():`
+class no_full_collections:
     """None within; they go on after the last of those that overlap. One that is dropped half-way, by an interrupt, has ended."""
 
     def __enter__(self) -> None:
