@@ -63,9 +63,8 @@ class Note(NamedTuple):
 def read_note(files: Files, path: Path) -> Note | None:
     """The note of the log at `path`, for those who only read: None if there is none, or none that
     is valid."""
-    if not files.exists(beside(path, "lock")):
-        return None
     try:
+        files.stat(beside(path, "lock"))  # most logs that are only read have none
         fd = files.open_read(beside(path, "lock"))
     except OSError:
         return None
