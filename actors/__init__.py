@@ -5,7 +5,9 @@
     requests.py     a batch on its way through the writer, and the future that its caller waits on
     writer.py       owns the log and the newest fold: apply, compact, export
     readers.py      serve Get and Range messages from the published snapshot
-    maintenance.py  the long work of compaction and export; syncing in the background
+    internal.py     what the actors of one store tell each other
+    maintenance.py  the long work of compaction and export
+    syncer.py       syncs in the background, and looks after the log's file
     feeds.py        who is told of changes, and how, without holding up the writer
     delivery.py     tells an actor
     follower.py     a thread that reads a log as another process writes it

@@ -63,8 +63,9 @@ from foldlog.actors.adapter import (
 )
 from foldlog.actors.answers import Answer
 from foldlog.actors.core import Core, Restart, State
-from foldlog.actors.maintenance import Maintenance, Syncer
+from foldlog.actors.maintenance import Maintenance
 from foldlog.actors.readers import Reader
+from foldlog.actors.syncer import Syncer
 from foldlog.actors.writer import Writer
 from foldlog.protocol.errors import (
     CorruptLogError,

@@ -16,7 +16,7 @@ import time
 
 from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, log
 from foldlog.actors.core import Core, State, no_step
-from foldlog.actors.maintenance import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
+from foldlog.actors.internal import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
 from foldlog.actors.requests import (
     CompactRequest,
     ExportRequest,

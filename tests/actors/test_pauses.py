@@ -14,6 +14,7 @@ from actor_kit import DEADLINE_S, batch, cursor, in_thread, read_back, until
 
 from foldlog import State, StoreFailed
 from foldlog.actors import supervisor as supervisor_module
+from foldlog.actors.answers import Answer
 from foldlog.actors.supervisor import LATE_S, StuckClock, lateness_s, next_restart_delay_s
 
 
@@ -159,8 +160,8 @@ def test_what_reaches_a_supervisor_that_has_ended_is_answered(open_store):
     store = open_store()
     supervisor = store._supervisor
     store.close(DEADLINE_S)
-    closing = supervisor_module.CloseNow(supervisor_module.Future())
-    reopening = supervisor_module.Reopen(supervisor_module.Future())
+    closing = supervisor_module.CloseNow(Answer())
+    reopening = supervisor_module.Reopen(Answer())
     supervisor.post(closing)
     supervisor.post(reopening)
     assert closing.future.result(0) is None

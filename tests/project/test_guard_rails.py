@@ -21,8 +21,8 @@ import foldlog
 from foldlog import AppendLogSnapshot, Changed, Delete, Put, Synced, Update, VersionToken
 from foldlog.actors import feeds
 from foldlog.actors.adapter import Mail
-from foldlog.actors.maintenance import Syncer
 from foldlog.actors.requests import WriteRequest
+from foldlog.actors.syncer import Syncer
 from foldlog.protocol.frames import FRAME_OVERHEAD
 from foldlog.protocol.updates import SLICE, batches_body, encode_batch
 from foldlog.storage.engines.engine import Engine

@@ -1,0 +1,79 @@
+"""What the actors of one store tell each other, and nobody else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from foldlog.actors.requests import ExportRequest
+from foldlog.protocol.store import FormatName
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.rewrite import Rewrite
+
+
+class CompactJob(NamedTuple):
+    """The writer asks for the next pass of a compaction: the fold, or what came meanwhile. It is told `Rewritten`."""
+
+    rewrite: Rewrite
+
+    def fail(self, error: Exception | None) -> None:
+        """It will not be served."""
+        self.rewrite.cancelled = True
+        self.rewrite.discard()
+
+
+class ExportJob(NamedTuple):
+    """The writer asks for an export of `fold`. The answer goes to the request's future."""
+
+    request: ExportRequest
+    fold: FoldSnapshot
+    format: FormatName
+
+    def fail(self, error: Exception | None) -> None:
+        """It will not be served."""
+        self.request.fail(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """To the writer: a pass of a compaction is done, or has failed."""
+
+    urgent: ClassVar[bool] = True
+
+    rewrite: Rewrite
+    error: Exception | None
+
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to finish it."""
+        self.rewrite.discard()
+
+
+class LetGo(NamedTuple):
+    """The writer has no more use for these folds: freeing them takes long, and shall stop nobody."""
+
+    folds: list[FoldSnapshot]
+    """Emptied by maintenance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heal:
+    """To the writer: a background fsync failed, so the fold is to be written to a new file."""
+
+    urgent: ClassVar[bool] = True
+
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to do it: the next to open the log will."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckFile:
+    """To the writer: the log's file seems to have been changed by someone else."""
+
+    urgent: ClassVar[bool] = True
+
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to look."""
+
+
+class Look(NamedTuple):
+    """To the syncer: something happened to the name of the log."""

@@ -1,0 +1,98 @@
+"""The syncer: syncs the log in the background, and looks after its file."""
+
+from __future__ import annotations
+
+import contextlib
+
+from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileMovedEvent
+
+from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
+from foldlog.actors.core import Core
+from foldlog.actors.filewatch import FileWatch
+from foldlog.actors.internal import CheckFile, Heal, Look
+from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError
+from foldlog.storage.fold.snapshot import ClosedFold
+
+
+class Syncer(SupervisedActor):
+    """Beside the writer: syncs the log every interval, and sees to it that the file is still the store's.
+
+    A log that was deleted, replaced or cut by someone else is noticed at once where there are file events, within an
+    interval elsewhere, and before each write in any case. The writer decides what to do about it.
+    """
+
+    def __init__(self, core: Core, post: Post, writer_inbox: Inbox) -> None:
+        super().__init__("syncer", post)
+        self.tick_s = core.config.sync_interval_s
+        self._core, self._step = core, core.config.step
+        self._writer_inbox = writer_inbox
+        self._watch: FileWatch | None = None
+        self._warned = ""
+
+    def on_start(self) -> None:
+        self._step("syncer.start")
+        self.taken[:] = stop_only(self.taken)
+        if self._watch is None:
+            kinds = (FileDeletedEvent, FileMovedEvent, FileCreatedEvent)
+            self._watch = FileWatch(
+                self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look()))
+            )
+            self._look()  # what happened before there were events
+
+    def handle(self, mails: list[Mail]) -> None:
+        self._look()
+
+    def on_tick(self) -> None:
+        if self._watch is not None:
+            self._watch.refresh()
+        self._look()
+        if self._core.config.sync == "interval":
+            self._sync()
+
+    def _look(self) -> None:
+        """Whether the file seems another; only the writer knows for certain, since it may be writing or renaming just now."""
+        journal = self._core.log
+        if journal is None or journal.closed:
+            return
+        try:
+            journal.check_unchanged()
+        except LogChangedError:
+            self._tell_writer(CheckFile())
+        except OSError as error:
+            self._warn_once(f"{journal.path}: {error}")
+
+    def _tell_writer(self, message: Heal | CheckFile) -> None:
+        with contextlib.suppress(FoldlogError):  # the store failed, or closes
+            self._writer_inbox.offer(Mail(message))
+
+    def _warn_once(self, text: str) -> None:
+        """Log what each tick may meet again, once."""
+        if text != self._warned:
+            log.warning("%s", text)
+        self._warned = text
+
+    def _sync(self) -> None:
+        fold, journal = self._core.snapshot, self._core.log
+        if journal is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced[0]:
+            return
+        self._step("syncer.sync")
+        try:
+            journal.sync()
+        except LogPoisonedError as error:
+            self._warn_once(str(error))
+            self._tell_writer(Heal())
+        except FoldlogError:
+            return  # closed under us: its successor is synced on the next tick
+        else:
+            if not journal.closed:
+                self._core.note_synced(fold, by_syncer=True)
+
+    def on_stop(self) -> None:
+        self.close_watch()
+        self._step("syncer.stop")
+
+    def close_watch(self) -> None:
+        """Stop watchdog's threads."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
