@@ -1,4 +1,6 @@
-"""pykka, made fit for a store that must keep its promises. The only module that knows how pykka runs an actor (4.5, pinned below 5).
+"""pykka, made fit for a store that must keep its promises.
+
+The only module that knows how pykka runs an actor (4.5, pinned below 5).
 
 What pykka does, and what is done about it here:
 

@@ -1,7 +1,8 @@
 """What is asked of the writer, and the futures that the askers wait on.
 
-A request is made on the caller's thread, checked and encoded there (a message that an actor sends, too), and lives until its
-future is done: in the mailbox, or in what the writer has taken. It carries what decides its fate after a crash: the sequence that it was written under.
+A request is made on the caller's thread, checked and encoded there (a message that an actor sends, too), and lives
+until its future is done: in the mailbox, or in what the writer has taken. It carries what decides its fate after a
+crash: the sequence that it was written under.
 """
 
 from __future__ import annotations

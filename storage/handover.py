@@ -182,7 +182,5 @@ class Turns:
 
 def discard(line: deque[Any], what: object) -> None:
     """Take `what` out of a line; if it has left before, that is as well. One step."""
-    try:
+    with contextlib.suppress(ValueError):
         line.remove(what)
-    except ValueError:
-        pass

@@ -401,7 +401,10 @@ class Rewrite:
         return fold
 
     def settle(self) -> FoldSnapshot | None:
-        """After an exception: finish what stands under the log's name by now. None if it does not, and the log goes on as it was."""
+        """After an exception: go by what is under the log's name. If it is the new file, finish, and return the fold.
+
+        None if it is not: the log goes on as it was.
+        """
         if self._landing is None:
             return None
         file, inode, fold = self._landing

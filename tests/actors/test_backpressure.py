@@ -183,3 +183,40 @@ def test_waiting_batches_make_one_commit_group(open_store, steps):
     gate.open()
     assert results(futures) == list(range(1, 52))
     assert (store.stats().groups, store.stats().largest_group, store.stats().batches) == (2, 50, 51)
+
+
+def test_told_batches_are_weighed_before_the_mailbox_and_make_no_larger_groups(open_store, steps):
+    """They weighed nothing: 65 of 16 MiB became one frame of 1.09 GB, were answered, and the log did not open again."""
+    store = open_store(mailbox_bytes=10_000)
+    gate = steps.park("writer.before_write")
+    first = store.apply_async(batch(1), cursor(1))
+    gate.wait_until_reached()
+    told = [
+        store.writer.ask(Apply([Put(f"k{number}", bytes(4_000))], cursor(number)), block=False)
+        for number in (2, 3)
+    ]
+    with pytest.raises(Backpressure):
+        store.writer.ask(Apply([Put("k4", bytes(4_000))], cursor(4)), timeout=DEADLINE_S)
+    gate.open()
+    assert [first.result(DEADLINE_S), *(future.get(timeout=DEADLINE_S) for future in told)] == [
+        1,
+        2,
+        3,
+    ]
+
+
+def test_a_large_request_gets_in_before_small_ones_that_came_later(open_store, steps):
+    """Small ones took each room that came up, and the large one waited until its deadline."""
+    store = open_store(mailbox_bytes=10_000)
+    inbox = store._supervisor.writer.inbox
+    gate = steps.park("writer.before_write")
+    futures = [store.apply_async(batch(1), cursor(1))]
+    gate.wait_until_reached()
+    futures.append(store.apply_async([Put("a", bytes(6_000))], cursor(2)))
+    large = in_thread(store.apply, [Put("large", bytes(50_000))], cursor(3), DEADLINE_S / 2)
+    until(lambda: len(inbox._line) == 1, "it waits for room")
+    small = in_thread(store.apply, [Put("small", b"")], cursor(4), DEADLINE_S / 2)
+    until(lambda: len(inbox._line) == 2, "it stands behind, though there is room for it")
+    gate.open()
+    assert results(futures) == [1, 2]
+    assert (large.result(DEADLINE_S), small.result(DEADLINE_S)) == (3, 4)
