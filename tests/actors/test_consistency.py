@@ -261,7 +261,7 @@ def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
     store = open_store(files=files)
     store.put("x", b"0")
     gate = steps.park("writer.before_write")
-    first = in_thread(store.put, "x", b"1")
+    first = store.apply_async([Put("x", b"1")], cursor(1))  # on the writer's thread
     gate.wait_until_reached()
     creations = []
     for number, name in enumerate((b"A", b"B", b"C"), 1):

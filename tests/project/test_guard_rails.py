@@ -693,14 +693,16 @@ def test_going_on_behind_a_cursor_reads_the_log_twice_at_most_and_decodes_no_lea
 
 
 @pytest.mark.parametrize("sync", ["always", "interval", "never"])
-def test_an_apply_is_one_message_one_write_and_no_more_fsyncs_than_were_asked_for(
+def test_an_apply_is_no_message_one_write_and_no_more_fsyncs_than_were_asked_for(
     opened: OpenStore, files: CountedFiles, sent: SentMail, sync: str
 ) -> None:
     store = opened(sync)
     sent.mails.clear()
     for number in range(3, 13):
         store.apply(puts(range(number)), cursor(number))
-    assert sent.to_writer(store) == ["WriteRequest"] * 10
+    assert len(sent.to_writer(store)) <= 2, (
+        "the writer is idle: its turn is taken, but for its own looks"
+    )
     if sync == "always":
         assert files.counts == {"stat": 10, "write": 20, "sync": 10}, (
             "the frames, and the notes that they are synced"
@@ -742,7 +744,9 @@ def test_applies_beside_a_compaction_make_no_more_calls(
     sent.mails.clear()
     for number in range(3, 13):
         store.apply(puts(range(number)), cursor(number))
-    assert sent.to_writer(store) == ["WriteRequest"] * 10
+    assert len(sent.to_writer(store)) <= 2, (
+        "the writer is idle: its turn is taken, but for its own looks"
+    )
     assert files.counts == (
         {"stat": 10, "write": 20, "sync": 10} if sync == "always" else {"stat": 10, "write": 10}
     )
