@@ -126,7 +126,7 @@ class LocalWrite(WriteRequest):
             if self._value is UNSET
             else Put(self._key, self._value, version)
         )
-        return encode_batch((update,), fold.cursor())
+        return encode_batch((update,), fold.cursor(), fold.origin)
 
 
 class CompactRequest(Request):

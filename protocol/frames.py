@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
-from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.protocol.tokens import MAX_ORIGIN_BYTES, MAX_TOKEN_BYTES, WatchCursor
 from foldlog.protocol.undecodable import MAX_MAP_BYTES, Undecodable, unpack_map
 from foldlog.protocol.updates import MAX_BODY_BYTES
 from foldlog.protocol.updates import MAX_GROUP as MAX_GROUP
@@ -44,14 +44,16 @@ KIND_BATCHES = 2
 KIND_LEAF = 3
 """Up to 512 entries of the base, in key order. Body: see `storage/fold/leaf.py`."""
 KIND_BASE_END = 4
-"""The base is whole. Body: msgpack {"cursor", "leaves", "entries", "digest"}."""
+"""The base is whole. Body: msgpack {"cursor", "leaves", "entries", "digest"}, and "origin" if there is one."""
 KIND_SEAL = 5
 """The writer closed the log cleanly, and everything before was synced. No body."""
 KINDS = frozenset((KIND_OPEN, KIND_BATCHES, KIND_LEAF, KIND_BASE_END, KIND_SEAL))
 
 FLAG_SYNC_EACH = 1
 """The writer of this frame syncs each frame before it writes the next."""
-KNOWN_FLAGS = FLAG_SYNC_EACH
+FLAG_ORIGIN = 2
+"""A batch of this frame names the origin of its cursor. Readers from before origins refuse the frame as a newer one."""
+KNOWN_FLAGS = FLAG_SYNC_EACH | FLAG_ORIGIN
 
 MAX_LEAF_BODY_BYTES = 32 * 1024 * 1024
 """A leaf ends with the entry that brings it to 256 KiB, and one entry may have a value of 16
@@ -197,6 +199,14 @@ def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, int, int, byt
     if type(leaves) is not int or type(entries) is not int:
         raise Undecodable("the end of the base has a bad count")
     return WatchCursor(cursor), leaves, entries, digest
+
+
+def parse_base_origin(body: bytes | memoryview) -> bytes:
+    """The origin in the body of a BASE_END frame; empty if it has none. Undecodable for a bad one."""
+    origin = unpack_map(body).get("origin", b"")
+    if type(origin) is not bytes or len(origin) > MAX_ORIGIN_BYTES:
+        raise Undecodable("the end of the base has an origin that is none")
+    return origin
 
 
 def build_frame(

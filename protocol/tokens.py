@@ -15,6 +15,10 @@ from typing import Self
 MAX_TOKEN_BYTES = (
     10  # a FoundationDB versionstamp; the writer and the readers of a log both refuse more
 )
+MAX_ORIGIN_BYTES = 32
+"""Of the identity of an upstream, which stands beside the cursor."""
+NAME_BYTES = 16
+"""Of an origin: these name the upstream; what follows tells one incarnation of it (a recreated bucket, say) from another."""
 U64_BYTES = 8
 U64_MAX = 2**64 - 1
 

@@ -6,6 +6,7 @@ a whole batch:
 
     BATCHES body := msgpack [item, ...]
     item         := [cursor, [key, ...], [value | nil = delete | false = purge, ...], [version, ...]]
+                    and, where the cursor's upstream is known, a fifth element: its origin
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import msgpack
 
-from foldlog.protocol.tokens import MAX_TOKEN_BYTES, VersionToken, WatchCursor
+from foldlog.protocol.tokens import MAX_ORIGIN_BYTES, MAX_TOKEN_BYTES, VersionToken, WatchCursor
 from foldlog.protocol.undecodable import MSGPACK_ERRORS, Undecodable, refuse_nested
 
 MAX_KEY_BYTES = 65_535
@@ -39,6 +40,8 @@ _READ_BYTES = 64 * 1024
 """Of a longer body, what is copied at a time."""
 _MAX_KEPT_BYTES = 1024 * 1024
 """A packer keeps the largest buffer that it ever needed; one that needed more is not kept."""
+_ITEM_WITH_ORIGIN = 0x95  # msgpack: an array of five
+NO_BATCH = "a batch is not [cursor, keys, values, versions] and perhaps an origin"
 
 
 class _Write(NamedTuple):
@@ -132,6 +135,8 @@ class Batch(NamedTuple):
     """The last change of each key; with over `SLICE` updates in several dicts, the oldest first."""
     length: int
     """Updates in the batch."""
+    origin: bytes = b""
+    """Whose position the cursor is: the identity of an upstream; empty where nobody says."""
 
 
 class DecodedBatch(NamedTuple):
@@ -141,6 +146,8 @@ class DecodedBatch(NamedTuple):
     keys: list[str]
     values: list[bytes | bool | None]
     versions: list[bytes]
+    origin: bytes = b""
+    """As `Batch.origin`."""
 
     def updates(self) -> list[Update]:
         """The updates, in upstream order."""
@@ -176,8 +183,21 @@ def check_cursor(cursor: object) -> None:
         raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
 
 
-def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
-    """Check and encode one batch, on the caller's thread.
+def check_origin(origin: object) -> None:
+    """TypeError or ValueError unless `origin` is the identity of an upstream, or empty."""
+    if type(origin) is not bytes:
+        raise TypeError(f"an origin is bytes, not {type(origin).__name__}")
+    if len(origin) > MAX_ORIGIN_BYTES:
+        raise ValueError(f"an origin takes at most {MAX_ORIGIN_BYTES} bytes, got {len(origin)}")
+
+
+def has_origin(item: bytes) -> bool:
+    """Whether an encoded batch names the upstream of its cursor."""
+    return item[0] == _ITEM_WITH_ORIGIN
+
+
+def encode_batch(updates: Iterable[Update], cursor: WatchCursor, origin: bytes = b"") -> Batch:
+    """Check and encode one batch, on the caller's thread. `origin`: whose position the cursor is.
 
     TypeError or ValueError name the first update at fault. Cost: about 0.3 us an update, 1 us a batch.
     """
@@ -188,8 +208,11 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
                 f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}"
             )
         updates = tuple(updates)
+    if origin:
+        check_origin(origin)
     if not updates:
-        return Batch(cursor, msgpack.packb([cursor, [], [], []]), (), 0)
+        item = _with_origin(msgpack.packb([cursor, [], [], []]), origin)
+        return Batch(cursor, item, (), 0, origin)
     keys, values, versions = _columns(updates)
     try:
         if len(keys) <= _SMALL_BATCH:
@@ -199,11 +222,20 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor) -> Batch:
     except UnicodeEncodeError:
         _explain(updates)
         raise
+    item = _with_origin(item, origin)
     if len(item) > MAX_ITEM_BYTES:
         raise ValueError(
             f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}"
         )
-    return Batch(cursor, item, _changes(keys, values, list(map(bytes, versions))), len(keys))
+    changes = _changes(keys, values, list(map(bytes, versions)))
+    return Batch(cursor, item, changes, len(keys), origin)
+
+
+def _with_origin(item: bytes, origin: bytes) -> bytes:
+    """An item of four elements, with the origin as the fifth; as it is where there is none."""
+    if not origin:
+        return item
+    return b"".join((bytes((_ITEM_WITH_ORIGIN,)), memoryview(item)[1:], msgpack.packb(origin)))
 
 
 def _packed(item: tuple[Any, ...]) -> bytes:
@@ -349,7 +381,7 @@ def decode_batches(body: bytes | memoryview, count: int | None = None) -> list[D
             return _decoded_in_steps(body, count)
         # A record takes at least three bytes of body, so a longer array is a lie.
         items = msgpack.unpackb(
-            body, max_array_len=max(4, len(body) // 3), max_map_len=0, max_ext_len=0
+            body, max_array_len=max(5, len(body) // 3), max_map_len=0, max_ext_len=0
         )
     except Undecodable:
         raise
@@ -384,11 +416,13 @@ def _decoded_in_steps(body: bytes | memoryview, count: int | None) -> list[Decod
     _check_count(found, count)
     batches = []
     for _ in range(found):
-        if unpacker.read_array_header() != 4:
-            raise Undecodable("a batch is not [cursor, keys, values, versions]")
+        length = unpacker.read_array_header()
+        if length not in (4, 5):
+            raise Undecodable(NO_BATCH)
         cursor = unpacker.unpack()
         columns = [_column(unpacker, size) for _ in range(3)]
-        batches.append(_decode_item([cursor, *columns], size))
+        origin = [unpacker.unpack()] if length == 5 else []
+        batches.append(_decode_item([cursor, *columns, *origin], size))
     if unpacker.tell() != size:
         raise Undecodable("bytes follow the last batch")
     return batches
@@ -424,9 +458,12 @@ def _column(unpacker: msgpack.Unpacker, size: int) -> list[Any]:
 def _decode_item(item: object, size: int) -> DecodedBatch:
     """The batch in `item`, as it was unpacked from a body of `size` bytes, which bounds the length
     of all that is in it."""
-    if type(item) is not list or len(item) != 4:
-        raise Undecodable("a batch is not [cursor, keys, values, versions]")
-    cursor, keys, values, versions = item
+    if type(item) is not list or len(item) not in (4, 5):
+        raise Undecodable(NO_BATCH)
+    cursor, keys, values, versions = item[:4]
+    origin = item[4] if len(item) == 5 else b""
+    if len(item) == 5 and not (type(origin) is bytes and 0 < len(origin) <= MAX_ORIGIN_BYTES):
+        raise Undecodable("an origin is not 1 to 32 bytes")
     if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES:
         raise Undecodable("a cursor is not a token")
     if not (type(keys) is list and type(values) is list and type(versions) is list):
@@ -450,4 +487,4 @@ def _decode_item(item: object, size: int) -> DecodedBatch:
             MAX_VALUE_BYTES
         ):
             raise Undecodable("an over-long value")
-    return DecodedBatch(WatchCursor(cursor), keys, values, versions)
+    return DecodedBatch(WatchCursor(cursor), keys, values, versions, origin)

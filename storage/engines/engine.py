@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
 from foldlog.protocol.store import FormatName
+from foldlog.protocol.tokens import NAME_BYTES
 from foldlog.protocol.updates import Batch
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
@@ -16,6 +18,7 @@ from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.opening import open_log
+from foldlog.storage.log.origins import write_origin
 
 COMPACT_RATIO = 1.0
 """Appended bytes per byte of base that make a compaction worth its price: each record is then rewritten about twice."""
@@ -89,7 +92,13 @@ class Engine:
         if staged is None:
             staged = self.fold.with_group(batches)
         self._next = staged
+        beside_log = not log.file.format.keeps_origin and staged.origin != self.fold.origin
+        if beside_log:
+            write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
         log.append([batch.item for batch in batches])
+        if beside_log:
+            with contextlib.suppress(OSError):  # the name alone is safe: it is never resumed from
+                write_origin(log.files, log.path, staged.origin)
         if log.sync_each:
             log.sync()
         if since is not None:
@@ -120,7 +129,8 @@ class Engine:
         self._since = self._nothing_new()
 
     def _nothing_new(self) -> FoldSnapshot:
-        return FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), self.fold.seq, self.fold.cursor())
+        fold = self.fold
+        return FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), fold.seq, fold.cursor(), fold.origin)
 
     def finish_rewrite(self, rewrite: Rewrite) -> FoldSnapshot:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""

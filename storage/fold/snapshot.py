@@ -51,15 +51,23 @@ class FoldSnapshot:
     snapshot is gone).
     """
 
-    __slots__ = ("__weakref__", "_cursor", "_entries", "base", "delta", "runs", "seq")
+    __slots__ = ("__weakref__", "_cursor", "_entries", "base", "delta", "origin", "runs", "seq")
 
     def __init__(
-        self, base: Base, delta: Delta, runs: tuple[Run, ...], seq: int, cursor: WatchCursor
+        self,
+        base: Base,
+        delta: Delta,
+        runs: tuple[Run, ...],
+        seq: int,
+        cursor: WatchCursor,
+        origin: bytes = b"",
     ) -> None:
         self.base, self.delta, self.runs = base, delta, runs
         self.seq = seq
         """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, across compactions."""
         self._cursor = cursor
+        self.origin = origin
+        """Whose position the cursor is: the identity of the upstream that fed it; empty where nobody said."""
         self._entries: int | None = None
 
     @classmethod
@@ -179,7 +187,11 @@ class FoldSnapshot:
         return not self.runs and not self.delta.firsts
 
     def with_batch(
-        self, changes: tuple[dict[str, Change], ...], seq: int, cursor: WatchCursor
+        self,
+        changes: tuple[dict[str, Change], ...],
+        seq: int,
+        cursor: WatchCursor,
+        origin: bytes = b"",
     ) -> FoldSnapshot:
         """The fold after one more batch. Cost: about 1 us for each change, whatever the size of the store."""
         delta, runs = self.delta, self.runs
@@ -187,18 +199,20 @@ class FoldSnapshot:
             runs = pushed(runs, newest)
             if runs and (delta.settling or len(runs[-1]) >= delta.settle_entries):
                 delta, runs = delta.with_due(runs, len(newest))
-        return FoldSnapshot(self.base, delta, runs, seq, cursor)
+        return FoldSnapshot(self.base, delta, runs, seq, cursor, origin)
 
     def with_group(self, batches: Sequence[Batch]) -> FoldSnapshot:
         """The fold after a commit group, at least one batch. Small batches make one run together: 0.1 us each, not 1.5."""
         if len(batches) == 1:
-            return self.with_batch(batches[0].changes, self.seq + 1, batches[0].cursor)
+            only = batches[0]
+            return self.with_batch(only.changes, self.seq + 1, only.cursor, only.origin)
         runs: list[dict[str, Change]] = [{}]
         for changes in chain.from_iterable(batch.changes for batch in batches):
             if len(runs[-1]) + len(changes) > SLICE:
                 runs.append({})
             runs[-1].update(changes)
-        return self.with_batch(tuple(runs), self.seq + len(batches), batches[-1].cursor)
+        last = batches[-1]
+        return self.with_batch(tuple(runs), self.seq + len(batches), last.cursor, last.origin)
 
     def spans(self, low: str, high: str | None) -> Iterator[Span]:
         """The stretches that make up low <= key < high, ascending: cut at each leaf and at each piece of the delta."""

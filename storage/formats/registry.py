@@ -157,6 +157,8 @@ class LogFormat(ABC):
     backend_version: str
     payload_path: str
     """The file of its artifacts that holds the state."""
+    keeps_origin = True
+    """Its batches name the upstream of their cursor. If not, `storage/log/origins.py` does, beside the log."""
 
     @abstractmethod
     def codec(self, head: FileHead, *, sync_each: bool) -> Codec:

@@ -29,6 +29,7 @@ from foldlog.protocol.frames import (
     FileHead,
     FrameHead,
     parse_base_end,
+    parse_base_origin,
     parse_file_head,
     parse_open,
 )
@@ -111,6 +112,7 @@ class Replay:
         self._collected = Collected()
         self._seq = head.base_seq
         self._cursor = WatchCursor.none()
+        self._origin = b""
 
     def feed(self, frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
         """Take the next frame; returns its batches. Undecodable if its body is not what its kind
@@ -126,13 +128,14 @@ class Replay:
             self.base.add_leaf(frame.offset + FRAME_HEAD.size, body, frame.body_crc)
         elif frame.kind == KIND_BASE_END:
             self._cursor = _end_of_base(body, self.base)
+            self._origin = parse_base_origin(body)
             self.base_end = frame.offset + frame.size
         elif frame.kind == KIND_BATCHES:
             batches = decode_batches(body, frame.batches)
             for batch in batches:
                 for changes in batch.changes():
                     self._collected.add(changes)
-            self._cursor = batches[-1].cursor
+            self._cursor, self._origin = batches[-1].cursor, batches[-1].origin
         elif frame.kind == KIND_OPEN:
             self.boot = parse_open(body)
         self.sealed = frame.kind == KIND_SEAL
@@ -142,7 +145,8 @@ class Replay:
 
     def fold(self) -> FoldSnapshot:
         """The state after all frames so far."""
-        return FoldSnapshot(self.base, *self._collected.settled(), self._seq, self._cursor)
+        collected = self._collected.settled()
+        return FoldSnapshot(self.base, *collected, self._seq, self._cursor, self._origin)
 
 
 def _end_of_base(body: memoryview, base: Base) -> WatchCursor:

@@ -25,6 +25,7 @@ from crc32c import crc32c
 
 from foldlog.protocol.errors import FoldlogError, StoreClosed, StoreLocked
 from foldlog.protocol.frames import (
+    FLAG_ORIGIN,
     FLAG_SYNC_EACH,
     FRAME_HEAD,
     KIND_BASE_END,
@@ -107,7 +108,7 @@ class FrameWriter(NewFile):
                     bytes(body),
                     batches=frame.batches,
                     body_crc=frame.body_crc,
-                    flags=flags,
+                    flags=flags | (frame.flags & FLAG_ORIGIN),
                 )
             chain = chain.after(frame)
         return chain
@@ -118,7 +119,9 @@ class FrameWriter(NewFile):
             self.session = True
 
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        return FoldSnapshot(self.base, since.delta, since.runs, since.seq, since.cursor())
+        return FoldSnapshot(
+            self.base, since.delta, since.runs, since.seq, since.cursor(), since.origin
+        )
 
     def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
         self.base.handle = handle
@@ -182,6 +185,8 @@ def write_base(
         "entries": base.entries,
         "digest": digest.digest(),
     }
+    if fold.origin:
+        end["origin"] = fold.origin
     out.add(KIND_BASE_END, msgpack.packb(end))
     return base, copies
 

@@ -138,7 +138,7 @@ class RecordFile(NewFile):
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
         newest_first = tuple(since.delta)[::-1]
         delta = self._delta.with_runs(newest_first) if newest_first else self._delta
-        return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor())
+        return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor(), since.origin)
 
 
 class _Pieces:
@@ -251,6 +251,7 @@ class SlipstreamFormat(LogFormat):
     backend = "append-log"
     backend_version = "2"
     payload_path = "data/fold.snap"
+    keeps_origin = False
 
     def codec(self, head: FileHead, *, sync_each: bool) -> RecordCodec:
         return RecordCodec()

@@ -27,6 +27,7 @@ from foldlog.protocol.errors import (
     StoreClosed,
 )
 from foldlog.protocol.frames import (
+    FLAG_ORIGIN,
     FLAG_SYNC_EACH,
     KIND_BATCHES,
     KIND_OPEN,
@@ -36,7 +37,7 @@ from foldlog.protocol.frames import (
     build_frame,
 )
 from foldlog.protocol.tokens import U64_MAX
-from foldlog.protocol.updates import MAX_BODY_BYTES, batches_body
+from foldlog.protocol.updates import MAX_BODY_BYTES, batches_body, has_origin
 from foldlog.storage.formats.registry import Known, LogFile
 from foldlog.storage.handover import Turns
 from foldlog.storage.log.files import Files, Retiring, remove_quietly, write_all
@@ -379,7 +380,7 @@ class FrameCodec:
             synced_seq=synced_seq,
             offset=offset,
             link=link,
-            flags=self._flags,
+            flags=self._flags | (FLAG_ORIGIN if any(map(has_origin, items)) else 0),
             batches=batches,
         )
         return frame, Chain(offset + len(frame), link, seq, synced_seq)

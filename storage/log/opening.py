@@ -27,6 +27,7 @@ from foldlog.storage.formats.rewrite import Progress, write_new
 from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.log.lock import WriterLock, beside, sweep_temporaries
 from foldlog.storage.log.log import Log
+from foldlog.storage.log.origins import read_origin
 from foldlog.storage.log.recovery import Rest, Verdict
 from foldlog.storage.log.regression import regression_text
 
@@ -113,6 +114,8 @@ def open_log(
     except BaseException:
         log.abandon(keep_lock=given_lock is not None)
         raise
+    if not found.keeps_origin:
+        loaded.fold.origin = read_origin(files, path)
     report = OpenReport(
         path,
         created,

@@ -314,7 +314,10 @@ class _Joint:
 
 def _folded(fold: FoldSnapshot, batches: list[DecodedBatch]) -> FoldSnapshot:
     return fold.with_group(
-        [Batch(batch.cursor, b"", batch.changes(), len(batch.keys)) for batch in batches]
+        [
+            Batch(batch.cursor, b"", batch.changes(), len(batch.keys), batch.origin)
+            for batch in batches
+        ]
     )
 
 

@@ -33,6 +33,7 @@ from foldlog.protocol.frames import (
     FileHead,
     FrameHead,
     parse_base_end,
+    parse_base_origin,
     parse_file_head,
     parse_open,
 )
@@ -393,4 +394,5 @@ def base_end_of(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]
     cursor, leaves, entries, digest = parse_base_end(body)
     if len(digest) != 32:
         raise Undecodable("the end of the base has a bad field")
+    parse_base_origin(body)
     return cursor, leaves, entries, digest
