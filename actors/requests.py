@@ -65,11 +65,13 @@ class Request:
 class WriteRequest(Request):
     """A batch to be written; the future gives its sequence."""
 
-    __slots__ = ("batch", "seq")
+    __slots__ = ("batch", "rewound", "seq")
 
-    def __init__(self, batch: Batch | None) -> None:
+    def __init__(self, batch: Batch | None, rewound: str = "") -> None:
         super().__init__()
         self.batch = batch
+        self.rewound = rewound
+        """Why watchers are told that the state went back; empty where it did not."""
         self.seq: int | None = None
         """The sequence that it was tried under: after a crash it tells whether the batch is in the log."""
         if batch is not None:

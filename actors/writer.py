@@ -317,7 +317,10 @@ class Writer(SharedActor):
         core.publish(fold)
         if core.config.sync == "always":
             core.note_synced(fold)
-        if core.feeds.wanted:
+        rewound = next((request.rewound for request in written if request.rewound), "")
+        if rewound:
+            core.feeds.jump(fold, rewound)
+        elif core.feeds.wanted:
             core.feeds.publish(
                 fold,
                 fold.seq - len(batches) + 1,

@@ -1,4 +1,4 @@
-"""What a log still tells of the past: its batches since a cursor."""
+"""What a log still tells of the past: its batches since a cursor, or after a number."""
 
 from __future__ import annotations
 
@@ -87,3 +87,17 @@ def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
         return decode_batches(body, frame.batches)
     except Undecodable as error:
         raise BadFrame(frame.offset, str(error), final=True) from None
+
+
+def batches_after_seq(fold: FoldSnapshot, seq: int) -> Iterator[tuple[int, DecodedBatch]] | None:
+    """The batches after number `seq` up to `fold`, as `batches_since`. None if the log was compacted past them."""
+    handle = fold.base.handle
+    if seq == fold.seq:
+        return iter(())
+    if handle is None:
+        return None
+    head = read_head(handle)
+    if seq < head.base_seq:
+        return None
+    size = handle.files.fstat(handle.fd).st_size
+    return _batches_behind(handle, head, Chain.start(head), size, seq, fold.seq)

@@ -1,0 +1,641 @@
+"""The link: feeds a store from an upstream, on an event loop of its own in a thread of its own, and outlives every error.
+
+| what fails                          | what happens                                | what callers see                     |
+|-------------------------------------|---------------------------------------------|--------------------------------------|
+| the connection, a gap, a heartbeat  | let go; read the store's cursor; attach     | LOST, then ATTACHING; reads go on    |
+| the store refuses a batch           | the same                                    | LOST with the store's error          |
+| the bucket does not exist           | waited for                                  | LOST, and the reason says so         |
+| credentials, permissions            | nothing: trying again cannot help           | FAILED with UpstreamRefused          |
+| another upstream, or a mass delete  | nothing is written; it waits                | FAILED until `accept_reset()`        |
+| an update over the limits           | nothing is written (or it is skipped)       | FAILED with UpstreamOversize         |
+| a hook, or a bug                    | as a store's actor: restarted, with a limit | a Restart in `stats()`, then FAILED  |
+
+Nothing that was received survives letting go: the store's cursor alone tells where to go on. One batch is under way at a time,
+so that none can be written after one before it was refused; what comes meanwhile makes the next batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import inspect
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from foldlog.actors.adapter import log
+from foldlog.actors.core import Restart
+from foldlog.actors.resuming import (
+    Audit,
+    Held,
+    Plan,
+    Step,
+    audit_delay_s,
+    may_delete,
+    plan,
+    retry_delay_s,
+    scoped_origin,
+)
+from foldlog.protocol.errors import Backpressure, FoldlogError, StoreClosed
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import (
+    MAX_KEY_BYTES,
+    MAX_VALUE_BYTES,
+    Batch,
+    Delete,
+    KvEntry,
+    Put,
+    Update,
+    encode_batch,
+)
+from foldlog.protocol.upstream import (
+    Changes,
+    Closable,
+    HasRevisions,
+    HasState,
+    Identity,
+    Prefixes,
+    ResetHeld,
+    Upstream,
+    UpstreamError,
+    UpstreamLost,
+    UpstreamMissing,
+    UpstreamOversize,
+    UpstreamRefused,
+)
+from foldlog.storage.fold.snapshot import FoldSnapshot
+
+CONFIRM_S = 1.0
+"""Between the two looks that a claim to have gone back must pass: a leader that was deposed has stepped down by then."""
+AUDIT_S_PER_KEY = 8e-6
+"""What an audit costs, for its budget: measured 4.4 us a key with NATS, and comparing."""
+CLOSE_S = 5.0
+LARGE_BATCH = 20_000
+"""Updates that are encoded off the loop, so that heartbeats are heard meanwhile."""
+
+Parse: TypeAlias = Callable[[Update], Update | Iterable[Update] | None]
+"""Drops (None), renames or transforms an update. Must be a pure function of it: audits and resets ask again."""
+OnApplied: TypeAlias = Callable[[Sequence[Update], WatchCursor], object]
+"""Told of each batch once it is written and published, on the link's thread."""
+
+
+class LinkState(enum.StrEnum):
+    """What a link is doing."""
+
+    ATTACHING = "attaching"
+    CATCHING_UP = "catching up"
+    """Attached; something that was missed is still to come, or to be audited."""
+    LIVE = "live"
+    """True to the upstream, as of the last confirmation."""
+    LOST = "lost"
+    """The upstream or the store is away (`reason`); attached again soon."""
+    FAILED = "failed"
+    """Given up (`reason`). A held reset goes on with `accept_reset()`."""
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """How a link works. See `foldlog.mirror`."""
+
+    prefixes: Prefixes = ()
+    parse: Parse | None = None
+    on_applied: OnApplied | None = None
+    skip_oversize: bool = False
+    mass_delete: float = 0.5
+    audit_interval_s: float = 60.0
+    audit_budget: float = 0.01
+    max_restarts: int = 5
+    restart_window_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """A link, at one moment."""
+
+    state: LinkState
+    reason: str
+    lag: int | None
+    """Updates that wait upstream; None if that is not known."""
+    staleness_s: float
+    """Since the upstream last confirmed that nothing waits; infinite if it never did."""
+    updates: int
+    """Received and applied since the mirror was opened."""
+    attaches: int
+    audits: int
+    mended: int
+    """Entries that audits found wrong, and put right."""
+    resets: int
+    skipped: int
+    """Entries over the limits that the mirror goes without."""
+
+
+class Sink(Protocol):
+    """What a link needs of its store."""
+
+    def snapshot(self) -> FoldSnapshot:
+        """The published state."""
+
+    def feed(self, batch: Batch, rewound: str) -> Future[int]:
+        """Give the batch to the writer. `rewound` is told to watchers, if it is not empty. Backpressure, StoreFailed..."""
+
+    def note_restart(self, restart: Restart) -> None:
+        """Keep count of a restart."""
+
+
+class Link:
+    """See the module. `start` it once; any thread may ask and stop it."""
+
+    def __init__(self, name: str, sink: Sink, upstream: Upstream, config: LinkConfig) -> None:
+        self._name, self._sink, self._upstream, self._config = name, sink, upstream, config
+        self.changed = threading.Condition()
+        """Notified with each change of state."""
+        # All below: written by the link's thread, replaced whole, read by anyone.
+        self.state = LinkState.ATTACHING
+        self.reason = ""
+        self.error: Exception | None = None
+        """What it FAILED of."""
+        self.behind: int | None = None
+        self.confirmed_at = -float("inf")
+        self.updates = self.attaches = self.audits = self.mended = self.resets = 0
+        self._skipped: dict[str, bytes] = {}
+        self._restarts_s: list[float] = []
+        self._pid = os.getpid()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._accepted = False
+        self._accept: asyncio.Event | None = None
+        # Of one attachment.
+        self._turn = asyncio.Lock()  # of those who give batches to the store
+        self._under_way: Future[int] | None = None
+        self._origin = b""
+        self._position = WatchCursor.none()
+        self._touched: set[str] | None = None
+        self._audited = self._caught_up = False
+        self.thread = threading.Thread(target=self._run, name="foldlog-link", daemon=True)
+
+    # From any thread.
+
+    def start(self) -> None:
+        """Begin. RuntimeError if there is no thread to be had."""
+        self.thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Let the thread come to its end. Never blocks."""
+        self._stopping = True
+        self._on_loop(lambda: self._task.cancel() if self._task is not None else None)
+
+    def stop(self, timeout_s: float = CLOSE_S) -> None:
+        """Stop, and wait for it; from the link's own thread, returns at once."""
+        self.ask_to_stop()
+        if threading.current_thread() is not self.thread and self._pid == os.getpid():
+            self.thread.join(timeout_s)
+
+    def accept_reset(self) -> None:
+        """Agree to the reset that is held. Without one, nothing happens."""
+        if isinstance(self.error, ResetHeld):
+            self._accepted = True
+            self._on_loop(lambda: self._accept.set() if self._accept is not None else None)
+
+    @property
+    def staleness_s(self) -> float:
+        """Seconds since the upstream last confirmed that nothing waits; infinite if it never did."""
+        return time.monotonic() - self.confirmed_at
+
+    def stats(self) -> LinkStats:
+        """The link, as it is now."""
+        return LinkStats(
+            self.state,
+            self.reason,
+            self.behind,
+            self.staleness_s,
+            self.updates,
+            self.attaches,
+            self.audits,
+            self.mended,
+            self.resets,
+            len(self._skipped),
+        )
+
+    def __repr__(self) -> str:
+        return f"<foldlog link {self.state}>"
+
+    def _on_loop(self, call: Callable[[], object]) -> None:
+        loop = self._loop
+        if loop is not None and self._pid == os.getpid():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+                loop.call_soon_threadsafe(call)
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            pass
+        except BaseException as error:
+            log.critical("%s: the link died", self._name, exc_info=True)
+            self._fail(error if isinstance(error, Exception) else FoldlogError(repr(error)))
+            return
+        self._set(LinkState.CLOSED)
+
+    def _set(self, state: LinkState, reason: str = "") -> None:
+        if state is self.state and reason == self.reason:
+            return
+        level = log.warning if state in (LinkState.LOST, LinkState.FAILED) else log.info
+        level("%s: link %s%s", self._name, state, f": {reason}" if reason else "")
+        with self.changed:
+            self.state, self.reason = state, reason
+            self.changed.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self._set(LinkState.FAILED, str(error))
+
+    async def _main(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._accept = asyncio.Event()
+        attempt = 0
+        while not self._stopping:
+            confirmed = self.confirmed_at
+            try:
+                await self._attach()
+                error: BaseException = UpstreamLost("the upstream ended its changes")
+            except BaseException as raised:
+                error = _first_of(raised)
+            finally:
+                await self._let_go()
+            if isinstance(error, (asyncio.CancelledError, StoreClosed)) or self._stopping:
+                return
+            attempt = 0 if self.confirmed_at > confirmed else attempt + 1
+            await self._after(error, attempt)
+
+    async def _let_go(self) -> None:
+        self._touched, self._audited, self._caught_up, self.behind = None, False, False, None
+        if isinstance(self._upstream, Closable):
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._upstream.close(), CLOSE_S)
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None and not self._stopping:  # or the cursor would be read too early
+            with contextlib.suppress(Exception):
+                await asyncio.shield(asyncio.wrap_future(under_way))
+
+    async def _after(self, error: BaseException, attempt: int) -> None:
+        """Wait, as the error asks for."""
+        if isinstance(error, ResetHeld):
+            assert self._accept is not None
+            self._accept.clear()
+            self._fail(error)
+            await self._accept.wait()
+            self.error = None
+        elif isinstance(error, (UpstreamRefused, UpstreamOversize)):
+            self._fail(error)
+            await asyncio.Event().wait()
+        elif isinstance(error, (UpstreamError, FoldlogError, OSError)):
+            self._set(LinkState.LOST, str(error) or type(error).__name__)
+            missing = isinstance(error, UpstreamMissing)
+            await asyncio.sleep(retry_delay_s(5 if missing else attempt, random.random()))
+        else:
+            await self._restart(error)
+
+    async def _restart(self, error: BaseException) -> None:
+        now, config = time.monotonic(), self._config
+        recent = [at for at in self._restarts_s if now - at < config.restart_window_s]
+        reason = f"{type(error).__name__}: {error}"
+        if len(recent) >= config.max_restarts:
+            self._fail(error if isinstance(error, Exception) else FoldlogError(reason))
+            await asyncio.Event().wait()
+        self._restarts_s = [*recent, now]
+        delay_s = 0.05 * 2.0 ** len(recent) * random.uniform(0.5, 1.0) if recent else 0.0
+        self._sink.note_restart(Restart("link", reason, time.time(), delay_s))
+        log.warning("%s: the link died (%s)", self._name, reason, exc_info=error)
+        self._set(LinkState.LOST, reason)
+        await asyncio.sleep(delay_s)
+
+    # One attachment.
+
+    async def _attach(self) -> None:
+        self._set(LinkState.ATTACHING, self.reason if self.state is LinkState.LOST else "")
+        self.attaches += 1
+        found, decided = await self._decide()
+        self._origin = found.origin
+        if decided.step is Step.LOAD:
+            await self._load(found)
+        elif decided.step is Step.REPLACE:
+            await self._replace(found, decided)
+        self._set(LinkState.CATCHING_UP)
+        self._position = self._sink.snapshot().cursor()
+        async with asyncio.TaskGroup() as group:
+            if self._can_audit:
+                group.create_task(self._keep_auditing(at_once=decided.step is Step.RESUME))
+            else:
+                self._audited = True
+            await self._tail(self._position)
+            raise UpstreamLost("the upstream ended its changes")
+
+    async def _decide(self) -> tuple[Identity, Plan]:
+        found = await self._identify()
+        decided = self._plan(found)
+        if decided.step is Step.HOLD:
+            raise ResetHeld(decided.reason)
+        if decided.rewound:
+            await asyncio.sleep(CONFIRM_S)
+            again = await self._identify()
+            if again.origin != found.origin or self._plan(again) != decided:
+                raise UpstreamLost("the upstream is not sure who it is")
+            found = again
+        return found, decided
+
+    async def _identify(self) -> Identity:
+        found = await self._upstream.identify()
+        if not 1 <= len(found.origin) <= 32:
+            raise UpstreamRefused(f"an origin has 1 to 32 bytes, not {len(found.origin)}")
+        return found._replace(origin=scoped_origin(found.origin, self._config.prefixes))
+
+    def _plan(self, found: Identity) -> Plan:
+        fold = self._sink.snapshot()
+        held = Held(fold.origin, fold.cursor(), len(fold) == 0)
+        return plan(held, found, accepted=self._accepted)
+
+    async def _state(self, found: Identity) -> AsyncIterator[Changes]:
+        """All live entries, however the upstream can tell them."""
+        upstream, prefixes = self._upstream, self._config.prefixes
+        if isinstance(upstream, HasState):
+            pieces = upstream.state(prefixes)
+        elif found.first.is_none:
+            pieces = upstream.changes(WatchCursor.none(), prefixes)
+        else:
+            raise UpstreamRefused("the upstream no longer reaches back, and tells no state")
+        async with contextlib.AsyncExitStack() as stack:
+            if inspect.isasyncgen(pieces):
+                stack.push_async_callback(pieces.aclose)
+            if not isinstance(upstream, HasState) and found.last.is_none:
+                return
+            async for piece in pieces:
+                yield piece
+                if not isinstance(upstream, HasState) and piece.position >= found.last:
+                    return
+
+    async def _load(self, found: Identity) -> None:
+        """Take the state into a store that holds nothing, or a part of it. The cursor comes last."""
+        self._set(LinkState.CATCHING_UP, "loading")
+        none, position = WatchCursor.none(), found.last
+        held = dict(_versions(self._sink.snapshot()))
+        live = len(held)
+        async with contextlib.aclosing(self._state(found)) as pieces:
+            async for piece in pieces:
+                updates = self._wanted(piece.updates)
+                position = piece.position
+                if held:
+                    updates = [u for u in updates if held.pop(u.key, None) != u.version]
+                if updates:
+                    await self._apply(updates, none)
+        self._check_deletes(len(held), live)
+        await self._apply([Delete(key) for key in held], position)
+        self._accepted = False
+
+    async def _replace(self, found: Identity, decided: Plan) -> None:
+        """Fold the difference to the whole state, as one batch."""
+        self._set(LinkState.CATCHING_UP, decided.reason)
+        state: dict[str, Put] = {}
+        position = found.last
+        async with contextlib.aclosing(self._state(found)) as pieces:
+            async for piece in pieces:
+                for update in self._wanted(piece.updates):
+                    if isinstance(update, Put):
+                        state[update.key] = update
+                    else:
+                        state.pop(update.key, None)
+                position = piece.position
+        fold = self._sink.snapshot()
+        updates = await asyncio.to_thread(_difference, fold, state)
+        self._check_deletes(sum(type(update) is Delete for update in updates), len(fold))
+        rewound = decided.reason if decided.rewound else ""
+        await self._apply(updates, position, rewound)
+        self.resets += 1
+        self._accepted = False
+
+    def _check_deletes(self, deleted: int, live: int) -> None:
+        if not self._accepted and not may_delete(deleted, live, self._config.mass_delete):
+            raise ResetHeld(f"{deleted} of {live} keys would be deleted")
+
+    async def _tail(self, cursor: WatchCursor) -> None:
+        changes = self._upstream.changes(cursor, self._config.prefixes)
+        async with contextlib.AsyncExitStack() as stack:
+            if inspect.isasyncgen(changes):
+                stack.push_async_callback(changes.aclose)
+            async for piece in changes:
+                await self._take(piece)
+
+    async def _take(self, piece: Changes) -> None:
+        updates = self._wanted(piece.updates)
+        if self._touched is not None:
+            self._touched.update(update.key for update in updates)
+        async with self._turn:
+            if updates or piece.position != self._position:
+                await self._apply(updates, piece.position)
+        self.behind = piece.behind
+        if piece.behind == 0:
+            self.confirmed_at = time.monotonic()
+            self._caught_up = True
+            self._set_live()
+
+    def _set_live(self) -> None:
+        if self._caught_up and self._audited:
+            self._set(LinkState.LIVE)
+
+    # What is applied.
+
+    def _wanted(self, updates: Sequence[Update]) -> Sequence[Update]:
+        prefixes, parse = self._config.prefixes, self._config.parse
+        if prefixes:
+            updates = [update for update in updates if update.key.startswith(prefixes)]
+        if parse is None:
+            return updates
+        wanted: list[Update] = []
+        for update in updates:
+            parsed = parse(update)
+            if isinstance(parsed, (Put, Delete)) or hasattr(parsed, "version"):
+                wanted.append(parsed)  # type: ignore[arg-type]
+            elif parsed is not None:
+                wanted += parsed
+        return wanted
+
+    async def _apply(
+        self, updates: Sequence[Update], cursor: WatchCursor, rewound: str = ""
+    ) -> None:
+        """Returns once the batch is written and published."""
+        if len(updates) > LARGE_BATCH:
+            batch, updates = await asyncio.to_thread(self._encode, updates, cursor)
+        else:
+            batch, updates = self._encode(updates, cursor)
+        while True:
+            try:
+                self._under_way = self._sink.feed(batch, rewound)
+                break
+            except Backpressure:
+                await asyncio.sleep(0.01)
+        # Shielded: a batch that was withdrawn, and one after it that was not, would be a loss.
+        await asyncio.shield(asyncio.wrap_future(self._under_way))
+        self._under_way = None
+        self._position = cursor
+        self.updates += len(updates)
+        if self._config.on_applied is not None:
+            self._config.on_applied(updates, cursor)
+
+    def _encode(
+        self, updates: Sequence[Update], cursor: WatchCursor
+    ) -> tuple[Batch, Sequence[Update]]:
+        try:
+            batch = encode_batch(updates, cursor, self._origin)
+        except ValueError:
+            updates = [self._held(update) for update in updates]
+            batch = encode_batch(updates, cursor, self._origin)
+        if self._skipped:
+            for update in updates:
+                if isinstance(update, Put):
+                    self._skipped.pop(update.key, None)
+        return batch, updates
+
+    def _held(self, update: Update) -> Update:
+        """The update; the removal of its key, if it is over the limits and such are skipped."""
+        size = len(update.key.encode(errors="surrogatepass"))
+        value = len(update.value) if isinstance(update, Put) else 0
+        if size <= MAX_KEY_BYTES and value <= MAX_VALUE_BYTES:
+            return update
+        what = f"its value takes {value} bytes" if value else f"it takes {size} bytes"
+        if size > MAX_KEY_BYTES or not self._config.skip_oversize:
+            raise UpstreamOversize(
+                f"key {update.key[:80]!r} cannot be held: {what}", update.key
+            )
+        log.warning("%s: key %r is skipped: %s", self._name, update.key[:80], what)
+        self._skipped[update.key] = bytes(update.version)
+        return Delete(update.key, update.version)
+
+    # Audits.
+
+    @property
+    def _can_audit(self) -> bool:
+        upstream = self._upstream
+        return isinstance(upstream, HasRevisions) and isinstance(upstream, HasState)
+
+    async def _keep_auditing(self, *, at_once: bool) -> None:
+        config, delay_s = self._config, 0.0
+        if not at_once:
+            self._audited, delay_s = True, config.audit_interval_s
+        while True:
+            await asyncio.sleep(delay_s)
+            clean = await self._audit()
+            self.audits += 1
+            cost_s = AUDIT_S_PER_KEY * len(self._sink.snapshot())
+            delay_s = audit_delay_s(cost_s, config.audit_budget, config.audit_interval_s)
+            if clean:
+                self._audited, self._accepted = True, False
+                self._set_live()
+            else:
+                delay_s = 0.0  # what was mended is looked at again
+
+    async def _audit(self) -> bool:
+        """Compare the fold with the upstream, and mend it. Whether there was nothing to mend."""
+        self._touched = set()
+        try:
+            audit = Audit(await self._revisions(), self._touched)
+            async with self._turn:  # all that was received is applied
+                fold = self._sink.snapshot()
+            for number, block in enumerate(fold.blocks()):
+                audit.compare((entry.key, bytes(entry.version)) for entry in block)
+                if number % 8 == 7:
+                    await asyncio.sleep(0)
+            suspects = audit.end().difference(self._skipped)
+            return not suspects or not await self._mend(suspects)
+        finally:
+            self._touched = None
+
+    async def _revisions(self) -> dict[str, bytes]:
+        config, upstream = self._config, self._upstream
+        if config.parse is not None:  # versions of keys that are not the upstream's own
+            assert isinstance(upstream, HasState)
+            return await self._parsed_versions(upstream)
+        assert isinstance(upstream, HasRevisions)
+        versions = dict((await upstream.revisions(config.prefixes)).versions)
+        if config.prefixes:
+            versions = {k: v for k, v in versions.items() if k.startswith(config.prefixes)}
+        return versions
+
+    async def _parsed_versions(self, upstream: HasState) -> dict[str, bytes]:
+        versions: dict[str, bytes] = {}
+        async for piece in upstream.state(self._config.prefixes):
+            for update in self._wanted(piece.updates):
+                if isinstance(update, Put):
+                    versions[update.key] = bytes(update.version)
+                else:
+                    versions.pop(update.key, None)
+        return versions
+
+    async def _mend(self, suspects: set[str]) -> bool:
+        """Ask for the suspects again, and fold what differs. Whether anything did."""
+        upstream = self._upstream
+        assert isinstance(upstream, HasState)
+        entries: dict[str, Put] = {}
+        async for piece in upstream.state(self._config.prefixes):
+            for update in self._wanted(piece.updates):
+                if update.key in suspects:
+                    if isinstance(update, Put):
+                        entries[update.key] = update
+                    else:
+                        entries.pop(update.key, None)
+        async with self._turn:
+            fold, touched = self._sink.snapshot(), self._touched or ()
+            updates: list[Update] = []
+            rewound = ""
+            for key in sorted(suspects.difference(touched)):
+                held, true = fold.get(key), entries.get(key)
+                if true is None:
+                    if held is not None:
+                        updates.append(Delete(key))
+                elif held != KvEntry(*true):
+                    updates.append(true)
+                    if held is not None and bytes(true.version) < bytes(held.version):
+                        rewound = "the upstream went back: an audit found older entries"
+            deleted = sum(type(update) is Delete for update in updates)
+            self._check_deletes(deleted, len(fold))
+            if updates:
+                log.info("%s: an audit mends %d entries", self._name, len(updates))
+                await self._apply(updates, self._position, rewound)
+                self.mended += len(updates)
+                self._accepted = False
+        return bool(updates)
+
+
+def _versions(fold: FoldSnapshot) -> Iterable[tuple[str, bytes]]:
+    return ((entry.key, bytes(entry.version)) for block in fold.blocks() for entry in block)
+
+
+def _difference(fold: FoldSnapshot, state: dict[str, Put]) -> list[Update]:
+    updates: list[Update] = []
+    for block in fold.blocks():
+        for entry in block:
+            true = state.pop(entry.key, None)
+            if true is None:
+                updates.append(Delete(entry.key))
+            elif entry != KvEntry(*true):
+                updates.append(true)
+    updates += state.values()
+    return updates
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """The error itself, or the first of a group that says why."""
+    while isinstance(error, BaseExceptionGroup):
+        error = next(
+            (e for e in error.exceptions if not isinstance(e, asyncio.CancelledError)),
+            error.exceptions[0],
+        )
+    return error

@@ -1,0 +1,121 @@
+"""What a link decides, as pure functions: where to go on, what an audit mends, what may not be lost unasked.
+
+The position alone does not tell whether what was missed can be told. An upstream may be another one under the same name, may have
+gone back, or may have dropped changes without a word. So attaching is identity, then the tail, then an audit.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Container, Iterable, Mapping
+from hashlib import blake2b
+from typing import NamedTuple
+
+from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
+from foldlog.protocol.upstream import Identity, Prefixes
+
+MIN_MASS_DELETE = 100
+"""A reset or an audit that deletes fewer keys than this is never held."""
+
+
+class Step(enum.Enum):
+    """How a link goes on."""
+
+    LOAD = "load"
+    """Nothing complete is held: take the state, in pieces, with the cursor last."""
+    RESUME = "resume"
+    """Take the changes after the cursor."""
+    REPLACE = "replace"
+    """Take the state, and fold the difference as one batch."""
+    HOLD = "hold"
+    """Ask first: the log holds what another upstream fed it, or nobody knows who."""
+
+
+class Held(NamedTuple):
+    """What a store holds."""
+
+    origin: bytes
+    cursor: WatchCursor
+    is_empty: bool
+
+
+class Plan(NamedTuple):
+    """A step, and why."""
+
+    step: Step
+    reason: str = ""
+    rewound: bool = False
+    """The upstream went back, or is another incarnation: a claim to be confirmed, and told to watchers."""
+
+
+def scoped_origin(origin: bytes, prefixes: Prefixes) -> bytes:
+    """The origin of a mirror of these prefixes: other prefixes are another incarnation, for what they lacked was not told."""
+    if not prefixes:
+        return origin
+    name, rest = origin[:NAME_BYTES].ljust(NAME_BYTES, b"\0"), origin[NAME_BYTES:]
+    digest = blake2b(rest, digest_size=NAME_BYTES)
+    for prefix in sorted(prefixes):
+        raw = prefix.encode()
+        digest.update(len(raw).to_bytes(4, "little") + raw)
+    return name + digest.digest()
+
+
+def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
+    """How to go on with an upstream that says it is `found`. `accepted`: the owner has agreed to a reset."""
+    if held.is_empty and held.cursor.is_none:
+        return Plan(Step.LOAD, "nothing is held")
+    if held.origin != found.origin:
+        if held.origin[:NAME_BYTES].ljust(NAME_BYTES, b"\0") == found.origin[:NAME_BYTES].ljust(
+            NAME_BYTES, b"\0"
+        ):
+            return Plan(Step.REPLACE, "the upstream was made anew since", rewound=True)
+        who = "another upstream" if held.origin else "an unknown upstream"
+        reason = f"the log was fed by {who}"
+        return Plan(Step.REPLACE if accepted else Step.HOLD, reason, rewound=accepted)
+    if held.cursor.is_none:
+        return Plan(Step.LOAD, "loading was not finished")
+    if len(held.cursor) != len(found.last) or bytes(found.last) < bytes(held.cursor):
+        return Plan(Step.REPLACE, "the upstream went back", rewound=True)
+    if bytes(held.cursor) < bytes(found.first):
+        return Plan(Step.REPLACE, "the upstream no longer reaches back to the cursor")
+    return Plan(Step.RESUME)
+
+
+def may_delete(deleted: int, live: int, limit: float) -> bool:
+    """Whether `deleted` of `live` keys may go without asking: up to the share `limit`, or fewer than 100."""
+    return deleted < MIN_MASS_DELETE or deleted <= limit * live
+
+
+class Audit:
+    """Compares what is held with the versions of an upstream's keys, both ways. Keys told of meanwhile are exempt."""
+
+    def __init__(self, found: Mapping[str, bytes], touched: Container[str]) -> None:
+        self._missing = dict(found)
+        self._touched = touched
+        self.suspects: set[str] = set()
+        """Keys whose entries are not as they should be; to be confirmed."""
+
+    def compare(self, held: Iterable[tuple[str, bytes]]) -> None:
+        """Take some of the (key, version) that are held, each once."""
+        missing, touched = self._missing, self._touched
+        for key, version in held:
+            if missing.pop(key, None) != version and key not in touched:
+                self.suspects.add(key)
+
+    def end(self) -> set[str]:
+        """All suspects, once everything held was compared: also the keys that are not held."""
+        self.suspects.update(key for key in self._missing if key not in self._touched)
+        return self.suspects
+
+
+def audit_delay_s(cost_s: float, budget: float, min_s: float) -> float:
+    """How long to wait after an audit that took `cost_s` of processor time, for all audits to take `budget` of a core."""
+    return max(min_s, cost_s / budget - cost_s)
+
+
+def retry_delay_s(attempt: int, jitter: float) -> float:
+    """How long to wait before attaching for the `attempt`-th time in a row, from 0. `jitter` is 0 to 1.
+
+    At most 0.5 s: a server that comes back is found within a second, and trying costs it one refused connection.
+    """
+    return min(0.02 * 2.0 ** min(attempt, 5), 0.5) * (0.5 + 0.5 * jitter)

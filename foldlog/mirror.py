@@ -1,0 +1,219 @@
+"""A mirror: a store that an upstream feeds, exact, and kept so by a link that heals itself."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, cast
+
+import pykka
+
+from foldlog.actors.adapter import Inbox, Mail
+from foldlog.actors.core import Core, Restart, Stats
+from foldlog.actors.link import (
+    Link,
+    LinkConfig,
+    LinkState,
+    LinkStats,
+    OnApplied,
+    Parse,
+)
+from foldlog.actors.requests import LocalWrite, WriteRequest
+from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
+from foldlog.protocol.store import StrPath
+from foldlog.protocol.tokens import VersionToken, WatchCursor
+from foldlog.protocol.updates import Batch, Update
+from foldlog.protocol.upstream import MirrorReadOnly, Upstream
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.store import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, Store, open
+
+SYNC_TIMEOUT_S = 30.0
+
+
+def mirror(
+    path: StrPath,
+    upstream: Upstream,
+    *,
+    prefix: str | Sequence[str] = "",
+    parse: Parse | None = None,
+    on_applied: OnApplied | None = None,
+    on_oversize: str = "fail",
+    mass_delete: float = 0.5,
+    audit_interval_s: float = 60.0,
+    **store_options: Any,
+) -> Mirror:
+    """Keep a copy of `upstream` in the log at `path`. Served at once, as it was; fed from here on.
+
+    `prefix`: one, or several: only keys that start with one of them. `parse`: drops (None), renames or transforms each update;
+    a pure function, and it keeps the version. What it drops still moves the cursor. `on_applied`: called with the updates and
+    the cursor of each batch that was written, on the link's thread. If one of the two fails, the link fails.
+
+    `on_oversize="fail"`: an entry over foldlog's limits fails the link, and the reason names it; "skip": the mirror goes without
+    it, and counts it. `mass_delete`: a reset or an audit that deletes a larger share of the keys than this (and at least 100)
+    is held until `accept_reset()`. `audit_interval_s`: the least time between audits; they take at most 1 % of a core.
+
+    `store_options`: those of `foldlog.open`, and its errors.
+    """
+    if not isinstance(upstream, Upstream):
+        raise TypeError(f"{type(upstream).__name__} is no upstream: it has no identify and changes")
+    if on_oversize not in ("fail", "skip"):
+        raise ValueError(f'on_oversize is "fail" or "skip", not {on_oversize!r}')
+    if not 0 <= mass_delete <= 1:
+        raise ValueError(f"mass_delete is 0 to 1, got {mass_delete}")
+    if audit_interval_s <= 0:
+        raise ValueError(f"audit_interval_s is above 0, got {audit_interval_s}")
+    prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
+    if not all(isinstance(each, str) for each in prefixes):
+        raise TypeError("a prefix is a str, or a sequence of them")
+    if not prefixes:
+        raise ValueError("no prefix at all selects nothing; leave it out to select everything")
+    config = LinkConfig(
+        prefixes=() if "" in prefixes else prefixes,
+        parse=parse,
+        on_applied=on_applied,
+        skip_oversize=on_oversize == "skip",
+        mass_delete=mass_delete,
+        audit_interval_s=audit_interval_s,
+    )
+    return Mirror(open(path, **store_options), upstream, config)
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorStats(Stats):
+    """The statistics of a mirror: those of its store, and of its link."""
+
+    link: LinkStats
+
+
+class _Sink:
+    """What the link has of the store: not the store itself, so that one that is dropped can be noticed."""
+
+    def __init__(self, core: Core, inbox: Inbox) -> None:
+        self._core, self._inbox = core, inbox
+
+    def snapshot(self) -> FoldSnapshot:
+        snapshot = self._core.snapshot
+        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
+        return cast(FoldSnapshot, snapshot)
+
+    def feed(self, batch: Batch, rewound: str) -> Future[int]:
+        request = WriteRequest(batch, rewound)
+        self._inbox.offer(Mail(request), 0.0)
+        return request.future
+
+    def note_restart(self, restart: Restart) -> None:
+        self._core.books.restarts.append(restart)
+
+
+class Mirror(Store):
+    """A store that its upstream writes, and nobody else. Reads, watches and the rest are a store's. Any thread may call it."""
+
+    def __init__(self, store: Store, upstream: Upstream, config: LinkConfig) -> None:
+        """Not for callers: use `foldlog.mirror`."""
+        store._finalizer.detach()
+        super().__init__(store._core, store._supervisor)
+        sink = _Sink(store._core, store._supervisor.writer.inbox)
+        self.link = Link(str(store.path), sink, upstream, config)
+        """What feeds it: `link.state`, `link.reason`, `link.stats()`."""
+        _links.add(self.link)
+        self._link_finalizer = weakref.finalize(self, self.link.ask_to_stop)
+        self._link_finalizer.atexit = False
+        try:
+            self.link.start()
+        except RuntimeError:
+            super().close()
+            raise
+
+    def wait_synced(self, timeout_s: float = SYNC_TIMEOUT_S) -> bool:
+        """Return True once the mirror is true to its upstream. From then on it is, as of `staleness_s` ago.
+
+        RequestTimeout, with the link's state and reason, if that takes longer. Raises what the link FAILED of.
+        """
+        if os.getpid() != self.link._pid:
+            raise ForkedStore(f"{self.path} was opened before this process was forked")
+        link, deadline = self.link, time.monotonic() + timeout_s
+        with link.changed:
+            while link.state is not LinkState.LIVE:
+                if link.state is LinkState.FAILED:
+                    raise link.error or FoldlogError(link.reason)
+                if link.state is LinkState.CLOSED:
+                    raise StoreClosed(f"{self.path} is closed")
+                rest = deadline - time.monotonic()
+                if rest <= 0:
+                    reason = f": {link.reason}" if link.reason else ""
+                    raise RequestTimeout(
+                        f"not synced within {timeout_s} s; the link is {link.state}{reason}"
+                    )
+                link.changed.wait(rest)
+        return True
+
+    def lag(self) -> int | None:
+        """Updates that wait upstream, as it last told: 0 is in step; None if the link is not attached, or it cannot tell."""
+        return self.link.behind
+
+    @property
+    def staleness_s(self) -> float:
+        """Seconds since the upstream last confirmed that nothing waits; infinite if it has not since the mirror was opened."""
+        return self.link.staleness_s
+
+    def accept_reset(self) -> None:
+        """Let the link do what it holds: delete most of the keys, or take the state of another upstream."""
+        self.link.accept_reset()
+
+    def stats(self) -> MirrorStats:
+        """The statistics of the store and of its link."""
+        stats = super().stats()
+        values = {field.name: getattr(stats, field.name) for field in fields(Stats)}
+        return MirrorStats(**values, link=self.link.stats())
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Let go of the upstream, then as `Store.close`."""
+        self._link_finalizer.detach()
+        self.link.stop()
+        super().close(timeout_s)
+
+    # Writing: refused.
+
+    def apply(
+        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = APPLY_TIMEOUT_S
+    ) -> NoReturn:
+        """MirrorReadOnly: the upstream alone writes a mirror."""
+        self._refuse()
+
+    def apply_async(
+        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = 0.0
+    ) -> NoReturn:
+        """MirrorReadOnly: the upstream alone writes a mirror."""
+        self._refuse()
+
+    def _write(self, request: LocalWrite, timeout_s: float) -> VersionToken:
+        self._refuse()
+
+    @property
+    def writer(self) -> pykka.ActorRef[Any]:
+        """MirrorReadOnly: the upstream alone writes a mirror."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise MirrorReadOnly(f"{self.path} is a mirror: write to its upstream")
+
+    def __repr__(self) -> str:
+        return f"<foldlog.Mirror {str(self.path)!r} {self.state}, link {self.link.state}>"
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_links_at_exit() -> None:
+    """Before the stores are closed, which would end the links with an error."""
+    for link in list(_links):
+        if link.thread.is_alive():
+            with contextlib.suppress(Exception):
+                link.stop(1.0)

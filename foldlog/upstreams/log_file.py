@@ -1,0 +1,153 @@
+"""Another foldlog log, written by another process or this one, through a follower. A position is the number of a batch.
+
+Not its cursor: local writes leave that where it is. The log's batches tell every change since its last compaction; from before
+that, the state does, and the link folds the difference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from hashlib import blake2b
+
+from foldlog.follow import Follower, follow
+from foldlog.actors.follower import FollowerState
+from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
+from foldlog.protocol.events import Changed, Synced
+from foldlog.protocol.store import StrPath
+from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
+from foldlog.protocol.updates import Put, Update
+from foldlog.protocol.upstream import (
+    Changes,
+    Identity,
+    Prefixes,
+    UpstreamLost,
+    UpstreamMissing,
+    UpstreamRefused,
+)
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.replay import read_head, resolve
+from foldlog.storage.log.backlog import batches_after_seq
+from foldlog.storage.log.files import OS_FILES, ReadHandle
+
+PIECE_UPDATES = 1000
+PIECE_BYTES = 1024 * 1024
+LOOK_S = 0.5
+"""How long one wait for news takes at most: how soon a stop is heard."""
+
+
+class LogFile:
+    """The foldlog log at `path`. It may come to be later. A log of the Rust crate cannot be followed: UpstreamRefused."""
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._follower: Follower | None = None
+
+    def __repr__(self) -> str:
+        return f"LogFile({self.path!r})"
+
+    async def identify(self) -> Identity:
+        return await asyncio.to_thread(self._identify)
+
+    def _identify(self) -> Identity:
+        try:
+            path = resolve(self.path)
+            handle = ReadHandle(OS_FILES, path)
+            head = read_head(handle)
+            if self._follower is None:
+                self._follower = follow(path)
+            fold = self._follower.snapshot()
+        except FileNotFoundError:
+            raise UpstreamMissing(f"{self.path}: the log does not exist") from None
+        except InvalidFormatError as error:
+            raise UpstreamRefused(str(error)) from None
+        except (OSError, CorruptLogError) as error:
+            raise UpstreamLost(str(error)) from None
+        if self._follower.state is not FollowerState.FOLLOWING or fold.seq < head.base_seq:
+            raise UpstreamLost(f"{self.path}: the follower is {self._follower.state}")
+        name = blake2b(b"log\0" + os.fsencode(path), digest_size=NAME_BYTES)
+        return Identity(name.digest() + head.log_id, _at(head.base_seq), _at(fold.seq))
+
+    async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        """The batches after number `after`, then those that come. UpstreamLost where the log was rewritten past it."""
+        follower = self._following()
+        fold = follower.snapshot()
+        seq = after.as_u64() or 0
+        if seq > fold.seq:
+            raise UpstreamLost(f"{self.path} ends with batch {fold.seq}, before {seq}")
+        backlog = await asyncio.to_thread(batches_after_seq, fold, seq)
+        if backlog is None:
+            raise UpstreamLost(f"{self.path} does not reach back to batch {seq}")
+        updates: list[Update] = []
+        try:
+            for seq, batch in backlog:
+                updates += batch.updates()
+                if len(updates) >= PIECE_UPDATES:
+                    yield Changes(updates, _at(seq), fold.seq - seq)
+                    updates = []
+        except (OSError, CorruptLogError) as error:
+            raise UpstreamLost(str(error)) from None
+        yield Changes(updates, _at(fold.seq), 0)
+        async for piece in self._live(follower, fold):
+            yield piece
+
+    async def _live(self, follower: Follower, fold: FoldSnapshot) -> AsyncIterator[Changes]:
+        seq = fold.seq
+        with follower.watch(since=fold) as watch:
+            del fold
+            updates: list[Update] = []
+            size = 0
+            while True:
+                event = watch.next(0.0)
+                if event is None:
+                    if updates:
+                        yield Changes(updates, _at(seq), 0)
+                        updates, size = [], 0
+                    else:
+                        await asyncio.sleep(0)
+                    event = await asyncio.to_thread(watch.next, LOOK_S)
+                if isinstance(event, Changed):
+                    full = len(updates) >= PIECE_UPDATES or size >= PIECE_BYTES
+                    if full and event.seq != seq:  # a batch is told whole
+                        yield Changes(updates, _at(seq))
+                        updates, size = [], 0
+                    seq = event.seq
+                    updates.append(event.update)
+                    size += len(event.update.value) if isinstance(event.update, Put) else 0
+                elif isinstance(event, Synced):
+                    seq = max(seq, event.seq)
+                elif event is not None:
+                    raise UpstreamLost(f"{self.path}: {event}")
+                elif watch.ended is not None:
+                    raise UpstreamLost(f"{self.path}: {watch.ended}")
+                elif follower.state is not FollowerState.FOLLOWING:
+                    raise UpstreamLost(f"{self.path} is {follower.state}: {follower.stats().reason}")
+                elif not updates:
+                    yield Changes([], _at(seq), 0)
+
+    async def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        fold = self._following().snapshot()
+        try:
+            for prefix in prefixes or ("",):
+                for block in fold.blocks(prefix):
+                    yield Changes([Put(*entry) for entry in block], _at(fold.seq))
+        except (OSError, CorruptLogError) as error:
+            raise UpstreamLost(str(error)) from None
+        yield Changes([], _at(fold.seq), 0)
+
+    def _following(self) -> Follower:
+        if self._follower is None:
+            raise UpstreamLost(f"{self.path} is not followed")
+        return self._follower
+
+    async def close(self) -> None:
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            await asyncio.to_thread(follower.close)
+
+
+def _at(seq: int) -> WatchCursor:
+    return WatchCursor.from_u64(seq)
+
+

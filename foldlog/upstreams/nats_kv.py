@@ -1,0 +1,482 @@
+"""A bucket of NATS JetStream KV. Needs nats-py, for the connection alone: its own watch loses what it cannot buffer.
+
+Everything is read through pull consumers, named, ephemeral, in memory, without acknowledgements: what was asked for and not yet
+come is the back-pressure, the number that the consumer gives to each message is the proof that none was lost, and heartbeats tell
+that the server is there. Any gap, silence or odd answer lets go of the connection, and the link attaches again.
+
+A sequence alone does not tell what was missed: deletes may be purged, keys expire without a word, a stream may be restored from a
+copy. That is for the link's audits to find, by `revisions`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import secrets
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from foldlog.protocol.tokens import NAME_BYTES, VersionToken, WatchCursor
+from foldlog.protocol.updates import Delete, Purge, Put, Update
+from foldlog.protocol.upstream import (
+    Changes,
+    Identity,
+    Prefixes,
+    Revisions,
+    UpstreamLost,
+    UpstreamMissing,
+    UpstreamRefused,
+)
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+REQUEST_MESSAGES = 1000
+REQUEST_BYTES = 8 * 1024 * 1024
+OPEN_REQUESTS = 2
+PIECE_UPDATES = 1000
+PIECE_BYTES = 1024 * 1024
+EXPIRES_S = 30.0
+HEARTBEAT_S = 1.0
+SILENCE_S = 3.0
+"""Without a message or a heartbeat for so long, the consumer is taken for dead."""
+INACTIVE_S = 10.0
+"""After which the server removes a consumer that nobody asks: what a killed client leaves."""
+CONNECT_S = 5.0
+REQUEST_S = 5.0
+_BUCKET = re.compile(r"[A-Za-z0-9_-]+")
+_MARKER = "Nats-Marker-Reason"
+_OPERATION = "KV-Operation"
+
+
+class NatsKv:
+    """The bucket `bucket` of the JetStream behind `url` (nats://HOST:PORT or tls://HOST:PORT, several with commas).
+
+    `user` and `password`, `token`, `credentials` (a file) and `tls` (an ssl.SSLContext) as nats-py takes them; a user in the URL
+    works as well. `domain`: of the JetStream. None of the secrets shows in a repr, a reason or a log. ValueError for what cannot
+    be an address or a bucket.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        bucket: str,
+        user: str | None = None,
+        password: str | None = None,
+        token: str | None = None,
+        credentials: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        domain: str | None = None,
+    ) -> None:
+        if not isinstance(bucket, str) or not _BUCKET.fullmatch(bucket):
+            raise ValueError("a bucket's name is letters, digits, _ and -, and not empty")
+        self._servers = [_checked(each) for each in url.split(",")]
+        self.bucket, self._stream = bucket, f"KV_{bucket}"
+        self._subjects = f"$KV.{bucket}."
+        self._api = f"$JS.{domain}.API" if domain else "$JS.API"
+        self._domain = domain or ""
+        self._options: dict[str, Any] = {
+            "user": user,
+            "password": password,
+            "token": token,
+            "user_credentials": credentials,
+            "tls": tls,
+        }
+        self._secrets = [each for each in (password, token) if each]
+        for server in self._servers:
+            parts = urlsplit(server)
+            self._secrets += [unquote(s) for s in (parts.password, parts.username) if s]
+        self._client: Client | None = None
+        self._lost: asyncio.Event | None = None
+        self._error = ""
+        self._filters: list[str] | None = None
+
+    def __repr__(self) -> str:
+        hosts = ",".join(_bare(server) for server in self._servers)
+        return f"NatsKv({hosts!r}, bucket={self.bucket!r})"
+
+    # The connection.
+
+    async def _connect(self) -> Client:
+        client = self._client
+        if client is not None and client.is_connected:
+            return client
+        nats, errors = _nats()
+        await self.close()
+        client = nats.aio.client.Client()
+        lost = self._lost = asyncio.Event()
+
+        async def on_error(error: Exception) -> None:
+            self._error = self._clean(error)
+
+        async def on_closed() -> None:
+            lost.set()
+
+        options = {name: value for name, value in self._options.items() if value is not None}
+        self._error = ""
+        try:
+            await asyncio.wait_for(
+                client.connect(
+                    self._servers,
+                    allow_reconnect=False,
+                    connect_timeout=int(CONNECT_S),
+                    ping_interval=5,
+                    max_outstanding_pings=2,
+                    error_cb=on_error,
+                    closed_cb=on_closed,
+                    disconnected_cb=on_closed,
+                    name="foldlog",
+                    **options,
+                ),
+                CONNECT_S + 1,
+            )
+        except (OSError, TimeoutError, errors.Error) as error:
+            with contextlib.suppress(Exception):
+                await client.close()
+            reason = self._clean(error) or type(error).__name__
+            said = f"{reason} {self._error}".lower()
+            if "authorization" in said or "authentication" in said:
+                raise UpstreamRefused(f"{self!r} refuses the credentials: {reason}") from None
+            if isinstance(error, ssl.SSLCertVerificationError):
+                raise UpstreamRefused(f"{self!r}: {reason}") from None
+            raise UpstreamLost(f"{self!r} cannot be reached: {reason}") from None
+        except ValueError as error:  # of credentials that nats-py cannot read
+            raise UpstreamRefused(f"{self!r}: {self._clean(error)}") from None
+        self._client = client
+        return client
+
+    def _clean(self, error: BaseException) -> str:
+        text = str(error)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    async def _request(self, subject: str, body: dict[str, Any]) -> dict[str, Any]:
+        """An answer of the JetStream API."""
+        client, (_, errors) = await self._connect(), _nats()
+        try:
+            reply = await client.request(
+                f"{self._api}.{subject}", json.dumps(body).encode(), timeout=REQUEST_S
+            )
+            answer: dict[str, Any] = json.loads(reply.data)
+        except errors.NoRespondersError:
+            raise UpstreamLost(f"{self!r}: JetStream does not answer") from None
+        except (OSError, TimeoutError, ValueError, errors.Error) as error:
+            if "permissions" in f"{error} {self._error}".lower():
+                raise UpstreamRefused(f"{self!r}: {self._error or self._clean(error)}") from None
+            raise UpstreamLost(f"{self!r}: {self._clean(error) or type(error).__name__}") from None
+        if "error" in answer:
+            raise self._api_error(answer["error"])
+        return answer
+
+    def _api_error(self, error: dict[str, Any]) -> Exception:
+        reason = f"{self!r}: {error.get('description', error)}"
+        if error.get("err_code") == 10059:
+            return UpstreamMissing(f"{self!r}: the bucket does not exist")
+        if error.get("err_code") == 10039:
+            return UpstreamRefused(f"{self!r}: JetStream is not enabled for this account")
+        return UpstreamLost(reason)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None and not client.is_closed:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(client.close(), 2.0)
+
+    # The seam.
+
+    async def identify(self) -> Identity:
+        """Who the stream is: its name and domain, and when it was created. Refuses an answer without a current leader."""
+        info = await self._request(f"STREAM.INFO.{self._stream}", {})
+        cluster = info.get("cluster") or {}
+        if cluster.get("replicas"):
+            behind = sum(not peer.get("current") for peer in cluster["replicas"])
+            if not cluster.get("leader") or 2 * behind > len(cluster["replicas"]):
+                raise UpstreamLost(f"{self!r}: the stream has no current leader")
+        name = blake2b(f"nats\0{self._domain}\0{self._stream}".encode(), digest_size=NAME_BYTES)
+        made = blake2b(str(info.get("created")).encode(), digest_size=NAME_BYTES)
+        last = int(info["state"]["last_seq"])
+        return Identity(name.digest() + made.digest(), WatchCursor.none(), WatchCursor.from_u64(last))
+
+    async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": (after.as_u64() or 0) + 1}
+        async with contextlib.aclosing(self._consume(start, prefixes)) as pieces:
+            async for piece in pieces:
+                cursor = WatchCursor.from_u64(piece.last) if piece.last else after
+                after = max(after, cursor)
+                yield Changes(piece.updates, after, piece.pending)
+
+    async def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        """One pass over the last message of each key. Complete up to the position of its end."""
+        at = (await self.identify()).last
+        start = {"deliver_policy": "last_per_subject"}
+        async with contextlib.aclosing(self._consume(start, prefixes, once=True)) as pieces:
+            async for piece in pieces:
+                if piece.last:
+                    at = max(at, WatchCursor.from_u64(piece.last))
+                yield Changes(piece.updates, at)
+
+    async def revisions(self, prefixes: Prefixes) -> Revisions:
+        """The keys and revisions, of one pass without values. Cost: 4.4 us a key."""
+        at = (await self.identify()).last
+        found: dict[str, bytes] = {}
+        start = {"deliver_policy": "last_per_subject", "headers_only": True}
+        async with contextlib.aclosing(self._consume(start, prefixes, once=True)) as pieces:
+            async for piece in pieces:
+                for update in piece.updates:
+                    if type(update) is Put:
+                        found[update.key] = update.version
+                    else:
+                        found.pop(update.key, None)
+                if piece.last:
+                    at = max(at, WatchCursor.from_u64(piece.last))
+        return Revisions(found, at)
+
+    async def _consume(
+        self, start: dict[str, Any], prefixes: Prefixes, *, once: bool = False
+    ) -> AsyncIterator[_Piece]:
+        """What a new consumer delivers, in pieces: `once`, until nothing waits any more; else for ever."""
+        client = await self._connect()
+        name = f"foldlog-{secrets.token_hex(8)}"
+        config: dict[str, Any] = {
+            "name": name,
+            "ack_policy": "none",
+            "mem_storage": True,
+            "num_replicas": 1,
+            "inactive_threshold": int(INACTIVE_S * 1e9),
+            **start,
+        }
+        filters = _filters(self._subjects, prefixes)
+        config |= _filter_config(filters, client.connected_server_version)
+        body = {"stream_name": self._stream, "config": config}
+        inbox = client.new_inbox()
+        pull = _Pull(self, client, f"{self._api}.CONSUMER.MSG.NEXT.{self._stream}.{name}", inbox)
+        subscription = await client.subscribe(
+            f"{inbox}.*", cb=pull.on_message, pending_msgs_limit=0, pending_bytes_limit=0
+        )
+        try:
+            made = await self._request(f"CONSUMER.CREATE.{self._stream}.{name}", body)
+            if not once:
+                yield _Piece([], 0, made.get("num_pending"))
+            async for piece in pull.pieces(once):
+                yield piece
+        finally:
+            with contextlib.suppress(Exception):
+                await subscription.unsubscribe()
+            if client.is_connected:  # best effort: the server removes it by itself after a while
+                with contextlib.suppress(Exception):
+                    await client.publish(
+                        f"{self._api}.CONSUMER.DELETE.{self._stream}.{name}", b"", client.new_inbox()
+                    )
+                    await client.flush(1)
+
+    def update_of(self, msg: Msg, sequence: int) -> Update:
+        """The update that a message of the stream is."""
+        key = msg.subject[len(self._subjects) :]
+        version = VersionToken.from_u64(sequence)
+        headers = msg.headers
+        if headers:
+            operation = headers.get(_OPERATION)
+            if operation == "DEL":
+                return Delete(key, version)
+            if operation == "PURGE" or headers.get(_MARKER) is not None:
+                return Purge(key, version)
+        return Put(key, msg.data, version)
+
+
+class _Piece(NamedTuple):
+    updates: list[Update]
+    last: int
+    """The sequence of the last message in the stream; 0 if there was none."""
+    pending: int | None
+
+
+class _Pull:
+    """Asks a consumer for messages, takes them in, and checks that none is missing."""
+
+    def __init__(self, kv: NatsKv, client: Client, subject: str, inbox: str) -> None:
+        self._kv, self._client, self._subject, self._inbox = kv, client, subject, inbox
+        self._waiting: deque[Msg] = deque()
+        self._woken = asyncio.Event()
+        # Requests under way, oldest first: number -> messages that it may still bring.
+        self._open: dict[int, int] = {}
+        self._number = 0
+        self._brought: set[int] = set()  # requests that brought something
+        self._single = False  # ask for one message without a limit of bytes
+        self._delivered = 0
+        self._pending: int | None = None
+        self._heard = time.monotonic()
+        self._ended = False
+
+    async def on_message(self, msg: Msg) -> None:
+        self._waiting.append(msg)
+        self._woken.set()
+
+    async def pieces(self, once: bool) -> AsyncIterator[_Piece]:
+        """Pieces of what comes. They end when `once` is set and nothing waits."""
+        await self._ask(once)
+        heard = self._heard = time.monotonic()
+        while True:
+            if not self._waiting:
+                await self._wait()
+            piece = self._take()
+            if self._ended:
+                if piece.updates:
+                    yield piece
+                return
+            if piece.updates or (self._heard > heard and not once):  # silence confirms nothing
+                yield piece
+            heard = self._heard
+            await self._ask(once)
+
+    async def _wait(self) -> None:
+        self._woken.clear()
+        lost = self._kv._lost
+        try:
+            await asyncio.wait_for(self._woken.wait(), HEARTBEAT_S / 2)
+        except TimeoutError:
+            if lost is not None and lost.is_set():
+                raise UpstreamLost(f"{self._kv!r}: the connection is lost") from None
+            if time.monotonic() - self._heard > SILENCE_S:
+                raise UpstreamLost(f"{self._kv!r}: no heartbeat for {SILENCE_S} s") from None
+
+    async def _ask(self, once: bool) -> None:
+        """Keep requests under way. What they may bring is all that the server may send."""
+        while len(self._open) < (1 if once or self._single else OPEN_REQUESTS):
+            self._number += 1
+            count = 1 if self._single else REQUEST_MESSAGES
+            request: dict[str, Any] = {"batch": count}
+            if not self._single:
+                request["max_bytes"] = REQUEST_BYTES
+            if once:
+                request["no_wait"] = True
+            else:
+                request["expires"] = int(EXPIRES_S * 1e9)
+                request["idle_heartbeat"] = int(HEARTBEAT_S * 1e9)
+            self._single = False
+            self._open[self._number] = count
+            await self._client.publish(
+                self._subject, json.dumps(request).encode(), f"{self._inbox}.{self._number}"
+            )
+
+    def _take(self) -> _Piece:
+        """What waits, up to the size of a piece."""
+        updates: list[Update] = []
+        size, last = 0, 0
+        waiting, update_of = self._waiting, self._kv.update_of
+        if waiting:
+            self._heard = time.monotonic()
+        while waiting and len(updates) < PIECE_UPDATES and size < PIECE_BYTES:
+            msg = waiting.popleft()
+            if not msg.reply.startswith("$JS.ACK."):
+                self._status(msg)
+                continue
+            delivered, last, pending = sequences_of(msg.reply)
+            if delivered != self._delivered + 1:
+                raise UpstreamLost(
+                    f"{self._kv!r}: message {delivered} of the consumer came after {self._delivered}"
+                )
+            self._delivered, self._pending = delivered, pending
+            self._count_down()
+            updates.append(update_of(msg, last))
+            size += len(msg.data)
+        return _Piece(updates, last, self._pending if not waiting else None)
+
+    def _count_down(self) -> None:
+        for number in self._open:  # the oldest is served first
+            self._brought.add(number)
+            self._open[number] -= 1
+            if not self._open[number]:
+                del self._open[number]
+                self._brought.discard(number)
+            return
+
+    def _status(self, msg: Msg) -> None:
+        """An answer that is no message: a heartbeat, or the end of a request."""
+        headers = msg.headers or {}
+        status, text = headers.get("Status", ""), headers.get("Description", "").lower()
+        number = int(msg.subject.rpartition(".")[2])
+        if status == "100":
+            told = headers.get("Nats-Last-Consumer")
+            if told is not None and int(told) > self._delivered + len(self._waiting):
+                raise UpstreamLost(f"{self._kv!r}: messages up to {told} of the consumer are lost")
+            return
+        brought = number in self._brought
+        self._open.pop(number, None)
+        self._brought.discard(number)
+        if status == "404":
+            self._ended = True
+            self._pending = 0
+        elif status == "409" and "message size exceeds" in text:
+            self._single = not brought
+        elif status != "408" and not (status == "409" and "batch completed" in text):
+            raise UpstreamLost(f"{self._kv!r}: {status} {headers.get('Description', '')}")
+
+
+def sequences_of(reply: str) -> tuple[int, int, int]:
+    """(of the consumer, of the stream, pending) in the reply subject of a message. Counted from the end: domains add tokens."""
+    tokens = reply.split(".")
+    end = len(tokens) if len(tokens) < 12 else 11
+    return int(tokens[end - 3]), int(tokens[end - 4]), int(tokens[end - 1])
+
+
+def _filters(subjects: str, prefixes: Prefixes) -> list[str]:
+    """The subjects that hold all keys under `prefixes`, cut at the last token that is whole. None overlaps another."""
+    stems = sorted({_stem(prefix) for prefix in prefixes} or {""})
+    kept: list[str] = []
+    for stem in stems:
+        if not any(stem.startswith(other) for other in kept):
+            kept.append(stem)
+    return [f"{subjects}{stem}>" for stem in kept]
+
+
+def _stem(prefix: str) -> str:
+    stem: list[str] = []
+    for token in prefix.split(".")[:-1]:
+        if not token or re.search(r"[*>\s]", token):
+            break
+        stem.append(token + ".")
+    return "".join(stem)
+
+
+def _filter_config(filters: list[str], version: Any) -> dict[str, Any]:
+    if len(filters) == 1:
+        return {"filter_subject": filters[0]}
+    if (version.major, version.minor) >= (2, 10):
+        return {"filter_subjects": filters}
+    return {"filter_subject": filters[0].split(".", 2)[0] + "." + filters[0].split(".")[1] + ".>"}
+
+
+def _checked(url: str) -> str:
+    try:
+        parts = urlsplit(url.strip())
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"not an address: {error}") from None
+    if parts.scheme not in ("nats", "tls", "ws", "wss") or not parts.hostname:
+        raise ValueError("an address is nats://HOST:PORT or tls://HOST:PORT")
+    return url.strip()
+
+
+def _bare(url: str) -> str:
+    parts = urlsplit(url)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname}{port}"
+
+
+def _nats() -> tuple[Any, Any]:
+    try:
+        import nats.aio.client
+        import nats.errors
+    except ImportError:
+        raise UpstreamRefused("NatsKv needs nats-py: pip install 'foldlog[nats]'") from None
+    return nats, nats.errors
