@@ -24,7 +24,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -364,7 +364,7 @@ class Link:
         held = Held(fold.origin, fold.cursor(), len(fold) == 0)
         return plan(held, found, accepted=self._accepted)
 
-    async def _state(self, found: Identity) -> AsyncIterator[Changes]:
+    async def _state(self, found: Identity) -> AsyncGenerator[Changes, None]:
         """All live entries, however the upstream can tell them."""
         upstream, prefixes = self._upstream, self._config.prefixes
         if isinstance(upstream, HasState):
@@ -512,9 +512,7 @@ class Link:
             return update
         what = f"its value takes {value} bytes" if value else f"it takes {size} bytes"
         if size > MAX_KEY_BYTES or not self._config.skip_oversize:
-            raise UpstreamOversize(
-                f"key {update.key[:80]!r} cannot be held: {what}", update.key
-            )
+            raise UpstreamOversize(f"key {update.key[:80]!r} cannot be held: {what}", update.key)
         log.warning("%s: key %r is skipped: %s", self._name, update.key[:80], what)
         self._skipped[update.key] = bytes(update.version)
         return Delete(update.key, update.version)

@@ -3,11 +3,14 @@
 protocol <- storage <- actors <- foldlog        imports never run back
 """
 
+from foldlog import upstreams
 from foldlog.actors.core import Restart, State, Stats
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Watch
 from foldlog.actors.follower import FollowerState
+from foldlog.actors.link import LinkState, LinkStats
 from foldlog.follow import Follower, FollowerStats, follow
+from foldlog.mirror import Mirror, MirrorStats, mirror
 from foldlog.protocol.errors import (
     ArtifactInvalidError,
     Backpressure,
@@ -33,6 +36,16 @@ from foldlog.protocol.messages import Apply, Compact, Export, Get, Page, Range, 
 from foldlog.protocol.store import SnapshotStore
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Purge, Put, Update
+from foldlog.protocol.upstream import (
+    MirrorReadOnly,
+    ResetHeld,
+    Upstream,
+    UpstreamError,
+    UpstreamLost,
+    UpstreamMissing,
+    UpstreamOversize,
+    UpstreamRefused,
+)
 from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
 from foldlog.storage.engines.append_log import AppendLogSnapshot
 from foldlog.storage.fold.diff import diff
@@ -68,9 +81,14 @@ __all__ = [
     "KeyExists",
     "KvEntry",
     "Lagged",
+    "LinkState",
+    "LinkStats",
     "LogChangedError",
     "LogPoisonedError",
     "LogRegressedError",
+    "Mirror",
+    "MirrorReadOnly",
+    "MirrorStats",
     "OpenReport",
     "Page",
     "Purge",
@@ -79,6 +97,7 @@ __all__ = [
     "RangePage",
     "ReentrantCall",
     "RequestTimeout",
+    "ResetHeld",
     "Restart",
     "Rewound",
     "SnapshotStore",
@@ -90,6 +109,12 @@ __all__ = [
     "StoreLocked",
     "Synced",
     "Update",
+    "Upstream",
+    "UpstreamError",
+    "UpstreamLost",
+    "UpstreamMissing",
+    "UpstreamOversize",
+    "UpstreamRefused",
     "VersionMismatch",
     "VersionToken",
     "Watch",
@@ -98,5 +123,7 @@ __all__ = [
     "__version__",
     "diff",
     "follow",
+    "mirror",
     "open",
+    "upstreams",
 ]

@@ -1,8 +1,8 @@
 """Upstreams to mirror: NATS JetStream KV buckets, etcd prefixes, other foldlog logs. Each is imported when it is used.
 
-    nats_kv.py    NatsKv(url, bucket=)     needs nats-py: the extra `nats`
-    etcd.py       Etcd(url, prefix=)
-    log_file.py   LogFile(path)
+nats_kv.py    NatsKv(url, bucket=)     needs nats-py: the extra `nats`
+etcd.py       Etcd(url, prefix=)
+log_file.py   LogFile(path)
 """
 
 from __future__ import annotations

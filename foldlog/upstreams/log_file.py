@@ -11,8 +11,8 @@ import os
 from collections.abc import AsyncIterator
 from hashlib import blake2b
 
-from foldlog.follow import Follower, follow
 from foldlog.actors.follower import FollowerState
+from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
 from foldlog.protocol.events import Changed, Synced
 from foldlog.protocol.store import StrPath
@@ -122,7 +122,9 @@ class LogFile:
                 elif watch.ended is not None:
                     raise UpstreamLost(f"{self.path}: {watch.ended}")
                 elif follower.state is not FollowerState.FOLLOWING:
-                    raise UpstreamLost(f"{self.path} is {follower.state}: {follower.stats().reason}")
+                    raise UpstreamLost(
+                        f"{self.path} is {follower.state}: {follower.stats().reason}"
+                    )
                 elif not updates:
                     yield Changes([], _at(seq), 0)
 
@@ -149,5 +151,3 @@ class LogFile:
 
 def _at(seq: int) -> WatchCursor:
     return WatchCursor.from_u64(seq)
-
-

@@ -18,9 +18,9 @@ import secrets
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit
 
 from foldlog.protocol.tokens import NAME_BYTES, VersionToken, WatchCursor
@@ -112,7 +112,7 @@ class NatsKv:
             return client
         nats, errors = _nats()
         await self.close()
-        client = nats.aio.client.Client()
+        client = cast("Client", nats.aio.client.Client())
         lost = self._lost = asyncio.Event()
 
         async def on_error(error: Exception) -> None:
@@ -205,7 +205,9 @@ class NatsKv:
         name = blake2b(f"nats\0{self._domain}\0{self._stream}".encode(), digest_size=NAME_BYTES)
         made = blake2b(str(info.get("created")).encode(), digest_size=NAME_BYTES)
         last = int(info["state"]["last_seq"])
-        return Identity(name.digest() + made.digest(), WatchCursor.none(), WatchCursor.from_u64(last))
+        return Identity(
+            name.digest() + made.digest(), WatchCursor.none(), WatchCursor.from_u64(last)
+        )
 
     async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
         start = {"deliver_policy": "by_start_sequence", "opt_start_seq": (after.as_u64() or 0) + 1}
@@ -243,7 +245,7 @@ class NatsKv:
 
     async def _consume(
         self, start: dict[str, Any], prefixes: Prefixes, *, once: bool = False
-    ) -> AsyncIterator[_Piece]:
+    ) -> AsyncGenerator[_Piece, None]:
         """What a new consumer delivers, in pieces: `once`, until nothing waits any more; else for ever."""
         client = await self._connect()
         name = f"foldlog-{secrets.token_hex(8)}"
@@ -267,15 +269,18 @@ class NatsKv:
             made = await self._request(f"CONSUMER.CREATE.{self._stream}.{name}", body)
             if not once:
                 yield _Piece([], 0, made.get("num_pending"))
-            async for piece in pull.pieces(once):
-                yield piece
+            async with contextlib.aclosing(pull.pieces(once)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
             with contextlib.suppress(Exception):
                 await subscription.unsubscribe()
             if client.is_connected:  # best effort: the server removes it by itself after a while
                 with contextlib.suppress(Exception):
                     await client.publish(
-                        f"{self._api}.CONSUMER.DELETE.{self._stream}.{name}", b"", client.new_inbox()
+                        f"{self._api}.CONSUMER.DELETE.{self._stream}.{name}",
+                        b"",
+                        client.new_inbox(),
                     )
                     await client.flush(1)
 
@@ -321,7 +326,7 @@ class _Pull:
         self._waiting.append(msg)
         self._woken.set()
 
-    async def pieces(self, once: bool) -> AsyncIterator[_Piece]:
+    async def pieces(self, once: bool) -> AsyncGenerator[_Piece, None]:
         """Pieces of what comes. They end when `once` is set and nothing waits."""
         await self._ask(once)
         heard = self._heard = time.monotonic()
@@ -407,7 +412,7 @@ class _Pull:
         number = int(msg.subject.rpartition(".")[2])
         if status == "100":
             told = headers.get("Nats-Last-Consumer")
-            if told is not None and int(told) > self._delivered + len(self._waiting):
+            if told is not None and int(told) > self._delivered:
                 raise UpstreamLost(f"{self._kv!r}: messages up to {told} of the consumer are lost")
             return
         brought = number in self._brought

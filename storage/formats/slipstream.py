@@ -96,7 +96,9 @@ def encode_cursor(cursor: bytes) -> bytes:
 
 def encode_item(item: bytes) -> bytes:
     """A batch, from its form as an item of a BATCHES body (`protocol/updates.py`). Cost: about 1 us a record."""
-    cursor, keys, values, versions = msgpack.unpackb(item, raw=True)[:4]  # an origin has no place here
+    cursor, keys, values, versions = msgpack.unpackb(item, raw=True)[
+        :4
+    ]  # an origin has no place here
     records = [
         encode_put(key, value, version) if type(value) is bytes else encode_delete(key, version)
         for key, value, version in zip(keys, values, versions, strict=True)

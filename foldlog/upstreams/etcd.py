@@ -1,0 +1,225 @@
+"""The keys under a prefix of etcd (3.4 and newer), by its JSON gateway over plain HTTP: no client library.
+
+A position is a revision. Several changes may share one, and etcd sends them in one answer, so that what is told is always whole.
+The state is read at one revision, page by page. A watch from before a compaction is refused with the revision of the compaction;
+the link then folds the difference to the state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import ssl
+from collections.abc import AsyncIterator
+from hashlib import blake2b
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from foldlog.protocol.tokens import NAME_BYTES, VersionToken, WatchCursor
+from foldlog.protocol.updates import Delete, Put, Update
+from foldlog.protocol.upstream import (
+    Changes,
+    Identity,
+    Prefixes,
+    Revisions,
+    UpstreamError,
+    UpstreamLost,
+    UpstreamRefused,
+)
+from foldlog.upstreams.http_json import HttpError, Stream, post, stream
+
+PAGE_KEYS = 5_000
+LOOK_S = 1.0
+"""Between two looks at the revision, while nothing comes: how soon a dead server is noticed."""
+REQUEST_S = 10.0
+_UNAUTHENTICATED, _PERMISSION_DENIED, _INVALID = 16, 7, 3
+
+
+class Etcd:
+    """The keys that start with `prefix` in the etcd at `url` (http://HOST:PORT or https://HOST:PORT). "" is all keys.
+
+    `user` and `password`, also in the URL; `tls`: an ssl.SSLContext for https. No secret shows in a repr, a reason or a log.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        prefix: str = "",
+        user: str | None = None,
+        password: str | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ValueError(f"not an address: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("an address is http://HOST:PORT or https://HOST:PORT")
+        self._host, self._port = parts.hostname, port or 2379
+        self._tls = tls or (ssl.create_default_context() if parts.scheme == "https" else None)
+        self.prefix = prefix
+        self._user = user or (unquote(parts.username) if parts.username else None)
+        self._password = password or unquote(parts.password or "")
+        self._token = ""
+        self._compacted = 0
+        """The revision of a compaction that a watch ran into."""
+
+    def __repr__(self) -> str:
+        scheme = "https" if self._tls else "http"
+        return f"Etcd('{scheme}://{self._host}:{self._port}', prefix={self.prefix!r})"
+
+    async def identify(self) -> Identity:
+        """The cluster, and its revision, agreed on by a majority of its members."""
+        if self._user and not self._token:
+            body = {"name": self._user, "password": self._password}
+            self._token = str((await self._post("/v3/auth/authenticate", body))["token"])
+        answer = await self._range({"limit": 1, "keys_only": True})
+        header = answer["header"]
+        name = blake2b(f"etcd\0{self.prefix}".encode(), digest_size=NAME_BYTES).digest()
+        cluster = int(header["cluster_id"]).to_bytes(8, "big")
+        first = WatchCursor.from_u64(max(self._compacted - 1, 0))
+        return Identity(name + cluster, first, WatchCursor.from_u64(int(header["revision"])))
+
+    async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        at = after.as_u64() or 0
+        create = {**self._keys(), "start_revision": at + 1}
+        watch = await self._stream("/v3/watch", {"create_request": create})
+        unsettled = 0  # a revision that was seen and not told of: perhaps of other keys
+        try:
+            line: asyncio.Task[Any] = asyncio.ensure_future(watch.next())
+            while True:
+                done, _ = await asyncio.wait({line}, timeout=LOOK_S)
+                if not done:
+                    revision = await self._revision()
+                    in_step = revision <= max(at, unsettled) and not line.done()
+                    unsettled = revision
+                    yield Changes([], WatchCursor.from_u64(at), 0 if in_step else None)
+                    continue
+                events = self._events(line.result())
+                line = asyncio.ensure_future(watch.next())
+                if events:
+                    at = max(at, events[-1].version.as_u64() or 0)
+                    yield Changes(events, WatchCursor.from_u64(at), 0)
+        except HttpError as error:
+            raise UpstreamLost(f"{self!r}: {error}") from None
+        finally:
+            line.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await line
+            watch.close()
+
+    def _events(self, answer: Any) -> list[Update]:
+        if answer is None:
+            raise UpstreamLost(f"{self!r}: the watch ended")
+        if "error" in answer:
+            raise self._error(answer["error"])
+        result = answer.get("result", {})
+        if result.get("canceled"):
+            self._compacted = int(result.get("compact_revision", 0))
+            reason = result.get("cancel_reason") or f"compacted at {self._compacted}"
+            raise UpstreamLost(f"{self!r}: the watch was cancelled: {reason}")
+        return [self._update(event) for event in result.get("events", ())]
+
+    def _update(self, event: dict[str, Any]) -> Update:
+        kv = event["kv"]
+        version = VersionToken.from_u64(int(kv["mod_revision"]))
+        if event.get("type") == "DELETE":
+            return Delete(self._key(kv), version)
+        return Put(self._key(kv), base64.b64decode(kv.get("value", "")), version)
+
+    def _key(self, kv: dict[str, Any]) -> str:
+        raw = base64.b64decode(kv.get("key", ""))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            raise UpstreamRefused(f"{self!r}: key {raw[:80]!r} is not UTF-8") from None
+
+    async def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        """All keys, at one revision."""
+        async for kvs, revision in self._pages({}):
+            updates = [self._update({"kv": kv}) for kv in kvs]
+            yield Changes(updates, WatchCursor.from_u64(revision))
+
+    async def revisions(self, prefixes: Prefixes) -> Revisions:
+        """The keys and revisions, without values."""
+        found: dict[str, bytes] = {}
+        at = 0
+        async for kvs, revision in self._pages({"keys_only": True}):
+            at = revision
+            for kv in kvs:
+                found[self._key(kv)] = VersionToken.from_u64(int(kv["mod_revision"]))
+        return Revisions(found, WatchCursor.from_u64(at))
+
+    async def _pages(self, options: dict[str, Any]) -> AsyncIterator[tuple[list[Any], int]]:
+        body = {"limit": PAGE_KEYS, **options}
+        while True:
+            answer = await self._range(body)
+            revision = int(body.get("revision") or answer["header"]["revision"])
+            kvs = answer.get("kvs", [])
+            yield kvs, revision
+            if not answer.get("more") or not kvs:
+                return
+            body["revision"] = revision
+            body["key"] = _b64(base64.b64decode(kvs[-1]["key"]) + b"\0")
+
+    async def _revision(self) -> int:
+        answer = await self._range({"limit": 1, "keys_only": True})
+        return int(answer["header"]["revision"])
+
+    def _keys(self) -> dict[str, str]:
+        raw = self.prefix.encode()
+        end = raw.rstrip(b"\xff")
+        end = end[:-1] + bytes((end[-1] + 1,)) if end else b"\0"
+        return {"key": _b64(raw or b"\0"), "range_end": _b64(end)}
+
+    async def _range(self, options: dict[str, Any]) -> dict[str, Any]:
+        return await self._post("/v3/kv/range", {**self._keys(), **options})
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = await asyncio.wait_for(
+                post(self._host, self._port, path, body, self._token, self._tls), REQUEST_S
+            )
+        except HttpError as error:
+            raise self._http_error(error) from None
+        except (OSError, TimeoutError, EOFError) as error:
+            raise UpstreamLost(f"{self!r}: {error or type(error).__name__}") from None
+        return answer
+
+    async def _stream(self, path: str, body: dict[str, Any]) -> Stream:
+        try:
+            return await asyncio.wait_for(
+                stream(self._host, self._port, path, body, self._token, self._tls), REQUEST_S
+            )
+        except HttpError as error:
+            raise self._http_error(error) from None
+        except (OSError, TimeoutError, EOFError) as error:
+            raise UpstreamLost(f"{self!r}: {error or type(error).__name__}") from None
+
+    def _http_error(self, error: HttpError) -> UpstreamError:
+        with contextlib.suppress(ValueError):
+            answer = json.loads(error.body)
+            if isinstance(answer, dict):
+                return self._error(answer)
+        return UpstreamLost(f"{self!r}: {error}")
+
+    def _error(self, answer: dict[str, Any]) -> UpstreamError:
+        code = answer.get("code", answer.get("grpc_code"))
+        reason = f"{self!r}: {answer.get('message') or answer.get('error') or answer}"
+        if code == _UNAUTHENTICATED and self._token and "invalid auth token" in reason:
+            self._token = ""  # it has expired
+            return UpstreamLost(reason)
+        if code in (_UNAUTHENTICATED, _PERMISSION_DENIED, _INVALID):
+            return UpstreamRefused(reason)
+        return UpstreamLost(reason)
+
+    async def close(self) -> None:
+        """Nothing is kept open between requests but a watch, which its reader closes."""
+
+
+def _b64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode("ascii")

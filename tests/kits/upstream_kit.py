@@ -1,0 +1,267 @@
+"""Upstreams that a test can write to, of every kind, behind one face; and what their mirrors must look like."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import servers
+
+import foldlog
+from foldlog.upstreams import Etcd, LogFile, NatsKv
+
+DEADLINE_S = 30.0
+
+
+def until(condition: Callable[[], object], what: str = "") -> None:
+    """Wait until `condition` holds, with a deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, what or "a condition did not come to hold"
+        time.sleep(0.005)
+
+
+class Loop:
+    """An event loop in a thread, for clients that need one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(DEADLINE_S)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(DEADLINE_S)
+        self._loop.close()
+
+
+class Source(Protocol):
+    """An upstream, as a test writes to it."""
+
+    def put(self, key: str, value: bytes) -> None: ...
+    def delete(self, key: str) -> None: ...
+    def entries(self) -> dict[str, bytes]:
+        """All that is live."""
+
+    def upstream(self) -> Any:
+        """A new upstream of the product."""
+
+    def forget(self) -> None:
+        """Drop the history: no client can be told what it missed."""
+
+    def kill(self) -> None:
+        """End the server at once, and start it again."""
+
+    def close(self) -> None: ...
+
+
+class NatsSource:
+    """A bucket of a real NATS server."""
+
+    def __init__(self, folder: Path, bucket: str = "b", **config: Any) -> None:
+        pytest.importorskip("nats", reason="nats-py is not installed: the extra `nats`")
+        self.server = servers.nats(folder)
+        self.server.start()
+        self.bucket, self._config = bucket, config
+        self.loop = Loop()
+        self.connect()
+        self.create()
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.server.port}"
+
+    def connect(self) -> None:
+        import nats
+
+        self.client = self.loop.run(nats.connect(self.url, error_cb=_quiet))
+        self.js = self.client.jetstream(timeout=DEADLINE_S)
+
+    def create(self) -> None:
+        self.kv = self.loop.run(self.js.create_key_value(bucket=self.bucket, **self._config))
+
+    def recreate(self) -> None:
+        self.loop.run(self.js.delete_key_value(self.bucket))
+        self.create()
+
+    def put(self, key: str, value: bytes) -> None:
+        self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", value))
+
+    def put_many(self, entries: dict[str, bytes]) -> None:
+        async def publish() -> None:
+            for key, value in entries.items():
+                await self.client.publish(f"$KV.{self.bucket}.{key}", value)
+            await self.client.flush()
+
+        self.loop.run(publish())
+
+    def delete(self, key: str) -> None:
+        headers = {"KV-Operation": "DEL"}
+        self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", b"", headers=headers))
+
+    def purge(self, key: str) -> None:
+        headers = {"KV-Operation": "PURGE", "Nats-Rollup": "sub"}
+        self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", b"", headers=headers))
+
+    def entries(self) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}", subjects_filter=">"))
+        for subject in info.state.subjects or ():
+            msg = self.loop.run(self.js.get_last_msg(f"KV_{self.bucket}", subject))
+            if not (msg.headers or {}).keys() & {"KV-Operation", "Nats-Marker-Reason"}:
+                found[subject.split(".", 2)[2]] = msg.data or b""
+        return found
+
+    def consumers(self) -> int:
+        info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}"))
+        count: int = info.state.consumer_count
+        return count
+
+    def upstream(self, **options: Any) -> NatsKv:
+        return NatsKv(self.url, bucket=self.bucket, **options)
+
+    def forget(self) -> None:
+        self.loop.run(self.kv.purge_deletes(olderthan=-1))
+
+    def kill(self) -> None:
+        self.loop.run(self.client.close())
+        self.server.kill()
+        self.server.start()
+        self.connect()
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self.loop.run(self.client.close())
+        self.loop.close()
+        self.server.kill()
+
+
+async def _quiet(error: Exception) -> None:
+    pass
+
+
+class EtcdSource:
+    """A real etcd."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = servers.etcd(folder)
+        self.server.start()
+        until(self._is_ready)
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(OSError):
+            self._post("kv/range", {"key": _b64("x")})
+            return True
+        return False
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.server.port}/v3/{path}", json.dumps(body).encode()
+        )
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            fields: dict[str, Any] = json.load(answer)
+        return fields
+
+    def put(self, key: str, value: bytes) -> None:
+        self._post("kv/put", {"key": _b64(key), "value": base64.b64encode(value).decode()})
+
+    def put_together(self, entries: dict[str, bytes]) -> None:
+        """Several changes at one revision."""
+        success = [
+            {"requestPut": {"key": _b64(key), "value": base64.b64encode(value).decode()}}
+            for key, value in entries.items()
+        ]
+        self._post("kv/txn", {"success": success})
+
+    def delete(self, key: str) -> None:
+        self._post("kv/deleterange", {"key": _b64(key)})
+
+    def entries(self) -> dict[str, bytes]:
+        answer = self._post("kv/range", {"key": _b64("\0"), "range_end": _b64("\0")})
+        return {
+            base64.b64decode(kv["key"]).decode(): base64.b64decode(kv.get("value", ""))
+            for kv in answer.get("kvs", ())
+        }
+
+    def upstream(self) -> Etcd:
+        return Etcd(f"http://127.0.0.1:{self.server.port}")
+
+    def forget(self) -> None:
+        revision = self._post("kv/range", {"key": _b64("x")})["header"]["revision"]
+        self._post("kv/compaction", {"revision": revision, "physical": True})
+
+    def kill(self) -> None:
+        self.server.kill()
+        self.server.start()
+        until(self._is_ready)
+
+    def close(self) -> None:
+        self.server.kill()
+
+
+def _b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode("ascii")
+
+
+class LogSource:
+    """A foldlog log."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.path = folder / "source.log"
+        self.store = foldlog.open(self.path)
+
+    def put(self, key: str, value: bytes) -> None:
+        self.store.put(key, value)
+
+    def delete(self, key: str) -> None:
+        self.store.delete(key)
+
+    def entries(self) -> dict[str, bytes]:
+        return dict(self.store.snapshot().items())
+
+    def upstream(self) -> LogFile:
+        return LogFile(self.path)
+
+    def forget(self) -> None:
+        self.store.compact()
+
+    def kill(self) -> None:
+        self.store.close()
+        self.store = foldlog.open(self.path)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "nats": NatsSource,
+    "etcd": EtcdSource,
+    "log": LogSource,
+}
+
+
+@contextlib.contextmanager
+def opened(source: Any) -> Iterator[Any]:
+    """The source, closed at the end."""
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def same(mirror: foldlog.Mirror, source: Any) -> bool:
+    """Whether the mirror holds what its upstream does."""
+    return dict(mirror.snapshot().items()) == source.entries()
