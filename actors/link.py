@@ -37,6 +37,7 @@ from foldlog.actors.resuming import (
     Plan,
     Step,
     audit_delay_s,
+    mark_of,
     may_delete,
     plan,
     retry_delay_s,
@@ -57,6 +58,7 @@ from foldlog.protocol.updates import (
 from foldlog.protocol.upstream import (
     Changes,
     Closable,
+    HasMarks,
     HasRevisions,
     HasState,
     Identity,
@@ -175,7 +177,8 @@ class Link:
         # Of one attachment.
         self._turn = asyncio.Lock()  # of those who give batches to the store
         self._under_way: Future[int] | None = None
-        self._origin = b""
+        self._origin = self._mark = b""
+        self._values_in_doubt = False
         self._position = WatchCursor.none()
         self._touched: set[str] | None = None
         self._audited = self._caught_up = False
@@ -325,7 +328,7 @@ class Link:
         self._set(LinkState.ATTACHING, self.reason if self.state is LinkState.LOST else "")
         self.attaches += 1
         found, decided = await self._decide()
-        self._origin = found.origin
+        self._origin, self._mark = found.origin, mark_of(self._sink.snapshot().origin, found.origin)
         if decided.step is Step.LOAD:
             await self._load(found)
         elif decided.step is Step.REPLACE:
@@ -342,16 +345,31 @@ class Link:
 
     async def _decide(self) -> tuple[Identity, Plan]:
         found = await self._identify()
-        decided = self._plan(found)
+        decided = await self._recalled(self._plan(found), found)
         if decided.step is Step.HOLD:
             raise ResetHeld(decided.reason)
         if decided.rewound:
             await asyncio.sleep(CONFIRM_S)
             again = await self._identify()
-            if again.origin != found.origin or self._plan(again) != decided:
+            if again.origin != found.origin or (
+                await self._recalled(self._plan(again), again) != decided
+            ):
                 raise UpstreamLost("the upstream is not sure who it is")
             found = again
         return found, decided
+
+    async def _recalled(self, decided: Plan, found: Identity) -> Plan:
+        """The plan, unless to resume is planned, and the upstream says that the position is of other changes."""
+        self._values_in_doubt = False
+        if decided.step is not Step.RESUME or not isinstance(self._upstream, HasMarks):
+            return decided
+        fold = self._sink.snapshot()
+        mark = mark_of(fold.origin, found.origin)
+        known = await self._upstream.recalls(fold.cursor(), mark) if mark else None
+        self._values_in_doubt = known is None
+        if known is False:
+            return Plan(Step.REPLACE, "the upstream was restored from a copy", rewound=True)
+        return decided
 
     async def _identify(self) -> Identity:
         found = await self._upstream.identify()
@@ -392,7 +410,7 @@ class Link:
         async with contextlib.aclosing(self._state(found)) as pieces:
             async for piece in pieces:
                 updates = self._wanted(piece.updates)
-                position = piece.position
+                position, self._mark = piece.position, piece.mark
                 if held:
                     updates = [u for u in updates if held.pop(u.key, None) != u.version]
                 if updates:
@@ -413,7 +431,7 @@ class Link:
                         state[update.key] = update
                     else:
                         state.pop(update.key, None)
-                position = piece.position
+                position, self._mark = piece.position, piece.mark
         fold = self._sink.snapshot()
         updates = await asyncio.to_thread(_difference, fold, state)
         self._check_deletes(sum(type(update) is Delete for update in updates), len(fold))
@@ -440,6 +458,7 @@ class Link:
             self._touched.update(update.key for update in updates)
         async with self._turn:
             if updates or piece.position != self._position:
+                self._mark = piece.mark
                 await self._apply(updates, piece.position)
         self.behind = piece.behind
         if piece.behind == 0:
@@ -494,10 +513,10 @@ class Link:
         self, updates: Sequence[Update], cursor: WatchCursor
     ) -> tuple[Batch, Sequence[Update]]:
         try:
-            batch = encode_batch(updates, cursor, self._origin)
+            batch = encode_batch(updates, cursor, self._origin + self._mark)
         except ValueError:
             updates = [self._held(update) for update in updates]
-            batch = encode_batch(updates, cursor, self._origin)
+            batch = encode_batch(updates, cursor, self._origin + self._mark)
         if self._skipped:
             for update in updates:
                 if isinstance(update, Put):
@@ -544,11 +563,13 @@ class Link:
         """Compare the fold with the upstream, and mend it. Whether there was nothing to mend."""
         self._touched = set()
         try:
-            audit = Audit(await self._revisions(), self._touched)
+            with_values, self._values_in_doubt = self._values_in_doubt, False
+            version_of = _with_value if with_values else _version
+            audit = Audit(await self._revisions(version_of), self._touched)
             async with self._turn:  # all that was received is applied
                 fold = self._sink.snapshot()
             for number, block in enumerate(fold.blocks()):
-                audit.compare((entry.key, bytes(entry.version)) for entry in block)
+                audit.compare((entry.key, version_of(entry)) for entry in block)
                 if number % 8 == 7:
                     await asyncio.sleep(0)
             suspects = audit.end().difference(self._skipped)
@@ -556,23 +577,26 @@ class Link:
         finally:
             self._touched = None
 
-    async def _revisions(self) -> dict[str, bytes]:
+    async def _revisions(self, version_of: Callable[[Put | KvEntry], bytes]) -> dict[str, bytes]:
         config, upstream = self._config, self._upstream
-        if config.parse is not None:  # versions of keys that are not the upstream's own
+        if config.parse is not None or version_of is _with_value:
+            # Versions of keys that are not the upstream's own, or that may have been given twice.
             assert isinstance(upstream, HasState)
-            return await self._parsed_versions(upstream)
+            return await self._state_versions(upstream, version_of)
         assert isinstance(upstream, HasRevisions)
         versions = dict((await upstream.revisions(config.prefixes)).versions)
         if config.prefixes:
             versions = {k: v for k, v in versions.items() if k.startswith(config.prefixes)}
         return versions
 
-    async def _parsed_versions(self, upstream: HasState) -> dict[str, bytes]:
+    async def _state_versions(
+        self, upstream: HasState, version_of: Callable[[Put | KvEntry], bytes]
+    ) -> dict[str, bytes]:
         versions: dict[str, bytes] = {}
         async for piece in upstream.state(self._config.prefixes):
             for update in self._wanted(piece.updates):
                 if isinstance(update, Put):
-                    versions[update.key] = bytes(update.version)
+                    versions[update.key] = version_of(update)
                 else:
                     versions.pop(update.key, None)
         return versions
@@ -610,6 +634,14 @@ class Link:
                 self.mended += len(updates)
                 self._accepted = False
         return bool(updates)
+
+
+def _version(entry: Put | KvEntry) -> bytes:
+    return bytes(entry.version)
+
+
+def _with_value(entry: Put | KvEntry) -> bytes:
+    return entry.version + hash(entry.value).to_bytes(8, "big", signed=True)
 
 
 def _versions(fold: FoldSnapshot) -> Iterable[tuple[str, bytes]]:

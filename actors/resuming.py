@@ -16,6 +16,10 @@ from foldlog.protocol.upstream import Identity, Prefixes
 
 MIN_MASS_DELETE = 100
 """A reset or an audit that deletes fewer keys than this is never held."""
+SCOPE_BYTES = 8
+"""Of the incarnation of a mirror of some prefixes."""
+MARK_BYTES = 8
+"""Of the mark that may follow an origin in the log: by which an upstream knows the position."""
 
 
 class Step(enum.Enum):
@@ -53,7 +57,7 @@ def scoped_origin(origin: bytes, prefixes: Prefixes) -> bytes:
     if not prefixes:
         return origin
     name, rest = origin[:NAME_BYTES].ljust(NAME_BYTES, b"\0"), origin[NAME_BYTES:]
-    digest = blake2b(rest, digest_size=NAME_BYTES)
+    digest = blake2b(rest, digest_size=SCOPE_BYTES)
     for prefix in sorted(prefixes):
         raw = prefix.encode()
         digest.update(len(raw).to_bytes(4, "little") + raw)
@@ -64,7 +68,7 @@ def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
     """How to go on with an upstream that says it is `found`. `accepted`: the owner has agreed to a reset."""
     if held.is_empty and held.cursor.is_none:
         return Plan(Step.LOAD, "nothing is held")
-    if held.origin != found.origin:
+    if not is_same(held.origin, found.origin):
         if held.origin[:NAME_BYTES].ljust(NAME_BYTES, b"\0") == found.origin[:NAME_BYTES].ljust(
             NAME_BYTES, b"\0"
         ):
@@ -79,6 +83,17 @@ def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
     if bytes(held.cursor) < bytes(found.first):
         return Plan(Step.REPLACE, "the upstream no longer reaches back to the cursor")
     return Plan(Step.RESUME)
+
+
+def is_same(held: bytes, found: bytes) -> bool:
+    """Whether an origin as a log has it, perhaps with a mark, is that of an upstream."""
+    return held in (found, found + mark_of(held, found))
+
+
+def mark_of(held: bytes, found: bytes) -> bytes:
+    """The mark that follows the origin `found` in `held`; empty if none does."""
+    has_mark = held.startswith(found) and len(held) == len(found) + MARK_BYTES
+    return held[len(found) :] if has_mark else b""
 
 
 def may_delete(deleted: int, live: int, limit: float) -> bool:
@@ -96,7 +111,7 @@ class Audit:
         """Keys whose entries are not as they should be; to be confirmed."""
 
     def compare(self, held: Iterable[tuple[str, bytes]]) -> None:
-        """Take some of the (key, version) that are held, each once."""
+        """Take some of the (key, version) that are held, each once; the versions as `found` has them."""
         missing, touched = self._missing, self._touched
         for key, version in held:
             if missing.pop(key, None) != version and key not in touched:

@@ -7,6 +7,7 @@ back; with `revisions` a mirror can find out that it was told wrong.
     changes     what came after a position, in whole positions, and goes on coming
     state       all that is live, in pieces                                             optional
     revisions   the keys that are live, each with its version: cheaper than `state`     optional
+    recalls     did you tell this at that position?                                     optional
     close       let go of connections; `identify` may be called again                   optional
 
 All are called on the event loop of the link, one attachment at a time; `state` and `revisions` may run beside `changes`.
@@ -29,7 +30,7 @@ class Identity(NamedTuple):
     """Who an upstream is, and which positions it reaches. Positions of one upstream sort as bytes."""
 
     origin: bytes
-    """1 to 32 bytes. The first 16 name it; the rest tells one incarnation of it from another."""
+    """1 to 32 bytes, 24 for one with marks. The first 16 name it; the rest tells one incarnation of it from another."""
     first: WatchCursor
     """The oldest position after which it tells every change; the none-cursor if it does from the start."""
     last: WatchCursor
@@ -45,6 +46,8 @@ class Changes(NamedTuple):
     """The position that holds once `updates` are folded. In a `state`, that of the state, and the last one counts."""
     behind: int | None = None
     """Updates that wait upstream after these; 0: nothing more waits, so far; None: not known."""
+    mark: bytes = b""
+    """Of an upstream with marks: 8 bytes by which it knows what it told at `position`; none where it cannot."""
 
 
 class Revisions(NamedTuple):
@@ -85,6 +88,14 @@ class HasRevisions(Protocol):
 
     async def revisions(self, prefixes: Prefixes) -> Revisions:
         """All live keys with their versions."""
+
+
+@runtime_checkable
+class HasMarks(Protocol):
+    """An upstream whose positions may be given twice: restored from a copy, it gives them to other changes."""
+
+    async def recalls(self, position: WatchCursor, mark: bytes) -> bool | None:
+        """Whether it told this mark at the position. None if it no longer knows: then values are audited, not versions alone."""
 
 
 @runtime_checkable

@@ -1,0 +1,219 @@
+"""What a link decides, over every small history of an upstream; and that each rule which is simpler fails in one of them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+
+from foldlog.actors.resuming import (
+    Audit,
+    Held,
+    Plan,
+    Step,
+    audit_delay_s,
+    may_delete,
+    plan,
+    retry_delay_s,
+    scoped_origin,
+)
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.upstream import Identity
+
+NAME = b"n" * 16
+EVENTS = ("put a", "put b", "delete a", "purge deletes", "purge all", "recreate", "restore")
+AWAY = 3
+"""Events while the client is away: with the states before it left, 7**3 * 3 histories."""
+
+
+def at(number: int) -> WatchCursor:
+    return WatchCursor.from_u64(number) if number else WatchCursor.none()
+
+
+class World(NamedTuple):
+    """A bucket with a history of 1: the last message of each key, the last sequence, and which bucket it is."""
+
+    messages: tuple[tuple[str, int, bool], ...] = ()
+    """(key, sequence, live), by sequence."""
+    last: int = 0
+    made: int = 1
+
+    def write(self, key: str, live: bool) -> World:
+        kept = tuple(m for m in self.messages if m[0] != key)
+        return self._replace(messages=(*kept, (key, self.last + 1, live)), last=self.last + 1)
+
+    def after(self, event: str, copy: World) -> World:
+        if event == "purge deletes":
+            return self._replace(messages=tuple(m for m in self.messages if m[2]))
+        if event == "purge all":
+            return self._replace(messages=())
+        if event == "recreate":
+            return World(made=self.made + 1)
+        if event == "restore":
+            return copy
+        verb, key = event.split()
+        return self.write(key, verb == "put")
+
+    @property
+    def live(self) -> dict[str, bytes]:
+        """Versions by key; the incarnation makes equal sequences of two buckets different entries."""
+        return {k: bytes(at(seq)) + bytes((self.made,)) for k, seq, live in self.messages if live}
+
+    @property
+    def first(self) -> int:
+        return self.messages[0][1] if self.messages else self.last + 1
+
+    @property
+    def identity(self) -> Identity:
+        origin = NAME + bytes((self.made,))
+        return Identity(origin, WatchCursor.none(), WatchCursor.from_u64(self.last))
+
+
+def attached(held: dict[str, bytes], origin: bytes, cursor: int, world: World, rules) -> dict:
+    """What a client holds once it has attached by `rules` and is in step."""
+    place = WatchCursor.from_u64(cursor) if cursor else WatchCursor.none()
+    decided = rules["plan"](Held(origin, place, not held), world.identity, world)
+    fold = dict(held)
+    if decided.step in (Step.LOAD, Step.REPLACE):
+        return dict(world.live)
+    for key, seq, live in world.messages:
+        if seq > cursor:
+            fold.pop(key, None)
+            if live:
+                fold[key] = world.live[key]
+    if rules["audit"] is not None:
+        for key in rules["audit"](fold, world.live):
+            fold.pop(key, None)
+            if key in world.live:
+                fold[key] = world.live[key]
+    return fold
+
+
+def both_ways(fold: dict[str, bytes], found: dict[str, bytes]) -> set[str]:
+    audit = Audit(found, ())
+    audit.compare(fold.items())
+    return audit.end()
+
+
+RULES = {"plan": lambda held, identity, world: plan(held, identity), "audit": both_ways}
+
+
+def first_sequence_alone(held, identity, world) -> Plan:
+    sound = not held.cursor.is_none and world.first <= (held.cursor.as_u64() or 0) + 1
+    return Plan(Step.RESUME if sound else Step.REPLACE)
+
+
+MUTANTS = {
+    "first sequence alone": RULES | {"plan": first_sequence_alone, "audit": None},
+    "no audit": RULES | {"audit": None},
+    "audit only of what is held": RULES
+    | {"audit": lambda fold, found: {k for k in fold if k not in found}},
+    "audit only of what is found": RULES
+    | {"audit": lambda fold, found: {k for k in found if k not in fold}},
+    "audit of keys, not of versions": RULES
+    | {"audit": lambda fold, found: fold.keys() ^ found.keys()},
+}
+
+
+def histories():
+    """(what is held, its origin, its cursor, the world as it is now) after every small history."""
+    befores = [
+        World().write("a", True),
+        World().write("a", True).write("b", True),
+        World().write("b", True).write("a", True).write("a", True),
+    ]
+    for before in befores:
+        copy = World(before.messages[:1], before.messages[0][1]).write("c", True)
+        for events in itertools.product(EVENTS, repeat=AWAY):
+            world = before
+            for event in events:
+                world = world.after(event, copy)
+            yield dict(before.live), before.identity.origin, before.last, world
+
+
+def wrong(rules) -> int:
+    return sum(
+        attached(held, origin, cursor, world, rules) != world.live
+        for held, origin, cursor, world in histories()
+    )
+
+
+def test_attaching_is_exact_after_every_small_history():
+    assert wrong(RULES) == 0
+
+
+@pytest.mark.parametrize("mutant", sorted(MUTANTS))
+def test_every_simpler_rule_leaves_a_mirror_wrong(mutant):
+    assert wrong(MUTANTS[mutant]) > 0
+
+
+ORIGIN, REBORN, OTHER = NAME + b"1", NAME + b"2", b"o" * 16 + b"1"
+
+
+@pytest.mark.parametrize(
+    ("held", "found", "step", "rewound"),
+    [
+        (Held(b"", at(0), True), Identity(ORIGIN, at(0), at(5)), Step.LOAD, False),
+        (Held(OTHER, at(0), True), Identity(ORIGIN, at(0), at(5)), Step.LOAD, False),
+        (Held(ORIGIN, at(0), False), Identity(ORIGIN, at(0), at(5)), Step.LOAD, False),
+        (Held(ORIGIN, at(5), False), Identity(ORIGIN, at(0), at(5)), Step.RESUME, False),
+        (Held(ORIGIN, at(5), True), Identity(ORIGIN, at(0), at(5)), Step.RESUME, False),
+        (Held(ORIGIN, at(5), False), Identity(ORIGIN, at(5), at(9)), Step.RESUME, False),
+        (Held(ORIGIN, at(5), False), Identity(ORIGIN, at(6), at(9)), Step.REPLACE, False),
+        (Held(ORIGIN, at(5), False), Identity(ORIGIN, at(0), at(4)), Step.REPLACE, True),
+        (
+            Held(ORIGIN, WatchCursor(b"x"), False),
+            Identity(ORIGIN, at(0), at(4)),
+            Step.REPLACE,
+            True,
+        ),
+        (Held(ORIGIN, at(5), False), Identity(REBORN, at(0), at(9)), Step.REPLACE, True),
+        (Held(NAME, at(5), False), Identity(ORIGIN, at(0), at(9)), Step.REPLACE, True),
+        (Held(OTHER, at(5), False), Identity(ORIGIN, at(0), at(9)), Step.HOLD, False),
+        (Held(b"", at(5), False), Identity(ORIGIN, at(0), at(9)), Step.HOLD, False),
+        (Held(b"", at(0), False), Identity(ORIGIN, at(0), at(9)), Step.HOLD, False),
+    ],
+)
+def test_where_a_link_goes_on(held, found, step, rewound):
+    decided = plan(held, found)
+    assert (decided.step, decided.rewound) == (step, rewound)
+
+
+def test_a_foreign_log_is_replaced_only_once_its_owner_agrees():
+    held, found = Held(OTHER, at(5), False), Identity(ORIGIN, at(0), at(9))
+    assert plan(held, found).step is Step.HOLD
+    assert plan(held, found, accepted=True) == Plan(
+        Step.REPLACE, "the log was fed by another upstream", rewound=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("deleted", "live", "allowed"),
+    [(0, 0, True), (99, 99, True), (100, 100, False), (100, 200, True), (101, 200, False)],
+)
+def test_a_mass_delete_is_over_half_of_the_keys_and_at_least_100(deleted, live, allowed):
+    assert may_delete(deleted, live, 0.5) is allowed
+
+
+def test_keys_told_of_meanwhile_are_exempt_from_an_audit():
+    audit = Audit({"a": b"1", "b": b"1", "new": b"1"}, {"b", "gone", "new"})
+    audit.compare([("a", b"1"), ("b", b"0"), ("gone", b"1")])
+    assert audit.end() == set()
+
+
+def test_a_scope_keeps_the_name_and_other_prefixes_are_another_incarnation():
+    scopes = {scoped_origin(ORIGIN, p) for p in ((), ("a",), ("b",), ("a", "b"), ("ab",))}
+    assert len(scopes) == 5
+    assert {scope[:16] for scope in scopes} == {NAME}
+    assert scoped_origin(ORIGIN, ("b", "a")) == scoped_origin(ORIGIN, ("a", "b"))
+    assert all(len(scope) <= 32 for scope in scopes)
+
+
+def test_audits_stay_within_their_budget_and_retries_within_half_a_second():
+    assert audit_delay_s(4.0, 0.01, 60.0) == pytest.approx(396.0)
+    assert audit_delay_s(0.1, 0.01, 60.0) == 60.0
+    delays = [retry_delay_s(attempt, 1.0) for attempt in range(2000)]
+    assert delays == sorted(delays)
+    assert max(delays) <= 0.5
+    assert min(retry_delay_s(attempt, 0.0) for attempt in range(9)) > 0
