@@ -182,6 +182,8 @@ class Link:
         self._position = WatchCursor.none()
         self._touched: set[str] | None = None
         self._audited = self._caught_up = False
+        self._moved = asyncio.Event()
+        """Set whenever the tail has brought something, or a sign of life."""
         self.thread = threading.Thread(target=self._run, name="foldlog-link", daemon=True)
 
     # From any thread.
@@ -198,8 +200,12 @@ class Link:
     def stop(self, timeout_s: float = CLOSE_S) -> None:
         """Stop, and wait for it; from the link's own thread, returns at once."""
         self.ask_to_stop()
-        if threading.current_thread() is not self.thread and self._pid == os.getpid():
-            self.thread.join(timeout_s)
+        if threading.current_thread() is self.thread or self._pid != os.getpid():
+            return
+        deadline = time.monotonic() + timeout_s
+        while self.thread.is_alive() and time.monotonic() < deadline:
+            self.thread.join(0.25)
+            self.ask_to_stop()  # again: a client library may have taken the cancellation for its own
 
     def accept_reset(self) -> None:
         """Agree to the reset that is held. Without one, nothing happens."""
@@ -272,7 +278,7 @@ class Link:
                 await self._attach()
                 error: BaseException = UpstreamLost("the upstream ended its changes")
             except BaseException as raised:
-                error = _first_of(raised)
+                error = raised
             finally:
                 await self._let_go()
             if isinstance(error, (asyncio.CancelledError, StoreClosed)) or self._stopping:
@@ -284,7 +290,8 @@ class Link:
         self._touched, self._audited, self._caught_up, self.behind = None, False, False, None
         if isinstance(self._upstream, Closable):
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._upstream.close(), CLOSE_S)
+                async with asyncio.timeout(CLOSE_S):
+                    await self._upstream.close()
         under_way, self._under_way = self._under_way, None
         if under_way is not None and not self._stopping:  # or the cursor would be read too early
             with contextlib.suppress(Exception):
@@ -335,13 +342,18 @@ class Link:
             await self._replace(found, decided)
         self._set(LinkState.CATCHING_UP)
         self._position = self._sink.snapshot().cursor()
-        async with asyncio.TaskGroup() as group:
-            if self._can_audit:
-                group.create_task(self._keep_auditing(at_once=decided.step is Step.RESUME))
-            else:
-                self._audited = True
-            await self._tail(self._position)
-            raise UpstreamLost("the upstream ended its changes")
+        tasks = {asyncio.create_task(self._tail(self._position))}
+        if self._can_audit:
+            audits = self._keep_auditing(at_once=decided.step is Step.RESUME)
+            tasks.add(asyncio.create_task(audits))
+        else:
+            self._audited = True
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            await _end(tasks)
 
     async def _decide(self) -> tuple[Identity, Plan]:
         found = await self._identify()
@@ -461,6 +473,7 @@ class Link:
                 self._mark = piece.mark
                 await self._apply(updates, piece.position)
         self.behind = piece.behind
+        self._moved.set()
         if piece.behind == 0:
             self.confirmed_at = time.monotonic()
             self._caught_up = True
@@ -549,6 +562,7 @@ class Link:
             self._audited, delay_s = True, config.audit_interval_s
         while True:
             await asyncio.sleep(delay_s)
+            await self._until(lambda: self._caught_up)
             clean = await self._audit()
             self.audits += 1
             cost_s = AUDIT_S_PER_KEY * len(self._sink.snapshot())
@@ -565,7 +579,11 @@ class Link:
         try:
             with_values, self._values_in_doubt = self._values_in_doubt, False
             version_of = _with_value if with_values else _version
-            audit = Audit(await self._revisions(version_of), self._touched)
+            found, position = await self._revisions(version_of)
+            audit = Audit(found, self._touched)
+            asked = time.monotonic()
+            # What the upstream told the audit of, and the tail has yet to bring, would be taken for missing.
+            await self._until(lambda: self._position >= position or self.confirmed_at > asked)
             async with self._turn:  # all that was received is applied
                 fold = self._sink.snapshot()
             for number, block in enumerate(fold.blocks()):
@@ -577,29 +595,39 @@ class Link:
         finally:
             self._touched = None
 
-    async def _revisions(self, version_of: Callable[[Put | KvEntry], bytes]) -> dict[str, bytes]:
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._moved.clear()
+            await self._moved.wait()
+
+    async def _revisions(
+        self, version_of: Callable[[Put | KvEntry], bytes]
+    ) -> tuple[dict[str, bytes], WatchCursor]:
         config, upstream = self._config, self._upstream
         if config.parse is not None or version_of is _with_value:
             # Versions of keys that are not the upstream's own, or that may have been given twice.
             assert isinstance(upstream, HasState)
             return await self._state_versions(upstream, version_of)
         assert isinstance(upstream, HasRevisions)
-        versions = dict((await upstream.revisions(config.prefixes)).versions)
+        found = await upstream.revisions(config.prefixes)
+        versions = dict(found.versions)
         if config.prefixes:
             versions = {k: v for k, v in versions.items() if k.startswith(config.prefixes)}
-        return versions
+        return versions, found.position
 
     async def _state_versions(
         self, upstream: HasState, version_of: Callable[[Put | KvEntry], bytes]
-    ) -> dict[str, bytes]:
+    ) -> tuple[dict[str, bytes], WatchCursor]:
         versions: dict[str, bytes] = {}
+        position = WatchCursor.none()
         async for piece in upstream.state(self._config.prefixes):
             for update in self._wanted(piece.updates):
                 if isinstance(update, Put):
                     versions[update.key] = version_of(update)
                 else:
                     versions.pop(update.key, None)
-        return versions
+            position = piece.position
+        return versions, position
 
     async def _mend(self, suspects: set[str]) -> bool:
         """Ask for the suspects again, and fold what differs. Whether anything did."""
@@ -661,11 +689,13 @@ def _difference(fold: FoldSnapshot, state: dict[str, Put]) -> list[Update]:
     return updates
 
 
-def _first_of(error: BaseException) -> BaseException:
-    """The error itself, or the first of a group that says why."""
-    while isinstance(error, BaseExceptionGroup):
-        error = next(
-            (e for e in error.exceptions if not isinstance(e, asyncio.CancelledError)),
-            error.exceptions[0],
-        )
-    return error
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel the tasks, and wait until they have ended. Again and again: a client library may swallow a cancellation."""
+    rest = {task for task in tasks if not task.done()}
+    while rest:
+        for task in rest:
+            task.cancel()
+        _, rest = await asyncio.wait(rest, timeout=0.5)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # it was seen

@@ -134,6 +134,9 @@ class UpstreamOversize(UpstreamError):
         self.args = (reason, key)
         self.key = key
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 class ResetHeld(UpstreamError):
     """The mirror would lose most of its keys, or hold those of another upstream. `mirror.accept_reset()` lets it."""

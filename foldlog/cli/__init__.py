@@ -10,6 +10,7 @@
     inspect.py  verify, salvage, dump          look at a log that may be damaged, and only look
     top.py      top                            a live view, through a follower
     follow.py   tail, get --follow             changes as they come, through a follower
+    mirror.py   mirror                         keep a log a copy of an upstream
     demo.py     demo                           the whole life of a log, on real data
 
 Errors end in one line on stderr. Exit codes: 0 fine; 1 the store says no (damage, no such key, a full or failing disk);
@@ -28,14 +29,14 @@ from typing import Any
 
 import click
 
-from foldlog.cli import convert, demo, follow, inspect, keys, read, top, write
+from foldlog.cli import convert, demo, follow, inspect, keys, mirror, read, top, write
 from foldlog.cli.show import printable
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
 __all__ = ["exit_code", "main"]
 
-_MODULES = (read, follow, keys, write, convert, inspect, top, demo)
+_MODULES = (read, follow, keys, write, mirror, convert, inspect, top, demo)
 _MISUSE = {
     *(
         errno.ENOENT,

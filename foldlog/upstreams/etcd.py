@@ -181,9 +181,10 @@ class Etcd:
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = await asyncio.wait_for(
-                post(self._host, self._port, path, body, self._token, self._tls), REQUEST_S
-            )
+            async with asyncio.timeout(REQUEST_S):
+                answer: dict[str, Any] = await post(
+                    self._host, self._port, path, body, self._token, self._tls
+                )
         except HttpError as error:
             raise self._http_error(error) from None
         except (OSError, TimeoutError, EOFError) as error:
@@ -192,9 +193,8 @@ class Etcd:
 
     async def _stream(self, path: str, body: dict[str, Any]) -> Stream:
         try:
-            return await asyncio.wait_for(
-                stream(self._host, self._port, path, body, self._token, self._tls), REQUEST_S
-            )
+            async with asyncio.timeout(REQUEST_S):
+                return await stream(self._host, self._port, path, body, self._token, self._tls)
         except HttpError as error:
             raise self._http_error(error) from None
         except (OSError, TimeoutError, EOFError) as error:

@@ -97,7 +97,9 @@ class NatsKv:
         self._secrets = [each for each in (password, token) if each]
         for server in self._servers:
             parts = urlsplit(server)
-            self._secrets += [unquote(s) for s in (parts.password, parts.username) if s]
+            secret = parts.password or parts.username  # a user alone is a token
+            if secret:
+                self._secrets.append(unquote(secret))
         self._client: Client | None = None
         self._lost: asyncio.Event | None = None
         self._error = ""
@@ -127,8 +129,8 @@ class NatsKv:
         options = {name: value for name, value in self._options.items() if value is not None}
         self._error = ""
         try:
-            await asyncio.wait_for(
-                client.connect(
+            async with asyncio.timeout(CONNECT_S + 1):
+                await client.connect(
                     self._servers,
                     allow_reconnect=False,
                     connect_timeout=int(CONNECT_S),
@@ -139,14 +141,12 @@ class NatsKv:
                     disconnected_cb=on_closed,
                     name="foldlog",
                     **options,
-                ),
-                CONNECT_S + 1,
-            )
+                )
         except (OSError, TimeoutError, errors.Error) as error:
             with contextlib.suppress(Exception):
                 await client.close()
             reason = self._clean(error) or type(error).__name__
-            said = f"{reason} {self._error}".lower()
+            said = f"{error} {self._error}".lower()
             if "authorization" in said or "authentication" in said:
                 raise UpstreamRefused(f"{self!r} refuses the credentials: {reason}") from None
             if isinstance(error, ssl.SSLCertVerificationError):
@@ -195,7 +195,8 @@ class NatsKv:
         client, self._client = self._client, None
         if client is not None and not client.is_closed:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(client.close(), 2.0)
+                async with asyncio.timeout(2.0):
+                    await client.close()
 
     # The seam.
 
@@ -378,7 +379,10 @@ class _Pull:
         self._woken.clear()
         lost = self._kv._lost
         try:
-            await asyncio.wait_for(self._woken.wait(), HEARTBEAT_S / 2)
+            async with asyncio.timeout(
+                HEARTBEAT_S / 2
+            ):  # not wait_for, which swallows cancellations
+                await self._woken.wait()
         except TimeoutError:
             if lost is not None and lost.is_set():
                 raise UpstreamLost(f"{self._kv!r}: the connection is lost") from None
@@ -459,6 +463,7 @@ class _Pull:
             told = headers.get("Nats-Last-Consumer")
             if told is not None and int(told) > self._delivered:
                 raise UpstreamLost(f"{self._kv!r}: messages up to {told} of the consumer are lost")
+            self._pending = 0  # it is idle while we ask: nothing waits
             return
         brought = number in self._brought
         self._open.pop(number, None)

@@ -42,6 +42,13 @@ class Loop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(DEADLINE_S)
 
     def close(self) -> None:
+        async def end_tasks() -> None:
+            rest = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+        self.run(end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(DEADLINE_S)
         self._loop.close()
@@ -70,10 +77,21 @@ class Source(Protocol):
 class NatsSource:
     """A bucket of a real NATS server."""
 
-    def __init__(self, folder: Path, bucket: str = "b", **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bucket: str = "b",
+        *,
+        server: servers.Server | None = None,
+        server_config: str = "",
+        **config: Any,
+    ) -> None:
+        """`server`: one that runs already, and goes on; `server_config`: of one of its own."""
         pytest.importorskip("nats", reason="nats-py is not installed: the extra `nats`")
-        self.server = servers.nats(folder)
-        self.server.start()
+        self._is_own = server is None
+        self.server = server or servers.nats(folder, config=server_config)
+        if self._is_own:
+            self.server.start()
         self.bucket, self._config = bucket, config
         self.loop = Loop()
         self.connect()
@@ -145,7 +163,8 @@ class NatsSource:
         with contextlib.suppress(Exception):
             self.loop.run(self.client.close())
         self.loop.close()
-        self.server.kill()
+        if self._is_own:
+            self.server.kill()
 
 
 async def _quiet(error: Exception) -> None:

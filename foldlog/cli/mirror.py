@@ -1,0 +1,132 @@
+"""`foldlog mirror`: keeps a log a copy of an upstream, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import click
+
+import foldlog
+from foldlog.actors.link import LinkState
+from foldlog.cli.show import printable
+from foldlog.protocol.upstream import ResetHeld
+from foldlog.upstreams import from_url
+
+LINE_S = 1.0
+
+
+@click.command()
+@click.argument("log", type=click.Path(path_type=Path))
+@click.argument("upstream")
+@click.option("--prefix", multiple=True, help="Only keys that start with this; may be repeated.")
+@click.option("--once", is_flag=True, help="End once the copy is true to the upstream: for cron.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    show_default=True,
+    help="With --once: seconds to wait at most.",
+)
+@click.option("--user", help="Of the upstream.")
+@click.option(
+    "--password-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file whose first line is the password.",
+)
+@click.option(
+    "--credentials", type=click.Path(exists=True, dir_okay=False), help="A NATS credentials file."
+)
+@click.option("--domain", help="Of the JetStream.")
+@click.option("--skip-oversize", is_flag=True, help="Go without entries that are over the limits.")
+@click.option("--accept-reset", is_flag=True, help="Let a reset delete most of the keys, once.")
+@click.option("--quiet", is_flag=True, help="No live line.")
+def mirror(
+    log: Path,
+    upstream: str,
+    prefix: tuple[str, ...],
+    once: bool,
+    timeout_s: float,
+    user: str | None,
+    password_file: Path | None,
+    credentials: str | None,
+    domain: str | None,
+    skip_oversize: bool,
+    accept_reset: bool,
+    quiet: bool,
+) -> None:
+    """Keep LOG an exact copy of UPSTREAM, and say how it fares.
+
+    UPSTREAM is nats://HOST:PORT/BUCKET, etcd://HOST:PORT/PREFIX, or the path of another log. Deletes are copied, too. Runs until
+    it is interrupted or told to end (SIGTERM), and exits with 0 then; with 1 if the upstream refuses, or holds a reset.
+    """
+    options = {
+        "user": user,
+        "password": password_file.read_text().splitlines()[0] if password_file else None,
+        "credentials": credentials,
+        "domain": domain,
+    }
+    source = from_url(upstream, **{name: v for name, v in options.items() if v is not None})
+    logging.getLogger("foldlog").addHandler(logging.NullHandler())  # told here, in one line each
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    with foldlog.mirror(
+        log, source, prefix=prefix or "", on_oversize="skip" if skip_oversize else "fail"
+    ) as copy:
+        if once:
+            _sync_once(copy, timeout_s, accept_reset)
+            click.echo(_line(copy, 0.0), err=True)
+            return
+        _watch(copy, stop, accept_reset, quiet)
+
+
+def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> None:
+    deadline = time.monotonic() + timeout_s
+    try:
+        copy.wait_synced(timeout_s)
+    except ResetHeld:
+        if not accept_reset:
+            raise
+        copy.accept_reset()
+        while copy.link.state is LinkState.FAILED and time.monotonic() < deadline:
+            time.sleep(0.01)
+        copy.wait_synced(max(deadline - time.monotonic(), 0.0))
+
+
+def _watch(copy: foldlog.Mirror, stop: threading.Event, accept_reset: bool, quiet: bool) -> None:
+    """Print a line a second on a terminal; elsewhere one for each change of state."""
+    live = sys.stderr.isatty() and not quiet
+    told, updates, at = "", 0, time.monotonic()
+    while not stop.wait(LINE_S if live else LINE_S / 4):
+        link, now = copy.link, time.monotonic()
+        if link.state is LinkState.FAILED:
+            if not (accept_reset and isinstance(link.error, ResetHeld)):
+                raise link.error or foldlog.FoldlogError(link.reason)
+            accept_reset = False
+            copy.accept_reset()
+        rate = (link.updates - updates) / (now - at)
+        updates, at = link.updates, now
+        state = f"{link.state}: {link.reason}"
+        if live:
+            click.echo(f"\r\x1b[K{_line(copy, rate)}", nl=False, err=True)
+        elif state != told and not quiet:
+            click.echo(f"foldlog: {_line(copy, rate)}", err=True)
+        told = state
+    if live:
+        click.echo(err=True)
+
+
+def _line(copy: foldlog.Mirror, rate: float) -> str:
+    link = copy.link
+    lag = "unknown" if copy.lag() is None else str(copy.lag())
+    reason = f" ({printable(link.reason)})" if link.reason else ""
+    return f"{link.state}{reason}, {len(copy)} keys, {rate:.0f} updates/s, lag {lag}"
+
+
+COMMANDS = (mirror,)

@@ -1,0 +1,343 @@
+"""Buckets of a real NATS server: what its sequences do not tell, and what it is given wrongly."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+
+import pytest
+import servers
+from upstream_kit import NatsSource, opened, same, until
+
+import foldlog
+from foldlog import Changed, LinkState, Rewound, Synced
+from foldlog.upstreams import NatsKv
+from foldlog.upstreams.nats_kv import _filters, _nanoseconds, sequences_of
+
+names = (f"bucket{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with servers.nats(tmp_path_factory.mktemp("nats")) as server:
+        yield server
+
+
+@pytest.fixture
+def source(server, tmp_path):
+    with opened(NatsSource(tmp_path, next(names), server=server)) as source:
+        yield source
+
+
+def mirrored(path, source, **options):
+    """A mirror that is in step."""
+    mirror = foldlog.mirror(path, source.upstream(), **options)
+    try:
+        mirror.wait_synced(30)
+    except BaseException:
+        mirror.close()
+        raise
+    return mirror
+
+
+# What a cursor does not tell.
+
+
+def test_a_recreated_bucket_is_replaced_as_one_batch_and_told_as_the_difference(source, path):
+    """A new bucket under the old name counts from 1. Resuming at the old cursor lost 100 of 105 updates, without an error."""
+    source.put_many({f"k.{n}": b"old" for n in range(50)})
+    with mirrored(path, source) as mirror:
+        watch = mirror.watch(since=mirror.snapshot())
+        assert isinstance(watch.next(30), Synced)
+        seq = mirror.snapshot().seq
+        source.recreate()
+        source.put_many({f"k.{n}": b"new" for n in range(40)})
+        until(lambda: mirror.stats().link.resets == 1)
+        until(lambda: same(mirror, source))
+        assert isinstance(watch.next(30), Rewound)
+        assert isinstance(watch.next(30), Changed)
+        assert mirror.snapshot().seq <= seq + 3
+
+
+def test_a_stream_restored_from_a_copy_is_not_resumed(tmp_path, path):
+    """Restored from a copy, a stream has the same date of creation, and by the time that the client is back its sequence may
+    be past the client's cursor: with the same keys at the same sequences, and other values."""
+    with opened(NatsSource(tmp_path / "nats")) as source:
+        source.put("a", b"1")
+        source.server.kill()
+        shutil.copytree(tmp_path / "nats" / "js", tmp_path / "copy")
+        source.server.start()
+        source.connect()
+        source.put("b", b"lost")
+        source.put("c", b"lost")
+        mirrored(path, source).close()
+        source.server.kill()
+        shutil.rmtree(tmp_path / "nats" / "js")
+        shutil.copytree(tmp_path / "copy", tmp_path / "nats" / "js")
+        source.server.start()
+        source.connect()
+        source.put("b", b"kept")
+        source.put("c", b"kept")
+        source.put("d", b"kept")
+        with mirrored(path, source) as mirror:
+            assert same(mirror, source)
+            assert mirror.get("b").value == b"kept"
+            assert "restored" in "".join(r.reason for r in [mirror.stats().link]) or (
+                mirror.stats().link.resets == 1
+            )
+
+
+def test_values_are_audited_where_the_position_is_no_longer_known(tmp_path, path):
+    """As above, but the message at the cursor is gone, so that nothing proves the position."""
+    with opened(NatsSource(tmp_path / "nats")) as source:
+        source.put("a", b"1")
+        source.server.kill()
+        shutil.copytree(tmp_path / "nats" / "js", tmp_path / "copy")
+        source.server.start()
+        source.connect()
+        source.put("b", b"lost")
+        source.put("c", b"lost")
+        mirrored(path, source).close()
+        source.server.kill()
+        shutil.rmtree(tmp_path / "nats" / "js")
+        shutil.copytree(tmp_path / "copy", tmp_path / "nats" / "js")
+        source.server.start()
+        source.connect()
+        source.put("b", b"kept")
+        source.put("c", b"kept")
+        source.put("c", b"again")
+        with mirrored(path, source) as mirror:
+            assert same(mirror, source)
+            assert mirror.stats().link.mended == 1
+
+
+def test_a_hot_bucket_loses_nothing_and_is_resumed(source, path):
+    """Of 50 hot keys with a history of 1, the first sequence is past the cursor at once, though nothing was lost."""
+    source.put_many({f"k.{n}": b"0" for n in range(50)})
+    mirrored(path, source).close()
+    for turn in range(3):
+        source.put_many({f"k.{n}": b"%d" % turn for n in range(50)})
+    with mirrored(path, source) as mirror:
+        assert same(mirror, source)
+        assert (mirror.stats().link.resets, mirror.stats().link.mended) == (0, 0)
+
+
+def test_keys_that_expire_without_a_word_are_found_by_an_audit(server, tmp_path, path):
+    with opened(NatsSource(tmp_path, next(names), server=server, ttl=2.0)) as source:
+        source.put("old", b"1")
+        with mirrored(path, source, audit_interval_s=0.2) as mirror:
+            assert "old" in mirror
+            until(lambda: "old" not in mirror)
+            assert same(mirror, source)
+
+
+@pytest.mark.parametrize("history", [1, 3])
+def test_purges_and_deletes_of_keys_are_told(server, tmp_path, path, history):
+    with opened(NatsSource(tmp_path, next(names), server=server, history=history)) as source:
+        for key in ("a", "b", "c"):
+            source.put(key, b"1")
+            source.put(key, b"2")
+        with mirrored(path, source) as mirror:
+            source.purge("a")
+            source.delete("b")
+            until(lambda: list(mirror.snapshot()) == ["c"])
+            source.put("a", b"3")
+            until(lambda: same(mirror, source))
+
+
+def test_a_mass_delete_holds_and_asks(source, path):
+    source.put_many({f"k.{n}": b"" for n in range(200)})
+    with mirrored(path, source) as mirror:
+        source.recreate()
+        until(lambda: mirror.link.state is LinkState.FAILED)
+        with pytest.raises(foldlog.ResetHeld, match="200 of 200 keys would be deleted"):
+            mirror.wait_synced(30)
+        assert len(mirror) == 200
+        mirror.accept_reset()
+        until(lambda: len(mirror) == 0)
+        mirror.wait_synced(30)
+        source.put("k", b"1")
+        until(lambda: same(mirror, source))
+
+
+def test_no_consumer_stays_on_the_server(source, path):
+    for _ in range(20):
+        mirrored(path, source).close()
+    until(lambda: source.consumers() == 0)
+
+
+def test_a_mirror_that_is_killed_leaves_a_consumer_that_removes_itself(source):
+    async def abandon() -> dict:
+        upstream = source.upstream()
+        await upstream.identify()
+        changes = upstream.changes(foldlog.WatchCursor.none(), ())
+        await anext(changes)
+        info = await upstream._request(f"CONSUMER.LIST.KV_{source.bucket}", {})
+        (consumer,) = info["consumers"]
+        await changes.aclose()
+        await upstream.close()
+        return consumer["config"]
+
+    config = source.loop.run(abandon())
+    assert 0 < config["inactive_threshold"] <= 10e9
+    assert (config["ack_policy"], config["num_replicas"], config["mem_storage"]) == (
+        "none",
+        1,
+        True,
+    )
+
+
+# Keys and values of every kind.
+
+
+def test_keys_that_clients_refuse_are_held(source, path):
+    keys = ["ü", "a:b", "a=b/c", "_x", "A.b.C", "x" * 500]
+    for key in keys:
+        source.put(key, key.encode())
+    with mirrored(path, source) as mirror:
+        assert list(mirror.snapshot()) == sorted(keys)
+        source.delete("ü")
+        until(lambda: "ü" not in mirror)
+
+
+def test_values_larger_than_a_request_may_bring_arrive(tmp_path, path):
+    """A value above a pull's max_bytes is answered with 409 for ever: the limit is dropped when nothing came."""
+    config = "max_payload: 33554432\nmax_pending: 67108864\n"
+    with opened(NatsSource(tmp_path / "nats", server_config=config)) as source:
+        source.put("before", b"1")
+        source.put("large", b"v" * (9 * 1024 * 1024))
+        source.put("after", b"1")
+        with mirrored(path, source) as mirror:
+            assert len(mirror.get("large").value) == 9 * 1024 * 1024
+            source.put("large", b"w" * (9 * 1024 * 1024))
+            source.put("last", b"1")
+            until(lambda: "last" in mirror)
+            assert mirror.get("large").value[:1] == b"w"
+        source.put("huge", b"v" * (17 * 1024 * 1024))
+        with pytest.raises(foldlog.UpstreamOversize, match="'huge'") as caught:
+            mirrored(path, source)
+        assert caught.value.key == "huge"
+        with mirrored(path, source, on_oversize="skip") as mirror:
+            assert mirror.stats().link.skipped == 1
+            assert sorted(mirror.snapshot()) == ["after", "before", "large", "last"]
+            source.put("huge", b"small now")
+            until(lambda: mirror.get("huge"))
+            assert mirror.stats().link.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "filters"),
+    [
+        ((), ["$KV.b.>"]),
+        (("eu/",), ["$KV.b.>"]),
+        (("eu.",), ["$KV.b.eu.>"]),
+        (("eu.we",), ["$KV.b.eu.>"]),
+        (("eu.west.", "eu.", "us.x"), ["$KV.b.eu.>", "$KV.b.us.>"]),
+        (("a*.b",), ["$KV.b.>"]),
+        (("a..b",), ["$KV.b.a.>"]),
+    ],
+)
+def test_a_prefix_becomes_filters_at_the_boundary_of_a_token(prefixes, filters):
+    assert _filters("$KV.b.", prefixes) == filters
+
+
+def test_filters_reach_the_server_and_what_they_leave_out_never_comes(source, path):
+    source.put_many({f"{where}.{n}": b"" for where in ("eu", "us", "uk") for n in range(20)})
+    with mirrored(path, source, prefix=["eu.1", "us."]) as mirror:
+        assert len(mirror) == 11 + 20
+        source.put("uk.1", b"x")
+        source.put("eu.15", b"x")
+        until(lambda: mirror.get("eu.15").value == b"x")
+        assert len(mirror) == 31
+
+
+def test_the_sequences_in_a_reply_are_counted_from_its_end():
+    assert sequences_of("$JS.ACK.S.c.1.7.5.99.3") == (5, 7, 99, 3)
+    assert sequences_of("$JS.ACK.hub.ACC.S.c.1.7.5.99.3") == (5, 7, 99, 3)
+    assert sequences_of("$JS.ACK.hub.ACC.S.c.1.7.5.99.3.random") == (5, 7, 99, 3)
+    assert _nanoseconds("1970-01-01T00:00:01.5Z") == 1_500_000_000
+    assert _nanoseconds("1970-01-01T00:00:01Z") == 1_000_000_000
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:4222", "http://h:1", "nats://", "nats://h:port"])
+def test_what_is_no_address_is_refused_at_once(url):
+    with pytest.raises(ValueError, match="an address"):
+        NatsKv(url, bucket="b")
+
+
+@pytest.mark.parametrize("bucket", ["", "a.b", "a b", "$", "ü"])
+def test_what_is_no_bucket_is_refused_at_once(bucket):
+    with pytest.raises(ValueError, match="a bucket's name"):
+        NatsKv("nats://127.0.0.1:4222", bucket=bucket)
+
+
+def test_an_address_where_nobody_listens_is_told_and_tried_again(path):
+    upstream = NatsKv(f"nats://127.0.0.1:{servers.free_port()}", bucket="b")
+    with foldlog.mirror(path, upstream) as mirror:
+        until(lambda: mirror.link.state is LinkState.LOST)
+        assert "cannot be reached" in mirror.link.reason
+        with pytest.raises(foldlog.RequestTimeout, match="cannot be reached"):
+            mirror.wait_synced(0.3)
+        assert (mirror.get("k"), mirror.lag()) == (None, None)
+
+
+def test_a_bucket_that_does_not_exist_is_waited_for(source, path):
+    upstream = NatsKv(source.url, bucket="later")
+    with foldlog.mirror(path, upstream) as mirror:
+        until(lambda: "does not exist" in mirror.link.reason)
+        source.bucket = "later"
+        source.create()
+        source.put("k", b"1")
+        mirror.wait_synced(30)
+        assert same(mirror, source)
+
+
+def test_refused_credentials_fail_at_once_and_show_nowhere(tmp_path, path, caplog):
+    caplog.set_level(logging.DEBUG)
+    config = 'authorization { users = [{user: "u", password: "right-s3cret"}] }\n'
+    with servers.nats(tmp_path / "nats", config=config) as server:
+        wrong = NatsKv(f"nats://u:wrong-s3cret@127.0.0.1:{server.port}", bucket="b")
+        with foldlog.mirror(path, wrong) as mirror:
+            with pytest.raises(foldlog.UpstreamRefused, match="credentials") as caught:
+                mirror.wait_synced(30)
+            assert mirror.link.state is LinkState.FAILED
+        right = NatsKv(
+            f"nats://127.0.0.1:{server.port}", bucket="b", user="u", password="right-s3cret"
+        )
+        with foldlog.mirror(path, right) as mirror:
+            until(lambda: "does not exist" in mirror.link.reason)
+            told = [repr(right), repr(wrong), repr(mirror), mirror.link.reason, str(caught.value)]
+    assert "s3cret" not in "".join(told) + caplog.text
+
+
+def test_a_log_of_another_bucket_is_held(source, server, tmp_path, path):
+    source.put("k", b"ours")
+    mirrored(path, source).close()
+    with opened(NatsSource(tmp_path, next(names), server=server)) as other:
+        other.put("k", b"theirs")
+        with foldlog.mirror(path, other.upstream()) as mirror:
+            with pytest.raises(foldlog.ResetHeld, match="another upstream"):
+                mirror.wait_synced(30)
+            assert mirror.get("k").value == b"ours"
+
+
+def test_the_first_update_comes_within_a_second_of_a_servers_return(tmp_path, path):
+    import time
+
+    with opened(NatsSource(tmp_path / "nats")) as source:
+        source.put("k", b"0")
+        with mirrored(path, source) as mirror:
+            watch = mirror.watch(since=mirror.snapshot())
+            assert isinstance(watch.next(30), Synced)
+            source.server.kill()
+            until(lambda: mirror.link.state is LinkState.LOST)
+            source.server.start()
+            source.connect()
+            source.put("k", b"1")
+            came = time.monotonic()
+            assert watch.next(30).update.value == b"1"
+            assert time.monotonic() - came < 5  # 1 s, on a machine that is not busy
