@@ -282,7 +282,7 @@ class NatsKv:
             f"{inbox}.*", pending_msgs_limit=0, pending_bytes_limit=0
         )
         # In place of nats-py's own, which costs a task switch or a timer for each message.
-        subscription._pending_queue = pull
+        cast(Any, subscription)._pending_queue = pull
         try:
             made = await self._request(f"CONSUMER.CREATE.{self._stream}.{name}", body)
             if not once:
