@@ -141,6 +141,10 @@ class LinkStats:
 class Sink(Protocol):
     """What a link needs of its store."""
 
+    @property
+    def keeps_marks(self) -> bool:
+        """Whether the log has the mark beside each cursor; not one whose origin is noted beside it."""
+
     def snapshot(self) -> FoldSnapshot:
         """The published state."""
 
@@ -525,11 +529,12 @@ class Link:
     def _encode(
         self, updates: Sequence[Update], cursor: WatchCursor
     ) -> tuple[Batch, Sequence[Update]]:
+        origin = self._origin + self._mark if self._sink.keeps_marks else self._origin
         try:
-            batch = encode_batch(updates, cursor, self._origin + self._mark)
+            batch = encode_batch(updates, cursor, origin)
         except ValueError:
             updates = [self._held(update) for update in updates]
-            batch = encode_batch(updates, cursor, self._origin + self._mark)
+            batch = encode_batch(updates, cursor, origin)
         if self._skipped:
             for update in updates:
                 if isinstance(update, Put):

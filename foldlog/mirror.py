@@ -97,6 +97,11 @@ class _Sink:
     def __init__(self, core: Core, inbox: Inbox) -> None:
         self._core, self._inbox = core, inbox
 
+    @property
+    def keeps_marks(self) -> bool:
+        journal = self._core.log
+        return journal is None or journal.file.format.keeps_origin
+
     def snapshot(self) -> FoldSnapshot:
         snapshot = self._core.snapshot
         snapshot.seq  # noqa: B018 - StoreClosed, here and not later

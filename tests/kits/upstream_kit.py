@@ -108,7 +108,7 @@ class NatsSource:
         self.js = self.client.jetstream(timeout=DEADLINE_S)
 
     def create(self) -> None:
-        self.kv = self.loop.run(self.js.create_key_value(bucket=self.bucket, **self._config))
+        self.loop.run(self.js.create_key_value(bucket=self.bucket, **self._config))
 
     def recreate(self) -> None:
         self.loop.run(self.js.delete_key_value(self.bucket))
@@ -151,7 +151,8 @@ class NatsSource:
         return NatsKv(self.url, bucket=self.bucket, **options)
 
     def forget(self) -> None:
-        self.loop.run(self.kv.purge_deletes(olderthan=-1))
+        bucket = self.loop.run(self.js.key_value(self.bucket))  # of the present connection
+        self.loop.run(bucket.purge_deletes(olderthan=-1))
 
     def kill(self) -> None:
         self.loop.run(self.client.close())

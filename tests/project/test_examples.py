@@ -33,6 +33,7 @@ def test_every_example_has_a_test():
         "embedded_survives_crashes.py",
         "feature_flags_web.py",
         "cache_refresh_by_actor.py",
+        "mirror_of_a_log.py",
     }
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
@@ -104,4 +105,14 @@ def test_cache_refresh_by_actor_renders_again_what_changed_and_nothing_else():
         "about: None (3 rendered so far)",
         "the store was closed; what is cached is still served",
         "home: <h1>Welcome</h1> (3 rendered so far)",
+    ]
+
+
+def test_mirror_of_a_log_is_exact_deletes_included():
+    assert run("mirror_of_a_log.py") == [
+        "synced: 3 routes, the link is live",
+        "told: Put eu/4",
+        "told: Delete eu/1",
+        "while it was away: {'eu/2': b'10.0.0.2', 'eu/4': b'10.0.0.4'}",
+        "refused: a mirror is written by its upstream",
     ]
