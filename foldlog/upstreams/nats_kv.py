@@ -53,6 +53,8 @@ INACTIVE_S = 10.0
 """After which the server removes a consumer that nobody asks: what a killed client leaves."""
 CONNECT_S = 5.0
 REQUEST_S = 5.0
+RETRY_S = 0.02
+"""Between two attempts at a server. The rest of the waiting is the link's."""
 INCARNATION_BYTES = 8
 _BUCKET = re.compile(r"[A-Za-z0-9_-]+")
 _new_bytes = bytes.__new__
@@ -133,6 +135,8 @@ class NatsKv:
                 await client.connect(
                     self._servers,
                     allow_reconnect=False,
+                    max_reconnect_attempts=1,  # or a first connection would be tried 60 times, 2 s apart
+                    reconnect_time_wait=cast(int, RETRY_S),
                     connect_timeout=int(CONNECT_S),
                     ping_interval=5,
                     max_outstanding_pings=2,
@@ -145,7 +149,8 @@ class NatsKv:
         except (OSError, TimeoutError, errors.Error) as error:
             with contextlib.suppress(Exception):
                 await client.close()
-            reason = self._clean(error) or type(error).__name__
+            told = self._error if isinstance(error, errors.NoServersError) else ""
+            reason = told or self._clean(error) or type(error).__name__
             said = f"{error} {self._error}".lower()
             if "authorization" in said or "authentication" in said:
                 raise UpstreamRefused(f"{self!r} refuses the credentials: {reason}") from None
