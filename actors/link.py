@@ -172,6 +172,7 @@ class Link:
         self.updates = self.attaches = self.audits = self.mended = self.resets = 0
         self._skipped: dict[str, bytes] = {}
         self._restarts_s: list[float] = []
+        self._logged = ""
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -263,7 +264,9 @@ class Link:
         if state is self.state and reason == self.reason:
             return
         level = log.warning if state in (LinkState.LOST, LinkState.FAILED) else log.info
-        level("%s: link %s%s", self._name, state, f": {reason}" if reason else "")
+        if state is LinkState.LIVE or reason != self._logged:  # not each try, while it is the same
+            level("%s: link %s%s", self._name, state, f": {reason}" if reason else "")
+            self._logged = reason
         with self.changed:
             self.state, self.reason = state, reason
             self.changed.notify_all()

@@ -213,7 +213,8 @@ class Etcd:
         if code == _UNAUTHENTICATED and self._token and "invalid auth token" in reason:
             self._token = ""  # it has expired
             return UpstreamLost(reason)
-        if code in (_UNAUTHENTICATED, _PERMISSION_DENIED, _INVALID):
+        refused = code in (_UNAUTHENTICATED, _PERMISSION_DENIED, _INVALID)
+        if refused or "authentication is not enabled" in reason:
             return UpstreamRefused(reason)
         return UpstreamLost(reason)
 
