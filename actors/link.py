@@ -264,9 +264,9 @@ class Link:
         if state is self.state and reason == self.reason:
             return
         level = log.warning if state in (LinkState.LOST, LinkState.FAILED) else log.info
-        if state is LinkState.LIVE or reason != self._logged:  # not each try, while it is the same
+        if not reason or reason != self._logged:  # not each try, while it fails for the same reason
             level("%s: link %s%s", self._name, state, f": {reason}" if reason else "")
-            self._logged = reason
+        self._logged = reason
         with self.changed:
             self.state, self.reason = state, reason
             self.changed.notify_all()

@@ -20,7 +20,13 @@ from foldlog.upstreams import from_url
 LINE_S = 1.0
 
 
-@click.command()
+@click.command(
+    epilog="""\b
+Examples:
+  foldlog mirror copy.log nats://127.0.0.1:4222/routes
+  foldlog mirror copy.log etcd://127.0.0.1:2379/routes/ --once
+  foldlog mirror copy.log routes.log --prefix eu/"""
+)
 @click.argument("log", type=click.Path(path_type=Path))
 @click.argument("upstream")
 @click.option("--prefix", multiple=True, help="Only keys that start with this; may be repeated.")

@@ -120,6 +120,7 @@ class NatsKv:
         nats, errors = _nats()
         await self.close()
         client = cast("Client", nats.aio.client.Client())
+        client._process_headers = _headers  # type: ignore[method-assign]  # its own takes 20 us
         lost = self._lost = asyncio.Event()
 
         async def on_error(error: Exception) -> None:
@@ -147,8 +148,7 @@ class NatsKv:
                     **options,
                 )
         except (OSError, TimeoutError, errors.Error) as error:
-            with contextlib.suppress(Exception):
-                await client.close()
+            await _abandon(client)
             told = self._error if isinstance(error, errors.NoServersError) else ""
             reason = told or self._clean(error) or type(error).__name__
             said = f"{error} {self._error}".lower()
@@ -158,7 +158,11 @@ class NatsKv:
                 raise UpstreamRefused(f"{self!r}: {reason}") from None
             raise UpstreamLost(f"{self!r} cannot be reached: {reason}") from None
         except ValueError as error:  # of credentials that nats-py cannot read
+            await _abandon(client)
             raise UpstreamRefused(f"{self!r}: {self._clean(error)}") from None
+        except BaseException:
+            await _abandon(client)
+            raise
         self._client = client
         return client
 
@@ -328,6 +332,15 @@ class _Piece(NamedTuple):
     pending: int | None
     mark: bytes = b""
     """When the last message was stored, in nanoseconds."""
+    size: int = 0
+    """Bytes of the values."""
+
+
+def _joined(first: _Piece, second: _Piece) -> _Piece:
+    if not second.last:
+        return first
+    size = first.size + second.size
+    return second._replace(updates=[*first.updates, *second.updates], size=size)
 
 
 class _NoMessage(UpstreamLost):
@@ -367,10 +380,22 @@ class _Pull:
         """Pieces of what comes. They end when `once` is set and nothing waits."""
         await self._ask(once)
         heard = self._heard = time.monotonic()
+        held = _Piece([], 0, None)
         while True:
             if not self._waiting:
                 await self._wait()
             piece = self._take()
+            if once:  # nobody waits for a part of a pass: fewer, larger pieces
+                held = _joined(held, piece)
+                piece = held
+                if (
+                    not self._ended
+                    and len(held.updates) < PIECE_UPDATES
+                    and held.size < PIECE_BYTES
+                ):
+                    await self._ask(once)
+                    continue
+                held = _Piece([], 0, None)
             if self._ended:
                 if piece.updates:
                     yield piece
@@ -396,7 +421,7 @@ class _Pull:
 
     async def _ask(self, once: bool) -> None:
         """Keep requests under way. What they may bring is all that the server may send."""
-        while len(self._open) < (1 if once or self._single else OPEN_REQUESTS):
+        while len(self._open) < (1 if self._single else OPEN_REQUESTS):
             self._number += 1
             count = 1 if self._single else REQUEST_MESSAGES
             request: dict[str, Any] = {"batch": count}
@@ -445,7 +470,7 @@ class _Pull:
             return _Piece(updates, 0, self._pending if not waiting else None)
         _, last, stored_ns, self._pending = sequences_of(reply)
         pending = self._pending if not waiting else None
-        return _Piece(updates, last, pending, stored_ns.to_bytes(8, "big"))
+        return _Piece(updates, last, pending, stored_ns.to_bytes(8, "big"), size)
 
     def _count_down(self, messages: int) -> None:
         """Take `messages` off what the open requests may still bring: the oldest is served first."""
@@ -482,6 +507,29 @@ class _Pull:
             raise UpstreamLost(f"{self._kv!r}: {status} {headers.get('Description', '')}")
 
 
+_parsed: dict[bytes, dict[str, str]] = {}
+
+
+async def _headers(raw: bytes | bytearray | None) -> dict[str, str] | None:
+    """The headers of a message, and its status, if it has one. Those of a pass are nearly all the same."""
+    if not raw:
+        return None
+    key = bytes(raw)
+    headers = _parsed.get(key)
+    if headers is None:
+        first, *lines = key.decode("utf-8", "replace").split("\r\n")
+        _, _, status = first.partition(" ")
+        fields = (line.partition(":") for line in lines if line)
+        headers = {name.strip(): value.strip() for name, _, value in fields}
+        if status.strip():
+            code, _, description = status.strip().partition(" ")
+            headers |= {"Status": code, "Description": description.strip()}
+        if len(_parsed) >= 256:
+            _parsed.clear()
+        _parsed[key] = headers
+    return headers
+
+
 def sequences_of(reply: str) -> tuple[int, int, int, int]:
     """The consumer's sequence, the stream's, the time stored (ns) and how many are pending, of a message's reply subject.
 
@@ -498,6 +546,16 @@ def _nanoseconds(time_text: str) -> int:
     whole, _, fraction = time_text.rstrip("Z").partition(".")
     seconds = int(datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp())
     return seconds * 1_000_000_000 + int(fraction.ljust(9, "0") or 0)
+
+
+async def _abandon(client: Client) -> None:
+    """Close a client that did not connect: nats-py leaves its transport open then."""
+    with contextlib.suppress(Exception):
+        await client.close()
+    transport = client._transport
+    if transport is not None:
+        with contextlib.suppress(Exception):
+            transport.close()
 
 
 def _filters(subjects: str, prefixes: Prefixes) -> list[str]:
