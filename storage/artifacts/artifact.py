@@ -35,6 +35,7 @@ from foldlog.storage.formats.replay import FORMATS, resolve
 from foldlog.storage.formats.rewrite import Progress, write_new
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.log.lock import WriterLock, temporary
+from foldlog.storage.log.origins import drop_stale_origin
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
@@ -175,6 +176,7 @@ def import_artifact(
         loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
         lock.write(None)  # a watermark of a log that stood here before says nothing of this one
         if landing is kind:
+            drop_stale_origin(files, dest)
             files.link_new(staged, dest)
             files.sync_dir(dest.parent)
         else:

@@ -43,6 +43,7 @@ from foldlog.storage.formats.registry import Progress as Progress
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.lock import temporary
 from foldlog.storage.log.log import Log, open_body
+from foldlog.storage.log.origins import drop_stale_origin
 from foldlog.storage.log.scan import Chain, read_frames
 
 
@@ -464,6 +465,7 @@ def write_new(
     try:
         out.write_fold(fold, progress)
         out.sync()
+        drop_stale_origin(files, path)
         files.link_new(out.path, path)
         files.sync_dir(path.parent)
     finally:

@@ -27,6 +27,13 @@ def read_origin(files: Files, path: Path) -> bytes:
     return origin if len(origin) <= MAX_ORIGIN_BYTES else b""
 
 
+def drop_stale_origin(files: Files, path: Path) -> None:
+    """Remove what a log that was deleted left at `path`, before another takes the name."""
+    stale = beside(path, "origin")
+    if files.exists(stale) and not files.exists(path):
+        remove_quietly(files, stale)
+
+
 def write_origin(files: Files, path: Path, origin: bytes) -> None:
     """Note `origin` for the log at `path`, durably, whole or not at all. OSError if that fails."""
     new = temporary(path)

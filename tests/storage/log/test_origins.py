@@ -129,5 +129,22 @@ def test_a_crash_between_a_batch_and_its_note_leaves_a_name_without_an_incarnati
     assert not slipstream_log.SLIPSTREAM.keeps_origin
 
 
+@pytest.mark.parametrize("create", ["open", "import"])
+def test_a_log_that_takes_the_name_of_a_deleted_one_does_not_take_its_origin(path, create):
+    artifact = path.parent / "artifact"
+    other = fed(path.parent / "other.log", OTHER, format="slipstream-v2")
+    other.close()
+    _, snap = AppendLogSnapshot.open(path.parent / "other.log")
+    with snap:
+        snap.export_to(artifact)
+    fed(path, ORIGIN, format="slipstream-v2").close()
+    path.unlink()
+    if create == "import":
+        AppendLogSnapshot.import_artifact(artifact, path, format="slipstream-v2")[1].close()
+    engine = Engine(path, format="slipstream-v2")
+    assert engine.fold.origin == b""
+    engine.close()
+
+
 def crash(*_: object) -> None:
     raise KeyboardInterrupt
