@@ -208,6 +208,10 @@ class EtcdSource:
     def delete(self, key: str) -> None:
         self._post("kv/deleterange", {"key": _b64(key)})
 
+    def clear(self) -> None:
+        """Delete all keys, for the next test."""
+        self._post("kv/deleterange", {"key": _b64("\0"), "range_end": _b64("\0")})
+
     def entries(self) -> dict[str, bytes]:
         answer = self._post("kv/range", {"key": _b64("\0"), "range_end": _b64("\0")})
         return {
@@ -264,13 +268,6 @@ class LogSource:
 
     def close(self) -> None:
         self.store.close()
-
-
-KINDS: dict[str, Callable[[Path], Any]] = {
-    "nats": NatsSource,
-    "etcd": EtcdSource,
-    "log": LogSource,
-}
 
 
 @contextlib.contextmanager

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import servers
@@ -341,3 +344,22 @@ def test_the_first_update_comes_within_a_second_of_a_servers_return(tmp_path, pa
             came = time.monotonic()
             assert watch.next(30).update.value == b"1"
             assert time.monotonic() - came < 5  # 1 s, on a machine that is not busy
+
+
+def test_a_client_that_is_killed_while_it_loads_or_follows_is_exact_afterwards(source, path):
+    """Its cursor is written with the data, so that whatever a killed process leaves is a position to go on from."""
+    command = [str(Path(sys.executable).parent / "foldlog"), "mirror", str(path)]
+    command += [f"{source.url}/{source.bucket}", "--quiet"]
+    for turn in range(3):
+        source.put_many({f"k.{number}": b"%d" % turn for number in range(turn, 6000)})
+        source.delete(f"k.{turn}")
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        try:
+            with foldlog.follow(path) as follower:
+                until(lambda: follower.stats().seq > turn)  # noqa: B023
+        finally:
+            process.kill()
+            process.wait()
+    with mirrored(path, source) as mirror:
+        assert (len(mirror), mirror.get("k.5").value) == (5997, b"2")
+        assert mirror.verify().ok

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import pytest
-import upstream_kit
-from upstream_kit import opened, same, until
+from upstream_kit import EtcdSource, LogSource, NatsSource, opened, same, until
 
 import foldlog
 from foldlog import Changed, Delete, LinkState, MirrorReadOnly, Put, Synced, WatchCursor
 
 
-@pytest.fixture(params=sorted(upstream_kit.KINDS))
-def source(request, tmp_path):
-    with opened(upstream_kit.KINDS[request.param](tmp_path / "upstream")) as source:
+@pytest.fixture(scope="module")
+def etcd(tmp_path_factory):
+    """One for all tests: it takes a second to start."""
+    with opened(EtcdSource(tmp_path_factory.mktemp("etcd"))) as source:
         yield source
+
+
+@pytest.fixture(params=["etcd", "log", "nats"])
+def source(request, tmp_path):
+    if request.param == "etcd":
+        source = request.getfixturevalue("etcd")
+        source.clear()
+        yield source
+    else:
+        kind = NatsSource if request.param == "nats" else LogSource
+        with opened(kind(tmp_path / "upstream")) as source:
+            yield source
 
 
 def test_a_mirror_holds_what_its_upstream_does_and_keeps_up(source, path):
