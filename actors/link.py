@@ -1,17 +1,20 @@
-"""The link: feeds a store from an upstream, on an event loop of its own in a thread of its own, and outlives every error.
+"""The link: feeds a store from an upstream, on an event loop and in a thread of its own.
 
-| what fails                          | what happens                                | what callers see                     |
-|-------------------------------------|---------------------------------------------|--------------------------------------|
-| the connection, a gap, a heartbeat  | let go; read the store's cursor; attach     | LOST, then ATTACHING; reads go on    |
-| the store refuses a batch           | the same                                    | LOST with the store's error          |
-| the bucket does not exist           | waited for                                  | LOST, and the reason says so         |
-| credentials, permissions            | nothing: trying again cannot help           | FAILED with UpstreamRefused          |
-| another upstream, or a mass delete  | nothing is written; it waits                | FAILED until `accept_reset()`        |
-| an update over the limits           | nothing is written (or it is skipped)       | FAILED with UpstreamOversize         |
-| a hook, or a bug                    | as a store's actor: restarted, with a limit | a Restart in `stats()`, then FAILED  |
+It outlives every error:
 
-Nothing that was received survives letting go: the store's cursor alone tells where to go on. One batch is under way at a time,
-so that none can be written after one before it was refused; what comes meanwhile makes the next batch.
+| what fails                      | what happens                       | what callers see              |
+|---------------------------------|------------------------------------|-------------------------------|
+| the connection, a gap, silence  | let go; attach again at the cursor | LOST, then ATTACHING          |
+| the store refuses a batch       | the same                           | LOST with the store's error   |
+| the bucket does not exist       | waited for                         | LOST, and the reason says so  |
+| credentials, permissions        | nothing: trying again is no help   | FAILED with UpstreamRefused   |
+| another upstream, a mass delete | nothing is written; it waits       | FAILED until `accept_reset()` |
+| an update over the limits       | nothing is written; or skipped     | FAILED with UpstreamOversize  |
+| a hook, or a bug                | restarted, within a limit          | a Restart, in the end FAILED  |
+
+Reads go on through all of it. Nothing that was received survives letting go: the store's cursor
+alone tells where to go on. One batch is under way at a time, so that none can be written after one
+before it was refused; what comes meanwhile makes the next batch.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ from foldlog.protocol.upstream import (
 from foldlog.storage.fold.snapshot import FoldSnapshot
 
 CONFIRM_S = 1.0
-"""Between the two looks that a claim to have gone back must pass: a leader that was deposed has stepped down by then."""
+"""Between the two looks that a claim to have gone back must pass: a leader that was deposed has
+stepped down by then."""
 AUDIT_S_PER_KEY = 8e-6
 """What an audit costs, for its budget: measured 4.4 us a key with NATS, and comparing."""
 CLOSE_S = 5.0
@@ -82,7 +86,8 @@ LARGE_BATCH = 20_000
 """Updates that are encoded off the loop, so that heartbeats are heard meanwhile."""
 
 Parse: TypeAlias = Callable[[Update], Update | Iterable[Update] | None]
-"""Drops (None), renames or transforms an update. Must be a pure function of it: audits and resets ask again."""
+"""Drops (None), renames or transforms an update. Must be a pure function of it: audits and resets
+ask again."""
 OnApplied: TypeAlias = Callable[[Sequence[Update], WatchCursor], object]
 """Told of each batch once it is written and published, on the link's thread."""
 
@@ -143,13 +148,15 @@ class Sink(Protocol):
 
     @property
     def keeps_marks(self) -> bool:
-        """Whether the log has the mark beside each cursor; not one whose origin is noted beside it."""
+        """Whether the log has the mark beside each cursor; not one whose origin is noted beside
+        it."""
 
     def snapshot(self) -> FoldSnapshot:
         """The published state."""
 
     def feed(self, batch: Batch, rewound: str) -> Future[int]:
-        """Give the batch to the writer. `rewound` is told to watchers, if it is not empty. Backpressure, StoreFailed..."""
+        """Give the batch to the writer. `rewound` is told to watchers, if it is not empty.
+        Backpressure, StoreFailed..."""
 
     def note_restart(self, restart: Restart) -> None:
         """Keep count of a restart."""
@@ -210,7 +217,8 @@ class Link:
         deadline = time.monotonic() + timeout_s
         while self.thread.is_alive() and time.monotonic() < deadline:
             self.thread.join(0.25)
-            self.ask_to_stop()  # again: a client library may have taken the cancellation for its own
+            # Again: a client library may have taken the cancellation for its own
+            self.ask_to_stop()
 
     def accept_reset(self) -> None:
         """Agree to the reset that is held. Without one, nothing happens."""
@@ -220,7 +228,8 @@ class Link:
 
     @property
     def staleness_s(self) -> float:
-        """Seconds since the upstream last confirmed that nothing waits; infinite if it never did."""
+        """Seconds since the upstream last confirmed that nothing waits; infinite if it never
+        did."""
         return time.monotonic() - self.confirmed_at
 
     def stats(self) -> LinkStats:
@@ -378,7 +387,8 @@ class Link:
         return found, decided
 
     async def _recalled(self, decided: Plan, found: Identity) -> Plan:
-        """The plan, unless to resume is planned, and the upstream says that the position is of other changes."""
+        """The plan, unless to resume is planned, and the upstream says that the position is of
+        other changes."""
         self._values_in_doubt = False
         if decided.step is not Step.RESUME or not isinstance(self._upstream, HasMarks):
             return decided
@@ -421,7 +431,8 @@ class Link:
                     return
 
     async def _load(self, found: Identity) -> None:
-        """Take the state into a store that holds nothing, or a part of it. The cursor comes last."""
+        """Take the state into a store that holds nothing, or a part of it. The cursor comes
+        last."""
         self._set(LinkState.CATCHING_UP, "loading")
         none, position = WatchCursor.none(), found.last
         held = dict(_versions(self._sink.snapshot()))
@@ -590,7 +601,8 @@ class Link:
             found, position = await self._revisions(version_of)
             audit = Audit(found, self._touched)
             asked = time.monotonic()
-            # What the upstream told the audit of, and the tail has yet to bring, would be taken for missing.
+            # What the upstream told the audit of, and the tail has yet to bring, would be taken for
+            # missing.
             await self._until(lambda: self._position >= position or self.confirmed_at > asked)
             async with self._turn:  # all that was received is applied
                 fold = self._sink.snapshot()
@@ -698,7 +710,8 @@ def _difference(fold: FoldSnapshot, state: dict[str, Put]) -> list[Update]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel the tasks, and wait until they have ended. Again and again: a client library may swallow a cancellation."""
+    """Cancel the tasks, and wait until they have ended. Again and again: a client library may
+    swallow a cancellation."""
     rest = {task for task in tasks if not task.done()}
     while rest:
         for task in rest:

@@ -1,7 +1,9 @@
-"""What a link decides, as pure functions: where to go on, what an audit mends, what may not be lost unasked.
+"""What a link decides, as pure functions: where to go on, what an audit mends, what may not be lost
+unasked.
 
-The position alone does not tell whether what was missed can be told. An upstream may be another one under the same name, may have
-gone back, or may have dropped changes without a word. So attaching is identity, then the tail, then an audit.
+The position alone does not tell whether what was missed can be told. An upstream may be another one
+under the same name, may have gone back, or may have dropped changes without a word. So attaching is
+identity, then the tail, then an audit.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ class Plan(NamedTuple):
     step: Step
     reason: str = ""
     rewound: bool = False
-    """The upstream went back, or is another incarnation: a claim to be confirmed, and told to watchers."""
+    """The upstream went back, or is another incarnation: a claim to be confirmed, and told to
+    watchers."""
 
 
 def scoped_origin(origin: bytes, prefixes: Prefixes) -> bytes:
-    """The origin of a mirror of these prefixes: other prefixes are another incarnation, for what they lacked was not told."""
+    """The origin of a mirror of these prefixes: other prefixes are another incarnation, for what
+    they lacked was not told."""
     if not prefixes:
         return origin
     name, rest = origin[:NAME_BYTES].ljust(NAME_BYTES, b"\0"), origin[NAME_BYTES:]
@@ -65,7 +69,8 @@ def scoped_origin(origin: bytes, prefixes: Prefixes) -> bytes:
 
 
 def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
-    """How to go on with an upstream that says it is `found`. `accepted`: the owner has agreed to a reset."""
+    """How to go on with an upstream that says it is `found`. `accepted`: the owner has agreed to a
+    reset."""
     if held.is_empty and held.cursor.is_none:
         return Plan(Step.LOAD, "nothing is held")
     if not is_same(held.origin, found.origin):
@@ -97,12 +102,14 @@ def mark_of(held: bytes, found: bytes) -> bytes:
 
 
 def may_delete(deleted: int, live: int, limit: float) -> bool:
-    """Whether `deleted` of `live` keys may go without asking: up to the share `limit`, or fewer than 100."""
+    """Whether `deleted` of `live` keys may go without asking: up to the share `limit`, or fewer
+    than 100."""
     return deleted < MIN_MASS_DELETE or deleted <= limit * live
 
 
 class Audit:
-    """Compares what is held with the versions of an upstream's keys, both ways. Keys told of meanwhile are exempt."""
+    """Compares what is held with the versions of an upstream's keys, both ways. Keys told of
+    meanwhile are exempt."""
 
     def __init__(self, found: Mapping[str, bytes], touched: Container[str]) -> None:
         self._missing = dict(found)
@@ -111,7 +118,8 @@ class Audit:
         """Keys whose entries are not as they should be; to be confirmed."""
 
     def compare(self, held: Iterable[tuple[str, bytes]]) -> None:
-        """Take some of the (key, version) that are held, each once; the versions as `found` has them."""
+        """Take some of the (key, version) that are held, each once; the versions as `found` has
+        them."""
         missing, touched = self._missing, self._touched
         for key, version in held:
             if missing.pop(key, None) != version and key not in touched:
@@ -124,13 +132,16 @@ class Audit:
 
 
 def audit_delay_s(cost_s: float, budget: float, min_s: float) -> float:
-    """How long to wait after an audit that took `cost_s` of processor time, for all audits to take `budget` of a core."""
+    """How long to wait after an audit that took `cost_s` of processor time, for all audits to take
+    `budget` of a core."""
     return max(min_s, cost_s / budget - cost_s)
 
 
 def retry_delay_s(attempt: int, jitter: float) -> float:
-    """How long to wait before attaching for the `attempt`-th time in a row, from 0. `jitter` is 0 to 1.
+    """How long to wait before attaching for the `attempt`-th time in a row, from 0. `jitter` is 0
+    to 1.
 
-    At most 0.5 s: a server that comes back is found within a second, and trying costs it one refused connection.
+    At most 0.5 s: a server that comes back is found within a second, and trying costs it one
+    refused connection.
     """
     return min(0.02 * 2.0 ** min(attempt, 5), 0.5) * (0.5 + 0.5 * jitter)

@@ -1,7 +1,8 @@
-"""A mirror: a second process's own copy of a log, prefix by prefix, exact while it runs and after it was away.
+"""A mirror: a second process's own copy of a log, prefix by prefix, exact while it runs and after
+it was away.
 
-Run: python examples/mirror_of_a_log.py
-For a bucket of NATS, put NatsKv("nats://127.0.0.1:4222", bucket="routes") in place of LogFile(source).
+Run: python examples/mirror_of_a_log.py For a bucket of NATS, put NatsKv("nats://127.0.0.1:4222",
+bucket="routes") in place of LogFile(source).
 """
 
 from __future__ import annotations

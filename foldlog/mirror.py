@@ -26,12 +26,13 @@ from foldlog.actors.link import (
 )
 from foldlog.actors.requests import LocalWrite, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
+from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Batch, Update
 from foldlog.protocol.upstream import MirrorReadOnly, Upstream
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.store import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, Store, open
+from foldlog.store import Store, open
 
 SYNC_TIMEOUT_S = 30.0
 
@@ -50,13 +51,15 @@ def mirror(
 ) -> Mirror:
     """Keep a copy of `upstream` in the log at `path`. Served at once, as it was; fed from here on.
 
-    `prefix`: one, or several: only keys that start with one of them. `parse`: drops (None), renames or transforms each update;
-    a pure function, and it keeps the version. What it drops still moves the cursor. `on_applied`: called with the updates and
-    the cursor of each batch that was written, on the link's thread. If one of the two fails, the link fails.
+    `prefix`: one, or several: only keys that start with one of them. `parse`: drops (None), renames
+    or transforms each update; a pure function, and it keeps the version. What it drops still moves
+    the cursor. `on_applied`: called with the updates and the cursor of each batch that was written,
+    on the link's thread. If one of the two fails, the link fails.
 
-    `on_oversize="fail"`: an entry over foldlog's limits fails the link, and the reason names it; "skip": the mirror goes without
-    it, and counts it. `mass_delete`: a reset or an audit that deletes a larger share of the keys than this (and at least 100)
-    is held until `accept_reset()`. `audit_interval_s`: the least time between audits; they take at most 1 % of a core.
+    `on_oversize="fail"`: an entry over foldlog's limits fails the link, and the reason names it;
+    "skip": the mirror goes without it, and counts it. `mass_delete`: a reset or an audit that
+    deletes a larger share of the keys than this (and at least 100) is held until `accept_reset()`.
+    `audit_interval_s`: the least time between audits; they take at most 1 % of a core.
 
     `store_options`: those of `foldlog.open`, and its errors.
     """
@@ -92,7 +95,8 @@ class MirrorStats(Stats):
 
 
 class _Sink:
-    """What the link has of the store: not the store itself, so that one that is dropped can be noticed."""
+    """What the link has of the store: not the store itself, so that one that is dropped can be
+    noticed."""
 
     def __init__(self, core: Core, inbox: Inbox) -> None:
         self._core, self._inbox = core, inbox
@@ -117,7 +121,8 @@ class _Sink:
 
 
 class Mirror(Store):
-    """A store that its upstream writes, and nobody else. Reads, watches and the rest are a store's. Any thread may call it."""
+    """A store that its upstream writes, and nobody else. Reads, watches and the rest are a store's.
+    Any thread may call it."""
 
     def __init__(self, store: Store, upstream: Upstream, config: LinkConfig) -> None:
         """Not for callers: use `foldlog.mirror`."""
@@ -135,13 +140,16 @@ class Mirror(Store):
             super().close()
             raise
 
-    def wait_synced(self, timeout_s: float = SYNC_TIMEOUT_S) -> bool:
-        """Return True once the mirror is true to its upstream. From then on it is, as of `staleness_s` ago.
+    def wait_synced(self, timeout_s: float | None = SYNC_TIMEOUT_S) -> bool:
+        """Return True once the mirror is true to its upstream. From then on it is, as of
+        `staleness_s` ago.
 
-        RequestTimeout, with the link's state and reason, if that takes longer. Raises what the link FAILED of.
+        RequestTimeout, with the link's state and reason, if that takes longer. Raises what the link
+        FAILED of.
         """
         if os.getpid() != self.link._pid:
             raise ForkedStore(f"{self.path} was opened before this process was forked")
+        timeout_s = check_timeout(timeout_s)
         link, deadline = self.link, time.monotonic() + timeout_s
         with link.changed:
             while link.state is not LinkState.LIVE:
@@ -159,16 +167,19 @@ class Mirror(Store):
         return True
 
     def lag(self) -> int | None:
-        """Updates that wait upstream, as it last told: 0 is in step; None if the link is not attached, or it cannot tell."""
+        """Updates that wait upstream, as it last told: 0 is in step; None if the link is not
+        attached, or it cannot tell."""
         return self.link.behind
 
     @property
     def staleness_s(self) -> float:
-        """Seconds since the upstream last confirmed that nothing waits; infinite if it has not since the mirror was opened."""
+        """Seconds since the upstream last confirmed that nothing waits; infinite if it has not
+        since the mirror was opened."""
         return self.link.staleness_s
 
     def accept_reset(self) -> None:
-        """Let the link do what it holds: delete most of the keys, or take the state of another upstream."""
+        """Let the link do what it holds: delete most of the keys, or take the state of another
+        upstream."""
         self.link.accept_reset()
 
     def stats(self) -> MirrorStats:
@@ -177,7 +188,7 @@ class Mirror(Store):
         values = {field.name: getattr(stats, field.name) for field in fields(Stats)}
         return MirrorStats(**values, link=self.link.stats())
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """Let go of the upstream, then as `Store.close`."""
         self._link_finalizer.detach()
         self.link.stop()
@@ -186,18 +197,21 @@ class Mirror(Store):
     # Writing: refused.
 
     def apply(
-        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = APPLY_TIMEOUT_S
+        self,
+        updates: Iterable[Update],
+        cursor: WatchCursor,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> NoReturn:
         """MirrorReadOnly: the upstream alone writes a mirror."""
         self._refuse()
 
     def apply_async(
-        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float = 0.0
+        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float | None = 0.0
     ) -> NoReturn:
         """MirrorReadOnly: the upstream alone writes a mirror."""
         self._refuse()
 
-    def _write(self, request: LocalWrite, timeout_s: float) -> VersionToken:
+    def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         self._refuse()
 
     @property

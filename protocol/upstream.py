@@ -1,7 +1,8 @@
-"""The seam to an upstream: what a mirror needs of the stream that feeds it. No I/O here, only the shape.
+"""The seam to an upstream: what a mirror needs of the stream that feeds it. No I/O here, only the
+shape.
 
-A class of your own needs `identify` and `changes`. With `state` it can be mirrored from anywhere, also where it no longer reaches
-back; with `revisions` a mirror can find out that it was told wrong.
+A class of your own needs `identify` and `changes`. With `state` it can be mirrored from anywhere,
+also where it no longer reaches back; with `revisions` a mirror can find out that it was told wrong.
 
     identify    who are you, and from where to where do you reach?
     changes     what came after a position, in whole positions, and goes on coming
@@ -10,7 +11,8 @@ back; with `revisions` a mirror can find out that it was told wrong.
     recalls     did you tell this at that position?                                     optional
     close       let go of connections; `identify` may be called again                   optional
 
-All are called on the event loop of the link, one attachment at a time; `state` and `revisions` may run beside `changes`.
+All are called on the event loop of the link, one attachment at a time; `state` and `revisions` may
+run beside `changes`.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Update
 
 Prefixes = tuple[str, ...]
-"""The keys that are wanted start with one of these. An upstream may tell of more; the link drops the rest."""
+"""The keys that are wanted start with one of these. An upstream may tell of more; the link drops
+the rest."""
 
 
 class Identity(NamedTuple):
-    """Who an upstream is, and which positions it reaches. Positions of one upstream sort as bytes."""
+    """Who an upstream is, and which positions it reaches. Positions of one upstream sort as
+    bytes."""
 
     origin: bytes
-    """1 to 32 bytes, 24 for one with marks. The first 16 name it; the rest tells one incarnation of it from another."""
+    """1 to 32 bytes, 24 for one with marks. The first 16 name it; the rest tells one incarnation of
+    it from another."""
     first: WatchCursor
-    """The oldest position after which it tells every change; the none-cursor if it does from the start."""
+    """The oldest position after which it tells every change; the none-cursor if it does from the
+    start."""
     last: WatchCursor
     """Its newest position."""
 
@@ -43,11 +49,13 @@ class Changes(NamedTuple):
     updates: Sequence[Update]
     """In upstream order. None at all is a sign of life."""
     position: WatchCursor
-    """The position that holds once `updates` are folded. In a `state`, that of the state, and the last one counts."""
+    """The position that holds once `updates` are folded. In a `state`, that of the state, and the
+    last one counts."""
     behind: int | None = None
     """Updates that wait upstream after these; 0: nothing more waits, so far; None: not known."""
     mark: bytes = b""
-    """Of an upstream with marks: 8 bytes by which it knows what it told at `position`; none where it cannot."""
+    """Of an upstream with marks: 8 bytes by which it knows what it told at `position`; none where
+    it cannot."""
 
 
 class Revisions(NamedTuple):
@@ -61,14 +69,16 @@ class Revisions(NamedTuple):
 class Upstream(Protocol):
     """Where the updates of a mirror come from. See the module.
 
-    Raise UpstreamLost for what may pass, UpstreamMissing while it does not exist, UpstreamRefused for what will not pass.
+    Raise UpstreamLost for what may pass, UpstreamMissing while it does not exist, UpstreamRefused
+    for what will not pass.
     """
 
     async def identify(self) -> Identity:
         """Connect, and tell who is there now."""
 
     def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """All changes after a position, then those that come, for ever. A sign of life every few seconds.
+        """All changes after a position, then those that come, for ever. A sign of life every few
+        seconds.
 
         Nothing is read ahead without a bound: what is not asked for waits upstream.
         """
@@ -79,7 +89,8 @@ class HasState(Protocol):
     """An upstream that can tell its whole state."""
 
     def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """All live entries as Puts, in pieces, then the end. What a later piece says of a key counts, a Delete too."""
+        """All live entries as Puts, in pieces, then the end. What a later piece says of a key
+        counts, a Delete too."""
 
 
 @runtime_checkable
@@ -92,10 +103,12 @@ class HasRevisions(Protocol):
 
 @runtime_checkable
 class HasMarks(Protocol):
-    """An upstream whose positions may be given twice: restored from a copy, it gives them to other changes."""
+    """An upstream whose positions may be given twice: restored from a copy, it gives them to other
+    changes."""
 
     async def recalls(self, position: WatchCursor, mark: bytes) -> bool | None:
-        """Whether it told this mark at the position. None if it no longer knows: then values are audited, not versions alone."""
+        """Whether it told this mark at the position. None if it no longer knows: then values are
+        audited, not versions alone."""
 
 
 @runtime_checkable
@@ -123,11 +136,13 @@ class UpstreamMissing(UpstreamError):
 
 
 class UpstreamRefused(UpstreamError):
-    """The upstream refuses us: credentials, permissions, a wrong kind of stream. Trying again cannot help."""
+    """The upstream refuses us: credentials, permissions, a wrong kind of stream. Trying again
+    cannot help."""
 
 
 class UpstreamOversize(UpstreamError):
-    """An update is over foldlog's limits. `key` names it. A mirror with `on_oversize="skip"` goes without it."""
+    """An update is over foldlog's limits. `key` names it. A mirror with `on_oversize="skip"` goes
+    without it."""
 
     def __init__(self, reason: str, key: str) -> None:
         super().__init__(reason)
@@ -139,7 +154,8 @@ class UpstreamOversize(UpstreamError):
 
 
 class ResetHeld(UpstreamError):
-    """The mirror would lose most of its keys, or hold those of another upstream. `mirror.accept_reset()` lets it."""
+    """The mirror would lose most of its keys, or hold those of another upstream.
+    `mirror.accept_reset()` lets it."""
 
 
 class MirrorReadOnly(FoldlogError):

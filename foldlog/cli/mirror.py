@@ -68,8 +68,9 @@ def mirror(
 ) -> None:
     """Keep LOG an exact copy of UPSTREAM, and say how it fares.
 
-    UPSTREAM is nats://HOST:PORT/BUCKET, etcd://HOST:PORT/PREFIX, or the path of another log. Deletes are copied, too. Runs until
-    it is interrupted or told to end (SIGTERM), and exits with 0 then; with 1 if the upstream refuses, or holds a reset.
+    UPSTREAM is nats://HOST:PORT/BUCKET, etcd://HOST:PORT/PREFIX, or the path of another log.
+    Deletes are copied, too. Runs until it is interrupted or told to end (SIGTERM), and exits with 0
+    then; with 1 if the upstream refuses, or holds a reset.
     """
     options = {
         "user": user,

@@ -1,4 +1,5 @@
-"""Upstreams to mirror: NATS JetStream KV buckets, etcd prefixes, other foldlog logs. Each is imported when it is used.
+"""Upstreams to mirror: NATS JetStream KV buckets, etcd prefixes, other foldlog logs. Each is
+imported when it is used.
 
 nats_kv.py    NatsKv(url, bucket=)     needs nats-py: the extra `nats`
 etcd.py       Etcd(url, prefix=)
@@ -29,7 +30,8 @@ def __getattr__(name: str) -> Any:
 
 
 def from_url(url: str, **options: Any) -> Upstream:
-    """The upstream of `nats://HOST:PORT/BUCKET`, `tls://HOST:PORT/BUCKET`, `etcd://HOST:PORT/PREFIX` or a path. ValueError."""
+    """The upstream of `nats://HOST:PORT/BUCKET`, `tls://HOST:PORT/BUCKET`,
+    `etcd://HOST:PORT/PREFIX` or a path. ValueError."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         from foldlog.upstreams.log_file import LogFile

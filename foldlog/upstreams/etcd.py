@@ -1,8 +1,10 @@
-"""The keys under a prefix of etcd (3.4 and newer), by its JSON gateway over plain HTTP: no client library.
+"""The keys under a prefix of etcd (3.4 and newer), by its JSON gateway over plain HTTP: no client
+library.
 
-A position is a revision. Several changes may share one, and etcd sends them in one answer, so that what is told is always whole.
-The state is read at one revision, page by page. A watch from before a compaction is refused with the revision of the compaction;
-the link then folds the difference to the state.
+A position is a revision. Several changes may share one, and etcd sends them in one answer, so that
+what is told is always whole. The state is read at one revision, page by page. A watch from before a
+compaction is refused with the revision of the compaction; the link then folds the difference to the
+state.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ _UNAUTHENTICATED, _PERMISSION_DENIED, _INVALID = 16, 7, 3
 
 
 class Etcd:
-    """The keys that start with `prefix` in the etcd at `url` (http://HOST:PORT or https://HOST:PORT). "" is all keys.
+    """The keys that start with `prefix` in the etcd at `url` (http://HOST:PORT or
+    https://HOST:PORT). "" is all keys.
 
-    `user` and `password`, also in the URL; `tls`: an ssl.SSLContext for https. No secret shows in a repr, a reason or a log.
+    `user` and `password`, also in the URL; `tls`: an ssl.SSLContext for https. No secret shows in a
+    repr, a reason or a log.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""JSON over HTTP/1.1, as much as a gRPC gateway needs: one POST a connection, answered whole or as a stream of lines."""
+"""JSON over HTTP/1.1, as much as a gRPC gateway needs: one POST a connection, answered whole or as
+a stream of lines."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ class Stream:
 async def stream(
     host: str, port: int, path: str, body: object, token: str, tls: ssl.SSLContext | None
 ) -> Stream:
-    """POST `body`, and hand out the answer as it comes. HttpError unless its status is 200; OSError."""
+    """POST `body`, and hand out the answer as it comes. HttpError unless its status is 200;
+    OSError."""
     reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=_LIMIT)
     try:
         data = json.dumps(body).encode()

@@ -1,7 +1,8 @@
-"""Another foldlog log, written by another process or this one, through a follower. A position is the number of a batch.
+"""Another foldlog log, written by another process or this one, through a follower. A position is
+the number of a batch.
 
-Not its cursor: local writes leave that where it is. The log's batches tell every change since its last compaction; from before
-that, the state does, and the link folds the difference.
+Not its cursor: local writes leave that where it is. The log's batches tell every change since its
+last compaction; from before that, the state does, and the link folds the difference.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LOOK_S = 0.5
 
 
 class LogFile:
-    """The foldlog log at `path`. It may come to be later. A log of the Rust crate cannot be followed: UpstreamRefused."""
+    """The foldlog log at `path`. It may come to be later. A log of the Rust crate cannot be
+    followed: UpstreamRefused."""
 
     def __init__(self, path: StrPath) -> None:
         self.path = os.path.abspath(os.fspath(path))
@@ -70,7 +72,8 @@ class LogFile:
         return Identity(name.digest() + head.log_id, _at(head.base_seq), _at(fold.seq))
 
     async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """The batches after number `after`, then those that come. UpstreamLost where the log was rewritten past it."""
+        """The batches after number `after`, then those that come. UpstreamLost where the log was
+        rewritten past it."""
         follower = self._following()
         fold = follower.snapshot()
         seq = after.as_u64() or 0

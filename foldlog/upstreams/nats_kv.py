@@ -1,11 +1,13 @@
-"""A bucket of NATS JetStream KV. Needs nats-py, for the connection alone: its own watch loses what it cannot buffer.
+"""A bucket of NATS JetStream KV. Needs nats-py, for the connection alone: its own watch loses what
+it cannot buffer.
 
-Everything is read through pull consumers, named, ephemeral, in memory, without acknowledgements: what was asked for and not yet
-come is the back-pressure, the number that the consumer gives to each message is the proof that none was lost, and heartbeats tell
-that the server is there. Any gap, silence or odd answer lets go of the connection, and the link attaches again.
+Everything is read through pull consumers, named, ephemeral, in memory, without acknowledgements:
+what was asked for and not yet come is the back-pressure, the number that the consumer gives to each
+message is the proof that none was lost, and heartbeats tell that the server is there. Any gap,
+silence or odd answer lets go of the connection, and the link attaches again.
 
-A sequence alone does not tell what was missed: deletes may be purged, keys expire without a word, a stream may be restored from a
-copy. That is for the link's audits to find, by `revisions`.
+A sequence alone does not tell what was missed: deletes may be purged, keys expire without a word, a
+stream may be restored from a copy. That is for the link's audits to find, by `revisions`.
 """
 
 from __future__ import annotations
@@ -63,11 +65,12 @@ _OPERATION = "KV-Operation"
 
 
 class NatsKv:
-    """The bucket `bucket` of the JetStream behind `url` (nats://HOST:PORT or tls://HOST:PORT, several with commas).
+    """The bucket `bucket` of the JetStream behind `url` (nats://HOST:PORT or tls://HOST:PORT,
+    several with commas).
 
-    `user` and `password`, `token`, `credentials` (a file) and `tls` (an ssl.SSLContext) as nats-py takes them; a user in the URL
-    works as well. `domain`: of the JetStream. None of the secrets shows in a repr, a reason or a log. ValueError for what cannot
-    be an address or a bucket.
+    `user` and `password`, `token`, `credentials` (a file) and `tls` (an ssl.SSLContext) as nats-py
+    takes them; a user in the URL works as well. `domain`: of the JetStream. None of the secrets
+    shows in a repr, a reason or a log. ValueError for what cannot be an address or a bucket.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class NatsKv:
         nats, errors = _nats()
         await self.close()
         client = cast("Client", nats.aio.client.Client())
-        client._process_headers = _headers  # type: ignore[method-assign]  # its own takes 20 us
+        cast(Any, client)._process_headers = _headers  # its own takes 20 us
         lost = self._lost = asyncio.Event()
 
         async def on_error(error: Exception) -> None:
@@ -136,7 +139,8 @@ class NatsKv:
                 await client.connect(
                     self._servers,
                     allow_reconnect=False,
-                    max_reconnect_attempts=1,  # or a first connection would be tried 60 times, 2 s apart
+                    # Or a first connection would be tried 60 times, 2 s apart
+                    max_reconnect_attempts=1,
                     reconnect_time_wait=cast(int, RETRY_S),
                     connect_timeout=int(CONNECT_S),
                     ping_interval=5,
@@ -210,7 +214,8 @@ class NatsKv:
     # The seam.
 
     async def identify(self) -> Identity:
-        """Who the stream is: its name and domain, and when it was created. Refuses an answer without a current leader."""
+        """Who the stream is: its name and domain, and when it was created. Refuses an answer
+        without a current leader."""
         info = await self._request(f"STREAM.INFO.{self._stream}", {})
         cluster = info.get("cluster") or {}
         if cluster.get("replicas"):
@@ -224,7 +229,8 @@ class NatsKv:
         return Identity(origin, WatchCursor.none(), WatchCursor.from_u64(last))
 
     async def recalls(self, position: WatchCursor, mark: bytes) -> bool | None:
-        """Whether the message at the position is of the time that the mark says. None if it is there no more."""
+        """Whether the message at the position is of the time that the mark says. None if it is
+        there no more."""
         subject = f"STREAM.MSG.GET.{self._stream}"
         try:
             answer = await self._request(subject, {"seq": position.as_u64() or 0})
@@ -271,7 +277,8 @@ class NatsKv:
     async def _consume(
         self, start: dict[str, Any], prefixes: Prefixes, *, once: bool = False
     ) -> AsyncGenerator[_Piece, None]:
-        """What a new consumer delivers, in pieces: `once`, until nothing waits any more; else for ever."""
+        """What a new consumer delivers, in pieces: `once`, until nothing waits any more; else for
+        ever."""
         client = await self._connect()
         name = f"foldlog-{secrets.token_hex(8)}"
         config: dict[str, Any] = {
@@ -473,7 +480,8 @@ class _Pull:
         return _Piece(updates, last, pending, stored_ns.to_bytes(8, "big"), size)
 
     def _count_down(self, messages: int) -> None:
-        """Take `messages` off what the open requests may still bring: the oldest is served first."""
+        """Take `messages` off what the open requests may still bring: the oldest is served
+        first."""
         while messages and self._open:
             number = next(iter(self._open))
             used = min(messages, self._open[number])
@@ -511,7 +519,8 @@ _parsed: dict[bytes, dict[str, str]] = {}
 
 
 async def _headers(raw: bytes | bytearray | None) -> dict[str, str] | None:
-    """The headers of a message, and its status, if it has one. Those of a pass are nearly all the same."""
+    """The headers of a message, and its status, if it has one. Those of a pass are nearly all the
+    same."""
     if not raw:
         return None
     key = bytes(raw)
@@ -531,9 +540,11 @@ async def _headers(raw: bytes | bytearray | None) -> dict[str, str] | None:
 
 
 def sequences_of(reply: str) -> tuple[int, int, int, int]:
-    """The consumer's sequence, the stream's, the time stored (ns) and how many are pending, of a message's reply subject.
+    """The consumer's sequence, the stream's, the time stored (ns) and how many are pending, of a
+    message's reply subject.
 
-    Counted from the end, for domains add tokens in front: ... stream sequence, consumer sequence, time, pending[, random].
+    Counted from the end, for domains add tokens in front: ... stream sequence, consumer sequence,
+    time, pending[, random].
     """
     tokens = reply.split(".")
     end = len(tokens) if len(tokens) < 12 else 11
@@ -552,14 +563,15 @@ async def _abandon(client: Client) -> None:
     """Close a client that did not connect: nats-py leaves its transport open then."""
     with contextlib.suppress(Exception):
         await client.close()
-    transport = client._transport
+    transport: Any = client._transport
     if transport is not None:
         with contextlib.suppress(Exception):
             transport.close()
 
 
 def _filters(subjects: str, prefixes: Prefixes) -> list[str]:
-    """The subjects that hold all keys under `prefixes`, cut at the last token that is whole. None overlaps another."""
+    """The subjects that hold all keys under `prefixes`, cut at the last token that is whole. None
+    overlaps another."""
     stems = sorted({_stem(prefix) for prefix in prefixes} or {""})
     kept: list[str] = []
     for stem in stems:

@@ -1,8 +1,8 @@
 """The origin of a log whose format has no place for it: in a file of its own, LOG.origin.
 
-The file holds the origin and nothing else. It is written after the batch that changes the origin, and before that batch it is
-cut to the upstream's name, so that a crash between the two leaves a name without an incarnation: an upstream that is known,
-and from whose cursor nobody resumes.
+The file holds the origin and nothing else. It is written after the batch that changes the origin,
+and before that batch it is cut to the upstream's name, so that a crash between the two leaves a
+name without an incarnation: an upstream that is known, and from whose cursor nobody resumes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A NATS server with one bucket, as much of it as a mirror asks for, that misbehaves as a test's script says."""
+"""A NATS server with one bucket, as much of it as a mirror asks for, that misbehaves as a test's
+script says."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Faults = Callable[[int, list[bytes]], list[bytes]]
-"""Of a request for messages, counted over the life of the server, and the frames it would be answered with: those it is."""
+"""Of a request for messages, counted over the life of the server, and the frames it would be
+answered with: those it is."""
 
 
 class FakeNats:
-    """Serves `entries` as messages 1, 2, ... of the bucket b. Faults apply to the tail's requests, not to passes of the state."""
+    """Serves `entries` as messages 1, 2, ... of the bucket b. Faults apply to the tail's requests,
+    not to passes of the state."""
 
     def __init__(self, entries: dict[str, bytes], faults: Faults) -> None:
         self.entries, self._faults = entries, faults

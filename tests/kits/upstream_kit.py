@@ -1,4 +1,5 @@
-"""Upstreams that a test can write to, of every kind, behind one face; and what their mirrors must look like."""
+"""Upstreams that a test can write to, of every kind, behind one face; and what their mirrors must
+look like."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A server that loses, repeats and reorders messages, or ends requests for every reason: the mirror lets go, and is exact."""
+"""A server that loses, repeats and reorders messages, or ends requests for every reason: the mirror
+lets go, and is exact."""
 
 from __future__ import annotations
 

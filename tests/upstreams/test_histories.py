@@ -1,6 +1,8 @@
-"""Random histories of a bucket, with the server and the client dying in between: at rest, the mirror is equal to it.
+"""Random histories of a bucket, with the server and the client dying in between: at rest, the
+mirror is equal to it.
 
-A sample runs each time; `pytest -m slow -rP tests/upstreams` runs the campaign and prints its counts.
+A sample runs each time; `pytest -m slow -rP tests/upstreams` runs the campaign and prints its
+counts.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def mirrored(path, source, **options):
 
 
 def test_a_recreated_bucket_is_replaced_as_one_batch_and_told_as_the_difference(source, path):
-    """A new bucket under the old name counts from 1. Resuming at the old cursor lost 100 of 105 updates, without an error."""
+    """A new bucket under the old name counts from 1. Resuming at the old cursor lost 100 of 105
+    updates, without an error."""
     source.put_many({f"k.{n}": b"old" for n in range(50)})
     with mirrored(path, source) as mirror:
         watch = mirror.watch(since=mirror.snapshot())
@@ -64,8 +65,9 @@ def test_a_recreated_bucket_is_replaced_as_one_batch_and_told_as_the_difference(
 
 
 def test_a_stream_restored_from_a_copy_is_not_resumed(tmp_path, path):
-    """Restored from a copy, a stream has the same date of creation, and by the time that the client is back its sequence may
-    be past the client's cursor: with the same keys at the same sequences, and other values."""
+    """Restored from a copy, a stream has the same date of creation, and by the time that the client
+    is back its sequence may be past the client's cursor: with the same keys at the same sequences,
+    and other values."""
     with opened(NatsSource(tmp_path / "nats")) as source:
         source.put("a", b"1")
         source.server.kill()
@@ -116,7 +118,8 @@ def test_values_are_audited_where_the_position_is_no_longer_known(tmp_path, path
 
 
 def test_a_hot_bucket_loses_nothing_and_is_resumed(source, path):
-    """Of 50 hot keys with a history of 1, the first sequence is past the cursor at once, though nothing was lost."""
+    """Of 50 hot keys with a history of 1, the first sequence is past the cursor at once, though
+    nothing was lost."""
     source.put_many({f"k.{n}": b"0" for n in range(50)})
     mirrored(path, source).close()
     for turn in range(3):
@@ -205,7 +208,8 @@ def test_keys_that_clients_refuse_are_held(source, path):
 
 
 def test_values_larger_than_a_request_may_bring_arrive(tmp_path, path):
-    """A value above a pull's max_bytes is answered with 409 for ever: the limit is dropped when nothing came."""
+    """A value above a pull's max_bytes is answered with 409 for ever: the limit is dropped when
+    nothing came."""
     config = "max_payload: 33554432\nmax_pending: 67108864\n"
     with opened(NatsSource(tmp_path / "nats", server_config=config)) as source:
         source.put("before", b"1")
@@ -347,7 +351,8 @@ def test_the_first_update_comes_within_a_second_of_a_servers_return(tmp_path, pa
 
 
 def test_a_client_that_is_killed_while_it_loads_or_follows_is_exact_afterwards(source, path):
-    """Its cursor is written with the data, so that whatever a killed process leaves is a position to go on from."""
+    """Its cursor is written with the data, so that whatever a killed process leaves is a position
+    to go on from."""
     command = [str(Path(sys.executable).parent / "foldlog"), "mirror", str(path)]
     command += [f"{source.url}/{source.bucket}", "--quiet"]
     for turn in range(3):

@@ -1,4 +1,5 @@
-"""What a link decides, over every small history of an upstream; and that each rule which is simpler fails in one of them."""
+"""What a link decides, over every small history of an upstream; and that each rule which is simpler
+fails in one of them."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def at(number: int) -> WatchCursor:
 
 
 class World(NamedTuple):
-    """A bucket with a history of 1: the last message of each key, the last sequence, and which bucket it is."""
+    """A bucket with a history of 1: the last message of each key, the last sequence, and which
+    bucket it is."""
 
     messages: tuple[tuple[str, int, bool], ...] = ()
     """(key, sequence, live), by sequence."""
@@ -57,7 +59,8 @@ class World(NamedTuple):
 
     @property
     def live(self) -> dict[str, bytes]:
-        """Versions by key; the incarnation makes equal sequences of two buckets different entries."""
+        """Versions by key; the incarnation makes equal sequences of two buckets different
+        entries."""
         return {k: bytes(at(seq)) + bytes((self.made,)) for k, seq, live in self.messages if live}
 
     @property

@@ -1,4 +1,5 @@
-"""What every upstream must do for its mirror, NATS, etcd and another log alike, against real servers."""
+"""What every upstream must do for its mirror, NATS, etcd and another log alike, against real
+servers."""
 
 from __future__ import annotations
 
@@ -74,8 +75,9 @@ def test_what_was_missed_while_away_is_told_from_the_cursor_on(source, path):
 
 
 def test_deletes_that_the_upstream_has_forgotten_are_found(source, path):
-    """A delete while the client was away, and then the upstream drops its history: no change tells of it any more, and
-    the rule that the first position is not past the cursor says that resuming is sound."""
+    """A delete while the client was away, and then the upstream drops its history: no change tells
+    of it any more, and the rule that the first position is not past the cursor says that resuming
+    is sound."""
     for number in range(9):
         source.put(f"k.{number}", b"")
     with foldlog.mirror(path, source.upstream()) as mirror:

@@ -115,8 +115,9 @@ def test_an_origin_that_is_none_is_not_written(bad, error):
 def test_a_crash_between_a_batch_and_its_note_leaves_a_name_without_an_incarnation(
     path, monkeypatch
 ):
-    """The records of slipstream-v2 have no place for an origin. Noted after its batch alone, a crash in between would leave
-    the former origin beside the cursor of the new one, and a mirror of the former would resume from a foreign position."""
+    """The records of slipstream-v2 have no place for an origin. Noted after its batch alone, a
+    crash in between would leave the former origin beside the cursor of the new one, and a mirror of
+    the former would resume from a foreign position."""
     engine = fed(path, ORIGIN, format="slipstream-v2")
     monkeypatch.setattr(type(engine.log), "append", crash)
     with pytest.raises(KeyboardInterrupt):
