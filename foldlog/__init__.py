@@ -48,6 +48,7 @@ from foldlog.protocol.upstream import (
 )
 from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
 from foldlog.storage.engines.append_log import AppendLogSnapshot
+from foldlog.storage.engines.rocksdb import RocksDbSnapshot
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import OpenReport
@@ -100,6 +101,7 @@ __all__ = [
     "ResetHeld",
     "Restart",
     "Rewound",
+    "RocksDbSnapshot",
     "SnapshotStore",
     "State",
     "Stats",

@@ -8,7 +8,7 @@ import pytest
 from conformance import Kind, StoreConformance
 
 import foldlog
-from foldlog import AppendLogSnapshot, Put, StoreClosed, WatchCursor
+from foldlog import AppendLogSnapshot, Put, RocksDbSnapshot, StoreClosed, WatchCursor
 from foldlog.protocol.store import FormatName
 
 
@@ -38,6 +38,12 @@ KINDS = [
         lambda artifact, dest: AppendLogSnapshot.import_artifact(
             artifact, dest, format="slipstream-v2"
         )[1],
+    ),
+    Kind(
+        "RocksDB",
+        lambda path: RocksDbSnapshot.open(path)[1],
+        lambda path: RocksDbSnapshot.open(path)[1],
+        lambda artifact, dest: RocksDbSnapshot.import_artifact(artifact, dest)[1],
     ),
     Kind(
         "store, slipstream-v2",

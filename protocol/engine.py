@@ -1,0 +1,149 @@
+"""The seam between a writer and an engine: what stores the fold, and publishes immutable snapshots of it.
+
+One thread writes; it is the caller who decides which. Snapshots may be read by any thread. The engines:
+
+    append log    storage/engines/engine.py      the base on disk, the changes since in memory
+    RocksDB       storage/engines/rocksdb/       all on disk
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from foldlog.protocol.store import StrPath
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import Batch, DecodedBatch, Delete, KvEntry, Put
+
+
+@runtime_checkable
+class Snapshot(Protocol):
+    """An immutable state of a store, at one batch. Any thread may read it."""
+
+    seq: int
+    """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, for ever."""
+
+    def get(self, key: str) -> KvEntry | None:
+        """The live entry of `key`, or None if it is absent or deleted."""
+
+    def range(self, prefix: str = "") -> list[KvEntry]:
+        """All live entries under `prefix`, ascending by key: by code point."""
+
+    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
+        """`range`, streamed. An error of `f` stops the scan and propagates."""
+
+    def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
+        """`range` in pieces, none empty; only keys after `after`, if given."""
+
+    def entries_after(self, prefix: str, after: str | None) -> Iterator[KvEntry]:
+        """The live entries under `prefix` after the key `after`, one by one."""
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The live keys under `prefix`, ascending."""
+
+    def items(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+        """(key, value) of the live entries under `prefix`, ascending."""
+
+    def cursor(self) -> WatchCursor:
+        """The position in the stream up to which every update is folded in."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __contains__(self, key: object) -> bool: ...
+
+    def __len__(self) -> int: ...
+
+
+class Sizes(NamedTuple):
+    """What a store takes on disk, in bytes."""
+
+    log_bytes: int
+    """All of it."""
+    base_bytes: int
+    """Of it, what the last compaction wrote."""
+    appended_bytes: int
+    """Of it, what was written since."""
+
+
+class Held(NamedTuple):
+    """Which snapshots readers hold, beside the newest."""
+
+    count: int
+    oldest_s: float
+    """The age of the oldest, in seconds; 0 if there is none."""
+
+
+class Engine(Protocol):
+    """A store that is open for writing, and its fold.
+
+    Invariant: `snapshot` holds all that was committed, or `failure` says why that cannot be told.
+    """
+
+    path: Path
+    report: Any
+    """What opening found and did: an OpenReport."""
+    snapshot: Any
+    """The newest Snapshot; once the engine is closed, something that raises StoreClosed whatever it is asked."""
+    failure: str | None
+    """Why nothing may be written until `heal` has succeeded: an fsync failed, or a write could not be undone. Else None."""
+
+    @property
+    def is_compact(self) -> bool:
+        """True if a compaction would free nothing."""
+
+    @property
+    def synced(self) -> tuple[int, WatchCursor]:
+        """The sequence and the cursor up to which every batch survives a power loss."""
+
+    def stage(self, batches: Sequence[Batch]) -> Snapshot:
+        """The newest snapshot with `batches` on top, of which nothing is written: for writes that depend on what they find."""
+
+    def commit(self, batches: Sequence[Batch], staged: Snapshot | None = None) -> Snapshot:
+        """Write the batches as one commit group: all or nothing. Returns the new snapshot; `staged` is its content, if made already.
+
+        On return they survive a killed process, and a power loss if the engine syncs each commit. On an error none of them is
+        in `snapshot`; if `failure` is then set, whether they are in the store is open until `heal`.
+        """
+
+    def sync(self) -> None:
+        """Make all that was committed survive a power loss. An error sets `failure`."""
+
+    def check_file(self) -> None:
+        """LogChangedError if somebody else replaced or removed what the store is in."""
+
+    def heal(self) -> Snapshot:
+        """Make the store writable again after a `failure`. Returns the snapshot, which may hold batches that were in doubt."""
+
+    def begin_compaction(self) -> Any:
+        """Start a compaction of the fold as it is now. Any thread may run the job's `write`; then finish or drop it."""
+
+    def finish_compaction(self, job: Any) -> Snapshot:
+        """Let what the job wrote take the place of the old files. The same state, at the same batch."""
+
+    def drop_compaction(self, job: Any) -> None:
+        """Give a compaction up: the store goes on as it was."""
+
+    def export(self, snapshot: Snapshot, dest_dir: StrPath) -> Any:
+        """Write an artifact at `dest_dir`, complete or not at all: the state of `snapshot` or a newer one. Returns its manifest."""
+
+    def verify(self) -> Any:
+        """Check every invariant of what is stored. Tells all that is wrong, and changes nothing."""
+
+    def sizes(self) -> Sizes:
+        """What the store takes on disk."""
+
+    def held(self) -> Held:
+        """Which snapshots readers hold."""
+
+    def batches_since(self, cursor: WatchCursor) -> Iterator[tuple[int, DecodedBatch]]:
+        """The batches after the first one at `cursor`, up to `snapshot`, with their sequences. CursorExpired if they are gone."""
+
+    def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
+        """What leads from one snapshot to another: an update for each key under `prefix` that differs, ascending."""
+
+    def close(self) -> None:
+        """Sync, release everything and end the snapshots that cannot outlive it. Closing twice is fine."""
+
+    def abandon(self) -> None:
+        """Release everything as a killed process would: nothing more is written."""

@@ -1,0 +1,207 @@
+"""A RocksDB database, opened with the options that foldlog's promises need. `rocksdict` is imported here only, when used.
+
+Three of them differ from RocksDB's defaults for a reason. Recovery refuses a damaged write-ahead log where the default
+would silently leave out all that follows the damage; a torn tail, as a power loss leaves it, is dropped. The blocks of indexes
+and filters count against the cache, so that memory is bounded by `cache_bytes`. And a write that RocksDB would stall is
+refused and tried again by `commit`, since the binding holds the interpreter lock while it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
+from foldlog.protocol.frames import FILE_MAGIC
+from foldlog.storage.engines.rocksdb.errors import typed
+from foldlog.storage.formats import slipstream
+
+if TYPE_CHECKING:
+    from rocksdict import Options, Rdict
+
+Damage = Literal["refuse", "cut"]
+DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
+MIN_CACHE_BYTES = 8 * 1024 * 1024
+WRITE_BUFFER_BYTES = 64 * 1024 * 1024
+"""Of one memtable; RocksDB holds two, and in an instant a third. A smaller cache gets smaller ones."""
+_BLOOM_BITS = 10
+_SURELY_OLD = (9, 8)
+"""RocksDB of the oldest rocksdict that the extra admits: what it or an older one wrote needs no further look."""
+
+# What RocksDB has made in a directory before the database exists, for an open that was killed.
+_BEFORE_CURRENT = re.compile(
+    r"LOCK|LOG(\.old\.\d+)?|IDENTITY|MANIFEST-\d+|OPTIONS-\d+(\.dbtmp)?|\d+\.dbtmp|rocksdict-config\.json"
+)
+
+
+def binding() -> ModuleType:
+    """The module `rocksdict`. ImportError says what to install."""
+    try:
+        import rocksdict
+    except ImportError as error:
+        raise ImportError(
+            "the RocksDB engine needs the package rocksdict: pip install 'foldlog[rocksdb]'",
+            name="rocksdict",
+        ) from error
+    return rocksdict
+
+
+def open_database(
+    path: Path,
+    *,
+    create: bool = False,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    on_damage: Damage = "refuse",
+) -> Rdict:
+    """Open the database at `path` for writing. `create`: make it if nothing is there, or an empty directory.
+
+    Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError; what is no database is left as it is.
+    """
+    rocksdict = binding()
+    exists = look_at(path, create=create)
+    options = _options(rocksdict, cache_bytes, on_damage)
+    options.create_if_missing(not exists)
+    if not exists:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path)
+    try:
+        return rocksdict.Rdict(os.fspath(path), options)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise typed(error, path, opening=True) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path, cache_bytes: int = MIN_CACHE_BYTES):  # type: ignore[no-untyped-def]
+    """The database at `path`, opened to be read. Works beside a writer, and leaves the state of the files as it is."""
+    rocksdict = binding()
+    look_at(path, create=False)
+    with tempfile.TemporaryDirectory(prefix="foldlog-") as logs:
+        options = _options(rocksdict, cache_bytes, "refuse")
+        options.set_db_log_dir(logs)  # RocksDB would write its own log into the database
+        access = rocksdict.AccessType.read_only(False)
+        try:
+            db = rocksdict.Rdict(os.fspath(path), options, access_type=access)
+        except Exception as error:
+            raise typed(error, path, opening=True) from error
+        try:
+            yield db
+        finally:
+            db.close()
+
+
+def _options(rocksdict: ModuleType, cache_bytes: int, on_damage: Damage) -> Options:
+    options = rocksdict.Options(raw_mode=True)
+    recovery = rocksdict.DBRecoveryMode
+    options.set_wal_recovery_mode(
+        recovery.point_in_time()
+        if on_damage == "cut"
+        else recovery.tolerate_corrupted_tail_records()
+    )
+    options.set_paranoid_checks(True)
+    blocks = rocksdict.BlockBasedOptions()
+    blocks.set_block_cache(rocksdict.Cache(cache_bytes))
+    blocks.set_cache_index_and_filter_blocks(True)
+    blocks.set_pin_l0_filter_and_index_blocks_in_cache(True)
+    blocks.set_bloom_filter(_BLOOM_BITS, False)
+    options.set_block_based_table_factory(blocks)
+    options.set_write_buffer_size(min(WRITE_BUFFER_BYTES, cache_bytes // 4))
+    options.set_max_open_files(512)
+    options.set_bytes_per_sync(1024 * 1024)
+    options.set_keep_log_file_num(4)
+    options.set_max_log_file_size(1024 * 1024)
+    options.set_stats_dump_period_sec(0)
+    return options  # type: ignore[no-any-return]
+
+
+def look_at(path: Path, *, create: bool) -> bool:
+    """True if a database is at `path`, False if one may be made there. Changes nothing.
+
+    InvalidFormatError for a file, a directory of something else, or a database of a newer RocksDB; FileNotFoundError if nothing
+    is there and `create` is False.
+    """
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        if create:
+            return False
+        raise
+    if not stat.S_ISDIR(info.st_mode):
+        raise InvalidFormatError(path, 0, _what_file(path))
+    names = os.listdir(path)
+    if "CURRENT" in names:
+        _refuse_newer(path, names)
+        return True
+    tables = sorted(name for name in names if name.endswith((".sst", ".log")))
+    if tables and any(name.startswith("MANIFEST-") for name in names):
+        raise CorruptLogError(path / "CURRENT", 0, f"is missing, where {tables[0]} is not")
+    if create and all(map(_BEFORE_CURRENT.fullmatch, names)):
+        return False
+    raise InvalidFormatError(path, 0, "is a directory, and no RocksDB database")
+
+
+def _what_file(path: Path) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        first = b""
+    else:
+        try:
+            first = os.read(fd, len(FILE_MAGIC))
+        except OSError:
+            first = b""
+        finally:
+            os.close(fd)
+    if first.startswith((FILE_MAGIC, slipstream.MAGIC)):
+        return "is a log, which the append-log engine opens; a RocksDB database is a directory"
+    return "is no directory, as a RocksDB database is"
+
+
+def _refuse_newer(path: Path, names: list[str]) -> None:
+    """InvalidFormatError if a newer RocksDB than ours wrote the database: ours could write what it cannot read again."""
+    numbers = [int(m[1]) for m in map(re.compile(r"OPTIONS-(\d+)").fullmatch, names) if m]
+    if not numbers:
+        return
+    theirs = version_of(path / f"OPTIONS-{max(numbers):06}")
+    if theirs is None or theirs <= _SURELY_OLD:
+        return
+    ours = own_version()
+    if ours is not None and theirs > ours:
+        shown = [".".join(map(str, version)) for version in (theirs, ours)]
+        raise InvalidFormatError(
+            path, 0, f"was written by RocksDB {shown[0]}, this rocksdict carries {shown[1]}"
+        )
+
+
+def version_of(options_file: Path) -> tuple[int, int] | None:
+    """RocksDB's version (major, minor) in a file of its options; None if it tells none."""
+    try:
+        with open(options_file, encoding="utf-8", errors="replace") as file:
+            found = re.search(r"^\s*rocksdb_version=(\d+)\.(\d+)", file.read(65536), re.MULTILINE)
+    except OSError:
+        return None
+    return (int(found[1]), int(found[2])) if found else None
+
+
+@functools.cache
+def own_version() -> tuple[int, int] | None:
+    """The version (major, minor) of the RocksDB that the binding carries. It tells it only in the files of a database."""
+    rocksdict = binding()
+    with tempfile.TemporaryDirectory(prefix="foldlog-") as directory:
+        rocksdict.Rdict(directory, rocksdict.Options(raw_mode=True)).close()
+        found = [version_of(file) for file in Path(directory).glob("OPTIONS-*")]
+    return next((version for version in found if version is not None), None)
+
+
+def property_of(db: Rdict, name: str) -> int:
+    """One of RocksDB's counters; 0 where it does not tell."""
+    try:
+        return db.property_int_value(f"rocksdb.{name}") or 0
+    except Exception as error:
+        raise FoldlogError(f"{name}: {error}") from error

@@ -1,0 +1,73 @@
+"""What RocksDB says, as foldlog's errors. The binding raises a bare Exception with RocksDB's words for everything."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from foldlog.protocol.errors import (
+    CorruptLogError,
+    FoldlogError,
+    InvalidFormatError,
+    StoreClosed,
+    StoreLocked,
+)
+from foldlog.storage.engines.rocksdb.holder import lock_holder
+
+ABSENT = ("key not found",)
+"""The arguments of what reading an absent key through a snapshot raises."""
+STALLED = "Write stall"
+
+_ERRNOS = {os.strerror(number): number for number in errno.errorcode}
+_UNSUPPORTED = re.compile(
+    r"unsupported|not supported|not implemented|unknown footer version"
+    r"|does not match existing comparator|column families not opened|unrecognized",
+    re.IGNORECASE,
+)
+_FILE = re.compile(r"(/[^:\n]*?/(?:[0-9]{6,}\.(?:sst|log|blob)|MANIFEST-[0-9]+|CURRENT))")
+_OFFSET = re.compile(r"offset (\d+)")
+
+
+def is_stall(error: Exception) -> bool:
+    """True if a write was not done since RocksDB wants writers to wait. Nothing of it was written."""
+    return STALLED in str(error)
+
+
+def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
+    """The error to raise for one of the binding's: with RocksDB's own words, and its kind by them.
+
+    `opening`: a file that is missing then is damage to the database.
+    """
+    words = str(error)
+    if type(error).__name__ == "DbClosedError":
+        return StoreClosed(f"{path} is closed")
+    if isinstance(error, (FoldlogError, OSError)):
+        return error
+    if "lock hold by current process" in words:
+        return StoreLocked(path, os.getpid())
+    if "While lock file" in words and "temporarily unavailable" in words:
+        return StoreLocked(path, lock_holder(path))
+    if _UNSUPPORTED.search(words):
+        return InvalidFormatError(*_place(words, path), words)
+    if words.startswith("IO error"):
+        return _io_error(words, path, opening)
+    if "Corruption" in words or opening:
+        return CorruptLogError(*_place(words, path), words)
+    return FoldlogError(f"{path}: {words}")
+
+
+def _io_error(words: str, path: Path, opening: bool) -> Exception:
+    """OSError with the number that the operating system gave, which RocksDB tells in text only."""
+    tail = words.rsplit(": ", 1)[-1]
+    number = _ERRNOS.get(tail, errno.EIO)
+    if number == errno.ENOENT and opening:
+        return CorruptLogError(*_place(words, path), words)
+    return OSError(number, words, str(path))
+
+
+def _place(words: str, path: Path) -> tuple[Path, int]:
+    """The file that the words name, and the offset in it; else the database itself."""
+    file, offset = _FILE.search(words), _OFFSET.search(words)
+    return Path(file[1]) if file else path, int(offset[1]) if offset else 0

@@ -1,0 +1,46 @@
+"""The record of the state, read from a database, and the size of its files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
+from foldlog.storage.engines.rocksdb.errors import typed
+from foldlog.storage.engines.rocksdb.record import STATE_KEY, NewerGeneration, State, parse_state
+
+if TYPE_CHECKING:
+    from rocksdict import Rdict
+
+
+def state_of(db: Rdict, path: Path) -> State | None:
+    """The state record of a database; None if the database is empty. CorruptLogError or InvalidFormatError for another's."""
+    try:
+        raw = db.get(STATE_KEY)
+        if raw is None:
+            first = next(iter(db.keys()), None)
+            if first is None:
+                return None
+            raise InvalidFormatError(path, 0, "is a RocksDB database that foldlog did not write")
+    except FoldlogError:
+        raise
+    except Exception as error:
+        raise typed(error, path, opening=True) from error
+    try:
+        return parse_state(raw)
+    except NewerGeneration as error:
+        raise InvalidFormatError(path, 0, str(error)) from None
+    except ValueError as error:
+        raise CorruptLogError(path, 0, str(error)) from None
+
+
+def directory_bytes(path: Path) -> int:
+    """What the files in a directory hold, in bytes. RocksDB may remove some meanwhile."""
+    total = 0
+    with os.scandir(path) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total
