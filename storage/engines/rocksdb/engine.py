@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,12 +24,20 @@ from foldlog.protocol.errors import (
 )
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Batch, DecodedBatch, batches_body, decode_batches
+from foldlog.protocol.updates import (
+    Batch,
+    DecodedBatch,
+    Delete,
+    KvEntry,
+    Put,
+    batches_body,
+    decode_batches,
+)
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb import artifact, database
 from foldlog.storage.engines.rocksdb.database import Damage, binding, open_database, property_of
 from foldlog.storage.engines.rocksdb.errors import is_stall, typed
-from foldlog.storage.engines.rocksdb.fold import RocksDbFold, Source, StagedFold, Trail
+from foldlog.storage.engines.rocksdb.fold import RocksDbFold, Source, StagedFold, Trail, difference
 from foldlog.storage.engines.rocksdb.record import STATE_KEY, State, encode_entry
 from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
 from foldlog.storage.engines.rocksdb.verify import RocksDbReport, verify_open
@@ -189,6 +198,31 @@ class RocksDbEngine:
         self._remember(state.seq - len(batches), batches)
         return fold
 
+    def load(
+        self,
+        blocks: Iterable[list[KvEntry]],
+        seq: int,
+        cursor: WatchCursor,
+        progress: Progress | None = None,
+    ) -> None:
+        """Fill an empty store, which nobody reads yet, so that it is at batch `seq` and `cursor`. Not atomic."""
+        done = 0
+        for block in blocks:
+            batch = self._rocksdict.WriteBatch(raw_mode=True)
+            for key, value, version in block:
+                batch.put(key.encode(), encode_entry(value, version))
+            self._write(batch)
+            done += len(block)
+            if progress is not None:
+                progress(done, done)
+        state = State(self._state.store_id, seq, cursor, self._state.origin)
+        batch = self._rocksdict.WriteBatch(raw_mode=True)
+        batch.put(STATE_KEY, state.pack())
+        self._write(batch)
+        self._publish(state)
+        self._forget(state)
+        self.sync()
+
     def _encoded(self, batches: Sequence[Batch]) -> tuple[list[bytes], WriteBatch]:
         write = self._rocksdict.WriteBatch(raw_mode=True)
         put, delete = write.put, write.delete
@@ -285,6 +319,7 @@ class RocksDbEngine:
         """
         self.check_file()
         before = self._state
+        self._stop_writing()
         self._release(FoldlogError(f"{self.path} was opened anew after an error: {self.failure}"))
         self._open_source()
         try:
@@ -359,6 +394,12 @@ class RocksDbEngine:
             )
         return ((seq, decode_batches(batches_body([item]))[0]) for seq, _, item in past[first:])
 
+    def difference(
+        self, old: RocksDbFold, new: RocksDbFold, prefix: str = ""
+    ) -> Iterator[Put | Delete]:
+        """See `Engine`, and `fold.difference` for the cost."""
+        return difference(old, new, prefix)
+
     # What export and verify read.
 
     def export(
@@ -406,21 +447,16 @@ class RocksDbEngine:
     def close(self) -> None:
         """See `Engine`. Snapshots raise StoreClosed from then on: RocksDB's own do not outlive its database."""
         db = self._source.db
-        if db is None:
+        if db is None or self.failure is not None:
+            self.abandon()
             return
-        sound = self.failure is None
         try:
-            if sound:
-                db.flush_wal(True)
+            self.check_file()
+            db.flush_wal(True)
         except Exception as error:
-            sound = False
+            self.abandon()
             raise typed(error, self.path) from error
-        finally:
-            self._end()
-            if sound:
-                self._close_database(db)
-
-    def _close_database(self, db: Rdict) -> None:
+        self._end()
         try:
             db.close()
         except Exception as error:
@@ -428,8 +464,14 @@ class RocksDbEngine:
 
     def abandon(self) -> None:
         """See `Engine`. What was committed is in the write-ahead log."""
+        self._stop_writing()
+        self._end()
+
+    def _stop_writing(self) -> None:
+        """RocksDB flushes what it frees, by names that may be somebody else's by now. This keeps it from that."""
         if self._source.db is not None:
-            self._end()
+            with contextlib.suppress(Exception):
+                self._source.db.cancel_all_background(True)
 
     def _end(self) -> None:
         reason = f"{self.path} is closed"

@@ -1,0 +1,575 @@
+"""The engine on RocksDB: what it adds to the contract, which the conformance suite checks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faultkit import quick_folder
+
+from foldlog import (
+    CursorExpired,
+    Delete,
+    FoldlogError,
+    ForkedStore,
+    KvEntry,
+    LogChangedError,
+    LogPoisonedError,
+    Purge,
+    Put,
+    RocksDbSnapshot,
+    StoreClosed,
+    StoreLocked,
+    VersionToken,
+    WatchCursor,
+)
+from foldlog.protocol.engine import Snapshot
+from foldlog.protocol.updates import encode_batch
+from foldlog.storage.engines.rocksdb import RocksDbEngine
+from foldlog.storage.engines.rocksdb import engine as engine_module
+from foldlog.storage.engines.rocksdb import fold as fold_module
+from foldlog.storage.engines.rocksdb.errors import is_stall
+
+CACHE = 8 * 1024 * 1024
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    with quick_folder(tmp_path) as quick:
+        yield quick / "state.db"
+
+
+@pytest.fixture
+def engine(path: Path) -> Iterator[RocksDbEngine]:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    yield engine
+    engine.close()
+
+
+def cursor(number: int) -> WatchCursor:
+    return WatchCursor.from_u64(number)
+
+
+def commit(engine: RocksDbEngine, updates: list[Any], number: int = 0) -> Any:
+    number = number or engine.snapshot.seq + 1
+    return engine.commit([encode_batch(updates, cursor(number))])
+
+
+def state(fold: Any) -> dict[str, bytes]:
+    return {entry.key: entry.value for entry in fold.range("")}
+
+
+# Snapshots.
+
+
+def test_a_fold_has_the_reading_face_of_a_snapshot(engine: RocksDbEngine) -> None:
+    commit(engine, [Put("a/1", b"1", VersionToken(b"v")), Put("a/2", b"2"), Put("b", b"3")])
+    fold = engine.snapshot
+    assert isinstance(fold, Snapshot)
+    assert fold.range("a/") == [
+        KvEntry("a/1", b"1", VersionToken(b"v")),
+        KvEntry("a/2", b"2", VersionToken.unknown()),
+    ]
+    assert list(fold) == list(fold.keys()) == ["a/1", "a/2", "b"]
+    assert list(fold.keys("a/2")) == ["a/2"]
+    assert list(fold.items("a")) == [("a/1", b"1"), ("a/2", b"2")]
+    assert [entry.key for entry in fold.entries_after("a/", "a/1")] == ["a/2"]
+    assert [[entry.key for entry in block] for block in fold.blocks("", "a/1")] == [["a/2", "b"]]
+    assert ("b" in fold, "c" in fold, 7 in fold, len(fold), bool(fold)) == (
+        True,
+        False,
+        False,
+        3,
+        True,
+    )
+    assert (fold.seq, fold.cursor()) == (1, cursor(1))
+    with pytest.raises(TypeError, match="pickled"):
+        pickle.dumps(fold)
+
+
+def test_a_snapshot_of_an_empty_store_is_true(engine: RocksDbEngine) -> None:
+    assert (bool(engine.snapshot), len(engine.snapshot), engine.snapshot.seq) == (True, 0, 0)
+
+
+@pytest.mark.parametrize("block_entries", [1, 3, 1024])
+def test_held_snapshots_stay_as_they_were(
+    engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch, block_entries: int
+) -> None:
+    """The binding's iterators read the newest state even where they are asked of an older snapshot: a range
+    of a snapshot that was held across a commit showed what came later."""
+    monkeypatch.setattr(fold_module, "BLOCK_ENTRIES", block_entries)
+    chance = random.Random(17)
+    model: dict[str, bytes] = {}
+    held = []
+    for number in range(60):
+        updates: list[Any] = []
+        for _ in range(chance.randrange(6)):
+            key = f"{chance.choice('ab')}{chance.randrange(25):02}"
+            if chance.random() < 0.6:
+                updates.append(Put(key, b"%d" % number))
+                model[key] = b"%d" % number
+            else:
+                updates.append(chance.choice([Delete, Purge])(key))
+                model.pop(key, None)
+        held.append((commit(engine, updates), dict(model)))
+        if chance.random() < 0.2:
+            engine.compact()
+    chance.shuffle(held)
+    for fold, expected in held:
+        assert state(fold) == expected
+        assert [entry.key for entry in fold.range("b")] == sorted(
+            key for key in expected if key.startswith("b")
+        )
+        assert len(fold) == len(expected)
+        assert {key: fold.get(key) and fold.get(key).value for key in model} == {
+            key: expected.get(key) for key in model
+        }
+        after = "a12"
+        assert [entry.key for entry in fold.entries_after("a", after)] == sorted(
+            key for key in expected if after < key < "b"
+        )
+
+
+def test_a_scan_that_goes_on_beside_commits_sees_one_state(engine: RocksDbEngine) -> None:
+    keys = [f"k{n:04}" for n in range(3000)]
+    commit(engine, [Put(key, b"old") for key in keys])
+    fold = engine.snapshot
+    seen: list[str] = []
+    for block in fold.blocks():
+        seen += [entry.key for entry in block if entry.value == b"old"]
+        commit(
+            engine, [Put(key, b"new") for key in keys[::2]] + [Delete(key) for key in keys[1::2]]
+        )
+        commit(engine, [Put(f"{key}+", b"new") for key in keys])
+    assert seen == keys
+
+
+def test_readers_in_threads_see_whole_states_while_one_thread_writes(engine: RocksDbEngine) -> None:
+    commit(engine, [Put(f"k{n:03}", b"0") for n in range(200)])
+    stop = threading.Event()
+    torn: list[object] = []
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                fold = engine.snapshot
+                values = {entry.value for entry in fold.range("k")}
+                found = fold.get("k100")
+                if values != {b"%d" % (fold.seq - 1)} or found is None or found.value not in values:
+                    torn.append((fold.seq, values, found))
+        except BaseException as error:
+            torn.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 120):
+        commit(engine, [Put(f"k{n:03}", b"%d" % number) for n in range(200)])
+    stop.set()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert torn == []
+
+
+def test_a_snapshot_that_nobody_holds_is_released_and_the_others_are_told(
+    engine: RocksDbEngine,
+) -> None:
+    assert engine.held() == (0, 0.0)
+    fold = engine.snapshot
+    commit(engine, [Put("a", b"1")])
+    commit(engine, [Put("a", b"2")])
+    held = engine.held()
+    assert held.count == 1
+    assert 0 < held.oldest_s < TIMEOUT_S
+    assert engine._db.property_int_value("rocksdb.num-snapshots") == 2  # the newest is one, too
+    del fold
+    assert engine.held() == (0, 0.0)
+    assert engine._db.property_int_value("rocksdb.num-snapshots") == 1
+
+
+def test_what_commits_change_is_kept_only_for_those_who_hold_an_older_snapshot(
+    engine: RocksDbEngine,
+) -> None:
+    oldest = weakref.ref(engine._trail)
+    fold = engine.snapshot
+    for number in range(10):
+        commit(engine, [Put("a", b"%d" % number)])
+    assert oldest() is not None
+    assert state(fold) == {}
+    del fold
+    assert oldest() is None
+
+
+def test_a_snapshot_ends_with_its_store_and_does_not_keep_it_locked(path: Path) -> None:
+    """A snapshot, or an iterator of the binding, keeps the database open: the next open found it locked by this
+    very process until the last of them was collected."""
+    snap = RocksDbSnapshot.open(path, cache_bytes=CACHE)[1]
+    snap.apply([Put(f"k{n:04}", b"v") for n in range(3000)], cursor(1))
+    fold = snap.snapshot()
+    blocks = fold.blocks()
+    next(blocks)
+    snap.close()
+    again = RocksDbSnapshot.open(path, cache_bytes=CACHE)[1]
+    for use in (lambda: fold.get("k0001"), lambda: fold.range("k"), lambda: next(blocks)):
+        with pytest.raises(StoreClosed):
+            use()
+    with pytest.raises(StoreClosed):
+        len(fold)
+    assert len(again) == 3000
+    again.close()
+
+
+# Staged batches, differences, the past.
+
+
+def test_staged_batches_are_seen_by_who_staged_them_only(engine: RocksDbEngine) -> None:
+    commit(engine, [Put("a", b"1"), Put("b", b"1"), Put("c", b"1")])
+    batches = [
+        encode_batch([Put("b", b"2", VersionToken(b"v")), Delete("a")], cursor(2)),
+        encode_batch([Put("bb", b"3"), Delete("never")], cursor(3)),
+    ]
+    staged = engine.stage(batches)
+    assert state(staged) == {"b": b"2", "bb": b"3", "c": b"1"}
+    assert staged.get("a") is None
+    assert staged.get("b") == KvEntry("b", b"2", VersionToken(b"v"))
+    assert (staged.seq, staged.cursor(), len(staged)) == (3, cursor(3), 3)
+    assert state(engine.snapshot) == {"a": b"1", "b": b"1", "c": b"1"}
+    fold = engine.commit(batches, staged)
+    assert (state(fold), fold.seq, fold.cursor()) == (state(staged), 3, cursor(3))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["by the trail", "by reading both"])
+def test_a_difference_leads_from_any_state_to_any_other(
+    engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    if not known:
+        monkeypatch.setattr(fold_module, "_written_between", lambda old, new: None)
+    chance = random.Random(5)
+    folds = [engine.snapshot]
+    for number in range(12):
+        updates: list[Any] = [Put(f"k{chance.randrange(9)}", b"%d" % number) for _ in range(3)]
+        folds.append(commit(engine, [*updates, Delete(f"k{chance.randrange(9)}")]))
+    for old in folds:
+        for new in folds:
+            changes = list(engine.difference(old, new))
+            assert [change.key for change in changes] == sorted({change.key for change in changes})
+            found = state(old)
+            for change in changes:
+                if isinstance(change, Put):
+                    assert found.get(change.key) != change.value
+                    found[change.key] = change.value
+                else:
+                    del found[change.key]
+            assert found == state(new)
+            under = list(engine.difference(old, new, "k3"))
+            assert under == [change for change in changes if change.key == "k3"]
+
+
+def test_batches_since_a_cursor_are_those_that_this_process_wrote(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    for number in range(1, 6):
+        commit(engine, [Put("a", b"%d" % number), Delete("b"), Purge("c")], number)
+    past = list(engine.batches_since(cursor(3)))
+    assert [(seq, batch.cursor) for seq, batch in past] == [(4, cursor(4)), (5, cursor(5))]
+    assert past[0][1].updates() == [Put("a", b"4"), Delete("b"), Purge("c")]
+    assert [seq for seq, _ in engine.batches_since(WatchCursor.none())] == [1, 2, 3, 4, 5]
+    assert list(engine.batches_since(cursor(5))) == []
+    with pytest.raises(CursorExpired):
+        engine.batches_since(cursor(9))
+    monkeypatch.setattr(engine_module, "BACKLOG_BYTES", 60)
+    commit(engine, [Put("a", b"6")], 6)
+    with pytest.raises(CursorExpired):
+        engine.batches_since(cursor(1))
+    assert [seq for seq, _ in engine.batches_since(cursor(5))] == [6]
+    engine.close()
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    assert list(engine.batches_since(cursor(6))) == []
+    with pytest.raises(CursorExpired):
+        engine.batches_since(cursor(5))
+    engine.close()
+
+
+# Writing.
+
+
+def test_the_origin_of_the_cursor_is_written_with_it(path: Path) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    assert engine.origin == b""
+    engine.commit([encode_batch([Put("a", b"1")], cursor(1))], origin=b"nats:routes")
+    engine.commit([encode_batch([Put("a", b"2")], cursor(2))])
+    engine.close()
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    assert (engine.origin, engine.snapshot.seq) == (b"nats:routes", 2)
+    engine.close()
+
+
+def test_a_sync_moves_the_synced_position(path: Path) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")])
+    assert engine.synced == (0, WatchCursor.none())
+    engine.sync()
+    assert engine.synced == (1, cursor(1))
+    engine.close()
+    engine = RocksDbEngine(path, cache_bytes=CACHE, sync_each=True)
+    assert engine.synced == (1, cursor(1))
+    commit(engine, [Put("a", b"2")])
+    assert engine.synced == (2, cursor(2))
+    engine.close()
+
+
+class Interposed:
+    """A database of which single calls are replaced."""
+
+    def __init__(self, db: Any, **calls: Any) -> None:
+        self._db = db
+        self.__dict__.update(calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_commit_that_an_exception_cut_short_is_settled_by_what_the_database_holds(
+    path: Path, written: bool
+) -> None:
+    """A KeyboardInterrupt can come between the write and the publishing of what was written."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")])
+    db = engine._source.db
+
+    def write(*args: object) -> None:
+        if written:
+            db.write(*args)  # type: ignore[union-attr]
+        raise KeyboardInterrupt
+
+    engine._source.db = Interposed(db, write=write)
+    with pytest.raises(KeyboardInterrupt):
+        commit(engine, [Put("a", b"2"), Put("b", b"2")], 2)
+    engine._source.db = db
+    assert state(engine.snapshot) == {"a": b"1"}
+    fold = commit(engine, [Put("c", b"3")], 3)
+    settled = {"a": b"2", "b": b"2"} if written else {"a": b"1"}
+    assert state(fold) == {**settled, "c": b"3"}
+    assert fold.seq == (3 if written else 2)
+    engine.close()
+
+
+def test_a_write_that_would_stall_waits_and_is_written_once(
+    engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = engine._source.db
+    stalls = 3
+
+    def write(*args: object) -> None:
+        nonlocal stalls
+        if stalls:
+            stalls -= 1
+            raise Exception("Result incomplete: Write stall")
+        db.write(*args)  # type: ignore[union-attr]
+
+    engine._source.db = Interposed(db, write=write)
+    commit(engine, [Put("a", b"1")])
+    assert (stalls, state(engine.snapshot)) == (0, {"a": b"1"})
+    stalls = 10**9
+    monkeypatch.setattr(engine_module, "STALL_LIMIT_S", 0.01)
+    with pytest.raises(FoldlogError, match="Write stall"):
+        commit(engine, [Put("a", b"2")])
+    engine._source.db = db
+    assert engine.failure is None
+    assert commit(engine, [Put("b", b"2")]).seq == 2
+    assert state(engine.snapshot) == {"a": b"1", "b": b"2"}
+
+
+def test_a_write_that_stalls_for_real_is_refused_by_rocksdb_with_the_words_that_are_looked_for(
+    path: Path,
+) -> None:
+    import rocksdict
+
+    options = rocksdict.Options(raw_mode=True)
+    options.set_write_buffer_size(65536)
+    options.set_max_write_buffer_number(2)
+    options.set_disable_auto_compactions(True)
+    options.set_level_zero_slowdown_writes_trigger(1)
+    options.set_level_zero_stop_writes_trigger(2)
+    db = rocksdict.Rdict(os.fspath(path), options)
+    no_wait = rocksdict.WriteOptions()
+    no_wait.no_slowdown = True
+
+    def fill() -> None:
+        for number in range(4000):
+            batch = rocksdict.WriteBatch(raw_mode=True)
+            batch.put(b"%d" % number, bytes(1000))
+            db.write(batch, no_wait)
+
+    with pytest.raises(Exception, match="Write stall") as caught:
+        fill()
+    assert is_stall(caught.value)
+    db.close()
+
+
+def test_a_failed_sync_is_final_until_the_database_is_opened_anew(path: Path) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")])
+    db = engine._source.db
+
+    def flush_wal(sync: bool) -> None:
+        raise Exception("IO error: While fsync: 000004.log: Input/output error")
+
+    engine._source.db = Interposed(db, flush_wal=flush_wal)
+    with pytest.raises(OSError, match="While fsync") as caught:
+        engine.sync()
+    assert caught.value.errno == 5
+    assert engine.failure
+    del db
+    with pytest.raises(LogPoisonedError, match="While fsync"):
+        commit(engine, [Put("a", b"2")])
+    assert state(engine.snapshot) == {"a": b"1"}
+    fold = engine.heal()
+    assert (engine.failure, state(fold), engine.synced) == (None, {"a": b"1"}, (1, cursor(1)))
+    commit(engine, [Put("a", b"2")])
+    engine.close()
+
+
+FILE_LIMIT = """
+import resource, sys
+from pathlib import Path
+from foldlog import FoldlogError, LogPoisonedError, Put, RocksDbSnapshot, WatchCursor
+
+path = Path(sys.argv[1])
+_, snap = RocksDbSnapshot.open(path, cache_bytes=2**23)
+snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+size = max(file.stat().st_size for file in path.glob("*.log"))
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, hard))
+for expected in (OSError, LogPoisonedError):
+    try:
+        snap.apply([Put("a", bytes(5000))], WatchCursor.from_u64(2))
+    except expected as error:
+        print(type(error).__name__, "File too large" in str(error), snap.get("a").value, len(snap))
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+snap.heal()
+print(snap.get("a").value, snap.cursor(), snap.apply([Put("b", b"2")], WatchCursor.from_u64(2)))
+print(snap.verify().ok, [entry.key for entry in snap.range("")])
+snap.close()
+"""
+
+
+def test_a_disk_that_takes_no_more_loses_nothing_and_heals(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FILE_LIMIT, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.splitlines() == [
+        "OSError True b'1' 1",
+        "LogPoisonedError True b'1' 1",
+        "b'1' WatchCursor.from_u64(1) 2",
+        "True ['a', 'b']",
+    ]
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_a_directory_that_somebody_took_away_is_noticed_before_the_next_write(
+    path: Path, what: str
+) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")])
+    path.rename(path.with_name("moved"))
+    if what == "replaced":
+        path.mkdir()
+    with pytest.raises(LogChangedError):
+        commit(engine, [Put("a", b"2")])
+    assert state(engine.snapshot) == {"a": b"1"}
+    engine.abandon()
+    path.with_name("moved").rename(path.with_name("again"))
+    engine = RocksDbEngine(path.with_name("again"), cache_bytes=CACHE)
+    assert state(engine.snapshot) == {"a": b"1"}
+    engine.close()
+
+
+def test_an_abandoned_store_loses_nothing(path: Path) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    fold = commit(engine, [Put("a", b"1")])
+    engine.abandon()
+    with pytest.raises(StoreClosed):
+        fold.get("a")
+    with pytest.raises(StoreClosed):
+        commit(engine, [Put("a", b"2")], 2)
+    engine.close()
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    assert (state(engine.snapshot), engine.snapshot.cursor()) == ({"a": b"1"}, cursor(1))
+    engine.close()
+
+
+FORKED = """
+import os, signal, sys
+from foldlog import ForkedStore, Put, RocksDbSnapshot, WatchCursor
+
+_, snap = RocksDbSnapshot.open(sys.argv[1], cache_bytes=2**23)
+snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+fold = snap.snapshot()
+snap.apply([Put("a", b"2")], WatchCursor.from_u64(2))
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    refused = 0
+    for use in (
+        lambda: snap.apply([], WatchCursor.none()), lambda: snap.get("a"), lambda: fold.range("")
+    ):
+        try:
+            use()
+        except ForkedStore:
+            refused += 1
+    snap.close()
+    sys.exit(refused)  # not _exit: what the interpreter frees at its end is what hung
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), fold.get("a").value, snap.get("a").value)
+snap.close()
+"""
+
+
+def test_a_forked_child_refuses_and_ends(path: Path) -> None:
+    """RocksDB's threads are not in the child, and freeing the database waited for them: the child never ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("3 b'1' b'2'\n", "", 0)
+    assert ForkedStore("x").args == ("x",)
+
+
+def test_the_sizes_of_a_store_are_told(engine: RocksDbEngine) -> None:
+    commit(engine, [Put(f"k{n}", bytes(1000)) for n in range(100)])
+    before = engine.sizes()
+    assert before.base_bytes == 0
+    assert before.appended_bytes > 100_000
+    assert before.log_bytes > 100_000
+    engine._db.flush()
+    assert engine.sizes().base_bytes > 0
+
+
+def test_a_store_that_is_open_here_is_locked(path: Path) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    with pytest.raises(StoreLocked) as caught:
+        RocksDbEngine(path, cache_bytes=CACHE)
+    assert caught.value.pid == os.getpid()
+    commit(engine, [Put("a", b"1")])
+    engine.close()
+    RocksDbEngine(path, cache_bytes=CACHE).close()
