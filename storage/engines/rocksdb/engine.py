@@ -9,9 +9,10 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from foldlog.protocol.engine import Held, Sizes
 from foldlog.protocol.errors import (
@@ -55,12 +56,6 @@ STALL_LIMIT_S = 60.0
 _STALL_PAUSE_S = 0.001
 
 
-class _Past(NamedTuple):
-    seq: int
-    cursor: WatchCursor
-    item: bytes
-
-
 class RocksDbEngine:
     """A database that is open for writing, and its fold. See `foldlog.protocol.engine.Engine`."""
 
@@ -74,6 +69,7 @@ class RocksDbEngine:
     ) -> None:
         """Open or create the database at `path`. StoreLocked, CorruptLogError, InvalidFormatError or OSError."""
         self.path = resolve(path)
+        self._path = os.fspath(self.path)  # a stat of a Path takes 1 us longer
         self.sync_each = sync_each
         self.failure: str | None = None
         """RocksDB's words once it has refused to write; `heal` opens the database anew. None while all is well."""
@@ -81,7 +77,9 @@ class RocksDbEngine:
         self._on_damage, self._cache_bytes = on_damage, cache_bytes
         self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
         self._pid = os.getpid()
-        self._past: deque[_Past] = deque()
+        self._past: deque[tuple[int, bytes, bytes]] = (
+            deque()
+        )  # seq, cursor, item: plain, see `Change`
         self._past_bytes = 0
         created = not self.path.exists()
         self._open_source()
@@ -123,9 +121,7 @@ class RocksDbEngine:
     def _begin(self) -> State:
         """Make an empty database ours."""
         state = State(secrets.token_bytes(16), 0, WatchCursor.none())
-        batch = self._rocksdict.WriteBatch(raw_mode=True)
-        batch.put(STATE_KEY, state.pack())
-        self._write(batch)
+        self._write(lambda: self._batch_of((), state))
         self._flush_wal()
         return state
 
@@ -180,17 +176,15 @@ class RocksDbEngine:
         """
         self._check_usable()
         state = self._state
-        keys, batch = self._encoded(batches)
         state = State(
             state.store_id,
             state.seq + len(batches),
             batches[-1].cursor,
             state.origin if origin is None else origin,
         )
-        batch.put(STATE_KEY, state.pack())
-        self._trail.keys += tuple(keys)  # before they are written, see `Trail`
+        self._trail.add(batches)  # before they are written, see `Trail`
         self._in_doubt = state
-        self._write(batch)
+        self._write(lambda: self._batch_of(batches, state))
         if self.sync_each:
             self._flush_wal()
             self._synced = state.seq, state.cursor
@@ -208,44 +202,46 @@ class RocksDbEngine:
         """Fill an empty store, which nobody reads yet, so that it is at batch `seq` and `cursor`. Not atomic."""
         done = 0
         for block in blocks:
-            batch = self._rocksdict.WriteBatch(raw_mode=True)
-            for key, value, version in block:
-                batch.put(key.encode(), encode_entry(value, version))
-            self._write(batch)
+            self._write(partial(self._batch_of_entries, block))
             done += len(block)
             if progress is not None:
                 progress(done, done)
         state = State(self._state.store_id, seq, cursor, self._state.origin)
-        batch = self._rocksdict.WriteBatch(raw_mode=True)
-        batch.put(STATE_KEY, state.pack())
-        self._write(batch)
+        self._write(lambda: self._batch_of((), state))
         self._publish(state)
         self._forget(state)
         self.sync()
 
-    def _encoded(self, batches: Sequence[Batch]) -> tuple[list[bytes], WriteBatch]:
-        write = self._rocksdict.WriteBatch(raw_mode=True)
+    def _batch_of(self, batches: Sequence[Batch], state: State) -> WriteBatch:
+        write: WriteBatch = self._rocksdict.WriteBatch(raw_mode=True)
         put, delete = write.put, write.delete
-        keys: list[bytes] = []
         for batch in batches:
             for part in batch.changes:
                 for key, value, version in part.values():
-                    raw_key = key.encode()
-                    keys.append(raw_key)
                     if value is None:
-                        delete(raw_key)
+                        delete(key.encode())
                     elif version:
-                        put(raw_key, encode_entry(value, version))
+                        put(key.encode(), encode_entry(value, version))
                     else:
-                        put(raw_key, b"\0" + value)
-        return keys, write
+                        put(key.encode(), b"\0" + value)
+        put(STATE_KEY, state.pack())
+        return write
 
-    def _write(self, batch: WriteBatch) -> None:
-        """Hand a write batch to RocksDB. Where it wants writers to wait, wait here, without the interpreter lock."""
+    def _batch_of_entries(self, entries: Iterable[KvEntry]) -> WriteBatch:
+        write: WriteBatch = self._rocksdict.WriteBatch(raw_mode=True)
+        for key, value, version in entries:
+            write.put(key.encode(), encode_entry(value, version))
+        return write
+
+    def _write(self, make: Callable[[], WriteBatch]) -> None:
+        """Hand a write batch to RocksDB. Where it wants writers to wait, wait here, without the interpreter lock.
+
+        `make` makes the batch, once more for each attempt: the binding uses it up, whatever comes of it.
+        """
         stop_s = 0.0
         while True:
             try:
-                self._db.write(batch, self._options)
+                self._db.write(make(), self._options)
                 return
             except Exception as error:
                 if not is_stall(error):
@@ -306,7 +302,7 @@ class RocksDbEngine:
     def check_file(self) -> None:
         """See `Engine`. Cost: 2 us."""
         try:
-            found = _identity(self.path)
+            found = _identity(self._path)
         except OSError as error:
             raise LogChangedError(self.path, f"is gone: {error.strerror}") from None
         if found != self._identity:
@@ -366,12 +362,12 @@ class RocksDbEngine:
         """Keep the batches after number `seq` for `batches_since`, and let go of the oldest."""
         past = self._past
         for number, batch in enumerate(batches, seq + 1):
-            past.append(_Past(number, batch.cursor, batch.item))
+            past.append((number, bytes(batch.cursor), batch.item))
             self._past_bytes += len(batch.item)
         while self._past_bytes > BACKLOG_BYTES:
-            oldest = past.popleft()
-            self._past_bytes -= len(oldest.item)
-            self._past_start = oldest.seq, oldest.cursor
+            number, cursor, item = past.popleft()
+            self._past_bytes -= len(item)
+            self._past_start = number, WatchCursor(cursor)
 
     def _forget(self, state: State) -> None:
         """Begin the past anew at a batch that was not seen."""
@@ -382,12 +378,11 @@ class RocksDbEngine:
     def batches_since(self, cursor: WatchCursor) -> Iterator[tuple[int, DecodedBatch]]:
         """See `Engine`. Reaches back to the opening of the store, or over the last 16 MiB of encoded batches."""
         past = list(self._past)
-        first = 0 if self._past_start[1] == cursor else None
-        for number, batch in enumerate(past):
-            if first is not None:
-                break
-            if batch.cursor == cursor:
-                first = number + 1
+        first: int | None = None
+        if self._past_start[1] == cursor:
+            first = 0
+        else:
+            first = next((at for at, entry in enumerate(past, 1) if entry[1] == cursor), None)
         if first is None:
             raise CursorExpired(
                 f"{self.path}: the batches since {cursor!r} are no longer in memory"
@@ -503,7 +498,7 @@ class RocksDbEngine:
         return fold
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path | str) -> tuple[int, int]:
     info = os.stat(path)
     return info.st_dev, info.st_ino
 

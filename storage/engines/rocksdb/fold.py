@@ -17,12 +17,13 @@ import copy
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, StoreClosed
 from foldlog.protocol.tokens import VersionToken, WatchCursor
-from foldlog.protocol.updates import Delete, KvEntry, Put
+from foldlog.protocol.updates import Batch, Delete, KvEntry, Put
 from foldlog.storage.engines.rocksdb.errors import ABSENT, typed
 from foldlog.storage.engines.rocksdb.record import ENTRIES_END, decode_entry
 from foldlog.storage.fold.snapshot import prefix_end
@@ -37,14 +38,23 @@ _new_entry = tuple.__new__
 
 
 class Trail:
-    """The keys that one commit changed, and the trail of the next. The newest is empty but while a commit is under way."""
+    """What one commit changed, and the trail of the next. The newest is empty but while a commit is under way."""
 
-    __slots__ = ("__weakref__", "following", "keys")
+    __slots__ = ("__weakref__", "following", "parts")
 
     def __init__(self) -> None:
-        # Written by the engine alone. Invariant: holds a key before the database holds its change.
-        self.keys: tuple[bytes, ...] = ()
+        # Written by the engine alone. Invariant: names a key before the database holds its change.
+        self.parts: tuple[Iterable[str], ...] = ()
+        """The changed keys, in one or more collections."""
         self.following: Trail | None = None
+
+    def add(self, batches: Iterable[Batch]) -> None:
+        """Take the keys of batches that are about to be written."""
+        self.parts += tuple(tuple(part) for batch in batches for part in batch.changes)
+
+    def keys(self) -> Iterator[bytes]:
+        """The changed keys, encoded."""
+        return map(str.encode, chain.from_iterable(self.parts))
 
 
 class View(Protocol):
@@ -218,7 +228,7 @@ class RocksDbFold:
         node, keys = self._changed
         fresh: set[bytes] = set()
         while True:
-            fresh.update(node.keys)
+            fresh.update(node.keys())
             if node.following is None:
                 break
             node = node.following
@@ -358,7 +368,7 @@ def _written_between(old: RocksDbFold, new: RocksDbFold) -> set[bytes] | None:
     while node is not None:
         if node is new._trail:
             return keys
-        keys.update(node.keys)
+        keys.update(node.keys())
         node = node.following
     return None
 
