@@ -202,14 +202,9 @@ def encode_batch(updates: Iterable[Update], cursor: WatchCursor, origin: bytes =
     TypeError or ValueError name the first update at fault. Cost: about 0.3 us an update, 1 us a batch.
     """
     check_cursor(cursor)
-    if type(updates) is not list and type(updates) is not tuple:
-        if isinstance(updates, (Put, Delete, Purge)) or not isinstance(updates, Iterable):
-            raise TypeError(
-                f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}"
-            )
-        updates = tuple(updates)
     if origin:
         check_origin(origin)
+    updates = _in_order(updates)
     if not updates:
         item = _with_origin(msgpack.packb([cursor, [], [], []]), origin)
         return Batch(cursor, item, (), 0, origin)
@@ -244,6 +239,42 @@ def _packed(item: tuple[Any, ...]) -> bytes:
     if len(packed) <= _MAX_KEPT_BYTES:
         _packers.packer = packer
     return packed
+
+
+def _in_order(updates: Iterable[Update]) -> Sequence[Update]:
+    if type(updates) is list or type(updates) is tuple:
+        return updates
+    if isinstance(updates, (Put, Delete, Purge)) or not isinstance(updates, Iterable):
+        raise TypeError(
+            f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}"
+        )
+    return tuple(updates)
+
+
+class RawUpdates(NamedTuple):
+    """The updates of one `apply` in columns, checked, for a store that keeps no log of its own."""
+
+    keys: list[bytes]
+    """In UTF-8, in upstream order; a key may occur more than once."""
+    values: Sequence[bytes | bool | None]
+    """None for a delete, False for a purge."""
+    versions: Sequence[bytes]
+
+
+def raw_updates(updates: Iterable[Update]) -> RawUpdates:
+    """Check the updates of one batch. TypeError or ValueError name the first one at fault.
+
+    Cost: 0.2 us an update.
+    """
+    updates = _in_order(updates)
+    if not updates:
+        return RawUpdates([], (), ())
+    keys, values, versions = _columns(updates)
+    try:
+        return RawUpdates(list(map(str.encode, keys)), values, versions)
+    except UnicodeEncodeError:
+        _explain(updates)
+        raise
 
 
 def _columns(

@@ -27,10 +27,12 @@ from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import (
     Batch,
+    Change,
     DecodedBatch,
     Delete,
     KvEntry,
     Put,
+    RawUpdates,
     batches_body,
     decode_batches,
 )
@@ -174,23 +176,38 @@ class RocksDbEngine:
         `origin`: of the cursor from now on, if given. Cost: 6 us, and 1 us an update; with `sync_each`, an fsync. The write of
         the whole group holds the interpreter lock: about 0.5 us an update.
         """
+        groups = [_raw(part) for batch in batches for part in batch.changes]
+        state = self._commit(groups, len(batches), batches[-1].cursor, origin)
+        self._remember(state.seq - len(batches), batches)
+        return self._newest()
+
+    def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
+        """`commit` of one batch that nobody will ask `batches_since` for. Returns its sequence. Cost: 0.5 us an update less."""
+        state = self._commit([updates], 1, cursor, None)
+        self._forget(state)
+        return state.seq
+
+    def _commit(
+        self, groups: Sequence[RawUpdates], batches: int, cursor: WatchCursor, origin: bytes | None
+    ) -> State:
         self._check_usable()
-        state = self._state
+        before = self._state
         state = State(
-            state.store_id,
-            state.seq + len(batches),
-            batches[-1].cursor,
-            state.origin if origin is None else origin,
+            before.store_id,
+            before.seq + batches,
+            cursor,
+            before.origin if origin is None else origin,
         )
-        self._trail.add(batches)  # before they are written, see `Trail`
+        self._trail.parts += tuple(
+            group.keys for group in groups
+        )  # before they are written, see `Trail`
         self._in_doubt = state
-        self._write(lambda: self._batch_of(batches, state))
+        self._write(lambda: self._batch_of(groups, state))
         if self.sync_each:
             self._flush_wal()
             self._synced = state.seq, state.cursor
-        fold = self._publish(state)
-        self._remember(state.seq - len(batches), batches)
-        return fold
+        self._publish(state)
+        return state
 
     def load(
         self,
@@ -212,18 +229,17 @@ class RocksDbEngine:
         self._forget(state)
         self.sync()
 
-    def _batch_of(self, batches: Sequence[Batch], state: State) -> WriteBatch:
+    def _batch_of(self, groups: Sequence[RawUpdates], state: State) -> WriteBatch:
         write: WriteBatch = self._rocksdict.WriteBatch(raw_mode=True)
         put, delete = write.put, write.delete
-        for batch in batches:
-            for part in batch.changes:
-                for key, value, version in part.values():
-                    if value is None:
-                        delete(key.encode())
-                    elif version:
-                        put(key.encode(), encode_entry(value, version))
-                    else:
-                        put(key.encode(), b"\0" + value)
+        for group in groups:
+            for key, value, version in zip(*group, strict=True):
+                if value is None or value is False:
+                    delete(key)
+                elif version:
+                    put(key, encode_entry(value, version))  # type: ignore[arg-type]
+                else:
+                    put(key, b"\0" + value)  # type: ignore[operator]
         put(STATE_KEY, state.pack())
         return write
 
@@ -496,6 +512,11 @@ class RocksDbEngine:
         fold.seq  # noqa: B018 - StoreClosed, here and not later
         assert isinstance(fold, RocksDbFold)
         return fold
+
+
+def _raw(changes: dict[str, Change]) -> RawUpdates:
+    _, values, versions = zip(*changes.values(), strict=True)
+    return RawUpdates(list(map(str.encode, changes)), values, versions)
 
 
 def _identity(path: Path | str) -> tuple[int, int]:

@@ -16,14 +16,14 @@ from __future__ import annotations
 import copy
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, StoreClosed
 from foldlog.protocol.tokens import VersionToken, WatchCursor
-from foldlog.protocol.updates import Batch, Delete, KvEntry, Put
+from foldlog.protocol.updates import Delete, KvEntry, Put
 from foldlog.storage.engines.rocksdb.errors import ABSENT, typed
 from foldlog.storage.engines.rocksdb.record import ENTRIES_END, decode_entry
 from foldlog.storage.fold.snapshot import prefix_end
@@ -44,17 +44,13 @@ class Trail:
 
     def __init__(self) -> None:
         # Written by the engine alone. Invariant: names a key before the database holds its change.
-        self.parts: tuple[Iterable[str], ...] = ()
-        """The changed keys, in one or more collections."""
+        self.parts: tuple[Sequence[bytes], ...] = ()
+        """The changed keys, encoded, in one or more collections."""
         self.following: Trail | None = None
-
-    def add(self, batches: Iterable[Batch]) -> None:
-        """Take the keys of batches that are about to be written."""
-        self.parts += tuple(tuple(part) for batch in batches for part in batch.changes)
 
     def keys(self) -> Iterator[bytes]:
         """The changed keys, encoded."""
-        return map(str.encode, chain.from_iterable(self.parts))
+        return chain.from_iterable(self.parts)
 
 
 class View(Protocol):

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, cast
 from foldlog.protocol.engine import Held, Sizes
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Update, encode_batch
+from foldlog.protocol.updates import Update, check_cursor, raw_updates
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb import artifact
 from foldlog.storage.engines.rocksdb.database import (
@@ -91,7 +91,8 @@ class RocksDbSnapshot(Readable):
         survives a killed process on return; a power loss only with sync="always". Cost: 10 us, and 1-2 us an update.
         """
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
-        return self._engine.commit((encode_batch(updates, cursor),)).seq
+        check_cursor(cursor)
+        return self._engine.commit_raw(raw_updates(updates), cursor)
 
     def get(self, key: str) -> Any:
         """The live entry of `key`, or None if it is absent or deleted. Cost: 1 us cached, 5-10 us from the system's cache."""
