@@ -3,6 +3,7 @@
 store.py      RocksDbSnapshot: all of it behind the contract, for one thread
 engine.py     the database and its fold, on the seam of `protocol/engine.py`
 fold.py       one immutable state, read through RocksDB's snapshot
+scan.py       keys in order
 database.py   opening a database with the options that the promises need
 record.py     the bytes of an entry and of the state record
 artifact.py   export by checkpoint, and import

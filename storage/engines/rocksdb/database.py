@@ -35,6 +35,9 @@ _BLOOM_BITS = 10
 _SURELY_OLD = (9, 8)
 """RocksDB of the oldest rocksdict that the extra admits: what it or an older one wrote needs no further look."""
 
+_COMPARATOR = "leveldb.BytewiseComparator"
+_OPTIONS_CHARS = 1024 * 1024
+
 # What RocksDB has made in a directory before the database exists, for an open that was killed.
 _BEFORE_CURRENT = re.compile(
     r"LOCK|LOG(\.old\.\d+)?|IDENTITY|MANIFEST-\d+|OPTIONS-\d+(\.dbtmp)?|\d+\.dbtmp|rocksdict-config\.json"
@@ -136,7 +139,7 @@ def look_at(path: Path, *, create: bool) -> bool:
         raise InvalidFormatError(path, 0, _what_file(path))
     names = os.listdir(path)
     if "CURRENT" in names:
-        _refuse_newer(path, names)
+        _refuse_foreign(path, names)
         return True
     tables = sorted(name for name in names if name.endswith((".sst", ".log")))
     if tables and any(name.startswith("MANIFEST-") for name in names):
@@ -163,12 +166,24 @@ def _what_file(path: Path) -> str:
     return "is no directory, as a RocksDB database is"
 
 
-def _refuse_newer(path: Path, names: list[str]) -> None:
-    """InvalidFormatError if a newer RocksDB than ours wrote the database: ours could write what it cannot read again."""
+def _refuse_foreign(path: Path, names: list[str]) -> None:
+    """InvalidFormatError for a database that this binding must not even try to open, by the file of its options.
+
+    A newer RocksDB could have written what ours would drop; and where the order of keys is another one, the binding fails, but
+    not before it has overwritten a file of its own in there.
+    """
     numbers = [int(m[1]) for m in map(re.compile(r"OPTIONS-(\d+)").fullmatch, names) if m]
     if not numbers:
         return
-    theirs = version_of(path / f"OPTIONS-{max(numbers):06}")
+    options = _read_options(path / f"OPTIONS-{max(numbers):06}")
+    comparator = re.search(r"^\s*comparator=(\S+)", options, re.MULTILINE)
+    if comparator and comparator[1] != _COMPARATOR:
+        raise InvalidFormatError(
+            path,
+            0,
+            f"is a RocksDB database of another program: its keys are in the order {comparator[1]!r}",
+        )
+    theirs = version_in(options)
     if theirs is None or theirs <= _SURELY_OLD:
         return
     ours = own_version()
@@ -179,13 +194,17 @@ def _refuse_newer(path: Path, names: list[str]) -> None:
         )
 
 
-def version_of(options_file: Path) -> tuple[int, int] | None:
-    """RocksDB's version (major, minor) in a file of its options; None if it tells none."""
+def _read_options(file: Path) -> str:
     try:
-        with open(options_file, encoding="utf-8", errors="replace") as file:
-            found = re.search(r"^\s*rocksdb_version=(\d+)\.(\d+)", file.read(65536), re.MULTILINE)
+        with open(file, encoding="utf-8", errors="replace") as opened:
+            return opened.read(_OPTIONS_CHARS)
     except OSError:
-        return None
+        return ""
+
+
+def version_in(options: str) -> tuple[int, int] | None:
+    """RocksDB's version (major, minor) in the text of a file of its options; None if it tells none."""
+    found = re.search(r"^\s*rocksdb_version=(\d+)\.(\d+)", options, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
@@ -195,7 +214,7 @@ def own_version() -> tuple[int, int] | None:
     rocksdict = binding()
     with tempfile.TemporaryDirectory(prefix="foldlog-") as directory:
         rocksdict.Rdict(directory, rocksdict.Options(raw_mode=True)).close()
-        found = [version_of(file) for file in Path(directory).glob("OPTIONS-*")]
+        found = [version_in(_read_options(file)) for file in Path(directory).glob("OPTIONS-*")]
     return next((version for version in found if version is not None), None)
 
 

@@ -26,6 +26,7 @@ from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Put
 from foldlog.storage.engines.rocksdb.errors import ABSENT, typed
 from foldlog.storage.engines.rocksdb.record import ENTRIES_END, decode_entry
+from foldlog.storage.engines.rocksdb.scan import scan
 from foldlog.storage.fold.snapshot import prefix_end
 
 if TYPE_CHECKING:
@@ -275,10 +276,8 @@ class RocksDbFold:
         block: list[tuple[bytes, bytes]] = []
         room = BLOCK_BYTES
         try:
-            options = source.read_options()
-            options.set_iterate_upper_bound(high)
-            for item in db.items(from_key=low, read_opt=options):
-                block.append(item)  # type: ignore[arg-type]
+            for item in scan(db, low, high, source.read_options):
+                block.append(item)
                 room -= len(item[1])
                 if room <= 0 or len(block) == BLOCK_ENTRIES:
                     return block, block[-1][0] + b"\0"

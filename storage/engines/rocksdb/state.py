@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
+from foldlog.storage.engines.rocksdb.database import binding
 from foldlog.storage.engines.rocksdb.errors import typed
 from foldlog.storage.engines.rocksdb.record import STATE_KEY, NewerGeneration, State, parse_state
+from foldlog.storage.engines.rocksdb.scan import scan
 
 if TYPE_CHECKING:
     from rocksdict import Rdict
@@ -20,8 +22,7 @@ def state_of(db: Rdict, path: Path) -> State | None:
     try:
         raw = db.get(STATE_KEY)
         if raw is None:
-            first = next(iter(db.keys()), None)
-            if first is None:
+            if next(scan(db, b"", None, binding().ReadOptions), None) is None:
                 return None
             raise InvalidFormatError(path, 0, "is a RocksDB database that foldlog did not write")
     except FoldlogError:

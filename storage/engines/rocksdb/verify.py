@@ -24,12 +24,13 @@ from foldlog.storage.engines.rocksdb.record import (
     decode_entry,
     parse_state,
 )
+from foldlog.storage.engines.rocksdb.scan import scan
 from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
 from foldlog.storage.formats.registry import Progress
 from foldlog.storage.formats.replay import resolve
 
 if TYPE_CHECKING:
-    from rocksdict import Rdict
+    from rocksdict import Rdict, ReadOptions
 
 NO_CURSOR = WatchCursor.none()
 _REPORTED_EACH = 4096
@@ -122,7 +123,7 @@ def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
         at = start
         start = None
         try:
-            for key, raw in _scan(db, at):
+            for key, raw in scan(db, at, None, _checking_options):
                 at = key
                 if key == STATE_KEY:
                     state = _checked_state(raw, problems)
@@ -135,8 +136,11 @@ def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
                 else:
                     problems.append(f"key {key[:40]!r}: {fault}")
         except Exception as error:
-            problems.append(str(error))
+            if str(error) not in problems[-1:]:  # a table is tried twice if its first block is bad
+                problems.append(str(error))
             start = next((first for first in starts if first > at), None)  # the next table
+    if state is None:  # after damage that the scan could not go past
+        state = _state_alone(db, problems)
     if state is None and (entries or problems):
         problems.append("the record of the state is missing")
     state = state or State(b"", 0, NO_CURSOR)
@@ -145,10 +149,10 @@ def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
     )
 
 
-def _scan(db: Rdict, start: bytes):  # type: ignore[no-untyped-def]
-    options = binding().ReadOptions()
+def _checking_options() -> ReadOptions:
+    options: ReadOptions = binding().ReadOptions()
     options.set_verify_checksums(True)
-    return db.items(from_key=start, read_opt=options)
+    return options
 
 
 def _checked_state(raw: bytes, problems: list[str]) -> State | None:
@@ -157,6 +161,15 @@ def _checked_state(raw: bytes, problems: list[str]) -> State | None:
     except ValueError as error:
         problems.append(str(error))
         return State(b"", 0, NO_CURSOR)
+
+
+def _state_alone(db: Rdict, problems: list[str]) -> State | None:
+    try:
+        raw = db.get(STATE_KEY)
+    except Exception as error:
+        problems.append(str(error))
+        return State(b"", 0, NO_CURSOR)
+    return None if raw is None else _checked_state(raw, problems)
 
 
 def _fault_of(key: bytes, raw: bytes) -> str | None:

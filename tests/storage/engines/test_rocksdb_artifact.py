@@ -1,0 +1,247 @@
+"""Artifacts of RocksDB stores, and conversion between the engines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from faultkit import quick_folder
+
+from foldlog import (
+    AppendLogSnapshot,
+    ArtifactInvalidError,
+    Delete,
+    Put,
+    RocksDbSnapshot,
+    VersionToken,
+    WatchCursor,
+)
+from foldlog.protocol.store import FormatName
+from foldlog.storage.artifacts.artifact import read_manifest
+from foldlog.storage.engines.rocksdb.convert import log_from_rocksdb, rocksdb_from_log
+from foldlog.storage.engines.rocksdb.verify import describe, verify_database
+
+CACHE = 8 * 1024 * 1024
+CURSOR = WatchCursor(b"versionst!")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with quick_folder(tmp_path) as quick:
+        yield quick
+
+
+def filled(path: Path) -> RocksDbSnapshot:
+    snap = RocksDbSnapshot.open(path, cache_bytes=CACHE)[1]
+    versions = [VersionToken(bytes(range(n))) for n in range(11)]
+    snap.apply(
+        [Put(f"k{n:04}é", b"%d" % n, versions[n % 11]) for n in range(2500)], WatchCursor.none()
+    )
+    snap.apply([Delete(f"k{n:04}é") for n in range(0, 2500, 7)], CURSOR)
+    return snap
+
+
+def rewrite_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads((artifact / "MANIFEST.json").read_bytes())
+    change(fields)
+    (artifact / "MANIFEST.json").write_text(json.dumps(fields))
+
+
+def test_an_artifact_declares_all_its_files_and_the_cursor(folder: Path) -> None:
+    with filled(folder / "state.db") as snap:
+        manifest = snap.export_to(folder / "artifact")
+    assert manifest == read_manifest(folder / "artifact")
+    assert (manifest.backend, manifest.cursor) == ("foldlog-rocksdb", CURSOR)
+    names = {f"data/{file.name}" for file in (folder / "artifact" / "data").iterdir()}
+    assert names == {file.path for file in manifest.files}
+    for file in manifest.files:
+        raw = (folder / "artifact" / file.path).read_bytes()
+        assert (len(raw), blake3(raw).hexdigest()) == (file.size, file.blake3)
+
+
+def test_the_tables_of_an_artifact_are_links(folder: Path) -> None:
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "artifact")
+    tables = list((folder / "artifact" / "data").glob("*.sst"))
+    assert tables
+    assert all(table.stat().st_nlink == 2 for table in tables)
+
+
+def test_an_export_is_exact_though_nothing_was_flushed_and_the_store_goes_on(folder: Path) -> None:
+    with filled(folder / "state.db") as snap:
+        before = snap.range("")
+        snap.export_to(folder / "artifact")
+        snap.apply([Put("later", b"1")], WatchCursor.from_u64(9))
+        snap.compact()
+        cursor, copy = RocksDbSnapshot.import_artifact(folder / "artifact", folder / "copy.db")
+        assert (cursor, copy.range(""), copy.snapshot().seq) == (CURSOR, before, 2)
+        assert copy.verify().ok
+        copy.close()
+        assert snap.verify().ok
+    assert sorted(os.listdir(folder)) == ["artifact", "copy.db", "state.db"]
+
+
+def grow(file: Path) -> None:
+    with open(file, "ab") as out:
+        out.write(b"x")
+
+
+def flip_a_bit(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.unlink()  # it is a link to the store's own
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("which", ["*.sst", "MANIFEST-*", "CURRENT", "OPTIONS-*"])
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, grow])
+def test_a_damaged_artifact_never_becomes_a_store(
+    folder: Path, which: str, damage: Callable[[Path], object]
+) -> None:
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "artifact")
+    damage(next((folder / "artifact" / "data").glob(which)))
+    with pytest.raises(ArtifactInvalidError):
+        RocksDbSnapshot.import_artifact(folder / "artifact", folder / "copy.db")
+    assert sorted(os.listdir(folder)) == ["artifact", "state.db"]
+
+
+def other_cursor(fields: dict[str, Any]) -> None:
+    fields["cursor_hex"] = "00"
+
+
+def no_tables(fields: dict[str, Any]) -> None:
+    fields["files"] = [file for file in fields["files"] if not file["path"].endswith(".sst")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_cursor, "the payload is at"),
+        (no_tables, "not declared"),
+        (lambda fields: fields.update(backend="append-log"), "backend"),
+        (lambda fields: fields.update(backend_version="2"), "backend_version"),
+        (lambda fields: fields.update(more=1), "more"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "artifact")
+    rewrite_manifest(folder / "artifact", change)
+    with pytest.raises(ArtifactInvalidError, match=words):
+        RocksDbSnapshot.import_artifact(folder / "artifact", folder / "copy.db")
+    assert sorted(os.listdir(folder)) == ["artifact", "state.db"]
+
+
+@pytest.mark.parametrize("extra", ["data/extra", "extra"])
+def test_an_undeclared_file_is_refused(folder: Path, extra: str) -> None:
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "artifact")
+    (folder / "artifact" / extra).write_bytes(b"")
+    with pytest.raises(ArtifactInvalidError, match="not declared"):
+        RocksDbSnapshot.import_artifact(folder / "artifact", folder / "copy.db")
+
+
+def test_a_link_in_an_artifact_is_not_followed(folder: Path) -> None:
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "artifact")
+    table = next((folder / "artifact" / "data").glob("*.sst"))
+    table.rename(folder / "elsewhere")
+    table.symlink_to(folder / "elsewhere")
+    with pytest.raises(ArtifactInvalidError):
+        RocksDbSnapshot.import_artifact(folder / "artifact", folder / "copy.db")
+
+
+def test_a_consistent_artifact_whose_entries_do_not_verify_is_refused(folder: Path) -> None:
+    """The digests are right: they are of a table that was damaged before."""
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "artifact")
+    table = next((folder / "artifact" / "data").glob("*.sst"))
+    raw = bytearray(table.read_bytes())
+    raw[100] ^= 1
+    table.unlink()
+    table.write_bytes(raw)
+
+    def declare(fields: dict[str, Any]) -> None:
+        for file in fields["files"]:
+            if file["path"].endswith(table.name):
+                file["blake3"] = blake3(bytes(raw)).hexdigest()
+
+    rewrite_manifest(folder / "artifact", declare)
+    with pytest.raises(ArtifactInvalidError, match="block checksum mismatch"):
+        RocksDbSnapshot.import_artifact(folder / "artifact", folder / "copy.db")
+    assert sorted(os.listdir(folder)) == ["artifact", "state.db"]
+
+
+def test_each_engine_refuses_the_artifact_of_the_other(folder: Path) -> None:
+    with filled(folder / "state.db") as snap:
+        snap.export_to(folder / "rocks")
+    with AppendLogSnapshot.open(folder / "state.log")[1] as log:
+        log.export_to(folder / "log")
+    with pytest.raises(ArtifactInvalidError, match="backend"):
+        AppendLogSnapshot.import_artifact(folder / "rocks", folder / "copy.log")
+    with pytest.raises(ArtifactInvalidError, match="backend"):
+        RocksDbSnapshot.import_artifact(folder / "log", folder / "copy.db")
+
+
+@pytest.mark.parametrize("format", ["foldlog", "slipstream-v2"])
+def test_a_store_converts_to_a_log_and_back(folder: Path, format: FormatName) -> None:
+    with filled(folder / "state.db") as snap:
+        expected, seq = snap.range(""), snap.snapshot().seq
+        assert log_from_rocksdb(folder / "state.db", folder / "state.log", format) == len(expected)
+    with AppendLogSnapshot.open(folder / "state.log", format=format)[1] as log:
+        assert (log.range(""), log.cursor()) == (expected, CURSOR)
+        assert log.verify().ok
+        if format == "foldlog":
+            assert log.snapshot().seq == seq
+    assert rocksdb_from_log(folder / "state.log", folder / "back.db") == len(expected)
+    with RocksDbSnapshot.open(folder / "back.db")[1] as back:
+        assert (back.range(""), back.cursor()) == (expected, CURSOR)
+        assert back.verify().ok
+        assert back.apply([Put("more", b"1")], WatchCursor.from_u64(1)) > 0
+        if format == "foldlog":
+            assert back.snapshot().seq == seq + 1
+
+
+@pytest.mark.parametrize("convert", [log_from_rocksdb, rocksdb_from_log])
+def test_a_conversion_never_overwrites(folder: Path, convert: Callable[..., int]) -> None:
+    filled(folder / "state.db").close()
+    AppendLogSnapshot.open(folder / "state.log")[1].close()
+    source = folder / ("state.db" if convert is log_from_rocksdb else "state.log")
+    (folder / "taken").write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        convert(source, folder / "taken")
+    assert (folder / "taken").read_bytes() == b"mine"
+
+
+def test_a_store_is_described_and_verified_while_it_is_open_elsewhere(folder: Path) -> None:
+    with filled(folder / "state.db") as snap:
+        before = {
+            name: (folder / "state.db" / name).read_bytes()
+            for name in os.listdir(folder / "state.db")
+        }
+        facts, report = describe(folder / "state.db"), verify_database(folder / "state.db")
+        after = {
+            name: (folder / "state.db" / name).read_bytes()
+            for name in os.listdir(folder / "state.db")
+        }
+    assert before == after
+    assert (facts.seq, facts.cursor) == (2, CURSOR)
+    assert len(facts.store_id) == 16
+    assert (report.ok, report.entries, report.seq) == (True, 2142, 2)
+
+
+def test_verifying_tells_how_far_it_is(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with RocksDbSnapshot.open(folder / "state.db", cache_bytes=CACHE)[1] as snap:
+        snap.apply([Put(f"k{n}", b"v") for n in range(9000)], WatchCursor.none())
+        snap.verify(lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == [4096, 8192]
+    assert all(done <= total for done, total in told)
