@@ -19,7 +19,7 @@ import pytest
 from faultkit import UNSYNCED, batch, fault_of, fold_of, quick_folder, view
 
 import foldlog
-from foldlog import AppendLogSnapshot, WatchCursor
+from foldlog import AppendLogSnapshot, RocksDbSnapshot, WatchCursor
 from foldlog.storage.repair.verify import verify_log
 
 TESTS = Path(__file__).resolve().parents[1] / "kits"
@@ -162,11 +162,59 @@ def test_processes_that_die_one_after_the_other_lose_nothing_and_leave_a_followe
     print(f"{answered} answers by processes that died one after the other, {story}, 0 losses")
 
 
+def check_rocksdb(path: Path, acked: list[int], allowed: range) -> None:
+    """As `check`, for the engine on RocksDB."""
+    assert acked == list(range(acked[0], acked[0] + len(acked))) if acked else True
+    for artifact in path.parent.glob("artifact-*"):
+        if ".partial-" not in artifact.name:
+            copy = path.with_name("copy.db")
+            with RocksDbSnapshot.import_artifact(artifact, copy)[1] as snap:
+                assert view(snap) == fold_of(list(range(1, (snap.cursor().as_u64() or 0) + 1)))
+            shutil.rmtree(copy)
+        shutil.rmtree(artifact)
+    cursor, snap = RocksDbSnapshot.open(path)
+    with snap:
+        last = cursor.as_u64() or 0
+        assert last in allowed
+        assert snap.snapshot().seq == last
+        assert view(snap) == fold_of(list(range(1, last + 1)))
+        assert snap.verify().problems == ()
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(300, marks=CAMPAIGN)])
+def test_a_rocksdb_store_that_is_killed_at_any_moment_loses_nothing_that_it_answered(folder, count):
+    answers = 0
+    for death in deaths("rocksdb", "moment", folder, count=count):
+        path = folder / str(death["n"]) / "state.log"
+        answered = len(death["acked"])
+        check_rocksdb(path, death["acked"], range(answered, answered + 2))
+        shutil.rmtree(path.parent)
+        answers += answered
+        count -= 1
+    assert count == 0
+    print(f"{answers} answers before deaths at moments by chance, RocksDB, 0 losses")
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(100, marks=CAMPAIGN)])
+def test_processes_that_die_one_after_the_other_on_a_rocksdb_store_lose_nothing(folder, count):
+    path = folder / "state.log"
+    answered = 0
+    for death in deaths("rocksdb", "same-log", folder, count=count):
+        acked = death["acked"]
+        if acked:
+            assert answered < acked[0] <= answered + 2
+            answered = acked[-1]
+        count -= 1
+    assert count == 0
+    check_rocksdb(path, [], range(answered, answered + 2))
+    print(f"{answered} answers by processes that died one after the other, RocksDB, 0 losses")
+
+
 FILE_LIMIT = """
 import resource, sys
 from pathlib import Path
 from faultkit import batch, fold_of, view
-from foldlog import AppendLogSnapshot, WatchCursor
+from foldlog import AppendLogSnapshot, RocksDbSnapshot, WatchCursor
 
 path = Path(sys.argv[1])
 _, snap = AppendLogSnapshot.open(path)

@@ -25,7 +25,7 @@ from pathlib import Path
 from faultkit import batch
 
 import foldlog
-from foldlog import AppendLogSnapshot, WatchCursor
+from foldlog import AppendLogSnapshot, RocksDbSnapshot, WatchCursor
 from foldlog.storage.log.files import Files
 from foldlog.testing import Call, FaultyFiles
 
@@ -85,7 +85,23 @@ def importing(path: Path, files: Files, answer: Answer, last: int) -> None:
         answer(number)
 
 
-STORIES = {"engine": engine, "store": store, "importing": importing}
+def rocksdb(path: Path, files: Files, answer: Answer, last: int) -> None:
+    """The engine on RocksDB applies, flushes each 5 batches, exports each 7, and starts anew each 9."""
+    cursor, snap = RocksDbSnapshot.open(path)
+    for number in range((cursor.as_u64() or 0) + 1, last + 1):
+        snap.apply(batch(number), numbered(number))
+        answer(number)
+        if number % 5 == 0:
+            snap.compact()
+        if number % 7 == 0:
+            snap.export_to(path.with_name(f"artifact-{number}"))
+        if number % 9 == 0:
+            snap.close()
+            _, snap = RocksDbSnapshot.open(path)
+    snap.close()
+
+
+STORIES = {"engine": engine, "store": store, "importing": importing, "rocksdb": rocksdb}
 
 
 def child(story: str, when: str, path: Path, nth: int, pipe: int) -> None:

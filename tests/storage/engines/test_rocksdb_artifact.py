@@ -222,7 +222,7 @@ def test_a_conversion_never_overwrites(folder: Path, convert: Callable[..., int]
 
 
 def test_a_store_is_described_and_verified_while_it_is_open_elsewhere(folder: Path) -> None:
-    with filled(folder / "state.db") as snap:
+    with filled(folder / "state.db"):
         before = {
             name: (folder / "state.db" / name).read_bytes()
             for name in os.listdir(folder / "state.db")
