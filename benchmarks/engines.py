@@ -1,4 +1,6 @@
-"""The two engines and raw `rocksdict`, at several sizes: what each costs. Prints a table, writes JSON and a plot.
+"""The two engines and raw `rocksdict`, at several sizes: what each costs.
+
+Prints a table, writes JSON and a plot.
 
     python benchmarks/engines.py 1000000 10000000 --out benchmarks/results
 
@@ -51,7 +53,7 @@ def private_mb() -> float:
 
 
 class Raw:
-    """`rocksdict` with the options that foldlog gives RocksDB, and without anything of foldlog's."""
+    """`rocksdict` with the options that foldlog gives RocksDB, and nothing else of foldlog's."""
 
     def __init__(self, path: Path) -> None:
         import rocksdict

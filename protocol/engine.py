@@ -1,6 +1,8 @@
-"""The seam between a writer and an engine: what stores the fold, and publishes immutable snapshots of it.
+"""The seam between a writer and an engine: what stores the fold, and publishes immutable
+snapshots of it.
 
-One thread writes; it is the caller who decides which. Snapshots may be read by any thread. The engines:
+One thread writes; it is the caller who decides which. Snapshots may be read by any thread. The
+engines:
 
     append log    storage/engines/engine.py      the base on disk, the changes since in memory
     RocksDB       storage/engines/rocksdb/       all on disk
@@ -84,9 +86,13 @@ class Engine(Protocol):
     report: Any
     """What opening found and did: an OpenReport."""
     snapshot: Any
-    """The newest Snapshot; once the engine is closed, something that raises StoreClosed whatever it is asked."""
+    """The newest Snapshot; once the engine is closed, something that raises StoreClosed whatever
+    it is asked.
+    """
     failure: str | None
-    """Why nothing may be written until `heal` has succeeded: an fsync failed, or a write could not be undone. Else None."""
+    """Why nothing may be written until `heal` has succeeded: an fsync failed, or a write could
+    not be undone. Else None.
+    """
 
     @property
     def is_compact(self) -> bool:
@@ -97,13 +103,18 @@ class Engine(Protocol):
         """The sequence and the cursor up to which every batch survives a power loss."""
 
     def stage(self, batches: Sequence[Batch]) -> Snapshot:
-        """The newest snapshot with `batches` on top, of which nothing is written: for writes that depend on what they find."""
+        """The newest snapshot with `batches` on top, of which nothing is written: for writes that
+        depend on what they find.
+        """
 
     def commit(self, batches: Sequence[Batch], staged: Snapshot | None = None) -> Snapshot:
-        """Write the batches as one commit group: all or nothing. Returns the new snapshot; `staged` is its content, if made already.
+        """Write the batches as one commit group: all or nothing.
 
-        On return they survive a killed process, and a power loss if the engine syncs each commit. On an error none of them is
-        in `snapshot`; if `failure` is then set, whether they are in the store is open until `heal`.
+        Returns the new snapshot; `staged` is its content, if made already.
+
+        On return they survive a killed process, and a power loss if the engine syncs each commit.
+        On an error none of them is in `snapshot`; if `failure` is then set, whether they are in
+        the store is open until `heal`.
         """
 
     def sync(self) -> None:
@@ -113,19 +124,30 @@ class Engine(Protocol):
         """LogChangedError if somebody else replaced or removed what the store is in."""
 
     def heal(self) -> Snapshot:
-        """Make the store writable again after a `failure`. Returns the snapshot, which may hold batches that were in doubt."""
+        """Make the store writable again after a `failure`.
+
+        Returns the snapshot, which may hold batches that were in doubt.
+        """
 
     def begin_compaction(self) -> Any:
-        """Start a compaction of the fold as it is now. Any thread may run the job's `write`; then finish or drop it."""
+        """Start a compaction of the fold as it is now.
+
+        Any thread may run the job's `write`; then finish or drop it.
+        """
 
     def finish_compaction(self, job: Any) -> Snapshot:
-        """Let what the job wrote take the place of the old files. The same state, at the same batch."""
+        """Let what the job wrote take the place of the old files.
+
+        The same state, at the same batch.
+        """
 
     def drop_compaction(self, job: Any) -> None:
         """Give a compaction up: the store goes on as it was."""
 
     def export(self, snapshot: Snapshot, dest_dir: StrPath) -> Any:
-        """Write an artifact at `dest_dir`, complete or not at all: the state of `snapshot` or a newer one. Returns its manifest."""
+        """Write an artifact at `dest_dir`, complete or not at all: the state of `snapshot` or a
+        newer one. Returns its manifest.
+        """
 
     def verify(self) -> Any:
         """Check every invariant of what is stored. Tells all that is wrong, and changes nothing."""
@@ -137,13 +159,21 @@ class Engine(Protocol):
         """Which snapshots readers hold."""
 
     def batches_since(self, cursor: WatchCursor) -> Iterator[tuple[int, DecodedBatch]]:
-        """The batches after the first one at `cursor`, up to `snapshot`, with their sequences. CursorExpired if they are gone."""
+        """The batches after the first one at `cursor`, up to `snapshot`, with their sequences.
+
+        CursorExpired if they are gone.
+        """
 
     def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
-        """What leads from one snapshot to another: an update for each key under `prefix` that differs, ascending."""
+        """What leads from one snapshot to another: an update for each key under `prefix` that
+        differs, ascending.
+        """
 
     def close(self) -> None:
-        """Sync, release everything and end the snapshots that cannot outlive it. Closing twice is fine."""
+        """Sync, release everything and end the snapshots that cannot outlive it.
+
+        Closing twice is fine.
+        """
 
     def abandon(self) -> None:
         """Release everything as a killed process would: nothing more is written."""

@@ -1,11 +1,12 @@
 """Artifacts of a RocksDB store: a checkpoint with a manifest.
 
-    DEST/MANIFEST.json     as for every artifact; backend "foldlog-rocksdb", its version the generation of the encoding
+    DEST/MANIFEST.json     as for every artifact; backend "foldlog-rocksdb", its version the
+                           generation of the encoding
     DEST/data/...          the files of the checkpoint, all of them declared
 
-RocksDB writes its tables once, so a checkpoint links them; it copies the few small files that change. An export appears under its
-name complete or not at all. An import copies each file, checks the digest of what it copied, and reads the whole copy before it
-becomes a store.
+RocksDB writes its tables once, so a checkpoint links them; it copies the few small files that
+change. An export appears under its name complete or not at all. An import copies each file,
+checks the digest of what it copied, and reads the whole copy before it becomes a store.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _drop_what_is_no_payload(data: Path) -> None:
 
 
 def _digests(data: Path, progress: Progress | None) -> tuple[ArtifactFile, ...]:
-    """Of each file, synced: RocksDB has synced its tables, but not all of what a checkpoint copies."""
+    """The digest of each file. They are synced here: RocksDB has synced its tables only."""
     paths = sorted(data.iterdir())
     total = sum(path.stat().st_size for path in paths)
     done = 0
@@ -123,7 +124,8 @@ def import_artifact(
 ) -> ExportManifest:
     """Verify an artifact in full and land its database at `dest_path`, which must not exist.
 
-    ArtifactInvalidError, FileExistsError or OSError: nothing is at `dest_path` that was not there before.
+    ArtifactInvalidError, FileExistsError or OSError: nothing is at `dest_path` that was not there
+    before.
     """
     binding()
     given = Path(os.path.abspath(dest_path))
@@ -162,7 +164,7 @@ def _identify(root: Path, manifest: ExportManifest) -> None:
 def _copy_payload(
     root: Path, staged: Path, manifest: ExportManifest, progress: Progress | None
 ) -> None:
-    """Copy exactly the declared files, each compared with its digest as it is copied, and synced."""
+    """Copy exactly the declared files, each compared with its digest, and synced."""
     total = sum(file.size for file in manifest.files)
     space = os.statvfs(staged)
     if space.f_bavail * space.f_frsize < total:
@@ -228,7 +230,7 @@ def _copy_file(root: Path, data_fd: int, staged: Path, declared: ArtifactFile) -
 
 
 def _check_copy(root: Path, staged: Path, manifest: ExportManifest) -> None:
-    """ArtifactInvalidError unless the copy is a database that verifies, at the manifest's cursor."""
+    """ArtifactInvalidError unless the copy verifies, and is at the manifest's cursor."""
     try:
         report: RocksDbReport = verify_database(staged)
     except FoldlogError as error:

@@ -1,7 +1,8 @@
 """From a log to a RocksDB store, and back: the state, the versions, the cursor and the sequence.
 
-What is no state is not carried over: the history, and the origin, which a log keeps elsewhere. The source is only read, and may
-be open for writing elsewhere. The destination appears complete or not at all.
+What is no state is not carried over: the history, and the origin, which a log keeps elsewhere.
+The source is only read, and may be open for writing elsewhere. The destination appears complete
+or not at all.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ _LOAD_CACHE_BYTES = 32 * MIN_CACHE_BYTES
 
 
 def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = None) -> int:
-    """Write the state of a log, of either format, as a RocksDB store at `dest`, which must not exist.
+    """Write the state of a log, of either format, as a RocksDB store at `dest`, which must not
+    exist.
 
-    Returns the number of entries. Raises what opening the log raises, and FileExistsError. Cost: 3 us an entry.
+    Returns the number of entries. Raises what opening the log raises, and FileExistsError. Cost:
+    3 us an entry.
     """
     target = _free(dest)
     fold = load_intact(ReadHandle(OS_FILES, resolve(log))).fold
@@ -62,7 +65,8 @@ def log_from_rocksdb(
 ) -> int:
     """Write the state of a RocksDB store as a log at `dest`, which must not exist.
 
-    Returns the number of entries. Raises what opening the store raises, and FileExistsError. Cost: 3 us an entry.
+    Returns the number of entries. Raises what opening the store raises, and FileExistsError.
+    Cost: 3 us an entry.
     """
     target = _free(dest)
     path = resolve(database)
@@ -88,7 +92,9 @@ def _free(dest: StrPath) -> Path:
 
 
 class _Streamed(FoldSnapshot):
-    """A RocksDB fold as what the writers of logs take: stretches of keys that have no leaf, one block at a time."""
+    """A RocksDB fold as what the writers of logs take: stretches of keys that have no leaf, one
+    block at a time.
+    """
 
     __slots__ = ("_source", "entries")
 

@@ -1,9 +1,12 @@
-"""A RocksDB database, opened with the options that foldlog's promises need. `rocksdict` is imported here only, when used.
+"""A RocksDB database, opened with the options that foldlog's promises need.
 
-Three of them differ from RocksDB's defaults for a reason. Recovery refuses a damaged write-ahead log where the default
-would silently leave out all that follows the damage; a torn tail, as a power loss leaves it, is dropped. The blocks of indexes
-and filters count against the cache, so that memory is bounded by `cache_bytes`. And a write that RocksDB would stall is
-refused and tried again by `commit`, since the binding holds the interpreter lock while it waits.
+`rocksdict` is imported here only, when used.
+
+Three of them differ from RocksDB's defaults for a reason. Recovery refuses a damaged write-ahead
+log where the default would silently leave out all that follows the damage; a torn tail, as a
+power loss leaves it, is dropped. The blocks of indexes and filters count against the cache, so
+that memory is bounded by `cache_bytes`. And a write that RocksDB would stall is refused and tried
+again by `commit`, since the binding holds the interpreter lock while it waits.
 """
 
 from __future__ import annotations
@@ -30,17 +33,23 @@ Damage = Literal["refuse", "cut"]
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
 MIN_CACHE_BYTES = 8 * 1024 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024 * 1024
-"""Of one memtable; RocksDB holds two, and in an instant a third. A smaller cache gets smaller ones."""
+"""Of one memtable; RocksDB holds two, and in an instant a third.
+
+A smaller cache gets smaller ones.
+"""
 _BLOOM_BITS = 10
 _SURELY_OLD = (9, 8)
-"""RocksDB of the oldest rocksdict that the extra admits: what it or an older one wrote needs no further look."""
+"""RocksDB of the oldest rocksdict that the extra admits: what it or an older one wrote needs no
+further look.
+"""
 
 _COMPARATOR = "leveldb.BytewiseComparator"
 _OPTIONS_CHARS = 1024 * 1024
 
 # What RocksDB has made in a directory before the database exists, for an open that was killed.
 _BEFORE_CURRENT = re.compile(
-    r"LOCK|LOG(\.old\.\d+)?|IDENTITY|MANIFEST-\d+|OPTIONS-\d+(\.dbtmp)?|\d+\.dbtmp|rocksdict-config\.json"
+    r"LOCK|LOG(\.old\.\d+)?|IDENTITY|MANIFEST-\d+|OPTIONS-\d+(\.dbtmp)?|\d+\.dbtmp"
+    r"|rocksdict-config\.json"
 )
 
 
@@ -63,9 +72,12 @@ def open_database(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     on_damage: Damage = "refuse",
 ) -> Rdict:
-    """Open the database at `path` for writing. `create`: make it if nothing is there, or an empty directory.
+    """Open the database at `path` for writing.
 
-    Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError; what is no database is left as it is.
+    `create`: make it if nothing is there, or an empty directory.
+
+    Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError; what is no database is
+    left as it is.
     """
     rocksdict = binding()
     exists = look_at(path, create=create)
@@ -82,7 +94,10 @@ def open_database(
 
 @contextlib.contextmanager
 def reading(path: Path, cache_bytes: int = MIN_CACHE_BYTES):  # type: ignore[no-untyped-def]
-    """The database at `path`, opened to be read. Works beside a writer, and leaves the state of the files as it is."""
+    """The database at `path`, opened to be read.
+
+    Works beside a writer, and leaves the state of the files as it is.
+    """
     rocksdict = binding()
     look_at(path, create=False)
     with tempfile.TemporaryDirectory(prefix="foldlog-") as logs:
@@ -126,8 +141,8 @@ def _options(rocksdict: ModuleType, cache_bytes: int, on_damage: Damage) -> Opti
 def look_at(path: Path, *, create: bool) -> bool:
     """True if a database is at `path`, False if one may be made there. Changes nothing.
 
-    InvalidFormatError for a file, a directory of something else, or a database of a newer RocksDB; FileNotFoundError if nothing
-    is there and `create` is False.
+    InvalidFormatError for a file, a directory of something else, or a database of a newer
+    RocksDB; FileNotFoundError if nothing is there and `create` is False.
     """
     try:
         info = os.stat(path)
@@ -167,10 +182,11 @@ def _what_file(path: Path) -> str:
 
 
 def _refuse_foreign(path: Path, names: list[str]) -> None:
-    """InvalidFormatError for a database that this binding must not even try to open, by the file of its options.
+    """InvalidFormatError for a database that this binding must not even try to open, by the file
+    of its options.
 
-    A newer RocksDB could have written what ours would drop; and where the order of keys is another one, the binding fails, but
-    not before it has overwritten a file of its own in there.
+    A newer RocksDB could have written what ours would drop; and where the order of keys is
+    another one, the binding fails, but not before it has overwritten a file of its own in there.
     """
     numbers = [int(m[1]) for m in map(re.compile(r"OPTIONS-(\d+)").fullmatch, names) if m]
     if not numbers:
@@ -181,7 +197,7 @@ def _refuse_foreign(path: Path, names: list[str]) -> None:
         raise InvalidFormatError(
             path,
             0,
-            f"is a RocksDB database of another program: its keys are in the order {comparator[1]!r}",
+            f"is another program's RocksDB database: its keys are in the order {comparator[1]!r}",
         )
     theirs = version_in(options)
     if theirs is None or theirs <= _SURELY_OLD:
@@ -203,14 +219,19 @@ def _read_options(file: Path) -> str:
 
 
 def version_in(options: str) -> tuple[int, int] | None:
-    """RocksDB's version (major, minor) in the text of a file of its options; None if it tells none."""
+    """RocksDB's version (major, minor) in the text of a file of its options; None if it tells
+    none.
+    """
     found = re.search(r"^\s*rocksdb_version=(\d+)\.(\d+)", options, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
 @functools.cache
 def own_version() -> tuple[int, int] | None:
-    """The version (major, minor) of the RocksDB that the binding carries. It tells it only in the files of a database."""
+    """The version (major, minor) of the RocksDB that the binding carries.
+
+    It tells it only in the files of a database.
+    """
     rocksdict = binding()
     with tempfile.TemporaryDirectory(prefix="foldlog-") as directory:
         rocksdict.Rdict(directory, rocksdict.Options(raw_mode=True)).close()

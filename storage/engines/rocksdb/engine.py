@@ -1,4 +1,7 @@
-"""RocksDbEngine: a RocksDB database and the fold in it, on the seam that a writer drives. One thread writes."""
+"""RocksDbEngine: a RocksDB database and the fold in it, on the seam that a writer drives.
+
+One thread writes.
+"""
 
 from __future__ import annotations
 
@@ -69,12 +72,18 @@ class RocksDbEngine:
         on_damage: Damage = "refuse",
         cache_bytes: int = database.DEFAULT_CACHE_BYTES,
     ) -> None:
-        """Open or create the database at `path`. StoreLocked, CorruptLogError, InvalidFormatError or OSError."""
+        """Open or create the database at `path`.
+
+        StoreLocked, CorruptLogError, InvalidFormatError or OSError.
+        """
         self.path = resolve(path)
         self._path = os.fspath(self.path)  # a stat of a Path takes 1 us longer
         self.sync_each = sync_each
         self.failure: str | None = None
-        """RocksDB's words once it has refused to write; `heal` opens the database anew. None while all is well."""
+        """RocksDB's words once it has refused to write; `heal` opens the database anew.
+
+        None while all is well.
+        """
         self._rocksdict = binding()
         self._on_damage, self._cache_bytes = on_damage, cache_bytes
         self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
@@ -171,10 +180,13 @@ class RocksDbEngine:
         *,
         origin: bytes | None = None,
     ) -> RocksDbFold:
-        """See `Engine`. One write batch holds the updates, the cursor, the origin and the sequence.
+        """See `Engine`.
 
-        `origin`: of the cursor from now on, if given. Cost: 6 us, and 1 us an update; with `sync_each`, an fsync. The write of
-        the whole group holds the interpreter lock: about 0.5 us an update.
+        One write batch holds the updates, the cursor, the origin and the sequence.
+
+        `origin`: of the cursor from now on, if given. Cost: 6 us, and 1 us an update; with
+        `sync_each`, an fsync. The write of the whole group holds the interpreter lock: about 0.5
+        us an update.
         """
         groups = [_raw(part) for batch in batches for part in batch.changes]
         state = self._commit(groups, len(batches), batches[-1].cursor, origin)
@@ -182,7 +194,10 @@ class RocksDbEngine:
         return self._newest()
 
     def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
-        """`commit` of one batch that nobody will ask `batches_since` for. Returns its sequence. Cost: 0.5 us an update less."""
+        """`commit` of one batch that nobody will ask `batches_since` for.
+
+        Returns its sequence. Cost: 0.5 us an update less.
+        """
         state = self._commit([updates], 1, cursor, None)
         self._forget(state)
         return state.seq
@@ -216,7 +231,10 @@ class RocksDbEngine:
         cursor: WatchCursor,
         progress: Progress | None = None,
     ) -> None:
-        """Fill an empty store, which nobody reads yet, so that it is at batch `seq` and `cursor`. Not atomic."""
+        """Fill an empty store, which nobody reads yet, so that it is at batch `seq` and `cursor`.
+
+        Not atomic.
+        """
         done = 0
         for block in blocks:
             self._write(partial(self._batch_of_entries, block))
@@ -250,9 +268,12 @@ class RocksDbEngine:
         return write
 
     def _write(self, make: Callable[[], WriteBatch]) -> None:
-        """Hand a write batch to RocksDB. Where it wants writers to wait, wait here, without the interpreter lock.
+        """Hand a write batch to RocksDB.
 
-        `make` makes the batch, once more for each attempt: the binding uses it up, whatever comes of it.
+        Where it wants writers to wait, wait here, without the interpreter lock.
+
+        `make` makes the batch, once more for each attempt: the binding uses it up, whatever comes
+        of it.
         """
         stop_s = 0.0
         while True:
@@ -295,7 +316,9 @@ class RocksDbEngine:
             self._settle()
 
     def _settle(self) -> None:
-        """After an exception in the middle of a commit: what the database holds is what was committed."""
+        """After an exception in the middle of a commit: what the database holds is what was
+        committed.
+        """
         state = state_of(self._db, self.path)
         assert state is not None
         if state.seq != self._state.seq:
@@ -325,9 +348,11 @@ class RocksDbEngine:
             raise LogChangedError(self.path, "was replaced by another directory")
 
     def heal(self) -> RocksDbFold:
-        """See `Engine`: the database is opened anew, and what its write-ahead log holds is written to files and synced.
+        """See `Engine`: the database is opened anew, and what its write-ahead log holds is
+        written to files and synced.
 
-        Snapshots taken before raise StoreClosed from then on. Batches in doubt are settled by what the database holds.
+        Snapshots taken before raise StoreClosed from then on. Batches in doubt are settled by
+        what the database holds.
         """
         self.check_file()
         before = self._state
@@ -365,7 +390,10 @@ class RocksDbEngine:
         """Nothing to do: see `is_compact`."""
 
     def compact(self) -> None:
-        """Let RocksDB compact everything now. It does so by itself; this frees what was overwritten or removed at once."""
+        """Let RocksDB compact everything now.
+
+        It does so by itself; this frees what was overwritten or removed at once.
+        """
         self._check_usable()
         try:
             self._db.compact_range(None, None)
@@ -392,7 +420,10 @@ class RocksDbEngine:
         self._past_start = state.seq, state.cursor
 
     def batches_since(self, cursor: WatchCursor) -> Iterator[tuple[int, DecodedBatch]]:
-        """See `Engine`. Reaches back to the opening of the store, or over the last 16 MiB of encoded batches."""
+        """See `Engine`.
+
+        Reaches back to the opening of the store, or over the last 16 MiB of encoded batches.
+        """
         past = list(self._past)
         first: int | None = None
         if self._past_start[1] == cursor:
@@ -416,7 +447,10 @@ class RocksDbEngine:
     def export(
         self, snapshot: object, dest_dir: StrPath, progress: Progress | None = None
     ) -> ExportManifest:
-        """See `Engine`. The state is the newest, whatever `snapshot` is: the manifest has its cursor."""
+        """See `Engine`.
+
+        The state is the newest, whatever `snapshot` is: the manifest has its cursor.
+        """
         self._newest()
         return artifact.export(self.path, self._checkpoint, dest_dir, progress)
 
@@ -436,7 +470,11 @@ class RocksDbEngine:
     # Statistics.
 
     def sizes(self) -> Sizes:
-        """See `Engine`. The base is RocksDB's tables; what was appended since is in its write-ahead log and memtables."""
+        """See `Engine`.
+
+        The base is RocksDB's tables; what was appended since is in its write-ahead log and
+        memtables.
+        """
         db = self._db
         return Sizes(
             directory_bytes(self.path),
@@ -456,7 +494,10 @@ class RocksDbEngine:
     # Ending.
 
     def close(self) -> None:
-        """See `Engine`. Snapshots raise StoreClosed from then on: RocksDB's own do not outlive its database."""
+        """See `Engine`.
+
+        Snapshots raise StoreClosed from then on: RocksDB's own do not outlive its database.
+        """
         db = self._source.db
         if db is None or self.failure is not None:
             self.abandon()
@@ -479,7 +520,10 @@ class RocksDbEngine:
         self._end()
 
     def _stop_writing(self) -> None:
-        """RocksDB flushes what it frees, by names that may be somebody else's by now. This keeps it from that."""
+        """RocksDB flushes what it frees, by names that may be somebody else's by now.
+
+        This keeps it from that.
+        """
         if self._source.db is not None:
             with contextlib.suppress(Exception):
                 self._source.db.cancel_all_background(True)
@@ -500,7 +544,10 @@ class RocksDbEngine:
         self._held.clear()
 
     def disown(self) -> None:
-        """In a forked child: RocksDB's threads are not there, and freeing its database would wait for them for ever."""
+        """In a forked child:
+
+        RocksDB's threads are not there, and freeing its database would wait for them for ever.
+        """
         for fold in list(self._held):
             _keep_for_ever(fold.view)
         if self._source.db is not None:

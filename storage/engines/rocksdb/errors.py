@@ -1,4 +1,7 @@
-"""What RocksDB says, as foldlog's errors. The binding raises a bare Exception with RocksDB's words for everything."""
+"""What RocksDB says, as foldlog's errors.
+
+The binding raises a bare Exception with RocksDB's words for everything.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ _OFFSET = re.compile(r"offset (\d+)")
 
 
 def is_stall(error: Exception) -> bool:
-    """True if a write was not done since RocksDB wants writers to wait. Nothing of it was written."""
+    """True if a write was not done since RocksDB wants writers to wait.
+
+    Nothing of it was written.
+    """
     return STALLED in str(error)
 
 

@@ -1,12 +1,13 @@
 """The state of a RocksDB database at one batch, immutable, read through RocksDB's own snapshot.
 
-A key is read through the snapshot. A range is not: the iterators of the binding read the newest state, whichever snapshot they
-are asked of. So a range takes the newest state and mends it: each commit leaves the keys that it changes in a `Trail` before it
-writes them, and a fold reads the keys that were changed after it through its snapshot. An iterator never outlives the block
-that it fills, for it would keep the database open after its close, and old files on disk.
+A key is read through the snapshot. A range is not: the iterators of the binding read the newest
+state, whichever snapshot they are asked of. So a range takes the newest state and mends it: each
+commit leaves the keys that it changes in a `Trail` before it writes them, and a fold reads the
+keys that were changed after it through its snapshot. An iterator never outlives the block that it
+fills, for it would keep the database open after its close, and old files on disk.
 
-    fold at batch 7 -> Trail(keys of batch 8) -> Trail(keys of batch 9) -> Trail()
-                                                   ^ fold at batch 8         ^ fold at batch 9, the newest
+    Trail(keys of batch 8)  ->  Trail(keys of batch 9)  ->  Trail()
+    ^ fold at batch 7           ^ fold at batch 8           ^ fold at batch 9, the newest
 
 The engine holds the newest trail only, so that what nobody's fold needs is freed.
 """
@@ -39,7 +40,10 @@ _new_entry = tuple.__new__
 
 
 class Trail:
-    """What one commit changed, and the trail of the next. The newest is empty but while a commit is under way."""
+    """What one commit changed, and the trail of the next.
+
+    The newest is empty but while a commit is under way.
+    """
 
     __slots__ = ("__weakref__", "following", "parts")
 
@@ -58,11 +62,16 @@ class View(Protocol):
     """Encoded entries by encoded key: RocksDB's snapshot, or what stands for one."""
 
     def __getitem__(self, raw_key: bytes, /) -> bytes:
-        """Raises what the binding raises, for an absent key an exception with the arguments `ABSENT`."""
+        """Raises what the binding raises, for an absent key an exception with the arguments
+        `ABSENT`.
+        """
 
 
 class Source:
-    """The open database that folds read from. Once it has ended, it is the view of them all, and every read raises."""
+    """The open database that folds read from.
+
+    Once it has ended, it is the view of them all, and every read raises.
+    """
 
     __slots__ = ("db", "ended", "path", "read_options")
 
@@ -82,14 +91,25 @@ class Source:
 
 
 class RocksDbFold:
-    """An immutable state of a RocksDB store. Any thread may read it until the store is closed; then it raises StoreClosed.
+    """An immutable state of a RocksDB store.
 
-    While it is held, RocksDB keeps what it needs on disk, and the keys that were changed since are kept in memory.
+    Any thread may read it until the store is closed; then it raises StoreClosed.
+
+    While it is held, RocksDB keeps what it needs on disk, and the keys that were changed since
+    are kept in memory.
     """
 
     __slots__ = (
-        "__weakref__", "_changed", "_cursor", "_entries", "_source", "_trail", "created", "seq", "view",
-    )  # fmt: skip
+        "__weakref__",
+        "_changed",
+        "_cursor",
+        "_entries",
+        "_source",
+        "_trail",
+        "created",
+        "seq",
+        "view",
+    )
 
     def __init__(
         self,
@@ -107,14 +127,17 @@ class RocksDbFold:
         self._entries: int | None = None
         self._cursor = cursor
         self.seq = seq
-        """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, for ever."""
+        """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, for
+        ever.
+        """
         self.created = time.monotonic()
         """When the fold was published, by the monotonic clock, in seconds."""
 
     def get(self, key: str) -> KvEntry | None:
         """The live entry of `key`, or None if it is absent or deleted.
 
-        Cost: 1 us for an entry in RocksDB's cache, 5-10 us for one in a file that the system has cached.
+        Cost: 1 us for an entry in RocksDB's cache, 5-10 us for one in a file that the system has
+        cached.
         """
         try:
             raw = self.view[key.encode()]
@@ -142,14 +165,18 @@ class RocksDbFold:
         return _new_entry(KvEntry, (key, value, version))
 
     def range(self, prefix: str = "") -> list[KvEntry]:
-        """All live entries under `prefix`, ascending by key (by code point). Cost: 1.5 us an entry, and 20 us."""
+        """All live entries under `prefix`, ascending by key (by code point).
+
+        Cost: 1.5 us an entry, and 20 us.
+        """
         entries: list[KvEntry] = []
         for block in self.blocks(prefix):
             entries += block
         return entries
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """Call `f` with each live entry under `prefix`, ascending, holding a block of them at a time.
+        """Call `f` with each live entry under `prefix`, ascending, holding a block of them at a
+        time.
 
         An error of `f` stops the scan and propagates.
         """
@@ -158,7 +185,9 @@ class RocksDbFold:
                 f(entry)
 
     def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
-        """`range` in pieces of at most 1024 entries, none empty; only keys after `after`, if given."""
+        """`range` in pieces of at most 1024 entries, none empty; only keys after `after`, if
+        given.
+        """
         for raw_block in self._raw_blocks(*_bounds(prefix, after)):
             block = []
             for raw_key, raw in raw_block:
@@ -192,7 +221,10 @@ class RocksDbFold:
         return isinstance(key, str) and self.get(key) is not None
 
     def __len__(self) -> int:
-        """Live entries, exactly. Cost on the first call: reads them all, about 1 us each; then nothing."""
+        """Live entries, exactly.
+
+        Cost on the first call: reads them all, about 1 us each; then nothing.
+        """
         if self._source.db is None:
             self._source.refuse()
         if self._entries is None:
@@ -221,7 +253,10 @@ class RocksDbFold:
         self.view = self._source
 
     def changed_since(self) -> list[bytes]:
-        """The keys that were changed after this fold, and maybe more, ascending. Cost: nothing where no commit came since."""
+        """The keys that were changed after this fold, and maybe more, ascending.
+
+        Cost: nothing where no commit came since.
+        """
         node, keys = self._changed
         fresh: set[bytes] = set()
         while True:
@@ -313,7 +348,9 @@ class _StagedView:
 
 
 class StagedFold(RocksDbFold):
-    """A fold with batches on top that are not written yet: for writes that depend on what they find."""
+    """A fold with batches on top that are not written yet: for writes that depend on what they
+    find.
+    """
 
     __slots__ = ("_staged",)
 
@@ -329,11 +366,12 @@ class StagedFold(RocksDbFold):
 
 
 def difference(old: RocksDbFold, new: RocksDbFold, prefix: str = "") -> Iterator[Put | Delete]:
-    """What leads from `old` to `new`: a Put or Delete for each key under `prefix` that differs, ascending by key.
+    """What leads from `old` to `new`: a Put or Delete for each key under `prefix` that differs,
+    ascending by key.
 
-    Exact, also if `new` is the older one, or of another database. A Delete carries no version: the removed key is gone. Cost: two
-    reads for each key that was written between the two, if one process published both; else it reads both whole, a block at a
-    time.
+    Exact, also if `new` is the older one, or of another database. A Delete carries no version:
+    the removed key is gone. Cost: two reads for each key that was written between the two, if one
+    process published both; else it reads both whole, a block at a time.
     """
     low, high = _bounds(prefix, None)
     suspects = _written_between(old, new)
@@ -400,7 +438,9 @@ def _bounds(prefix: str, after: str | None) -> tuple[bytes, bytes]:
 
 
 def _encoded_bound(stop: str) -> bytes:
-    """The encoded `stop`, also if it ends with a surrogate, which no key has: surrogates lie between U+D7FF and U+E000."""
+    """The encoded `stop`, also if it ends with a surrogate, which no key has: surrogates lie
+    between U+D7FF and U+E000.
+    """
     return stop.encode(errors="surrogatepass")
 
 

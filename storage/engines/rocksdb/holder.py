@@ -12,10 +12,11 @@ _FLOCK = struct.Struct("hhqqi4x")  # type, whence, start, length, pid: struct fl
 
 
 def lock_holder(path: Path) -> int | None:
-    """The process that holds RocksDB's lock on the database at `path`, or None if that cannot be told.
+    """The process that holds RocksDB's lock on the database at `path`, or None if that cannot be
+    told.
 
-    Not for a database that this process itself has open: closing any descriptor of a file drops all locks of POSIX that the
-    process has on it.
+    Not for a database that this process itself has open: closing any descriptor of a file drops
+    all locks of POSIX that the process has on it.
     """
     if not sys.platform.startswith("linux") or struct.calcsize("P") != 8:
         return None

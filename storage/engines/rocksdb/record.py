@@ -4,10 +4,11 @@
              value            version length u8 | version | value
     state    key              FF "foldlog"
              value            generation u16 | store id 16 | seq u64 | cursor length u8 | cursor |
-                              origin length u8 | origin | CRC-32C u32 of all before       little-endian
+                              origin length u8 | origin | CRC-32C u32 of all before it
 
-UTF-8 never holds the byte FF, so no entry can have the key of the state, and all entries come before it. The state is written
-in the batch of the entries that it tells of. RocksDB checks the bytes of both; what is checked here is their form.
+UTF-8 never holds the byte FF, so no entry can have the key of the state, and all entries come
+before it. The state is written in the batch of the entries that it tells of. RocksDB checks the
+bytes of both; what is checked here is their form.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class State(NamedTuple):
     """The number of the last batch."""
     cursor: WatchCursor
     origin: bytes = b""
-    """The stream that the cursor is a position of, at most 32 bytes; empty if it was never named."""
+    """The stream that the cursor is a position in, at most 32 bytes; empty if never named."""
 
     def pack(self) -> bytes:
         """The value of the key `STATE_KEY`."""

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def state_of(db: Rdict, path: Path) -> State | None:
-    """The state record of a database; None if the database is empty. CorruptLogError or InvalidFormatError for another's."""
+    """The state record of a database; None if the database is empty.
+
+    CorruptLogError or InvalidFormatError for another's.
+    """
     try:
         raw = db.get(STATE_KEY)
         if raw is None:

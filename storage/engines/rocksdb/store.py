@@ -25,15 +25,18 @@ from foldlog.storage.readable import Publisher, Readable
 
 
 class RocksDbSnapshot(Readable):
-    """A durable fold in a RocksDB database, for one thread at a time: for more entries than memory holds.
+    """A durable fold in a RocksDB database, for one thread at a time: for more entries than
+    memory holds.
 
-    It needs the extra `rocksdb`. What an answered `apply` means: it survives a killed process, always; it survives a power loss
-    once `sync` or `close` has returned, or at once with `sync="always"`. Its snapshots end with it.
+    It needs the extra `rocksdb`. What an answered `apply` means: it survives a killed process,
+    always; it survives a power loss once `sync` or `close` has returned, or at once with
+    `sync="always"`. Its snapshots end with it.
 
     >>> cursor, snap = RocksDbSnapshot.open("routes.db")
     >>> cursor.is_none
     True
-    >>> snap.apply([Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2"), Delete("b")], WatchCursor.from_u64(7))
+    >>> batch = [Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2"), Delete("b")]
+    >>> snap.apply(batch, WatchCursor.from_u64(7))
     1
     >>> snap.get("a").value, snap.get("b"), snap.cursor()
     (b'10.0.0.1', None, WatchCursor.from_u64(7))
@@ -58,12 +61,14 @@ class RocksDbSnapshot(Readable):
     ) -> tuple[WatchCursor, Self]:
         """Open or create the database in the directory `path`. Returns the cursor to resume after.
 
-        `sync`: whether each `apply` waits for the disk. `on_damage="cut"` drops what follows the first damage of the write-ahead
-        log, for a cache whose upstream replays. `cache_bytes`: of RocksDB's block cache, indexes and filters included; up to
-        192 MiB of memtables come on top.
+        `sync`: whether each `apply` waits for the disk. `on_damage="cut"` drops what follows the
+        first damage of the write-ahead log, for a cache whose upstream replays. `cache_bytes`: of
+        RocksDB's block cache, indexes and filters included; up to 192 MiB of memtables come on
+        top.
 
-        Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError, and leaves what is no database of foldlog as it is.
-        ImportError without the extra. Cost: 0.1-0.5 s at any size, and the replay of up to 64 MiB of write-ahead log.
+        Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError, and leaves what is no
+        database of foldlog as it is. ImportError without the extra. Cost: 0.1-0.5 s at any size,
+        and the replay of up to 64 MiB of write-ahead log.
         """
         check_options(sync, on_damage, cache_bytes)
         engine = RocksDbEngine(
@@ -76,60 +81,83 @@ class RocksDbSnapshot(Readable):
     def import_artifact(
         cls, artifact_dir: StrPath, dest_path: StrPath, *, progress: Progress | None = None
     ) -> tuple[WatchCursor, Self]:
-        """Verify an exported artifact of a RocksDB store in full, land it at `dest_path`, and open it.
+        """Verify an exported artifact of a RocksDB store in full, land it at `dest_path`, and
+        open it.
 
-        ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists: then nothing was written.
-        A crash part-way leaves nothing at `dest_path`; a crash after the rename leaves a valid store.
+        ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists:
+        then nothing was written. A crash part-way leaves nothing at `dest_path`; a crash after
+        the rename leaves a valid store.
         """
         artifact.import_artifact(artifact_dir, dest_path, progress=progress)
         return cls.open(resolve(dest_path))
 
     def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
-        """Atomically fold the updates, in order, and advance the cursor. Returns the batch's sequence.
+        """Atomically fold the updates, in order, and advance the cursor.
 
-        TypeError or ValueError for an update that is not valid: nothing was written. OSError if RocksDB could not write. It
-        survives a killed process on return; a power loss only with sync="always". Cost: 10 us, and 1-2 us an update.
+        Returns the batch's sequence.
+
+        TypeError or ValueError for an update that is not valid: nothing was written. OSError if
+        RocksDB could not write. It survives a killed process on return; a power loss only with
+        sync="always". Cost: 10 us, and 1-2 us an update.
         """
-        self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
         check_cursor(cursor)
         return self._engine.commit_raw(raw_updates(updates), cursor)
 
     def get(self, key: str) -> Any:
-        """The live entry of `key`, or None if it is absent or deleted. Cost: 1 us cached, 5-10 us from the system's cache."""
+        """The live entry of `key`, or None if it is absent or deleted.
+
+        Cost: 1 us cached, 5-10 us from the system's cache.
+        """
         return self._engine.snapshot.get(key)
 
     def snapshot(self) -> RocksDbFold:  # type: ignore[override]
-        """The state that reads see now: immutable, safe to share among threads; it ends when the store is closed."""
+        """The state that reads see now: immutable, safe to share among threads; it ends when the
+        store is closed.
+        """
         return cast(RocksDbFold, super().snapshot())
 
     def compact(self) -> None:
-        """Let RocksDB compact everything now, which frees at once what was overwritten or removed."""
+        """Let RocksDB compact everything now, which frees at once what was overwritten or
+        removed.
+        """
         self._engine.snapshot.seq  # noqa: B018
         self._engine.compact()
 
     def sync(self) -> None:
-        """Make all applied batches survive a power loss. OSError if the disk refuses: `heal` recovers."""
+        """Make all applied batches survive a power loss.
+
+        OSError if the disk refuses: `heal` recovers.
+        """
         self._engine.snapshot.seq  # noqa: B018
         self._engine.sync()
 
     def heal(self) -> None:
-        """Open the database anew after RocksDB refused to write, as it does after any error of the disk.
+        """Open the database anew after RocksDB refused to write, as it does after any error of
+        the disk.
 
-        Snapshots taken before raise StoreClosed from then on. A batch whose `apply` failed may be there: `cursor` tells.
+        Snapshots taken before raise StoreClosed from then on. A batch whose `apply` failed may be
+        there: `cursor` tells.
         """
         self._engine.snapshot.seq  # noqa: B018
         self._engine.heal()
 
     def export_to(self, dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
-        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError). Complete or absent.
+        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError).
 
-        The tables are hard links where the file system allows, so it takes hardly any space; their digests are computed,
-        which takes a read of all. Never edit an artifact's files in place: the store reads them, too.
+        Complete or absent.
+
+        The tables are hard links where the file system allows, so it takes hardly any space;
+        their digests are computed, which takes a read of all. Never edit an artifact's files in
+        place: the store reads them, too.
         """
         return self._engine.export(self.snapshot(), dest_dir, progress)
 
     def verify(self, progress: Progress | None = None) -> RocksDbReport:
-        """Read every entry, with all checksums. Tells all that is wrong, and changes nothing. Cost: about 1 us an entry."""
+        """Read every entry, with all checksums.
+
+        Tells all that is wrong, and changes nothing. Cost: about 1 us an entry.
+        """
         self._engine.snapshot.seq  # noqa: B018
         return self._engine.verify(progress)
 
@@ -142,7 +170,10 @@ class RocksDbSnapshot(Readable):
         return self._engine.held()
 
     def close(self) -> None:
-        """Sync and release the database; snapshots end. Closing twice is fine; everything else raises StoreClosed then."""
+        """Sync and release the database; snapshots end.
+
+        Closing twice is fine; everything else raises StoreClosed then.
+        """
         self._engine.close()
 
 

@@ -1,9 +1,11 @@
-"""Every invariant of a RocksDB store, in code, and what a database says of itself. Nothing is changed here.
+"""Every invariant of a RocksDB store, in code, and what a database says of itself.
 
-tables      every block that holds an entry passes its checksum
-keys        are UTF-8 of at most 65,535 bytes; above them is the record of the state, and nothing else
-entries     are what `encode_entry` writes, within the limits of values and versions
-the state   passes its checksum, and is of a generation that this version reads
+Nothing is changed here.
+
+tables      every block that holds an entry passes its checksum keys        are UTF-8 of at most
+65,535 bytes; above them is the record of the state, and nothing else entries     are what
+`encode_entry` writes, within the limits of values and versions the state   passes its checksum,
+and is of a generation that this version reads
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class RocksDbReport:
     seq: int
     cursor: WatchCursor
     problems: tuple[str, ...]
-    """All that is wrong, in key order, with RocksDB's own words where it found it; the first 1000."""
+    """All that is wrong, in key order, with RocksDB's own words where it found it; the first
+    1000.
+    """
 
     @property
     def ok(self) -> bool:
@@ -74,7 +78,9 @@ class RocksDbFacts(NamedTuple):
 
 
 def verify_database(path: StrPath, progress: Progress | None = None) -> RocksDbReport:
-    """Check the store at `path`, which may be open in another process. Cost: reads all, about 1 us an entry.
+    """Check the store at `path`, which may be open in another process.
+
+    Cost: reads all, about 1 us an entry.
 
     CorruptLogError or InvalidFormatError if it cannot be opened at all.
     """
@@ -89,7 +95,9 @@ def verify_open(db: Rdict, path: Path, progress: Progress | None = None) -> Rock
 
 
 def describe(path: StrPath) -> RocksDbFacts:
-    """What the store at `path` says of itself; it may be open elsewhere. Cost: an open, whatever its size.
+    """What the store at `path` says of itself; it may be open elsewhere.
+
+    Cost: an open, whatever its size.
 
     Raises as `verify_database` does.
     """

@@ -104,8 +104,9 @@ def test_a_snapshot_of_an_empty_store_is_true(engine: RocksDbEngine) -> None:
 def test_held_snapshots_stay_as_they_were(
     engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch, block_entries: int
 ) -> None:
-    """The binding's iterators read the newest state even where they are asked of an older snapshot: a range
-    of a snapshot that was held across a commit showed what came later."""
+    """The binding's iterators read the newest state even where they are asked of an older
+    snapshot: a range of a snapshot that was held across a commit showed what came later.
+    """
     monkeypatch.setattr(fold_module, "BLOCK_ENTRIES", block_entries)
     chance = random.Random(17)
     model: dict[str, bytes] = {}
@@ -210,8 +211,9 @@ def test_what_commits_change_is_kept_only_for_those_who_hold_an_older_snapshot(
 
 
 def test_a_snapshot_ends_with_its_store_and_does_not_keep_it_locked(path: Path) -> None:
-    """A snapshot, or an iterator of the binding, keeps the database open: the next open found it locked by this
-    very process until the last of them was collected."""
+    """A snapshot, or an iterator of the binding, keeps the database open: the next open found it
+    locked by this very process until the last of them was collected.
+    """
     snap = RocksDbSnapshot.open(path, cache_bytes=CACHE)[1]
     snap.apply([Put(f"k{n:04}", b"v") for n in range(3000)], cursor(1))
     fold = snap.snapshot()
@@ -383,8 +385,11 @@ def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_write_that_would_stall_waits_without_the_interpreter_lock_and_is_written_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The binding keeps the interpreter lock while RocksDB makes a writer wait. So such a write is refused, and
-    tried again; with the batch of the first attempt, which the binding had used up, it failed for good."""
+    """The binding keeps the interpreter lock while RocksDB makes a writer wait.
+
+    So such a write is refused, and tried again; with the batch of the first attempt, which the
+    binding had used up, it failed for good.
+    """
     stalling(monkeypatch)
     engine = RocksDbEngine(path, cache_bytes=CACHE)
     db, attempts = engine._source.db, 0
@@ -551,7 +556,9 @@ snap.close()
 
 
 def test_a_forked_child_refuses_and_ends(path: Path) -> None:
-    """RocksDB's threads are not in the child, and freeing the database waited for them: the child never ended."""
+    """RocksDB's threads are not in the child, and freeing the database waited for them: the child
+    never ended.
+    """
     done = subprocess.run(
         [sys.executable, "-c", FORKED, str(path)],
         capture_output=True,

@@ -1,4 +1,6 @@
-"""What is no RocksDB store of foldlog, or a damaged one: typed errors, and nothing of it is changed."""
+"""What is no RocksDB store of foldlog, or a damaged one: typed errors, and nothing of it is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -372,8 +374,9 @@ def test_a_damaged_block_is_found_by_whoever_reads_it_and_by_verify(path: Path) 
 def test_a_flipped_bit_in_the_write_ahead_log_is_refused_and_loses_nothing_silently(
     path: Path, offset: int
 ) -> None:
-    """By default, RocksDB drops all that follows the damage, and says nothing: a flip in the first record lost
-    every batch since the last flush."""
+    """By default, RocksDB drops all that follows the damage, and says nothing: a flip in the
+    first record lost every batch since the last flush.
+    """
     log = killed(path)
     flip(log, offset)
     damaged = log.read_bytes()
