@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ LOAD_BATCH = 1000
 GETS = 100_000
 APPLIES = 2000
 APPLY_BATCH = 100
-VALUES = [random.Random(7).randbytes(100) for _ in range(997)]
+_CHANCE = random.Random(7)
+VALUES = [_CHANCE.randbytes(100) for _ in range(997)]
 CURSOR = WatchCursor.from_u64(1)
 FOLDLOG_ROCKSDB, FOLDLOG_LOG, RAW = "foldlog on RocksDB", "foldlog's log", "rocksdict, raw"
 PLOTTED = {
@@ -157,6 +159,52 @@ def measure(subject: str, entries: int, folder: Path) -> dict[str, Any]:
     }
 
 
+def each(call: Callable[[Any], object], values: list[Any]) -> None:
+    for value in values:
+        call(value)
+
+
+def overhead(entries: int, folder: Path, rounds: int = 7) -> dict[str, float]:
+    """What foldlog adds to raw `rocksdict`: the two in turn in one process, the best of the rounds.
+
+    In processor time of the calling thread: what else the machine does, and RocksDB's own threads,
+    would be noise.
+    """
+    stores = {name: OPENERS[name](folder / name) for name in (RAW, FOLDLOG_ROCKSDB)}
+    chance = random.Random(3)
+    best: dict[tuple[str, str], float] = {}
+
+    def take(work: str, name: str, run: Callable[[], object], records: int) -> None:
+        start = time.thread_time()
+        run()
+        spent = (time.thread_time() - start) / records * 1e6
+        best[work, name] = min(spent, best.get((work, name), spent))
+
+    for store in stores.values():
+        for updates in batches(list(range(entries)), LOAD_BATCH):
+            store.apply(updates, CURSOR)
+        store.close()
+    stores = {name: OPENERS[name](folder / name) for name in stores}
+    for _ in range(rounds):
+        probes = [key(chance.randrange(entries)) for _ in range(20_000)]
+        numbers = [chance.randrange(entries) for _ in range(20_000)]
+        work = {size: list(batches(numbers, size)) for size in (10, 100, 1000)}
+        for name, store in stores.items():
+            take("get, random", name, partial(each, store.get, probes), 20_000)
+            take("get, hot", name, partial(each, store.get, probes[:200] * 100), 20_000)
+            for size, updates_of in work.items():
+                apply = partial(store.apply, cursor=CURSOR)
+                take(f"apply {size}", name, partial(each, apply, updates_of), 20_000)
+    for store in stores.values():
+        store.close()
+    for (work, name), spent in best.items():
+        print(f"{work:12} {name:20} {spent:6.2f} us")
+    return {
+        work: round(best[work, FOLDLOG_ROCKSDB] / best[work, RAW], 2)
+        for work in dict.fromkeys(work for work, _ in best)
+    }
+
+
 def in_process(subject: str, entries: int, folder: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="foldlog-engines-", dir=folder) as place:
         command = [sys.executable, __file__, "--one", subject, str(entries), "--folder", place]
@@ -195,7 +243,12 @@ def main() -> None:
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the stores go")
     parser.add_argument("--skip", action="append", default=[], metavar="SUBJECT:ENTRIES")
     parser.add_argument("--out", type=Path, help="a directory for engines.json and engines.png")
+    parser.add_argument("--overhead", action="store_true", help="foldlog beside raw rocksdict only")
     options = parser.parse_args()
+    if options.overhead:
+        with tempfile.TemporaryDirectory(prefix="foldlog-engines-", dir=options.folder) as place:
+            print(overhead(options.sizes[0], Path(place)))
+        return
     if options.one:
         subject, entries = options.one
         print(json.dumps(measure(subject, int(entries), Path(options.folder))))

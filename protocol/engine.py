@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
 class Held(NamedTuple):
     """Which snapshots readers hold, beside the newest."""
 
-    count: int
+    snapshots: int
     oldest_s: float
     """The age of the oldest, in seconds; 0 if there is none."""
 

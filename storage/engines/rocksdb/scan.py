@@ -26,7 +26,7 @@ def scan(
         item: tuple[bytes, bytes] | None = None
         items: Iterator[Any] = db.items(from_key=low, read_opt=_bounded(new_options(), high))
         for item in items:
-            yield item  # type: ignore[misc]
+            yield item
         if item is not None:
             low = item[0] + b"\0"
         probe = db.iter(_bounded(new_options(), high))

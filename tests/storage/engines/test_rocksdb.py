@@ -189,7 +189,7 @@ def test_a_snapshot_that_nobody_holds_is_released_and_the_others_are_told(
     commit(engine, [Put("a", b"1")])
     commit(engine, [Put("a", b"2")])
     held = engine.held()
-    assert held.count == 1
+    assert held.snapshots == 1
     assert 0 < held.oldest_s < TIMEOUT_S
     assert engine._db.property_int_value("rocksdb.num-snapshots") == 2  # the newest is one, too
     del fold
