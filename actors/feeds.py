@@ -27,7 +27,7 @@ from foldlog.actors.adapter import is_own_fault
 from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.options import check_timeout
-from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Put, batches_body, decode_batches
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -43,7 +43,7 @@ BUFFER_BYTES = 16 * 1024 * 1024
 
 _getframe = sys._getframe
 
-Since: TypeAlias = WatchCursor | FoldSnapshot | None
+Since: TypeAlias = CursorLike | FoldSnapshot | None
 
 
 class Group:
@@ -343,14 +343,19 @@ class Subscription:
     """The events of one subscriber. One thread reads them; any thread may close."""
 
     def __init__(
-        self, feeds: Feeds, current: Callable[[], FoldSnapshot], prefix: str, since: Since
+        self,
+        feeds: Feeds,
+        current: Callable[[], FoldSnapshot],
+        prefix: str,
+        since: Since,
+        buffer: Buffer | None = None,
     ) -> None:
         """CursorExpired if the log does not reach back to `since`. It does not keep the store from being dropped."""
         if not isinstance(prefix, str):
             raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-        if since is not None and not isinstance(since, (WatchCursor, FoldSnapshot)):
-            raise TypeError(f"since is a WatchCursor or a FoldSnapshot, not {type(since).__name__}")
-        self.buffer = Buffer()
+        if since is not None and not isinstance(since, FoldSnapshot):
+            since = as_cursor(since)
+        self.buffer = Buffer() if buffer is None else buffer
         self.feeds = feeds
         self._prefix = prefix
         self._line: deque[object] = deque()
@@ -450,7 +455,7 @@ class Subscription:
 
 
 def _start(
-    at: FoldSnapshot, prefix: str, since: Since
+    at: FoldSnapshot, prefix: str, since: WatchCursor | FoldSnapshot | None
 ) -> Callable[[int, Event | None], Iterator[Event]]:
     synced = Synced(at.cursor(), at.seq)
     if isinstance(since, FoldSnapshot):

@@ -15,7 +15,7 @@ from pykka.messages import _ActorStop
 
 from foldlog.actors.adapter import Inbox, Mail, log, reply
 from foldlog.actors.answers import Answer
-from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch
+from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch, check_forward
 from foldlog.protocol.messages import Apply, Compact, Export
 from foldlog.protocol.options import UNSET, Unset
 from foldlog.protocol.store import FormatName
@@ -83,6 +83,21 @@ class WriteRequest(Request):
         return self.batch
 
 
+class ForwardWrite(WriteRequest):
+    """A batch whose cursor must not be before the last one: the writer decides, with everything before it folded."""
+
+    __slots__ = ("_checked",)
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(None)
+        self.weight = len(batch.item)
+        self._checked = batch
+
+    def decide(self, fold: FoldSnapshot) -> Batch:
+        check_forward(self._checked.cursor, fold.cursor())
+        return self._checked
+
+
 class LocalWrite(WriteRequest):
     """A write of a program that is its own source: its version is its sequence, the cursor stays where it is.
 
@@ -129,6 +144,12 @@ class LocalWrite(WriteRequest):
             else Put(self._key, self._value, version)
         )
         return encode_batch((update,), fold.cursor(), fold.origin)
+
+
+class SyncRequest(Request):
+    """Make everything before this survive a power loss; the future gives None."""
+
+    __slots__ = ()
 
 
 class CompactRequest(Request):

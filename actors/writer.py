@@ -21,6 +21,7 @@ from foldlog.actors.requests import (
     CompactRequest,
     ExportRequest,
     Request,
+    SyncRequest,
     WriteRequest,
     WriterInbox,
 )
@@ -227,6 +228,9 @@ class Writer(SharedActor):
                 first.seq = self.engine.fold.seq
                 self._wanted.append(first)
             self._compact_if_due()
+        elif isinstance(first, SyncRequest):
+            self._in_hand = [first]
+            self._sync(first)
         elif isinstance(first, ExportRequest):
             self._in_hand = [first]
             self._step("export.begin")
@@ -243,6 +247,15 @@ class Writer(SharedActor):
         elif isinstance(first, CheckFile):
             self._check_file()
         self._in_hand = []
+
+    def _sync(self, request: SyncRequest) -> None:
+        """Sync the log. If the disk refuses, starting again heals, and this is tried once more."""
+        core, fold = self._core, self.engine.fold
+        if core.synced[0] < fold.seq:
+            self.engine.log.sync()
+            core.note_synced(fold)
+        if request.start():
+            request.succeed(None)
 
     def _apply(self, requests: list[WriteRequest]) -> None:
         """Commit the requests in groups. One that was in hand at a crash goes alone, so that it harms no other again."""

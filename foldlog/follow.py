@@ -15,14 +15,14 @@ import pykka
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
-from foldlog.protocol.errors import RequestTimeout
-from foldlog.protocol.options import POLL_INTERVAL_S, check_timeout
+from foldlog.protocol.options import POLL_INTERVAL_S
 from foldlog.protocol.store import StrPath
-from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import resolve
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
+from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +83,23 @@ class Follower(Readable):
         self._finalizer = weakref.finalize(self, _close_dropped, thread)
         self._finalizer.atexit = False
 
-    def wait_for(self, cursor: WatchCursor, timeout_s: float | None) -> None:
-        """Return once everything up to `cursor` is seen. RequestTimeout if that takes longer.
+    def wait_for(
+        self,
+        cursor: CursorLike | None = None,
+        timeout_s: float | None = WAIT_TIMEOUT_S,
+        *,
+        seq: SeqLike | None = None,
+    ) -> None:
+        """Return once reads see everything up to `cursor`, or up to the batch `seq`. RequestTimeout if that takes longer.
 
-        Cursors of one length are compared as bytes, which is the order of u64 tokens and of versionstamps; others must be equal.
+        `seq` may be the version that `put`, `create`, `update` or `delete` returned, or its number, sent over from the process
+        that writes: a read after this sees that write. Cursors of one length are compared as bytes, which is the order of u64
+        tokens and of versionstamps; others must be equal.
         """
-        if not isinstance(cursor, WatchCursor):
-            raise TypeError(f"a cursor is a WatchCursor, not {type(cursor).__name__}")
-        timeout_s = check_timeout(timeout_s)
+        position = Position(cursor, seq)
         self._thread.wake()
         self._thread.woken.set()  # a look at the log, in case its event is late or lost
-        if not self._thread.advanced.wait_for(lambda: _reached(self.cursor(), cursor), timeout_s):
-            raise RequestTimeout(
-                f"cursor {cursor.shown} was not seen within {timeout_s} s; the log is at {self.cursor().shown}"
-            )
+        wait_until(self._thread.feeds, self.snapshot, position, timeout_s)
 
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
         """An iterator of events, as `Store.watch`; and Rewound, then the difference, if the log went back or was replaced."""
@@ -150,10 +153,6 @@ class Follower(Readable):
 
     def __repr__(self) -> str:
         return f"<foldlog.Follower {str(self.path)!r} {self.state}>"
-
-
-def _reached(at: WatchCursor, wanted: WatchCursor) -> bool:
-    return at == wanted or (len(at) == len(wanted) and bytes(at) >= bytes(wanted)) or wanted.is_none
 
 
 def _close_dropped(thread: FollowerThread) -> None:

@@ -25,7 +25,15 @@ from foldlog.actors.answers import Answer, runs_callbacks
 from foldlog.actors.core import Config, Core, State, Stats, no_step
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
-from foldlog.actors.requests import CompactRequest, ExportRequest, LocalWrite, Request, WriteRequest
+from foldlog.actors.requests import (
+    CompactRequest,
+    ExportRequest,
+    ForwardWrite,
+    LocalWrite,
+    Request,
+    SyncRequest,
+    WriteRequest,
+)
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout
 from foldlog.protocol.options import (
@@ -48,13 +56,14 @@ from foldlog.protocol.options import (
     check_timeout,
 )
 from foldlog.protocol.store import FormatName, StrPath
-from foldlog.protocol.tokens import VersionToken, WatchCursor
+from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
 from foldlog.storage.formats.replay import OpenReport, resolve
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.readable import Readable
 from foldlog.storage.repair.verify import VerifyReport, verify_live
+from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
 EXIT_TIMEOUT_S = 10.0
 TURN_TIMEOUT_S = 20.0
@@ -143,6 +152,11 @@ def open(
         raise
 
 
+def _write_of(updates: Iterable[Update], cursor: CursorLike, forward_only: bool) -> WriteRequest:
+    batch = encode_batch(updates, cursor)
+    return ForwardWrite(batch) if forward_only else WriteRequest(batch)
+
+
 class Store(Readable):
     """A store that is open. Any thread may call any method."""
 
@@ -166,10 +180,16 @@ class Store(Readable):
     def apply(
         self,
         updates: Iterable[Update],
-        cursor: WatchCursor,
+        cursor: CursorLike,
         timeout_s: float | None = APPLY_TIMEOUT_S,
+        *,
+        forward_only: bool = False,
     ) -> int:
-        """Atomically fold the updates and advance the cursor. Returns the batch's sequence, once written and published.
+        """Atomically fold the updates and move the cursor. Returns the batch's sequence, once written and published.
+
+        Any cursor is taken, also one before the last: it is opaque, an upstream may have been restored or recreated, and only
+        its feeder knows. With `forward_only`, CursorRegressed unless the cursor is at or after the last one (compared as
+        bytes, for cursors of one length): nothing was written.
 
         TypeError or ValueError at once for updates that are not sound. Backpressure if the mailbox stays full, OSError if
         the log cannot be written: nothing was stored. RequestTimeout if the answer does not come in time: the batch was
@@ -177,11 +197,16 @@ class Store(Readable):
         """
         self._core.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
         timeout_s = check_timeout(timeout_s)  # before the updates, which may be an iterator
-        seq: int = self._send(WriteRequest(encode_batch(updates, cursor)), timeout_s)
+        seq: int = self._send(_write_of(updates, cursor, forward_only), timeout_s)
         return seq
 
     def apply_async(
-        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float | None = 0.0
+        self,
+        updates: Iterable[Update],
+        cursor: CursorLike,
+        timeout_s: float | None = 0.0,
+        *,
+        forward_only: bool = False,
     ) -> Future[int]:
         """`apply`, answered to the future that is returned; many in flight make one commit group.
 
@@ -190,7 +215,7 @@ class Store(Readable):
         """
         self._core.snapshot.seq  # noqa: B018
         timeout_s = check_timeout(timeout_s)
-        request = WriteRequest(encode_batch(updates, cursor))
+        request = _write_of(updates, cursor, forward_only)
         self._offer(Mail(request), timeout_s)
         return request.future
 
@@ -269,6 +294,14 @@ class Store(Readable):
             raise RequestTimeout(
                 f"no answer within {timeout_s} s; its outcome is unknown"
             ) from None
+
+    def sync(self, timeout_s: float | None = APPLY_TIMEOUT_S) -> None:
+        """Make every batch that was answered before the call survive a power loss, whatever `sync=` says.
+
+        Cost: an fsync, which applies wait for; nothing if the log is synced already. If the disk refuses, the store heals by
+        writing a new file, and this returns after that.
+        """
+        self._send(SyncRequest(), check_timeout(timeout_s))
 
     def compact(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
         """Rewrite the log as its fold, behind the readers and while applies go on.
@@ -351,6 +384,18 @@ class Store(Readable):
         """
         self._check_process()
         return Delivery(actor_ref, Subscription(self._core.feeds, self.snapshot, prefix, since))
+
+    def wait_for(
+        self,
+        cursor: CursorLike | None = None,
+        timeout_s: float = WAIT_TIMEOUT_S,
+        *,
+        seq: SeqLike | None = None,
+    ) -> None:
+        """Return once reads see everything up to `cursor`, or up to the batch `seq`: see `Follower.wait_for`."""
+        position = Position(cursor, seq)
+        self._check_process()
+        wait_until(self._core.feeds, self.snapshot, position, timeout_s)
 
     # Watching over it.
 

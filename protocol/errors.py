@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.tokens import VersionToken, WatchCursor, has_reached
 
 
 class FoldlogError(Exception):
@@ -143,6 +143,23 @@ class WriterCrashed(FoldlogError):
 
 def _shown(version: bytes) -> str:
     return VersionToken(version).shown if version else "unknown"
+
+
+class CursorRegressed(FoldlogError):
+    """`apply(..., forward_only=True)` met a cursor that is not at or after the last one. Nothing was written."""
+
+    def __init__(self, cursor: bytes, last: bytes) -> None:
+        super().__init__(cursor, last)
+        self.cursor, self.last = cursor, last
+
+    def __str__(self) -> str:
+        return f"{self.cursor!r} is not at or after {self.last!r}, the cursor of the store"
+
+
+def check_forward(cursor: WatchCursor, last: WatchCursor) -> None:
+    """CursorRegressed unless `cursor` is at or after `last`."""
+    if not has_reached(cursor, last):
+        raise CursorRegressed(cursor, last)
 
 
 class KeyExists(FoldlogError):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from foldlog.protocol.store import FormatName
-from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.tokens import CursorLike
 from foldlog.protocol.updates import KvEntry, Update
 
 
@@ -18,7 +18,7 @@ class Apply(NamedTuple):
 
     updates: Iterable[Update]
     """In upstream order; the last write of a key wins."""
-    cursor: WatchCursor
+    cursor: CursorLike
     """The position that holds once all of `updates` are folded."""
 
 

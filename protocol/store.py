@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.protocol.updates import KvEntry, Update
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -18,7 +18,7 @@ FormatName: TypeAlias = Literal["foldlog", "slipstream-v2"]
 class SnapshotStore(Protocol):
     """A durable fold of a stream of updates: the last write of each key wins, deletes remove."""
 
-    def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
+    def apply(self, updates: Iterable[Update], cursor: CursorLike) -> int:
         """Atomically fold the updates and advance the cursor. Returns the batch's sequence."""
 
     def get(self, key: str) -> KvEntry | None:

@@ -10,7 +10,7 @@ hashing, comparing and slicing stay at the speed of `bytes`.
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import Self, TypeAlias
 
 MAX_TOKEN_BYTES = (
     10  # a FoundationDB versionstamp; the writer and the readers of a log both refuse more
@@ -52,6 +52,13 @@ class _Token(bytes):
     def as_u64(self) -> int | None:
         """The number of an 8-byte token; None for a token of any other length."""
         return int.from_bytes(self, "big") if len(self) == U64_BYTES else None
+
+    def __int__(self) -> int:
+        """The number of an 8-byte token; ValueError for a token of any other length."""
+        number = self.as_u64()
+        if number is None:
+            raise ValueError(f"{self!r} is not a number: it has {len(self)} bytes, not {U64_BYTES}")
+        return number
 
     def __repr__(self) -> str:
         number = self.as_u64()
@@ -107,6 +114,11 @@ class VersionToken(_Token):
 class WatchCursor(_Token):
     """A position in the stream of updates: at most 10 bytes, else ValueError.
 
+    Wherever a cursor is taken, a plain int stands for `from_u64` of it; `int(cursor)` is the way back, and 0 for the
+    none-cursor, so that a stream that is numbered from 1 resumes after `int(store.cursor())`.
+
+    >>> int(WatchCursor.from_u64(7)), int(WatchCursor.none())
+    (7, 0)
     >>> bytes(WatchCursor.from_u64(258)).hex()
     '0000000000000102'
     >>> WatchCursor.none().is_none
@@ -129,6 +141,10 @@ class WatchCursor(_Token):
             )
         return cls(version)
 
+    def __int__(self) -> int:
+        """The number of an 8-byte cursor, and 0 for the none-cursor; ValueError for any other."""
+        return super().__int__() if self else 0
+
     @property
     def is_none(self) -> bool:
         """Whether this is the empty cursor."""
@@ -137,3 +153,24 @@ class WatchCursor(_Token):
 
 _UNKNOWN = VersionToken()
 _NONE = WatchCursor()
+
+CursorLike: TypeAlias = WatchCursor | int
+"""A cursor, or the number of one."""
+
+
+def as_cursor(cursor: object) -> WatchCursor:
+    """The WatchCursor that `cursor` is or, as a plain int, stands for. TypeError or ValueError for anything else."""
+    if type(cursor) is WatchCursor:
+        return cursor
+    if type(cursor) is int:
+        return WatchCursor.from_u64(cursor)
+    raise TypeError(f"a cursor is a WatchCursor or an int, not {type(cursor).__name__}")
+
+
+def has_reached(at: WatchCursor, wanted: WatchCursor) -> bool:
+    """True if the position `at` is `wanted` or a later one.
+
+    Cursors of one length are compared as bytes, which is the order of u64 tokens and of versionstamps. Those of different
+    lengths have no order, except that every position has reached the none-cursor.
+    """
+    return wanted.is_none or (len(at) == len(wanted) and bytes(at) >= bytes(wanted))

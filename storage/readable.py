@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, cast
+from typing import Any, NoReturn, Protocol, Self, TypeVar, cast, overload
 
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
+
+D = TypeVar("D")
 
 
 class Publisher(Protocol):
@@ -23,16 +25,67 @@ class Readable(ABC):
 
     _published: Publisher  # not the store: one that is dropped is freed at once, and can be noticed
 
-    def get(self, key: str) -> KvEntry | None:
-        """The live entry of `key`, or None if it is absent or deleted.
+    @overload
+    def get(self, key: str) -> KvEntry | None: ...
+    @overload
+    def get(self, key: str, default: D) -> KvEntry | D: ...
+    def get(self, key: str, default: object = None) -> object:
+        """The live entry of `key`, or `default` if it is absent or deleted.
 
         Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read of one from disk. No message, no lock.
         """
-        return self._published.snapshot.get(key)
+        return self._published.snapshot.get(key, default)
 
-    def range(self, prefix: str = "") -> list[KvEntry]:
-        """All live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry."""
-        return self._published.snapshot.range(prefix)
+    def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
+        """The live entries among `keys`, by key, in the order of `keys`: those that are absent are left out.
+
+        All of them are of one state, which a `get` of each would not promise.
+        """
+        return self._published.snapshot.get_many(keys)
+
+    def range(
+        self,
+        prefix: str = "",
+        *,
+        start: str | None = None,
+        stop: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+    ) -> list[KvEntry]:
+        """The live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry.
+
+        Of these, only keys with `start` <= key < `stop`, and no more than the first `limit`. With `reverse`, descending by
+        key: the bounds stay the same, and `limit` counts from the last key.
+        """
+        return self._published.snapshot.range(
+            prefix, start=start, stop=stop, limit=limit, reverse=reverse
+        )
+
+    def iter_range(
+        self,
+        prefix: str = "",
+        *,
+        start: str | None = None,
+        stop: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+    ) -> Iterator[KvEntry]:
+        """`range`, entry by entry, from the state at the call: reads and holds a leaf at a time."""
+        return self._published.snapshot.iter_range(
+            prefix, start=start, stop=stop, limit=limit, reverse=reverse
+        )
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The live keys under `prefix`, ascending, of the state at the call."""
+        return self._published.snapshot.keys(prefix)
+
+    def __iter__(self) -> Iterator[str]:
+        """The live keys, ascending, of the state at the call."""
+        return self._published.snapshot.keys()
+
+    def items(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
+        """(key, value) of the live entries under `prefix`, ascending, of the state at the call."""
+        return self._published.snapshot.items(prefix)
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
         """`range`, streamed from one snapshot: holds a leaf at a time. An error of `f` stops the scan and propagates."""

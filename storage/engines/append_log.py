@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, Self
 
-from foldlog.protocol.errors import FoldlogError, ReentrantCall
+from foldlog.protocol.errors import FoldlogError, ReentrantCall, check_forward
 from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC
 from foldlog.protocol.store import FormatName, StrPath
-from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.protocol.updates import Batch, Update, encode_batch
 from foldlog.storage.artifacts import artifact
 from foldlog.storage.artifacts.artifact import ExportManifest
@@ -133,8 +133,14 @@ class AppendLogSnapshot(Readable):
         )
         return cls.open(resolve(dest_path), compact_threshold, files=files)
 
-    def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
-        """Atomically fold the updates, in order, and advance the cursor. Returns the batch's sequence.
+    def apply(
+        self, updates: Iterable[Update], cursor: CursorLike, *, forward_only: bool = False
+    ) -> int:
+        """Atomically fold the updates, in order, and move the cursor. Returns the batch's sequence.
+
+        Any cursor is taken, also one before the last: it is opaque, an upstream may have been restored or recreated, and only
+        its feeder knows. With `forward_only`, CursorRegressed unless the cursor is at or after the last one (compared as
+        bytes, for cursors of one length): nothing was written.
 
         TypeError or ValueError for an update that is not sound: nothing was written. OSError if the log could not be written:
         the same. LogChangedError if someone else touched the file. Survives a killed process on return; power loss only
@@ -147,6 +153,8 @@ class AppendLogSnapshot(Readable):
             line.append(_getframe())
             if line[0] is not _getframe():
                 self._enter(_getframe())
+            if forward_only:
+                check_forward(batch.cursor, self._engine.fold.cursor())
             return self._apply(batch)
         finally:
             discard(line, _getframe())

@@ -1,0 +1,81 @@
+"""Waiting until a published snapshot has reached a position."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+from foldlog.actors.feeds import Buffer, Feeds
+from foldlog.protocol.errors import RequestTimeout, StoreClosed
+from foldlog.protocol.options import check_timeout
+from foldlog.protocol.tokens import CursorLike, VersionToken, as_cursor, has_reached
+from foldlog.storage.fold.snapshot import FoldSnapshot
+
+SeqLike: TypeAlias = int | VersionToken
+"""A sequence, or the version that `put` returned, which is one."""
+Reached: TypeAlias = Callable[[FoldSnapshot], bool]
+
+WAIT_TIMEOUT_S = 30.0
+
+
+class Position:
+    """What is waited for: a cursor, or a sequence."""
+
+    def __init__(self, cursor: CursorLike | None, seq: SeqLike | None) -> None:
+        """TypeError or ValueError unless exactly one of the two is given."""
+        if (cursor is None) == (seq is None):
+            raise TypeError("wait_for takes a cursor or seq=, one of the two")
+        self._cursor = None if cursor is None else as_cursor(cursor)
+        self._seq = 0 if seq is None else _sequence(seq)
+
+    def is_reached(self, fold: FoldSnapshot) -> bool:
+        """True if `fold` has everything up to here."""
+        if self._cursor is None:
+            return fold.seq >= self._seq
+        return has_reached(fold.cursor(), self._cursor)
+
+    def __str__(self) -> str:
+        return f"batch {self._seq}" if self._cursor is None else repr(self._cursor)
+
+    def timeout(self, fold: FoldSnapshot, timeout_s: float) -> RequestTimeout:
+        """The error of one who has waited for so long, and has seen no more than `fold`."""
+        return RequestTimeout(
+            f"{self} was not seen within {timeout_s} s; at batch {fold.seq}, {fold.cursor()!r}"
+        )
+
+
+def _sequence(seq: object) -> int:
+    if type(seq) is VersionToken:
+        return int(seq)
+    if type(seq) is not int:
+        raise TypeError(
+            f"seq is an int, or the version that put returned, not {type(seq).__name__}"
+        )
+    if seq < 0:
+        raise ValueError(f"seq is at least 0, got {seq}")
+    return seq
+
+
+def wait_until(
+    feeds: Feeds, current: Callable[[], FoldSnapshot], position: Position, timeout_s: float | None
+) -> None:
+    """Return once what is published has reached `position`. RequestTimeout, or StoreClosed."""
+    timeout_s = check_timeout(timeout_s)
+    if position.is_reached(current()):
+        return
+    buffer = Buffer()
+    feeds.add(buffer)  # before the look at the snapshot: what is published after it wakes us
+    try:
+        buffer.deadline = time.monotonic() + timeout_s
+        while not position.is_reached(current()):
+            group = buffer.first()
+            if group is not None:
+                buffer.drop(group)
+                continue
+            if buffer.ended is not None:
+                raise StoreClosed(buffer.ended)
+            if time.monotonic() >= buffer.deadline:
+                raise position.timeout(current(), timeout_s)
+    finally:
+        feeds.remove(buffer)
