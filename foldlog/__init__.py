@@ -9,6 +9,8 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Watch
 from foldlog.actors.follower import FollowerState
 from foldlog.actors.link import LinkState, LinkStats
+from foldlog.codecs import Codec
+from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow
 from foldlog.mirror import Mirror, MirrorStats, mirror
 from foldlog.protocol.errors import (
@@ -17,10 +19,13 @@ from foldlog.protocol.errors import (
     CorruptLogError,
     CursorExpired,
     CursorRegressed,
+    DecodeError,
+    EncodeError,
     FoldlogError,
     ForkedStore,
     InvalidFormatError,
     KeyExists,
+    KeyOutsideView,
     LogChangedError,
     LogPoisonedError,
     LogRegressedError,
@@ -55,6 +60,7 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import OpenReport
 from foldlog.store import Store, open
 from foldlog.version import __version__
+from foldlog.views import Decoded, MutableView, Removed, Undecodable, View, ViewWatch, view
 
 __all__ = [
     "AppendLogSnapshot",
@@ -63,12 +69,18 @@ __all__ = [
     "ArtifactInvalidError",
     "Backpressure",
     "Changed",
+    "Codec",
     "Compact",
     "CorruptLogError",
     "CursorExpired",
     "CursorRegressed",
+    "DecodeError",
+    "Decoded",
     "Delete",
     "Delivery",
+    "Derived",
+    "DerivedState",
+    "EncodeError",
     "Ended",
     "Event",
     "Export",
@@ -82,6 +94,7 @@ __all__ = [
     "Get",
     "InvalidFormatError",
     "KeyExists",
+    "KeyOutsideView",
     "KvEntry",
     "Lagged",
     "LinkState",
@@ -92,6 +105,7 @@ __all__ = [
     "Mirror",
     "MirrorReadOnly",
     "MirrorStats",
+    "MutableView",
     "OpenReport",
     "Page",
     "Purge",
@@ -99,6 +113,7 @@ __all__ = [
     "Range",
     "RangePage",
     "ReentrantCall",
+    "Removed",
     "RequestTimeout",
     "ResetHeld",
     "Restart",
@@ -112,6 +127,7 @@ __all__ = [
     "StoreFailed",
     "StoreLocked",
     "Synced",
+    "Undecodable",
     "Update",
     "Upstream",
     "UpstreamError",
@@ -121,13 +137,17 @@ __all__ = [
     "UpstreamRefused",
     "VersionMismatch",
     "VersionToken",
+    "View",
+    "ViewWatch",
     "Watch",
     "WatchCursor",
     "WriterCrashed",
     "__version__",
+    "derive",
     "diff",
     "follow",
     "mirror",
     "open",
     "upstreams",
+    "view",
 ]

@@ -189,3 +189,40 @@ class VersionMismatch(FoldlogError):
     def __str__(self) -> str:
         found = "no entry" if self.actual is None else f"version {_shown(self.actual)}"
         return f"key {self.key!r}: expected version {_shown(self.expected)}, found {found}"
+
+
+class EncodeError(FoldlogError):
+    """A view's codec raised `cause` when it was to encode a value for `key`. Nothing was written."""
+
+    def __init__(self, key: str, cause: Exception) -> None:
+        super().__init__(key, cause)
+        self.key, self.cause = key, cause
+
+    def __str__(self) -> str:
+        return f"key {self.key!r}: the value does not encode: {_told(self.cause)}"
+
+
+class DecodeError(FoldlogError):
+    """The value of `key`, at `version`, is none that a view's codec decodes: it raised `cause`. Other keys are not affected."""
+
+    def __init__(self, key: str, version: bytes, cause: Exception) -> None:
+        super().__init__(key, version, cause)
+        self.key, self.version, self.cause = key, version, cause
+
+    def __str__(self) -> str:
+        return f"key {self.key!r}, version {_shown(self.version)}: does not decode: {_told(self.cause)}"
+
+
+class KeyOutsideView(FoldlogError, KeyError, ValueError):
+    """The key does not start with the prefix of the view. Nothing was read or written."""
+
+    def __init__(self, key: str, prefix: str) -> None:
+        super().__init__(key, prefix)
+        self.key, self.prefix = key, prefix
+
+    def __str__(self) -> str:
+        return f"key {self.key!r} is outside of the view, which is of the prefix {self.prefix!r}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

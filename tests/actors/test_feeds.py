@@ -202,7 +202,7 @@ def test_a_prefix_that_is_no_text_is_refused(open_store: Open, prefix):
 
 def test_a_since_that_is_neither_cursor_nor_snapshot_is_refused(open_store: Open):
     with pytest.raises(TypeError):
-        open_store().watch(since=7)  # type: ignore[arg-type]
+        open_store().watch(since="7")  # type: ignore[arg-type]
 
 
 # Nothing lost, nothing twice.

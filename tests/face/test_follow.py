@@ -114,7 +114,7 @@ def test_waiting_for_a_cursor_ends_with_it_with_the_time_or_with_the_follower(
     with pytest.raises(RequestTimeout):
         follower.wait_for(cursor(5), 0.01)
     with pytest.raises(TypeError):
-        follower.wait_for(5, 1.0)  # type: ignore[arg-type]
+        follower.wait_for("5", 1.0)  # type: ignore[arg-type]
     waiting = in_thread(follower.wait_for, cursor(5), DEADLINE_S)
     store.apply([], cursor(4))
     store.apply([], cursor(6))

@@ -363,7 +363,9 @@ class StoreConformance:
         assert store.cursor() == cursor(3)
         store.close()
 
-    @pytest.mark.parametrize("bad", [None, b"\0\0\0\0\0\0\0\1", 1, "1", VersionToken.from_u64(1)])
+    @pytest.mark.parametrize(
+        "bad", [None, b"\0\0\0\0\0\0\0\1", True, 1.0, "1", VersionToken.from_u64(1)]
+    )
     def test_what_is_no_cursor_is_refused(self, store, bad):
         with pytest.raises(TypeError):
             store.apply([Put("k", b"v")], bad)

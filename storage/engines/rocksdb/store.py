@@ -8,7 +8,8 @@ from typing import Any, Literal, Self, cast
 from foldlog.protocol.engine import Held, Sizes
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Update, check_cursor, raw_updates
+from foldlog.protocol.tokens import as_cursor
+from foldlog.protocol.updates import Update, raw_updates
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb import artifact
 from foldlog.storage.engines.rocksdb.database import (
@@ -101,7 +102,7 @@ class RocksDbSnapshot(Readable):
         sync="always". Cost: 10 us, and 1-2 us an update.
         """
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
-        check_cursor(cursor)
+        cursor = as_cursor(cursor)
         return self._engine.commit_raw(raw_updates(updates), cursor)
 
     def get(self, key: str) -> Any:

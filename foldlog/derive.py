@@ -1,0 +1,236 @@
+"""Derived state: a structure of the user's own (a route trie, an inverted index), kept in step with a store.
+
+A thread takes each commit group that the store publishes, hands its batches to `update` one by one, and publishes the result
+together with the snapshot that it belongs to, as one immutable pair. Readers load that pair: no lock, no message.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Generic, NamedTuple, Self, TypeAlias, TypeVar
+
+from foldlog.actors.feeds import Buffer, Feeds, Group, Lost
+from foldlog.follow import Follower
+from foldlog.protocol.errors import StoreClosed
+from foldlog.protocol.tokens import CursorLike
+from foldlog.protocol.updates import Update
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.store import Store
+from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
+
+log = logging.getLogger("foldlog")
+V = TypeVar("V")
+Build: TypeAlias = Callable[[FoldSnapshot], V]
+ApplyUpdates: TypeAlias = Callable[[V, Sequence[Update]], V]
+
+
+class DerivedState(NamedTuple, Generic[V]):
+    """A derived value, and the snapshot that it was derived from."""
+
+    value: V
+    snapshot: FoldSnapshot
+
+
+class _Worker(Generic[V]):
+    """The thread's side. It does not hold the `Derived`, so that one that is dropped can be noticed."""
+
+    def __init__(self, feeds: Feeds, build: Build[V], update: ApplyUpdates[V], prefix: str) -> None:
+        self.feeds, self.build, self.update, self.prefix = feeds, build, update, prefix
+        self.buffer = Buffer()
+        # Written by the thread alone, replaced whole. Invariant: `value` is what `build(snapshot)` would be.
+        self.state: DerivedState[V]
+        self.error: Exception | None = None
+        self.rebuilds = 0
+        self._advanced = threading.Condition()
+
+    def start(self, current: Callable[[], FoldSnapshot]) -> None:
+        """Build the first state, on the caller's thread, and start. Raises what `build` raises."""
+        self.feeds.add(self.buffer)  # first: what is published while it is built must not be missed
+        try:
+            at = current()
+            self.state = DerivedState(self.build(at), at)
+            self.buffer.start_at(at)
+            threading.Thread(target=self._run, name="foldlog-derive", daemon=True).start()
+        except BaseException:
+            self.feeds.remove(self.buffer)
+            raise
+
+    def _run(self) -> None:
+        while True:
+            taken = self.buffer.first()
+            if taken is None:
+                if self.buffer.ended is not None:
+                    break
+                continue
+            self.buffer.drop(taken)
+            self._follow(taken)
+            with self._advanced:
+                self._advanced.notify_all()
+        self.feeds.remove(self.buffer)
+        with self._advanced:
+            self._advanced.notify_all()
+
+    def _follow(self, taken: Group | Lost) -> None:
+        fold, at = taken.fold, self.state.snapshot
+        if isinstance(taken, Lost) or taken.rewound or self.error is not None:
+            self._rebuild(fold)
+        elif fold.seq <= at.seq:
+            if fold.seq == at.seq:  # the same state in a newer file: let go of the older one
+                self.state = DerivedState(self.state.value, fold)
+        elif len(taken) and taken.first_seq <= at.seq + 1:
+            try:
+                value = self._updated(taken, at.seq)
+            except Exception:
+                log.exception("an update of derived state failed; it is built anew")
+                self._rebuild(fold)
+            else:
+                self.state = DerivedState(value, fold)
+        else:
+            self._rebuild(fold)
+
+    def _updated(self, group: Group, seen_seq: int) -> V:
+        value, prefix = self.state.value, self.prefix
+        for seq, batch in enumerate(group.batches, group.first_seq):
+            if seq > seen_seq:
+                updates = [update for update in batch.updates() if update.key.startswith(prefix)]
+                if updates:
+                    value = self.update(value, updates)
+        return value
+
+    def _rebuild(self, fold: FoldSnapshot) -> None:
+        self.rebuilds += 1
+        try:
+            state = DerivedState(self.build(fold), fold)
+        except (
+            Exception
+        ) as error:  # what was derived last is served on, and the next change tries again
+            log.exception("derived state could not be built")
+            self.error = error
+        else:
+            self.state, self.error = state, None
+
+    def wait_for(self, position: Position, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with self._advanced:
+            while not position.is_reached(self.state.snapshot):
+                if self.buffer.ended is not None and not len(self.buffer):
+                    raise StoreClosed(self.buffer.ended)
+                rest = deadline - time.monotonic()
+                if rest <= 0:
+                    raise position.timeout(self.state.snapshot, timeout_s)
+                self._advanced.wait(min(rest, 1.0))
+
+
+class Derived(Generic[V]):
+    """Derived state that is kept in step. Any thread may read it, also after it was closed: it then stays as it is."""
+
+    def __init__(self, worker: _Worker[V], source: Store | Follower) -> None:
+        """Not for callers: use `foldlog.derive`."""
+        self._worker, self._source = worker, source
+        self._finalizer = weakref.finalize(self, _end, worker)
+        self._finalizer.atexit = False
+
+    @property
+    def state(self) -> DerivedState[V]:
+        """The newest value together with its snapshot: one load, so the two always belong together."""
+        return self._worker.state
+
+    @property
+    def value(self) -> V:
+        """The newest value. For the snapshot that it belongs to, load `state` once and take both from there."""
+        return self._worker.state.value
+
+    @property
+    def snapshot(self) -> FoldSnapshot:
+        """The snapshot that the newest value was derived from."""
+        return self._worker.state.snapshot
+
+    @property
+    def error(self) -> Exception | None:
+        """What `build` raised, if it failed; the last good value is served, and the next change tries again."""
+        return self._worker.error
+
+    @property
+    def rebuilds(self) -> int:
+        """Times that the value was built anew: after a lag, a rewind, a restart of the writer, or a failed update."""
+        return self._worker.rebuilds
+
+    @property
+    def ended(self) -> str | None:
+        """Why it is kept in step no longer; None while it is."""
+        return self._worker.buffer.ended
+
+    def wait_for(
+        self,
+        cursor: CursorLike | None = None,
+        timeout_s: float = WAIT_TIMEOUT_S,
+        *,
+        seq: SeqLike | None = None,
+    ) -> None:
+        """Return once the value has everything up to `cursor`, or up to the batch `seq`: see `Follower.wait_for`."""
+        self._worker.wait_for(Position(cursor, seq), timeout_s)
+
+    def close(self) -> None:
+        """Keep it in step no longer. Closing twice is fine."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _end(worker: _Worker[V]) -> None:
+    worker.feeds.remove(worker.buffer)
+    worker.buffer.end("closed by its owner", drop=True)
+
+
+def derive(
+    store: Store | Follower, build: Build[V], update: ApplyUpdates[V], *, prefix: str = ""
+) -> Derived[V]:
+    """Keep a structure of your own in step with `store`, batch by batch.
+
+    `build(snapshot)` makes it from a state; what it raises on the first call is raised here. `update(value, updates)` makes the
+    next value from the last one and the updates of one batch that are under `prefix`, in upstream order: Put, Delete or Purge,
+    never none. It must not change `value` in place, for readers hold it: copy what changes. Both run on a thread of their own,
+    which publishes the value together with its snapshot after each commit group.
+
+    After a lag, a rewind, a restart of the writer, or an `update` that raised, the value is built anew from the state.
+
+    >>> with foldlog.open("names.log") as names:
+    ...     with foldlog.derive(
+    ...         names,
+    ...         build=lambda state: frozenset(state),
+    ...         update=lambda known, updates: known | {update.key for update in updates},
+    ...     ) as ever_seen:
+    ...         version = names.put("ada", b"1815")
+    ...         ever_seen.wait_for(seq=version)
+    ...         sorted(ever_seen.value)
+    ['ada']
+    """
+    if not isinstance(prefix, str):
+        raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
+    if not isinstance(store, (Store, Follower)):
+        raise TypeError(
+            f"state is derived from a store or a follower, not from a {type(store).__name__}"
+        )
+    if isinstance(store, Store):
+        store._check_process()
+        feeds = store._core.feeds
+    else:
+        store._thread.wake()
+        feeds = store._thread.feeds
+    worker = _Worker(feeds, build, update, prefix)
+    worker.start(store.snapshot)
+    return Derived(worker, store)

@@ -1,0 +1,408 @@
+"""Views: a store, a follower or a snapshot as a mapping of typed values, in key order.
+
+A value is decoded when it is first read, and kept for as long as the entry has these bytes; so each change is decoded once,
+however often it is read. Nothing needs to be invalidated: each read looks the entry up, and what was decoded is used only if
+it was decoded from the very bytes that the entry has now.
+
+What was decoded is shared by all readers of the view. So prefer immutable values (frozen structs, tuples): whoever mutates a
+decoded dict changes what the others read, until the entry changes, and changes nothing in the store.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from types import TracebackType
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar, overload
+
+from foldlog.actors.feeds import Since, Watch
+from foldlog.codecs import Codec, codec_of
+from foldlog.follow import Follower
+from foldlog.protocol.errors import (
+    DecodeError,
+    EncodeError,
+    KeyOutsideView,
+    StoreClosed,
+    VersionMismatch,
+)
+from foldlog.protocol.events import Changed, Lagged, Rewound, Synced
+from foldlog.protocol.tokens import VersionToken, WatchCursor
+from foldlog.protocol.updates import KvEntry, Put
+from foldlog.storage.fold.snapshot import FoldSnapshot, prefix_end
+from foldlog.storage.readable import Publisher, Readable
+from foldlog.store import Store
+
+T = TypeVar("T")
+_SWEEP_FROM = 256
+"""Decoded values that are kept without a look at whether their entries still live."""
+
+
+class Decoded(NamedTuple, Generic[T]):
+    """A key has this value now; or, before the first `Synced`, has it in the state."""
+
+    key: str
+    value: T
+    version: VersionToken
+    cursor: WatchCursor
+    seq: int
+
+
+class Removed(NamedTuple):
+    """A key was removed."""
+
+    key: str
+    version: VersionToken
+    cursor: WatchCursor
+    seq: int
+
+
+class Undecodable(NamedTuple):
+    """A key was set to what the codec does not decode. The watch goes on."""
+
+    key: str
+    error: DecodeError
+    cursor: WatchCursor
+    seq: int
+
+
+ViewEvent: TypeAlias = Decoded[T] | Removed | Undecodable | Synced | Lagged | Rewound
+
+
+class _Values(Generic[T]):
+    """What was decoded, by key, with the bytes that it was decoded from."""
+
+    def __init__(self, codec: Codec[T], origin: dict[str, tuple[bytes, T]] | None = None) -> None:
+        self.codec = codec
+        self.by_key: dict[str, tuple[bytes, T]] = {}
+        self._origin = origin or {}
+        """Of a view of a snapshot: what the view that it was made from had decoded."""
+        # Every key in `by_key`, once. Each new one brings two up for a look, so that what was removed does not pile up.
+        self._sweep: deque[str] = deque()
+
+    def decode(self, entry: KvEntry, fold: FoldSnapshot, *, keep: bool = True) -> T:
+        """The value of `entry`, which has changed since it was last decoded, or never was."""
+        key, raw = entry.key, entry.value
+        known = self.by_key.get(key) or self._origin.get(key)
+        if known is not None and known[0] == raw:
+            value = known[1]
+        else:
+            try:
+                value = self.codec.decode(raw)
+            except Exception as error:
+                raise DecodeError(key, entry.version, error) from error
+        if keep:
+            is_new = key not in self.by_key
+            self.by_key[key] = raw, value
+            if is_new:
+                self._sweep.append(key)
+                if len(self.by_key) > _SWEEP_FROM:
+                    self._look(fold)
+        return value
+
+    def _look(self, fold: FoldSnapshot) -> None:
+        for _ in range(2):
+            try:
+                key = self._sweep.popleft()
+            except IndexError:
+                return  # another thread has them in hand
+            if key in fold:
+                self._sweep.append(key)
+            else:
+                self.by_key.pop(key, None)
+
+
+class _Pinned:
+    """Publishes one snapshot for ever."""
+
+    def __init__(self, snapshot: FoldSnapshot) -> None:
+        self.snapshot = snapshot
+
+
+class View(Mapping[str, T]):
+    """A mapping of the typed values under a prefix, in key order. Any thread may read it.
+
+    Keys are the store's, prefix included. Iterators, `items()` and `values()` read one state, that of the call.
+    """
+
+    __slots__ = ("_known", "_length", "_published", "_source", "_values", "prefix")
+
+    def __init__(
+        self,
+        source: Readable | FoldSnapshot,
+        published: Publisher | _Pinned,
+        values: _Values[T],
+        prefix: str,
+    ) -> None:
+        """Not for callers: use `foldlog.view`."""
+        self._source = source  # a view keeps its store from being dropped
+        self._published = published
+        self._values, self._known = values, values.by_key
+        self._length: tuple[FoldSnapshot, int] | None = None
+        self.prefix = prefix
+        """What all keys of the view start with."""
+
+    def __getitem__(self, key: str) -> T:
+        """The value of `key`. KeyError if it is absent, DecodeError if it does not decode.
+
+        Cost, decoded before: 0.3 us, a `get` and a lookup.
+        """
+        try:
+            raw, value = self._known[key]
+        except (KeyError, TypeError):
+            self._check_key(key)
+        else:  # and so the key is one under the prefix
+            entry = self._published.snapshot.get(key)
+            if entry is not None and entry.value is raw:
+                return value
+        fold = self._fold()
+        entry = fold.get(key)
+        if entry is None:
+            raise KeyError(key)
+        return self._values.decode(entry, fold)
+
+    def __contains__(self, key: object) -> bool:
+        """True if `key` is live, and under the prefix; its value need not decode."""
+        return (
+            isinstance(key, str)
+            and key.startswith(self.prefix)
+            and self._published.snapshot.get(key) is not None
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return self._published.snapshot.keys(self.prefix)
+
+    def __reversed__(self) -> Iterator[str]:
+        fold = self._published.snapshot
+        return (entry.key for entry in fold.iter_range(self.prefix, reverse=True))
+
+    def __len__(self) -> int:
+        """Live keys under the prefix. Cost, with a prefix: a range over them, once for each state."""
+        fold = self._fold()
+        if not self.prefix:
+            return len(fold)
+        length = self._length
+        if length is None or length[0] is not fold:
+            high = prefix_end(self.prefix)
+            count = sum(len(columns.keys) for columns in fold.columns(self.prefix, high))
+            length = self._length = fold, count
+        return length[1]
+
+    def keys(self) -> KeysView[str]:
+        """The keys, ascending."""
+        return KeysView(self.snapshot())
+
+    def items(self) -> ItemsView[str, T]:
+        """(key, value), ascending by key. An iterator that meets DecodeError goes on behind it, if asked."""
+        return _Items(self.snapshot())
+
+    def values(self) -> ValuesView[T]:
+        """The values, in the order of the keys. An iterator that meets DecodeError goes on behind it, if asked."""
+        return _ValuesInOrder(self.snapshot())
+
+    def snapshot(self) -> View[T]:
+        """The state that reads see now, as a view of its own: it never changes."""
+        fold = self._fold()
+        return View(
+            fold, _Pinned(fold), _Values(self._values.codec, self._values.by_key), self.prefix
+        )
+
+    @property
+    def fold(self) -> FoldSnapshot:
+        """The snapshot that reads see now."""
+        return self._fold()
+
+    def watch(self, since: Since = None) -> ViewWatch[T]:
+        """Decoded changes: the state, one `Synced`, then changes as they come, as `Store.watch` tells them."""
+        if not isinstance(self._source, (Store, Follower)):
+            raise TypeError(f"a {type(self._source).__name__} does not change as others watch it")
+        return ViewWatch(self._source.watch(self.prefix, since), self)
+
+    def _decode_event(self, event: Changed) -> Decoded[T] | Removed | Undecodable:
+        update = event.update
+        if not isinstance(update, Put):
+            return Removed(update.key, update.version, event.cursor, event.seq)
+        entry = KvEntry(*update)
+        try:
+            fold = self._fold()
+            now = fold.get(update.key)
+        except StoreClosed:  # what waited when it was closed is still told
+            fold, now = FoldSnapshot.empty(), None
+        is_newest = now is not None and now.value == update.value
+        try:
+            value = self._values.decode(entry, fold, keep=is_newest)
+        except DecodeError as error:
+            return Undecodable(update.key, error, event.cursor, event.seq)
+        return Decoded(update.key, value, update.version, event.cursor, event.seq)
+
+    def _fold(self) -> FoldSnapshot:
+        fold = self._published.snapshot
+        fold.seq  # noqa: B018 - StoreClosed, here and not later
+        return fold  # type: ignore[return-value]
+
+    def _check_key(self, key: object) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"a key is a str, not {type(key).__name__}")
+        if not key.startswith(self.prefix):
+            raise KeyOutsideView(key, self.prefix)
+
+    def __repr__(self) -> str:
+        return f"<foldlog.{type(self).__name__} of {self._source!r} under {self.prefix!r}>"
+
+
+class MutableView(View[T], MutableMapping[str, T]):
+    """A view of a store, which can be written through. Each assignment is a `put`, and survives as one does."""
+
+    __slots__ = ()
+    _source: Store
+
+    def __setitem__(self, key: str, value: T) -> None:
+        """`put` the encoded value. EncodeError if the codec raises: nothing is stored."""
+        self._check_key(key)
+        try:
+            raw = self._values.codec.encode(value)
+            if not isinstance(raw, bytes):
+                raise TypeError(f"the codec made {type(raw).__name__}, not bytes")
+        except Exception as error:
+            raise EncodeError(key, error) from error
+        self._source.put(key, raw)
+
+    def __delitem__(self, key: str) -> None:
+        """Remove `key`; KeyError if it is absent."""
+        self._check_key(key)
+        while (entry := self._source.get(key)) is not None:
+            try:
+                self._source.delete(key, expected=entry.version)
+                return
+            except VersionMismatch:
+                continue  # it was written meanwhile
+        raise KeyError(key)
+
+
+class _Items(ItemsView[str, T]):
+    _mapping: View[T]
+
+    def __iter__(self) -> Iterator[tuple[str, T]]:
+        return _Pairs(self._mapping)
+
+    def __len__(self) -> int:
+        return len(self._mapping)
+
+
+class _ValuesInOrder(ValuesView[T]):
+    _mapping: View[T]
+
+    def __iter__(self) -> Iterator[T]:
+        pairs = _Pairs(self._mapping)
+        return _Seconds(pairs)
+
+
+class _Pairs(Iterator[tuple[str, T]]):
+    """Not a generator, which would be over after the first error."""
+
+    def __init__(self, view: View[T]) -> None:
+        self._values, self._fold = view._values, view.fold
+        self._entries = self._fold.iter_range(view.prefix)
+
+    def __next__(self) -> tuple[str, T]:
+        entry = next(self._entries)
+        return entry.key, self._values.decode(entry, self._fold)
+
+
+class _Seconds(Iterator[T]):
+    def __init__(self, pairs: _Pairs[T]) -> None:
+        self._pairs = pairs
+
+    def __next__(self) -> T:
+        return next(self._pairs)[1]
+
+
+class ViewWatch(Iterator[ViewEvent[T]]):
+    """A `Watch` whose changes are decoded."""
+
+    def __init__(self, watch: Watch, view: View[T]) -> None:
+        """Not for callers: use `view.watch`."""
+        self._watch, self._view = watch, view
+
+    @property
+    def ended(self) -> str | None:
+        """Why it is over; None while there may be events."""
+        return self._watch.ended
+
+    def __next__(self) -> ViewEvent[T]:
+        event = self.next()
+        if event is None:
+            raise StopIteration
+        return event
+
+    def next(self, timeout_s: float | None = None) -> ViewEvent[T] | None:
+        """The next event; None if there is none within `timeout_s`, or if it is over (`ended`)."""
+        event = self._watch.next(timeout_s)
+        if isinstance(event, Changed):
+            return self._view._decode_event(event)
+        return event  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Listen no more. Any thread may call it."""
+        self._watch.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@overload
+def view(store: Store, codec: Literal["raw"], prefix: str = "") -> MutableView[bytes]: ...
+@overload
+def view(
+    store: Store, codec: Literal["json", "msgpack", "pickle"], prefix: str = ""
+) -> MutableView[Any]: ...
+@overload
+def view(store: Store, codec: Codec[T], prefix: str = "") -> MutableView[T]: ...
+@overload
+def view(store: Store, codec: type[T], prefix: str = "") -> MutableView[T]: ...
+@overload
+def view(
+    store: Readable | FoldSnapshot, codec: Literal["raw"], prefix: str = ""
+) -> View[bytes]: ...
+@overload
+def view(
+    store: Readable | FoldSnapshot, codec: Literal["json", "msgpack", "pickle"], prefix: str = ""
+) -> View[Any]: ...
+@overload
+def view(store: Readable | FoldSnapshot, codec: Codec[T], prefix: str = "") -> View[T]: ...
+@overload
+def view(store: Readable | FoldSnapshot, codec: type[T], prefix: str = "") -> View[T]: ...
+def view(store: Readable | FoldSnapshot, codec: Any, prefix: str = "") -> View[Any]:
+    """The entries of `store` under `prefix`, as a mapping from key to decoded value; one that can be written, over a Store.
+
+    `codec`: "json", "msgpack", "raw" or "pickle" (whoever can write such a log can run code in its readers); a class of
+    msgspec structs or pydantic models, kept as JSON; or anything with `encode` and `decode`. Each entry that changed is decoded
+    once, at its first read, and what was decoded is shared by all readers: prefer frozen values.
+
+    A value that does not decode is a DecodeError for its key, and for that key alone.
+
+    >>> with foldlog.open("flags.log") as store:
+    ...     flags = foldlog.view(store, "json", "flags/")
+    ...     flags["flags/beta"] = {"percent": 5}
+    ...     flags["flags/beta"]["percent"], list(flags), "flags/dark" in flags
+    (5, ['flags/beta'], False)
+    """
+    if not isinstance(prefix, str):
+        raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
+    values: _Values[Any] = _Values(codec_of(codec))
+    if isinstance(store, Store):
+        return MutableView(store, store._published, values, prefix)
+    if isinstance(store, Readable):
+        return View(store, store._published, values, prefix)
+    if isinstance(store, FoldSnapshot):
+        return View(store, _Pinned(store), values, prefix)
+    raise TypeError(
+        f"a view is of a store, a follower or a snapshot, not of a {type(store).__name__}"
+    )
