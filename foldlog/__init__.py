@@ -4,6 +4,8 @@ protocol <- storage <- actors <- foldlog        imports never run back
 """
 
 from foldlog import upstreams
+from typing import TYPE_CHECKING, Any
+
 from foldlog.actors.core import Restart, State, Stats
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Watch
@@ -61,6 +63,10 @@ from foldlog.storage.formats.replay import OpenReport
 from foldlog.store import Store, open
 from foldlog.version import __version__
 from foldlog.views import Decoded, MutableView, Removed, Undecodable, View, ViewWatch, view
+
+if TYPE_CHECKING:
+    from foldlog import aio as aio
+    from foldlog import metrics as metrics
 
 __all__ = [
     "AppendLogSnapshot",
@@ -151,3 +157,12 @@ __all__ = [
     "upstreams",
     "view",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`foldlog.aio` and `foldlog.metrics`, imported when they are first asked for."""
+    if name in ("aio", "metrics"):
+        from importlib import import_module
+
+        return import_module(f"foldlog.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -152,7 +152,8 @@ def open(
         raise
 
 
-def _write_of(updates: Iterable[Update], cursor: CursorLike, forward_only: bool) -> WriteRequest:
+def write_of(updates: Iterable[Update], cursor: CursorLike, forward_only: bool) -> WriteRequest:
+    """The request for a batch, checked and encoded."""
     batch = encode_batch(updates, cursor)
     return ForwardWrite(batch) if forward_only else WriteRequest(batch)
 
@@ -197,7 +198,7 @@ class Store(Readable):
         """
         self._core.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
         timeout_s = check_timeout(timeout_s)  # before the updates, which may be an iterator
-        seq: int = self._send(_write_of(updates, cursor, forward_only), timeout_s)
+        seq: int = self._send(write_of(updates, cursor, forward_only), timeout_s)
         return seq
 
     def apply_async(
@@ -215,9 +216,7 @@ class Store(Readable):
         """
         self._core.snapshot.seq  # noqa: B018
         timeout_s = check_timeout(timeout_s)
-        request = _write_of(updates, cursor, forward_only)
-        self._offer(Mail(request), timeout_s)
-        return request.future
+        return self._submit(write_of(updates, cursor, forward_only), timeout_s)
 
     def put(
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
@@ -260,6 +259,11 @@ class Store(Readable):
 
     def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         return VersionToken.from_u64(self._send(request, timeout_s))
+
+    def _submit(self, request: Request, timeout_s: float = 0.0) -> Future[Any]:
+        """Put a request into the writer's mailbox, and leave the waiting to the caller."""
+        self._offer(Mail(request), timeout_s)
+        return request.future
 
     def _send(self, request: Request, timeout_s: float | None) -> Any:
         timeout_s = check_timeout(timeout_s)

@@ -29,7 +29,7 @@ from foldlog.protocol.events import Changed, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.fold.snapshot import FoldSnapshot, prefix_end
-from foldlog.storage.readable import Publisher, Readable
+from foldlog.storage.readable import Publisher, Reads
 from foldlog.store import Store
 
 T = TypeVar("T")
@@ -128,7 +128,7 @@ class View(Mapping[str, T]):
 
     def __init__(
         self,
-        source: Readable | FoldSnapshot,
+        source: Reads | FoldSnapshot,
         published: Publisher | _Pinned,
         values: _Values[T],
         prefix: str,
@@ -368,18 +368,16 @@ def view(store: Store, codec: Codec[T], prefix: str = "") -> MutableView[T]: ...
 @overload
 def view(store: Store, codec: type[T], prefix: str = "") -> MutableView[T]: ...
 @overload
-def view(
-    store: Readable | FoldSnapshot, codec: Literal["raw"], prefix: str = ""
-) -> View[bytes]: ...
+def view(store: Reads | FoldSnapshot, codec: Literal["raw"], prefix: str = "") -> View[bytes]: ...
 @overload
 def view(
-    store: Readable | FoldSnapshot, codec: Literal["json", "msgpack", "pickle"], prefix: str = ""
+    store: Reads | FoldSnapshot, codec: Literal["json", "msgpack", "pickle"], prefix: str = ""
 ) -> View[Any]: ...
 @overload
-def view(store: Readable | FoldSnapshot, codec: Codec[T], prefix: str = "") -> View[T]: ...
+def view(store: Reads | FoldSnapshot, codec: Codec[T], prefix: str = "") -> View[T]: ...
 @overload
-def view(store: Readable | FoldSnapshot, codec: type[T], prefix: str = "") -> View[T]: ...
-def view(store: Readable | FoldSnapshot, codec: Any, prefix: str = "") -> View[Any]:
+def view(store: Reads | FoldSnapshot, codec: type[T], prefix: str = "") -> View[T]: ...
+def view(store: Reads | FoldSnapshot, codec: Any, prefix: str = "") -> View[Any]:
     """The entries of `store` under `prefix`, as a mapping from key to decoded value; one that can be written, over a Store.
 
     `codec`: "json", "msgpack", "raw" or "pickle" (whoever can write such a log can run code in its readers); a class of
@@ -399,7 +397,7 @@ def view(store: Readable | FoldSnapshot, codec: Any, prefix: str = "") -> View[A
     values: _Values[Any] = _Values(codec_of(codec))
     if isinstance(store, Store):
         return MutableView(store, store._published, values, prefix)
-    if isinstance(store, Readable):
+    if isinstance(store, Reads):
         return View(store, store._published, values, prefix)
     if isinstance(store, FoldSnapshot):
         return View(store, _Pinned(store), values, prefix)

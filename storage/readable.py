@@ -20,8 +20,8 @@ class Publisher(Protocol):
     snapshot: FoldSnapshot | ClosedFold
 
 
-class Readable(ABC):
-    """A store that is open, read through the snapshot that stands in it when a method is called."""
+class Reads:
+    """What can be read, through the snapshot that is published when a method is called. Nothing here waits."""
 
     _published: Publisher  # not the store: one that is dropped is freed at once, and can be noticed
 
@@ -112,6 +112,13 @@ class Readable(ABC):
         """Whether `key` is live."""
         return key in self.snapshot()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open store cannot be pickled; open a follower in the other process")
+
+
+class Readable(Reads, ABC):
+    """A store that is open."""
+
     @abstractmethod
     def close(self) -> None:
         """End the store. Closing twice is fine."""
@@ -126,6 +133,3 @@ class Readable(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("an open store cannot be pickled; open a follower in the other process")
