@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.actors.feeds import Feeds
+from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
 from foldlog.protocol.options import (
     COMPACT_THRESHOLD,
     FORMAT,
@@ -156,6 +157,10 @@ class Stats:
     get on: the log had grown to what it may hold."""
     snapshot_age_s: float
     """Since the last batch was published."""
+    unsynced_s: float
+    """How long the oldest batch that is not synced has waited for that; 0.0 if all are synced."""
+    subscriptions: int
+    """Watches, deliveries and derived states that are told of changes."""
 
 
 class Books:
@@ -166,12 +171,23 @@ class Books:
         self.groups = 0
         self.largest_group = 0
         self.latencies_s: deque[float] = deque(maxlen=1024)
+        self.latency = Histogram(LATENCY_BOUNDS_S)
+        self.group_size = Histogram(GROUP_BOUNDS)
         self.restarts: deque[Restart] = deque(maxlen=64)
+        self.restarts_by_cause: dict[tuple[str, str], int] = {}
+        """(actor, type of the error) -> restarts. Replaced whole."""
         self.compactions = 0
         self.last_compaction_s: float | None = None
         self.last_compaction_unix_s: float | None = None
         self.compaction_error = ""
         self.throttled_s = 0.0
+
+    def note_restart(self, restart: Restart, error: BaseException) -> None:
+        """An actor is started again because of `error`."""
+        self.restarts.append(restart)
+        cause = (restart.actor, type(error).__name__)
+        counts = self.restarts_by_cause
+        self.restarts_by_cause = {**counts, cause: counts.get(cause, 0) + 1}
 
 
 class Core:
@@ -186,6 +202,8 @@ class Core:
         # What is known to be on disk: one slot for each of the two who find out, the writer and the
         # syncer, so that neither can undo what the other wrote. Each slot is replaced whole.
         self._synced = [(0, WatchCursor.none())] * 2
+        self.unsynced_since: float | None = None
+        """When the first batch was published that no sync covers (time.monotonic())."""
         # Written by the supervisor.
         self.state = State.STARTING
         self.reason = ""
@@ -201,6 +219,8 @@ class Core:
         """Let everyone see `fold`. Only the writer calls it."""
         self.snapshot = fold
         self.published_at = time.monotonic()
+        if self.unsynced_since is None and fold.seq > self.synced[0]:
+            self.unsynced_since = self.published_at
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:
@@ -217,3 +237,5 @@ class Core:
         """All of `fold` survives a power loss. Only the writer calls it, and the syncer."""
         if fold.seq >= self._synced[by_syncer][0]:
             self._synced[by_syncer] = fold.seq, fold.cursor()
+            is_all = fold.seq >= self.snapshot.seq
+            self.unsynced_since = None if is_all else time.monotonic()

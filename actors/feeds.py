@@ -242,6 +242,11 @@ class Feeds:
         """Whether anybody listens."""
         return bool(self._subscribed)
 
+    @property
+    def backlog(self) -> tuple[int, ...]:
+        """Groups that wait, for each subscription."""
+        return tuple(map(len, self._buffers))
+
     def publish(
         self, fold: FoldSnapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int
     ) -> None:

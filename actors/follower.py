@@ -9,6 +9,7 @@ another thread (`_Asleep`).
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import threading
@@ -71,6 +72,8 @@ class FollowerThread:
         self.published_at = time.monotonic()
         self.state = FollowerState.WAITING
         self.reason = ""
+        self.delay_s = 0.0
+        """From the last write to the log to its publication here, as the file's time of change has it (4 ms coarse)."""
         self.reloads = 0
         """Times that the state was read anew, with the steps in between unknown."""
         self._rewound = ""
@@ -232,6 +235,7 @@ class FollowerThread:
         self._set_state()
         if step is None:
             return False
+        self._note_delay()
         try:
             if not isinstance(step, Jump) and step.batches:
                 self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
@@ -240,6 +244,10 @@ class FollowerThread:
         finally:
             self.advanced.ring()
         return True
+
+    def _note_delay(self) -> None:
+        with contextlib.suppress(OSError):
+            self.delay_s = max(time.time() - os.stat(self.path).st_mtime, 0.0)
 
     def _set_state(self) -> None:
         if self._tail.missing:

@@ -376,7 +376,7 @@ class Supervisor:
         )  # so that stores that failed together do not come back together
         if not interrupted:
             restarts_s.append(now)
-        core.books.restarts.append(Restart(actor.name, reason, time.time(), delay_s))
+        core.books.note_restart(Restart(actor.name, reason, time.time(), delay_s), error)
         log.log(
             logging.INFO if interrupted else logging.WARNING,
             "%s: %s died (%s); restarting in %.2f s",

@@ -344,9 +344,11 @@ class Writer(SharedActor):
         books, now = core.books, time.monotonic()
         books.batches += len(written)
         books.groups += 1
+        books.group_size.add(len(written))
         books.largest_group = max(books.largest_group, len(written))
         for request in written:
             books.latencies_s.append(now - request.created)
+            books.latency.add(now - request.created)
             request.succeed(request.seq)
         return undecided
 

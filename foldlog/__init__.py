@@ -15,6 +15,7 @@ from foldlog.codecs import Codec
 from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow
 from foldlog.mirror import Mirror, MirrorStats, mirror
+from foldlog.health import Health, Status
 from foldlog.protocol.errors import (
     ArtifactInvalidError,
     Backpressure,
@@ -98,6 +99,7 @@ __all__ = [
     "FollowerStats",
     "ForkedStore",
     "Get",
+    "Health",
     "InvalidFormatError",
     "KeyExists",
     "KeyOutsideView",
@@ -128,6 +130,7 @@ __all__ = [
     "SnapshotStore",
     "State",
     "Stats",
+    "Status",
     "Store",
     "StoreClosed",
     "StoreFailed",

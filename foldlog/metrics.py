@@ -1,0 +1,415 @@
+"""The statistics of stores and followers as OpenTelemetry instruments. Needs the extra `otel` (opentelemetry-api).
+
+`observe` names a store; from then on each collection of the program's meter provider reads its figures. Nothing is counted on
+the writer's path for this: the instruments look at what `stats()` and the store's histograms hold anyway. A store that is
+closed or dropped is no longer told of.
+
+Every measurement carries `foldlog.name`, the name given to `observe`. `docs/how-to/production.md` says what to watch.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+from opentelemetry.metrics import (
+    CallbackOptions,
+    Meter,
+    MeterProvider,
+    Observation,
+    get_meter_provider,
+)
+
+from foldlog.actors.core import State, Stats
+from foldlog.actors.follower import FollowerState
+from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
+from foldlog.follow import Follower, FollowerStats
+from foldlog.health import Status
+from foldlog.protocol.errors import FoldlogError
+from foldlog.store import Store
+from foldlog.version import __version__
+
+NAME = "foldlog.name"
+"""The attribute that tells one store from another."""
+
+Observed: TypeAlias = Store | Follower
+Reading: TypeAlias = Iterable[tuple[float, dict[str, str]]]
+
+
+class MetricNameTaken(FoldlogError, ValueError):
+    """`observe` was given a name under which another store is told of already."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"a store is observed under the name {self.name!r} already"
+
+
+class _Instrument(NamedTuple):
+    name: str
+    kind: str
+    unit: str
+    description: str
+    read: Callable[[Any, Any], Reading]
+    """(the store or follower, its stats) -> values, with their attributes beside the name."""
+
+
+def _one(read: Callable[[Any], float]) -> Callable[[Any, Any], Reading]:
+    return lambda _, stats: ((read(stats), {}),)
+
+
+def _states(kind: type[State] | type[FollowerState]) -> Callable[[Any, Any], Reading]:
+    return lambda _, stats: ((int(stats.state is state), {"state": state.value}) for state in kind)
+
+
+def _health(observed: Observed, _: object) -> Reading:
+    status = observed.health().status
+    return ((int(status is each), {"status": each.value}) for each in Status)
+
+
+def _restarts(store: Store, _: Stats) -> Reading:
+    counts = store._core.books.restarts_by_cause
+    return (
+        (count, {"foldlog.actor": actor, "error.type": error})
+        for (actor, error), count in counts.items()
+    )
+
+
+def _log_size(_: Store, stats: Stats) -> Reading:
+    return (
+        (stats.base_bytes, {"foldlog.log.part": "base"}),
+        (stats.appended_bytes, {"foldlog.log.part": "appended"}),
+    )
+
+
+def _backlog(observed: Observed, _: object) -> Reading:
+    feeds = observed._core.feeds if isinstance(observed, Store) else observed._thread.feeds
+    return ((max(feeds.backlog, default=0), {}),)
+
+
+STORE_INSTRUMENTS = (
+    _Instrument(
+        "foldlog.store.state",
+        "updown",
+        "1",
+        "1 for the state that the store is in, 0 for the others.",
+        _states(State),
+    ),
+    _Instrument(
+        "foldlog.store.health", "updown", "1", "1 for the health of the store, else 0.", _health
+    ),
+    _Instrument(
+        "foldlog.store.sequence",
+        "gauge",
+        "{batch}",
+        "The sequence of the last batch.",
+        _one(lambda stats: stats.seq),
+    ),
+    _Instrument(
+        "foldlog.store.synced.lag",
+        "gauge",
+        "{batch}",
+        "Batches that a power loss may take.",
+        _one(lambda stats: max(stats.seq - stats.synced_seq, 0)),
+    ),
+    _Instrument(
+        "foldlog.store.synced.delay",
+        "gauge",
+        "s",
+        "How long the oldest of these has waited to be synced.",
+        _one(lambda stats: stats.unsynced_s),
+    ),
+    _Instrument(
+        "foldlog.store.batches",
+        "counter",
+        "{batch}",
+        "Batches that were written.",
+        _one(lambda stats: stats.batches),
+    ),
+    _Instrument(
+        "foldlog.store.groups",
+        "counter",
+        "{group}",
+        "Commit groups that they made: writes to the log.",
+        _one(lambda stats: stats.groups),
+    ),
+    _Instrument(
+        "foldlog.store.mailbox.depth",
+        "updown",
+        "{request}",
+        "Requests that wait for the writer.",
+        _one(lambda stats: stats.mailbox_depth),
+    ),
+    _Instrument(
+        "foldlog.store.restarts",
+        "counter",
+        "{restart}",
+        "Restarts of the store's actors, by actor and type of error.",
+        _restarts,
+    ),
+    _Instrument(
+        "foldlog.store.compactions",
+        "counter",
+        "{compaction}",
+        "Compactions that were finished.",
+        _one(lambda stats: stats.compactions),
+    ),
+    _Instrument(
+        "foldlog.store.compaction.duration",
+        "gauge",
+        "s",
+        "How long the last compaction took; 0 before the first.",
+        _one(lambda stats: stats.last_compaction_s or 0.0),
+    ),
+    _Instrument(
+        "foldlog.store.throttled.time",
+        "counter",
+        "s",
+        "How long writes were held back to let a compaction get on.",
+        _one(lambda stats: stats.throttled_s),
+    ),
+    _Instrument(
+        "foldlog.store.log.size",
+        "updown",
+        "By",
+        "Bytes of the log: the base, live at the last compaction, and what was appended since, which a compaction may free.",
+        _log_size,
+    ),
+    _Instrument(
+        "foldlog.store.entries",
+        "updown",
+        "{entry}",
+        "Live entries.",
+        _one(lambda stats: stats.entries),
+    ),
+    _Instrument(
+        "foldlog.store.snapshot.age",
+        "gauge",
+        "s",
+        "Time since the last batch was published.",
+        _one(lambda stats: stats.snapshot_age_s),
+    ),
+    _Instrument(
+        "foldlog.store.subscriptions",
+        "updown",
+        "{subscription}",
+        "Watches, deliveries and derived states.",
+        _one(lambda stats: stats.subscriptions),
+    ),
+    _Instrument(
+        "foldlog.store.subscription.backlog",
+        "gauge",
+        "{group}",
+        "Commit groups that wait for the slowest subscriber.",
+        _backlog,
+    ),
+)
+FOLLOWER_INSTRUMENTS = (
+    _Instrument(
+        "foldlog.follower.state",
+        "updown",
+        "1",
+        "1 for the state that the follower is in, 0 for the others.",
+        _states(FollowerState),
+    ),
+    _Instrument(
+        "foldlog.follower.health",
+        "updown",
+        "1",
+        "1 for the health of the follower, else 0.",
+        _health,
+    ),
+    _Instrument(
+        "foldlog.follower.sequence",
+        "gauge",
+        "{batch}",
+        "The sequence of the last batch that was seen.",
+        _one(lambda stats: stats.seq),
+    ),
+    _Instrument(
+        "foldlog.follower.delay",
+        "gauge",
+        "s",
+        "How long after it was written the last batch was seen.",
+        _one(lambda stats: stats.delay_s),
+    ),
+    _Instrument(
+        "foldlog.follower.snapshot.age",
+        "gauge",
+        "s",
+        "Time since the last batch was seen.",
+        _one(lambda stats: stats.snapshot_age_s),
+    ),
+    _Instrument(
+        "foldlog.follower.reloads",
+        "counter",
+        "{reload}",
+        "Times that the state was read anew.",
+        _one(lambda stats: stats.reloads),
+    ),
+    _Instrument(
+        "foldlog.follower.entries",
+        "updown",
+        "{entry}",
+        "Live entries.",
+        _one(lambda stats: stats.entries),
+    ),
+    _Instrument(
+        "foldlog.follower.subscription.backlog",
+        "gauge",
+        "{group}",
+        "Commit groups that wait for the slowest subscriber.",
+        _backlog,
+    ),
+)
+
+
+class _Told:
+    """How much of a store's histogram was told to OpenTelemetry's, which takes values and no counts."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._counts, self._sums = [0] * len(histogram.counts), [0.0] * len(histogram.counts)
+
+    def news(self) -> Iterator[tuple[float, int]]:
+        """(mean, count) of what came since the last call, by bucket: bucket and sum are exact."""
+        counts, sums = list(self._histogram.counts), list(self._histogram.sums)
+        for bucket, count in enumerate(counts):
+            new = count - self._counts[bucket]
+            if new > 0:
+                yield (sums[bucket] - self._sums[bucket]) / new, new
+        self._counts, self._sums = counts, sums
+
+
+class _Meters:
+    """The instruments of one meter provider, and the stores that they tell of."""
+
+    def __init__(self, provider: MeterProvider) -> None:
+        meter = provider.get_meter("foldlog", __version__)
+        self.observed: dict[str, weakref.ref[Observed]] = {}
+        self._told: dict[str, tuple[_Told, _Told]] = {}
+        self._lock = threading.Lock()
+        self._latency = meter.create_histogram(
+            "foldlog.store.apply.duration",
+            "s",
+            "From a call to its answer, of each batch.",
+            explicit_bucket_boundaries_advisory=LATENCY_BOUNDS_S,
+        )
+        self._group_size = meter.create_histogram(
+            "foldlog.store.group.size",
+            "{batch}",
+            "Batches in a commit group.",
+            explicit_bucket_boundaries_advisory=GROUP_BOUNDS,
+        )
+        for instrument in STORE_INSTRUMENTS:
+            _create(meter, instrument, self._callback(instrument, Store))
+        for instrument in FOLLOWER_INSTRUMENTS:
+            _create(meter, instrument, self._callback(instrument, Follower))
+
+    def add(self, observed: Observed, name: str) -> None:
+        with self._lock:
+            other = self.observed.get(name)
+            if other is not None and (there := other()) is not None and not _is_closed(there):
+                raise MetricNameTaken(name)
+            self.observed[name] = weakref.ref(observed)
+            if isinstance(observed, Store):
+                books = observed._core.books
+                self._told[name] = _Told(books.latency), _Told(books.group_size)
+
+    def remove(self, observed: Observed, name: str) -> None:
+        with self._lock:
+            found = self.observed.get(name)
+            if found is not None and found() is observed:
+                del self.observed[name]
+                self._told.pop(name, None)
+
+    def _live(self, kind: type[Observed]) -> Iterator[tuple[str, Any]]:
+        for name, found in list(self.observed.items()):
+            observed = found()
+            if isinstance(observed, kind):
+                yield name, observed
+
+    def _callback(
+        self, instrument: _Instrument, kind: type[Observed]
+    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        def observe(_: CallbackOptions) -> Iterable[Observation]:
+            for name, observed in self._live(kind):
+                try:
+                    stats: Stats | FollowerStats = observed.stats()
+                except FoldlogError:
+                    continue  # it was closed
+                for value, attributes in instrument.read(observed, stats):
+                    yield Observation(value, {NAME: name, **attributes})
+            if instrument.name == "foldlog.store.batches":
+                self._tell_histograms()
+
+        return observe
+
+    def _tell_histograms(self) -> None:
+        with self._lock:
+            for name, told in self._told.items():
+                for histogram, news in zip((self._latency, self._group_size), told, strict=True):
+                    for value, count in news.news():
+                        for _ in range(count):
+                            histogram.record(value, {NAME: name})
+
+
+def _is_closed(observed: Observed) -> bool:
+    return observed.state in (State.CLOSED, FollowerState.CLOSED)
+
+
+def _create(
+    meter: Meter,
+    instrument: _Instrument,
+    callback: Callable[[CallbackOptions], Iterable[Observation]],
+) -> None:
+    create = {
+        "gauge": meter.create_observable_gauge,
+        "counter": meter.create_observable_counter,
+        "updown": meter.create_observable_up_down_counter,
+    }[instrument.kind]
+    create(instrument.name, [callback], instrument.unit, instrument.description)
+
+
+_meters: weakref.WeakKeyDictionary[MeterProvider, _Meters] = weakref.WeakKeyDictionary()
+_meters_lock = threading.Lock()
+
+
+class Observing:
+    """What `observe` returns: `stop` it, or let it end with the store."""
+
+    def __init__(self, meters: _Meters, observed: Observed, name: str) -> None:
+        """Not for callers: use `observe`."""
+        self._meters, self._observed, self.name = meters, weakref.ref(observed), name
+
+    def stop(self) -> None:
+        """Tell of it no more. Stopping twice is fine."""
+        observed = self._observed()
+        if observed is not None:
+            self._meters.remove(observed, self.name)
+
+
+def observe(
+    store: Observed, name: str | None = None, *, meter_provider: MeterProvider | None = None
+) -> Observing:
+    """Let OpenTelemetry's instruments tell of `store`, which may be a follower, under `name`; by default, that of its file.
+
+    MetricNameTaken if another open store has that name. It keeps nothing from being dropped.
+    """
+    if not isinstance(store, (Store, Follower)):
+        raise TypeError(f"a store or a follower is observed, not a {type(store).__name__}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"a name is a str, not {type(name).__name__}")
+    if name is None:
+        name = store.path.name
+    provider = meter_provider or get_meter_provider()
+    with _meters_lock:
+        meters = _meters.get(provider)
+        if meters is None:
+            meters = _meters[provider] = _Meters(provider)
+    meters.add(store, name)
+    return Observing(meters, store, name)

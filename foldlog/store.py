@@ -35,7 +35,8 @@ from foldlog.actors.requests import (
     WriteRequest,
 )
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout
+from foldlog.health import Health, Status, store_health
+from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
@@ -423,7 +424,7 @@ class Store(Readable):
         """The books. Cost: microseconds, and counting the entries the first time after a batch."""
         core = self._core
         snapshot, journal, books = self.snapshot(), core.log, core.books
-        latencies = sorted(books.latencies_s)
+        latencies, unsynced_since = sorted(books.latencies_s), core.unsynced_since
         return Stats(
             state=core.state,
             reason=core.reason,
@@ -447,7 +448,17 @@ class Store(Readable):
             compaction_error=books.compaction_error,
             throttled_s=books.throttled_s,
             snapshot_age_s=time.monotonic() - core.published_at,
+            unsynced_s=0.0 if unsynced_since is None else time.monotonic() - unsynced_since,
+            subscriptions=len(core.feeds.backlog),
         )
+
+    def health(self) -> Health:
+        """Ready, degraded or failed, with reasons: for a readiness probe. Cost: that of `stats`. Never raises."""
+        try:
+            stats = self.stats()
+        except StoreClosed:
+            return Health(Status.FAILED, ("the store is closed",))
+        return store_health(stats, self._core.config, time.time())
 
     def reopen(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
         """Try again after FAILED: replay the log, and go on. StoreFailed if that fails, too; nothing to do in RUNNING.
