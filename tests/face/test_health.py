@@ -89,6 +89,7 @@ def test_a_store_is_ready_until_it_fails_and_again_once_it_is_reopened(path: Pat
     files = FaultyFiles()
     with foldlog.open(path, sync="never", max_restarts=0, files=files) as store:
         assert store.health().is_ready
+        store.put("a", b"1")
         files.arm(Fault("sync", lasting=True))
         with pytest.raises(foldlog.StoreFailed):
             store.sync()
