@@ -12,15 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
-
-from opentelemetry.metrics import (
-    CallbackOptions,
-    Meter,
-    MeterProvider,
-    Observation,
-    get_meter_provider,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from foldlog.actors.core import State, Stats
 from foldlog.actors.follower import FollowerState
@@ -30,6 +22,9 @@ from foldlog.health import Status
 from foldlog.protocol.errors import FoldlogError
 from foldlog.store import Store
 from foldlog.version import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
 
 NAME = "foldlog.name"
 """The attribute that tells one store from another."""
@@ -336,6 +331,8 @@ class _Meters:
     def _callback(
         self, instrument: _Instrument, kind: type[Observed]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        from opentelemetry.metrics import Observation
+
         def observe(_: CallbackOptions) -> Iterable[Observation]:
             for name, observed in self._live(kind):
                 try:
@@ -406,6 +403,10 @@ def observe(
         raise TypeError(f"a name is a str, not {type(name).__name__}")
     if name is None:
         name = store.path.name
+    try:
+        from opentelemetry.metrics import get_meter_provider
+    except ImportError as error:
+        raise ImportError(f"foldlog.metrics needs the extra otel: {error}") from error
     provider = meter_provider or get_meter_provider()
     with _meters_lock:
         meters = _meters.get(provider)

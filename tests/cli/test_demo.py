@@ -1,13 +1,14 @@
-"""The command `foldlog demo`: the whole life of a log on the Unicode character database."""
+"""The command `foldlog demo`: reads that go on, through crashes, a compaction and an export."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from foldlog import AppendLogSnapshot, Put, VersionToken, WatchCursor
+from foldlog import AppendLogSnapshot, KvEntry, Put, Store, VersionToken, WatchCursor
 from foldlog.cli import demo, main, read
 from foldlog.cli.demo import NEW, OLD, History, differences
 
@@ -22,31 +23,52 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "run", lambda folder: whole(folder, SOME))
 
 
-def test_the_demo_folds_the_whole_database_and_leaves_its_files(tmp_path: Path) -> None:
+VERDICT = re.compile(
+    r"^([\d,]+) reads, 0 stopped, 0 wrong; longest pause [\d,.]+ ms; 3 crashes healed$",
+    re.MULTILINE,
+)
+
+
+def test_the_demo_ends_in_a_verdict_and_leaves_its_files(small: None, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["demo", "--dir", str(tmp_path / "work")])
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.count("verified against a dict: ") == 2
-    assert "get U+0041    LATIN CAPITAL LETTER A;" in result.stdout
-    assert "get U+FB50    no entry" in result.stdout
-    assert "range U+1F60: " in result.stdout
-    assert "GREEK SMALL LETTER OMEGA WITH PSILI" in result.stdout
-    assert {path.name for path in (tmp_path / "work").iterdir() if path.suffix != ".lock"} == {
-        "unicode.log",
-        "copy.log",
-        "artifact",
+    assert result.stdout.count("the writer crashes (") == 3
+    assert "compacted beside all that" in result.stdout
+    assert "exported beside all that" in result.stdout
+    assert "the follower has batch " in result.stdout
+    verdict = VERDICT.search(result.stdout)
+    assert verdict
+    assert int(verdict[1].replace(",", "")) > 0
+    assert result.stdout.splitlines()[-1].startswith("Try next: ")
+    assert max(map(len, result.stdout.splitlines())) < 80
+    assert "\r" not in result.stdout
+    assert {"unicode.log", "copy.log", "artifact"} <= {
+        path.name for path in (tmp_path / "work").iterdir()
     }
 
 
-def test_the_demo_tells_what_was_skipped_after_the_restart(small: None) -> None:
-    history = History(SOME)
-    half = len(history.lines) // 2
+def test_the_demo_tells_of_a_reader_that_got_a_wrong_answer(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "get", lambda store, key: KvEntry(key, b"wrong"))
     result = CliRunner().invoke(main, ["demo"])
-    assert result.exit_code == 0
-    assert f"{half:,} changes in " in result.stdout
-    assert f"{half:,} skipped; " in result.stdout
-    assert (
-        result.stdout.count(f"verified against a dict: {len(history.model):,} entries equal\n") == 2
-    )
+    assert result.exit_code == 1
+    assert " 0 stopped, 0 wrong" not in result.stdout
+    assert " 0 stopped, " in result.stdout
+
+
+def test_the_demo_tells_of_a_reader_that_stopped(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: demo.ReaderThread) -> None:
+        raise LookupError("stopped")
+
+    monkeypatch.setattr(demo.ReaderThread, "_read", fail)
+    result = CliRunner().invoke(main, ["demo"])
+    assert result.exit_code == 1
+    assert "0 reads, 3 stopped, 0 wrong" in result.stdout
+    assert "LookupError('stopped')" in result.stderr
 
 
 def test_the_demo_never_overwrites(small: None, tmp_path: Path) -> None:
@@ -70,7 +92,8 @@ def test_the_demo_ends_with_1_when_the_log_and_the_dict_differ(
     monkeypatch.setattr(demo, "History", Wrong)
     result = CliRunner().invoke(main, ["demo"])
     assert result.exit_code == 1
-    assert "the log and the dict differ in 1 key: U+F" in result.stderr
+    assert "the store and the dict differ in 1 key: U+F" in result.stderr
+    assert "the copy and the dict differ in 1 key: U+F" in result.stderr
 
 
 def test_the_history_has_every_kind_of_change_and_two_lines_at_one_cursor() -> None:
