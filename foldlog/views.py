@@ -207,6 +207,11 @@ class View(Mapping[str, T]):
         )
 
     @property
+    def source(self) -> Reads | FoldSnapshot:
+        """The store, follower or snapshot that this is a view of."""
+        return self._source
+
+    @property
     def fold(self) -> FoldSnapshot:
         """The snapshot that reads see now."""
         return self._fold()

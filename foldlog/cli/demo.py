@@ -27,8 +27,7 @@ from foldlog.cli.show import counted, printable, size_text, token_text, value_te
 from foldlog.cli.stream import Batcher, Change, read_changes
 from foldlog.cli.unicode import ALL_CODE_POINTS, NEW, OLD, History, Model, differences
 from foldlog.follow import follow
-from foldlog.protocol.tokens import VersionToken
-from foldlog.protocol.updates import KvEntry
+from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.artifacts.artifact import import_artifact
 from foldlog.storage.engines.append_log import AppendLogSnapshot
 from foldlog.storage.readable import Reads
@@ -38,8 +37,9 @@ from foldlog.store import open as open_store
 __all__ = ["NEW", "OLD", "History", "differences", "run"]
 
 READERS = 3
-BATCH = 50
-READ_FOR_S = 6.0
+BATCH = 500
+"""Changes, or a 60th of all of them, if they are few."""
+READ_FOR_S = 12.0
 """Readers stop after that, so that the demo ends in time on a slow machine, too."""
 SWITCH_S = 0.000_5
 """How often the interpreter changes threads meanwhile: its default of 5 ms is all that a pause would show."""
@@ -146,6 +146,7 @@ class Demo:
                 raise FileExistsError(errno.EEXIST, "the demo never overwrites", str(path))
         self.show, self.crashes = Show(), Crashes()
         self.history = History(code_points)
+        self.batches = _batches(self.history.lines)
         self.applied = 0
         self._jobs: list[threading.Thread] = []
         self._job_errors: list[BaseException] = []
@@ -177,12 +178,11 @@ class Demo:
 
     def _start_readers(self, store: Store) -> list[ReaderThread]:
         known: dict[str, set[tuple[bytes, bytes]]] = {}
-        for line in self.history.lines:
-            fields = json.loads(line)
-            values = known.setdefault(fields["key"], set())
-            if fields["op"] == "put":
-                version = bytes(VersionToken.from_u64(fields["version"]))
-                values.add((fields["value"].encode(), version))
+        for batch in self.batches:
+            for update in (change.update for change in batch):
+                values = known.setdefault(update.key, set())
+                if isinstance(update, Put):
+                    values.add((update.value, bytes(update.version)))
         keys = list(known)
         readers = [ReaderThread(store, keys[n::READERS], known) for n in range(READERS)]
         for reader in readers:
@@ -191,15 +191,13 @@ class Demo:
         return readers
 
     def _feed(self, store: Store, readers: list[ReaderThread]) -> None:
-        lines, crashes = self.history.lines, list(CRASHES)
+        crashes = list(CRASHES)
         compacted = exported = False
         start = time.monotonic()
-        batcher = Batcher(BATCH)
-        for change in read_changes(lines, "the stream"):
-            batch = batcher.push(change)
-            if not batch:
-                continue
-            part = self._apply(store, batch) / len(lines)
+        for batch in self.batches:
+            store.apply([change.update for change in batch], batch[-1].cursor)
+            self.applied += len(batch)
+            part = self.applied / len(self.history.lines)
             if crashes and part >= crashes[0][0]:
                 self.crashes.due = crashes.pop(0)[1]
                 self.show.event(f"the writer crashes ({self.crashes.due}) at {self._at(store)}")
@@ -210,14 +208,7 @@ class Demo:
                 exported = True
                 self._beside("exported", lambda: store.export_to(self.artifact))
             self.show.progress(lambda: self._rates(readers, time.monotonic() - start))
-        self._apply(store, batcher.rest())
         self.show.event(f"all {self.applied:,} changes are applied, at {self._at(store)}")
-
-    def _apply(self, store: Store, batch: list[Change]) -> int:
-        if batch:
-            store.apply([change.update for change in batch], batch[-1].cursor)
-            self.applied += len(batch)
-        return self.applied
 
     def _beside(self, what: str, job: Callable[[], object]) -> None:
         def run() -> None:
@@ -265,13 +256,9 @@ class Demo:
         import_artifact(self.artifact, self.copy)
         with AppendLogSnapshot.open(self.copy)[1] as copy:
             start = copy.cursor().as_u64() or 0
-            rest = [line for line in self.history.lines if json.loads(line)["cursor"] > start]
-            batcher = Batcher(BATCH)
-            for change in read_changes(rest, "the stream"):
-                if batch := batcher.push(change):
-                    copy.apply([each.update for each in batch], batch[-1].cursor)
-            if batch := batcher.rest():
-                copy.apply([each.update for each in batch], batch[-1].cursor)
+            for batch in self.batches:
+                if batch[-1].cursor > copy.cursor():  # bytes of one length, and so in order
+                    copy.apply([change.update for change in batch], batch[-1].cursor)
             self.show.event(
                 f"the export, imported at cursor {start} and fed the rest: "
                 f"{size_text(self.copy.stat().st_size).split(' (')[0]}"
@@ -297,6 +284,12 @@ class Demo:
             "Try next: foldlog put x.log greeting hello; foldlog top x.log; docs/tutorial.md"
         )
         return equal and not stopped and not wrong and not self._job_errors
+
+
+def _batches(lines: Sequence[bytes]) -> list[list[Change]]:
+    batcher = Batcher(max(min(BATCH, len(lines) // 60), 1))
+    batches = [batcher.push(change) for change in read_changes(lines, "the stream")]
+    return [batch for batch in (*batches, batcher.rest()) if batch]
 
 
 def run(folder: Path, code_points: Sequence[int] = ALL_CODE_POINTS) -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import foldlog
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -34,6 +43,12 @@ def test_every_example_has_a_test():
         "feature_flags_web.py",
         "cache_refresh_by_actor.py",
         "mirror_of_a_log.py",
+        "plain_keys.py",
+        "eight_readers.py",
+        "gunicorn_flags.py",
+        "asyncio_feed.py",
+        "longest_prefix_routes.py",
+        "flags_over_sse.py",
     }
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
@@ -116,3 +131,126 @@ def test_mirror_of_a_log_is_exact_deletes_included():
         "while it was away: {'eu/2': b'10.0.0.2', 'eu/4': b'10.0.0.4'}",
         "refused: a mirror is written by its upstream",
     ]
+def test_plain_keys_needs_no_cursor(tmp_path):
+    expected = ["theme is light", "['theme'] no font"]
+    assert run("plain_keys.py") == expected
+    assert run("plain_keys.py", tmp_path / "settings.log") == expected
+
+
+def test_eight_readers_read_beside_a_feeder():
+    assert run("eight_readers.py") == ["8 threads read, all right: True; at 200"]
+
+
+def test_asyncio_feed_watches_and_waits_for_what_it_put():
+    assert run("asyncio_feed.py") == [
+        "price/0 is 100",
+        "the follower has 6 keys; closed: b'yes'",
+    ]
+
+
+def test_longest_prefix_routes_are_in_step_and_do_not_change_under_their_readers():
+    assert run("longest_prefix_routes.py") == [
+        "site default",
+        "rack and before: site",
+        "default at batch 3",
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def served(command: list[str], log: Path, ready: str) -> Iterator[str]:
+    """A server on loopback, until its probe answers; ended by SIGTERM, and its end is waited for."""
+    port = free_port()
+    env = os.environ | {"FLAGS_LOG": str(log), "PYTHONPATH": str(EXAMPLES)}
+    server = subprocess.Popen(
+        [sys.executable, "-m", *(each.format(port=port) for each in command)],
+        cwd=log.parent,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            assert server.poll() is None, server.stderr.read()
+            with contextlib.suppress(OSError), urllib.request.urlopen(url + ready, timeout=5):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield url
+    finally:
+        server.terminate()
+        _, complaints = server.communicate(timeout=30)
+        assert "Traceback" not in complaints, complaints
+
+
+def fetched(url: str, method: str = "GET", body: bytes | None = None, **headers: str):
+    request = urllib.request.Request(url, body, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read()
+
+
+def test_flags_over_sse_serves_and_pushes_over_real_http(tmp_path):
+    pytest.importorskip("starlette")
+    command = [
+        *("uvicorn", "--factory", "flags_over_sse:create_app", "--port", "{port}"),
+        *("--timeout-graceful-shutdown", "2"),
+    ]
+    with served(command, tmp_path / "flags.log", "/healthz") as url:
+        assert json.loads(fetched(url + "/healthz")[2]) == {"status": "ready", "reasons": []}
+        assert fetched(url + "/flags/beta")[0] == 404
+        status, headers, _ = fetched(url + "/flags/beta", "PUT", b'{"percent": 5}')
+        assert (status, headers["ETag"]) == (204, '"1"')
+        with urllib.request.urlopen(url + "/events", timeout=20) as stream:
+            lines = iter(stream)
+
+            def event() -> tuple[str, dict]:
+                kind = data = None
+                for line in lines:
+                    if line.startswith(b"event: "):
+                        kind = line[7:].strip().decode()
+                    elif line.startswith(b"data: "):
+                        data = json.loads(line[6:])
+                    elif line == b"\n":
+                        return kind, data
+                raise EOFError
+
+            assert event() == ("flag", {"name": "beta", "flag": {"percent": 5}})
+            assert event() == ("synced", {})
+            tag = {"If-Match": '"1"'}
+            assert fetched(url + "/flags/beta", "PUT", b'{"percent": 50}', **tag)[0] == 204
+            assert event() == ("flag", {"name": "beta", "flag": {"percent": 50}})
+            assert fetched(url + "/flags/beta", "PUT", b'{"percent": 1}', **tag)[0] == 412
+            assert fetched(url + "/flags/beta", "PUT", b'{"percent": "x"}')[0] == 422
+        assert fetched(url + "/flags/beta")[2] == b'{"percent": 50}'
+    with foldlog.open(tmp_path / "flags.log") as store:
+        assert store.report.sealed, "the server closed it as it ended"
+
+
+def test_gunicorn_flags_are_followed_by_each_of_four_workers(tmp_path):
+    log = tmp_path / "flags.log"
+    with foldlog.open(log) as store:
+        flags = foldlog.view(store, "json", "flags/")
+        flags["flags/beta"] = {"percent": 5}
+        command = ["gunicorn", "-w", "4", "-b", "127.0.0.1:{port}", "gunicorn_flags:app"]
+        with served(command, log, "/healthz") as url:
+            assert json.loads(fetched(url + "/beta")[2]) == {"percent": 5}
+            assert fetched(url + "/dark")[0] == 404
+            flags["flags/beta"] = {"percent": 100}
+            deadline = time.monotonic() + 20
+            right = 0
+            while right < 20:  # in a row: each of the workers has seen it
+                answer = json.loads(fetched(url + "/beta")[2])
+                right = right + 1 if answer == {"percent": 100} else 0
+                assert time.monotonic() < deadline
