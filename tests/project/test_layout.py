@@ -164,7 +164,7 @@ def block_of_readme(language: str, containing: str) -> str:
 
 
 def test_the_program_in_the_readme_runs_twice(tmp_path: Path) -> None:
-    program = block_of_readme("python", "import")
+    program = block_of_readme("python", "from foldlog import")
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -176,6 +176,20 @@ def test_the_program_in_the_readme_runs_twice(tmp_path: Path) -> None:
         )
         assert (done.stderr, done.returncode) == ("", 0)
         assert done.stdout == "None\nbeta/checkout b'1%' b'1%'\nbeta/search b'100%' b'5%'\n"
+
+
+def test_the_program_with_plain_keys_in_the_readme_runs_once(tmp_path: Path) -> None:
+    program = block_of_readme("python", "settings.log")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout == "b'light' no font ['theme']\n"
 
 
 def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
