@@ -3,9 +3,9 @@
 protocol <- storage <- actors <- foldlog        imports never run back
 """
 
-from foldlog import upstreams
 from typing import TYPE_CHECKING, Any
 
+from foldlog import upstreams
 from foldlog.actors.core import Restart, State, Stats
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Watch
@@ -14,8 +14,8 @@ from foldlog.actors.link import LinkState, LinkStats
 from foldlog.codecs import Codec
 from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow
-from foldlog.mirror import Mirror, MirrorStats, mirror
 from foldlog.health import Health, Status
+from foldlog.mirror import Mirror, MirrorStats, mirror
 from foldlog.protocol.errors import (
     ArtifactInvalidError,
     Backpressure,

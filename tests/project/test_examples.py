@@ -131,6 +131,8 @@ def test_mirror_of_a_log_is_exact_deletes_included():
         "while it was away: {'eu/2': b'10.0.0.2', 'eu/4': b'10.0.0.4'}",
         "refused: a mirror is written by its upstream",
     ]
+
+
 def test_plain_keys_needs_no_cursor(tmp_path):
     expected = ["theme is light", "['theme'] no font"]
     assert run("plain_keys.py") == expected

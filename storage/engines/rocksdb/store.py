@@ -7,8 +7,7 @@ from typing import Any, Literal, Self, cast
 
 from foldlog.protocol.engine import Held, Sizes
 from foldlog.protocol.store import StrPath
-from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.tokens import as_cursor
+from foldlog.protocol.tokens import WatchCursor, as_cursor
 from foldlog.protocol.updates import Update, raw_updates
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb import artifact
