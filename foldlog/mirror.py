@@ -28,7 +28,7 @@ from foldlog.actors.requests import LocalWrite, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
 from foldlog.protocol.store import StrPath
-from foldlog.protocol.tokens import VersionToken, WatchCursor
+from foldlog.protocol.tokens import CursorLike, VersionToken
 from foldlog.protocol.updates import Batch, Update
 from foldlog.protocol.upstream import MirrorReadOnly, Upstream
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -199,14 +199,21 @@ class Mirror(Store):
     def apply(
         self,
         updates: Iterable[Update],
-        cursor: WatchCursor,
+        cursor: CursorLike,
         timeout_s: float | None = APPLY_TIMEOUT_S,
+        *,
+        forward_only: bool = False,
     ) -> NoReturn:
         """MirrorReadOnly: the upstream alone writes a mirror."""
         self._refuse()
 
     def apply_async(
-        self, updates: Iterable[Update], cursor: WatchCursor, timeout_s: float | None = 0.0
+        self,
+        updates: Iterable[Update],
+        cursor: CursorLike,
+        timeout_s: float | None = 0.0,
+        *,
+        forward_only: bool = False,
     ) -> NoReturn:
         """MirrorReadOnly: the upstream alone writes a mirror."""
         self._refuse()

@@ -288,7 +288,8 @@ class Demo:
 
 def _batches(lines: Sequence[bytes]) -> list[list[Change]]:
     batcher = Batcher(max(min(BATCH, len(lines) // 60), 1))
-    batches = [batcher.push(change) for change in read_changes(lines, "the stream")]
+    changes = read_changes(lines, "the stream")
+    batches = [batcher.push(change) for change in changes if change is not None]
     return [batch for batch in (*batches, batcher.rest()) if batch]
 
 
