@@ -2,15 +2,15 @@
 
 It outlives every error:
 
-| what fails                      | what happens                       | what callers see              |
-|---------------------------------|------------------------------------|-------------------------------|
-| the connection, a gap, silence  | let go; attach again at the cursor | LOST, then ATTACHING          |
-| the store refuses a batch       | the same                           | LOST with the store's error   |
-| the bucket does not exist       | waited for                         | LOST, and the reason says so  |
-| credentials, permissions        | nothing: trying again is no help   | FAILED with UpstreamRefused   |
-| another upstream, a mass delete | nothing is written; it waits       | FAILED until `accept_reset()` |
-| an update over the limits       | nothing is written; or skipped     | FAILED with UpstreamOversize  |
-| a hook, or a bug                | restarted, within a limit          | a Restart, in the end FAILED  |
+| what fails                 | what happens                   | what callers see              |
+|----------------------------|--------------------------------|-------------------------------|
+| connection, a gap, silence | let go; attach at the cursor   | LOST, then ATTACHING          |
+| the store refuses a batch  | the same                       | LOST with the store's error   |
+| the bucket does not exist  | waited for                     | LOST, and the reason says so  |
+| credentials, permissions   | nothing: trying cannot help    | FAILED with UpstreamRefused   |
+| another one, a mass delete | nothing is written; it waits   | FAILED until `accept_reset()` |
+| an update over the limits  | nothing is written; or skipped | FAILED with UpstreamOversize  |
+| a hook, or a bug           | restarted, within a limit      | a Restart, in the end FAILED  |
 
 Reads go on through all of it. Nothing that was received survives letting go: the store's cursor
 alone tells where to go on. One batch is under way at a time, so that none can be written after one
