@@ -120,3 +120,17 @@ def running(server: Server) -> Iterator[Server]:
     """The server, for as long as a test takes."""
     with server:
         yield server
+
+
+def nats_cluster(folder: Path, size: int = 3) -> list[Server]:
+    """NATS servers that form a cluster, not started yet."""
+    routes = [free_port() for _ in range(size)]
+    urls = ", ".join(f"nats://127.0.0.1:{port}" for port in routes)
+    return [
+        nats(
+            folder / f"n{number}",
+            config=f"server_name: n{number}\n"
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{urls}] }}\n",
+        )
+        for number, port in enumerate(routes)
+    ]

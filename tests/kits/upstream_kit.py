@@ -23,9 +23,9 @@ from foldlog.upstreams import Etcd, LogFile, NatsKv
 DEADLINE_S = 30.0
 
 
-def until(condition: Callable[[], object], what: str = "") -> None:
+def until(condition: Callable[[], object], what: str = "", within_s: float = DEADLINE_S) -> None:
     """Wait until `condition` holds, with a deadline."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, what or "a condition did not come to hold"
         time.sleep(0.005)
