@@ -9,6 +9,7 @@ from foldlog.actors.requests import ExportRequest
 from foldlog.protocol.store import FormatName
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.rewrite import Rewrite
+from foldlog.storage.log.files import Access
 
 
 class CompactJob(NamedTuple):
@@ -28,6 +29,8 @@ class ExportJob(NamedTuple):
     request: ExportRequest
     fold: FoldSnapshot
     format: FormatName
+    source: Access
+    """Of the log: the artifact is no wider."""
 
     def fail(self, error: Exception | None) -> None:
         """It will not be served."""

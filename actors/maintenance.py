@@ -79,6 +79,7 @@ class Maintenance(SupervisedActor):
                 job.fold,
                 job.request.dest_dir,
                 format=job.format,
+                source=job.source,
                 files=self._core.config.files,
                 progress=_let_others_run,
             )

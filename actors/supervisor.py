@@ -69,8 +69,10 @@ from foldlog.actors.syncer import Syncer
 from foldlog.actors.writer import Writer
 from foldlog.protocol.errors import (
     CorruptLogError,
+    ForeignFileError,
     ForkedStore,
     InvalidFormatError,
+    LogAccessError,
     LogChangedError,
     LogRegressedError,
     StoreClosed,
@@ -81,7 +83,9 @@ from foldlog.storage.fold.snapshot import ClosedFold
 
 PERMANENT = (
     CorruptLogError,
+    ForeignFileError,
     InvalidFormatError,
+    LogAccessError,
     StoreLocked,
     LogChangedError,
     LogRegressedError,

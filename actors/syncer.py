@@ -56,6 +56,8 @@ class Syncer(SupervisedActor):
             return
         try:
             journal.check_unchanged()
+            if not journal.has_its_lock_file():
+                self._tell_writer(CheckFile())
         except LogChangedError:
             self._tell_writer(CheckFile())
         except OSError as error:

@@ -106,12 +106,7 @@ class Writer(SharedActor):
         self._step("writer.start")
         self._drop_rewrite()
         crashed = self._engine and self._engine.log
-        if (
-            crashed
-            and crashed.poison is None
-            and not crashed.closed
-            and not self._core.config.files.exists(crashed.path)
-        ):
+        if crashed and crashed.poison is None and not crashed.closed and crashed.was_deleted():
             crashed.poison_with(
                 "was deleted while the writer was down"
             )  # or replaying would begin an empty log
@@ -159,6 +154,12 @@ class Writer(SharedActor):
                 engine.report.cut_bytes,
                 engine.report.cut_reason,
             )
+        if engine.report.missing_batches:
+            log.warning(
+                "%s: is a copy, taken while the log was written to: it lacks the last %d batches",
+                config.path,
+                engine.report.missing_batches,
+            )
         if engine.log.poison is not None:
             self._heal()
         else:
@@ -169,6 +170,7 @@ class Writer(SharedActor):
         engine = self.engine
         log.warning("%s: writing the store to a new file: %s", engine.path, engine.log.poison)
         self._step("writer.heal")
+        engine.log.confirm_lock()  # before much is written to a directory that may be another
         engine.compact()
         if engine.log.poison is not None:
             raise LogPoisonedError(engine.path, engine.log.poison)
@@ -235,8 +237,10 @@ class Writer(SharedActor):
             self._in_hand = [first]
             self._step("export.begin")
             if first.start():
-                format = first.format or self.engine.log.file.format.name
-                self._maintenance.put(Mail(ExportJob(first, self.engine.fold, format)))
+                journal = self.engine.log
+                format = first.format or journal.file.format.name
+                job = ExportJob(first, self.engine.fold, format, journal.access())
+                self._maintenance.put(Mail(job))
         elif isinstance(first, Rewritten):
             self._pass_ended(first)
         elif isinstance(first, Heal):
@@ -368,16 +372,18 @@ class Writer(SharedActor):
 
     def _check_file(self) -> None:
         """Whether the log is still ours. Dies of it if not: healing and giving up are the matter of starting again."""
+        journal = self.engine.log
         try:
-            self.engine.log.check_unchanged()
+            journal.check_unchanged()
         except LogChangedError as error:
             self._poison_if_deleted(error)
             raise
+        journal.confirm_lock()
 
     def _poison_if_deleted(self, error: LogChangedError) -> None:
         """Where nobody's file is in the way, let the store be put back. One that was replaced or cut is left alone."""
         journal = self.engine.log
-        if not self._core.config.files.exists(journal.path):
+        if journal.was_deleted():
             journal.poison_with(error.reason)
             raise LogPoisonedError(journal.path, error.reason) from error
 

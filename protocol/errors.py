@@ -73,16 +73,37 @@ class LogPoisonedError(_FileError):
     """
 
 
-class StoreLocked(FoldlogError):
-    """Another writer has the log open: `pid` is its process, or None if it left no note."""
+class LogAccessError(_FileError):
+    """A new file could not be given the log's owner, group, mode or access list, and did not take
+    its place.
 
-    def __init__(self, path: Path | str, pid: int | None) -> None:
-        super().__init__(path, pid)
-        self.path, self.pid = Path(path), pid
+    The log goes on as it was, not compacted. Recover: compact it as its owner, or as root.
+    """
+
+
+class ForeignFileError(_FileError):
+    """A name that foldlog needs beside the log is taken by something that is not foldlog's. It was
+    left as it is.
+
+    Recover: look at what has the name `path`, and move it away.
+    """
+
+
+class StoreLocked(FoldlogError):
+    """Another writer has the log open: `pid` is its process, or None where that cannot be told or
+    is no process of ours.
+
+    `holder` says then who it is, if that is known: a process of another pid namespace, or of
+    another machine.
+    """
+
+    def __init__(self, path: Path | str, pid: int | None, holder: str = "") -> None:
+        super().__init__(path, pid, holder)
+        self.path, self.pid, self.holder = Path(path), pid, holder
 
     def __str__(self) -> str:
-        holder = "another writer" if self.pid is None else f"process {self.pid}"
-        return f"{self.path}: is open in {holder}"
+        known = f"process {self.pid}" if self.pid is not None else self.holder
+        return f"{self.path}: is open in {known or 'another writer'}"
 
 
 class ArtifactInvalidError(_FileError):

@@ -40,14 +40,16 @@ def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> No
     if OS_FILES.exists(given):
         raise FileExistsError(errno.EEXIST, "a conversion never overwrites", str(given))
     with progress_bar("converting", "entries", os.stat(log).st_size) as progress:
-        _, loaded = read_log(log, progress)
-        fold = loaded.fold
+        handle, loaded = read_log(log, progress)
+        fold, source = loaded.fold, OS_FILES.access(handle.fd)
         lock = WriterLock(OS_FILES, resolve(given))
         try:
             lock.write(
                 None
             )  # what a log that stood here before left as a note says nothing of this one
-            write_new(OS_FILES, resolve(given), fold, FORMATS[format_name], progress)
+            dest_path = resolve(given)
+            write_new(OS_FILES, dest_path, fold, FORMATS[format_name], progress, source=source)
+            lock.keep(handle.fd)
         finally:
             lock.release()
     tell_torn(loaded)

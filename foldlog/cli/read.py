@@ -3,7 +3,6 @@ take no lock that a writer would wait for, and so work while another process has
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -34,9 +33,8 @@ from foldlog.storage.formats.replay import Loaded, load_intact, resolve
 from foldlog.storage.formats.rewrite import Progress
 from foldlog.storage.formats.slipstream_log import SLIPSTREAM
 from foldlog.storage.log.files import OS_FILES, ReadHandle
-from foldlog.storage.log.lock import beside
+from foldlog.storage.log.lock import writer_of
 
-_NOTE_BYTES = 4096  # more than any note that a writer leaves
 _WRITE_BYTES = 64 * 1024
 
 
@@ -158,9 +156,11 @@ def info(log: Path, as_json: bool) -> None:
     fold = opened.loaded.fold
     writer = "none"
     if facts["locked"] is None:
-        writer = "unknown: the lock file cannot be read"
+        writer = "unknown: the note beside the log cannot be read"
+    elif facts["writer_pid"] is not None:
+        writer = f"process {facts['writer_pid']}"
     elif facts["locked"]:
-        writer = "yes" if facts["writer_pid"] is None else f"process {facts['writer_pid']}"
+        writer = facts["writer"] or "yes"
     own = facts["format"] == "foldlog"
     base = size_text(facts["base_bytes"])
     rows = [
@@ -203,7 +203,7 @@ def describe(opened: Opened) -> dict[str, Any]:
     handle, loaded = opened
     end = loaded.chain.offset
     size = max(OS_FILES.fstat(handle.fd).st_size, end) if loaded.bad is not None else end
-    locked, pid = writer_of(handle.path)
+    writing = writer_of(OS_FILES, handle.path)
     own = loaded.format is not SLIPSTREAM
     return {
         "path": str(handle.path),
@@ -221,40 +221,10 @@ def describe(opened: Opened) -> dict[str, Any]:
         "batches_since_base": loaded.chain.seq - loaded.head.base_seq,
         "sealed": loaded.sealed if own else None,
         "torn_bytes": size - end,
-        "locked": locked,
-        "writer_pid": pid,
+        "locked": writing.locked,
+        "writer_pid": writing.pid,
+        "writer": writing.holder or None,
     }
-
-
-def writer_of(path: Path) -> tuple[bool | None, int | None]:
-    """Whether a writer has the log at `path` open, and its pid if it left one. (None, None) if that cannot be told.
-
-    A shared lock is tried on the lock file and given back within microseconds: a writer that opens in between is refused.
-    """
-    try:
-        fd = OS_FILES.open_read(beside(path, "lock"))
-    except FileNotFoundError:
-        return False, None  # no writer has ever been here
-    except OSError:
-        return None, None
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True, _pid(OS_FILES.read(fd, _NOTE_BYTES, 0))
-        except OSError:
-            return None, None
-        return False, None
-    finally:
-        OS_FILES.close(fd)
-
-
-def _pid(note: bytes) -> int | None:
-    try:
-        pid = json.loads(note)["pid"]
-    except (ValueError, KeyError, TypeError):  # a note is a help, not a truth
-        return None
-    return pid if type(pid) is int else None
 
 
 @click.command(epilog="Example: foldlog export routes.log backup-1")
@@ -268,12 +238,16 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
     Needs no lock: the log may be open for writing, and the artifact holds what was written when the export began.
     """
     with progress_bar("reading", "bytes") as progress:
-        loaded = read_log(log, progress).loaded
+        handle, loaded = read_log(log, progress)
         fold = loaded.fold
     tell_torn(loaded)
     with progress_bar("exporting", "entries") as progress:
         manifest = export_fold(
-            fold, dest_dir, format=format_name or loaded.format.name, progress=progress
+            fold,
+            dest_dir,
+            format=format_name or loaded.format.name,
+            source=OS_FILES.access(handle.fd),
+            progress=progress,
         )
     if as_json:
         click.echo(

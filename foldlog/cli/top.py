@@ -17,7 +17,6 @@ import click
 from foldlog.actors.follower import FollowerState
 from foldlog.cli.args import log_argument
 from foldlog.cli.keyboard import Keyboard
-from foldlog.cli.read import writer_of
 from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import FoldlogError
@@ -26,6 +25,7 @@ from foldlog.protocol.options import PICTURE_INTERVAL_S
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.formats.replay import read_head, resolve
 from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.lock import writer_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,7 +92,7 @@ class Watcher:
         """The log as it is at `now`, of a monotonic clock. Cost: the difference to the last look."""
         stats, path = self._follower.stats(), self._follower.path
         size, base, written = self._file()
-        locked, pid = writer_of(path)
+        writing = writer_of(OS_FILES, path)
         return Picture(
             path=str(path),
             state=str(stats.state),
@@ -107,8 +107,8 @@ class Watcher:
             written_unix_s=written,
             last_change=self._changed(),
             snapshot_age_s=round(stats.snapshot_age_s, 3),
-            locked=locked,
-            writer_pid=pid,
+            locked=writing.locked,
+            writer_pid=writing.pid,
         )
 
     def _rate(self, now: float, seq: int) -> float | None:

@@ -31,12 +31,23 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.artifacts.artifact import import_artifact
 from foldlog.storage.engines.append_log import AppendLogSnapshot
-from foldlog.storage.formats.replay import resolve
+from foldlog.storage.formats.replay import OpenReport, resolve
 from foldlog.storage.formats.rewrite import Progress
 
 DEFAULT_BATCH = 1000
 PAUSE_S = 0.1
 """How long the input may be silent before what is pending is applied."""
+
+
+def tell_of_a_copy(report: OpenReport) -> None:
+    """Say on standard error what a copy of a log lacks that was taken while the log was written to."""
+    if report.missing_batches:
+        lacks = f"the last {counted(report.missing_batches, 'batch')}"
+        click.echo(
+            f"{printable(str(report.path))} is a copy, taken while the log was written to:"
+            f" it lacks {lacks}; its cursor is {token_text(report.cursor)}",
+            err=True,
+        )
 
 
 @dataclass(slots=True)
@@ -160,6 +171,7 @@ def apply(
         _, snap = AppendLogSnapshot.open(
             log, format=format_name, on_damage=on_damage, progress=progress
         )
+        tell_of_a_copy(snap.report)
         with snap:
             start = time.perf_counter()
             tally = fold_stream(snap, read_changes(_lines(file, progress), name), name, batch_size)
@@ -218,6 +230,7 @@ def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
     ).st_size  # also refuses a log that is not there, which opening would create
     with progress_bar("compacting", "entries", before) as progress:
         _, snap = AppendLogSnapshot.open(path, on_damage=on_damage, progress=progress)
+        tell_of_a_copy(snap.report)
         with snap:
             entries, compacted = len(snap), snap.report.compacted
     after = os.stat(path).st_size

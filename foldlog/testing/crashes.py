@@ -240,12 +240,16 @@ class CrashFiles(Files):
         return self._opened(self.inner.open_read(path), path)
 
     @_one_at_a_time
+    def open_side(self, path: Path, *, write: bool = False) -> int:
+        return self._opened(self.inner.open_side(path, write=write), path)
+
+    @_one_at_a_time
     def open_write(self, path: Path) -> int:
         return self._opened(self.inner.open_write(path), path)
 
     @_one_at_a_time
-    def create(self, path: Path, *, exclusive: bool = False) -> int:
-        fd = self.inner.create(path, exclusive=exclusive)
+    def create(self, path: Path, *, exclusive: bool = False, mode: int = 0o666) -> int:
+        fd = self.inner.create(path, exclusive=exclusive, mode=mode)
         folder, name = self._place(path)
         node = folder.names.get(name)
         if isinstance(node, _File):
@@ -352,8 +356,8 @@ class CrashFiles(Files):
         self.changes += 1
 
     @_one_at_a_time
-    def make_dir(self, path: Path) -> None:
-        self.inner.make_dir(path)
+    def make_dir(self, path: Path, mode: int = 0o777) -> None:
+        self.inner.make_dir(path, mode)
         folder, name = self._place(path)
         folder.set({name: _Folder()})
         self.changes += 1

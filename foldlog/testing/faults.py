@@ -16,6 +16,7 @@ OPERATIONS = (
     *(
         "open_read",
         "open_write",
+        "open_side",
         "create",
         "open_dir",
         "open_at",
@@ -38,6 +39,11 @@ OPERATIONS = (
         "stat",
         "fstat",
         "lock",
+        "unlock",
+        "mark",
+        "marked",
+        "access",
+        "set_access",
     ),
 )
 """What can fail: the calls of `foldlog.storage.log.files.Files` that the operating system may refuse."""

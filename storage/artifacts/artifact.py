@@ -30,10 +30,18 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage.artifacts.strict_json import parse_object
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.registry import Loaded, LogFormat
+from foldlog.storage.formats.registry import PRIVATE, Loaded, LogFormat
 from foldlog.storage.formats.replay import FORMATS, resolve
 from foldlog.storage.formats.rewrite import Progress, write_new
-from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.log.access import narrow
+from foldlog.storage.log.files import (
+    OS_FILES,
+    Access,
+    Files,
+    ReadHandle,
+    remove_quietly,
+    write_all,
+)
 from foldlog.storage.log.lock import WriterLock, temporary
 from foldlog.storage.log.origins import drop_stale_origin
 
@@ -88,10 +96,16 @@ def export_fold(
     dest_dir: str | os.PathLike[str],
     *,
     format: FormatName = "foldlog",
+    source: Access | None = None,
     files: Files = OS_FILES,
     progress: Progress | None = None,
 ) -> ExportManifest:
-    """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves nothing there."""
+    """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves
+    nothing there.
+
+    `source`: of the log that the fold is of; the artifact is no wider. None: it is as any new file
+    is.
+    """
     FORMAT.check(format)
     kind = FORMATS[format]
     dest = Path(os.path.abspath(dest_dir))
@@ -100,12 +114,15 @@ def export_fold(
     stage = dest.with_name(
         f"{dest.name}.partial-{secrets.token_hex(4)}"
     )  # a name that nobody else's folder has
-    files.make_dir(stage)
+    mode = 0o666 if source is None else PRIVATE
+    _make_dir(files, stage, source)
     try:
         payload = stage / kind.payload_path
-        files.make_dir(payload.parent)
-        out = kind.new_file(files, payload, seq=fold.seq)
+        _make_dir(files, payload.parent, source)
+        out = kind.new_file(files, payload, seq=fold.seq, mode=mode)
         try:
+            if source is not None:
+                narrow(files, out.fd, source)
             out.write_fold(fold, progress)
             out.sync()
         finally:
@@ -119,8 +136,10 @@ def export_fold(
         manifest = ExportManifest(
             kind.backend, kind.backend_version, fold.cursor(), int(time.time()), (declared,)
         )
-        fd = files.create(stage / MANIFEST_NAME, exclusive=True)
+        fd = files.create(stage / MANIFEST_NAME, exclusive=True, mode=mode)
         try:
+            if source is not None:
+                narrow(files, fd, source)
             write_all(files, fd, manifest.to_json(), 0)
             files.sync(fd)
         finally:
@@ -133,6 +152,21 @@ def export_fold(
         shutil.rmtree(stage, ignore_errors=True)
         raise
     return manifest
+
+
+def _make_dir(files: Files, path: Path, source: Access | None) -> None:
+    files.make_dir(path, 0o777 if source is None else 0o700)
+    if source is None:
+        return
+    try:
+        fd = files.open_dir(path)
+        try:
+            narrow(files, fd, source, directory=True)
+        finally:
+            files.close(fd)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:
@@ -175,12 +209,15 @@ def import_artifact(
         landing = FORMATS[format or "foldlog"]
         loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
         lock.write(None)  # a watermark of a log that stood here before says nothing of this one
+        reader = ReadHandle(files, staged)
         if landing is kind:
             drop_stale_origin(files, dest)
             files.link_new(staged, dest)
             files.sync_dir(dest.parent)
         else:
-            write_new(files, dest, loaded.fold, landing, progress)
+            source = files.access(reader.fd)
+            write_new(files, dest, loaded.fold, landing, progress, source=source)
+        lock.keep(reader.fd)
     finally:
         remove_quietly(files, staged)
         lock.release()
@@ -284,8 +321,9 @@ def _copy_verified(
     if space.f_bavail * space.f_frsize < size:
         raise OSError(errno.ENOSPC, f"the import needs {size} bytes", str(staged.parent))
     digest = blake3()
-    out = files.create(staged, exclusive=True)
+    out = files.create(staged, exclusive=True, mode=PRIVATE)
     try:
+        narrow(files, out, files.access(source))
         done = 0
         while chunk := files.read(source, min(_COPY_BYTES, declared.size + 1 - done), done):
             digest.update(chunk)

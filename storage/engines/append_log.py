@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, Self
 
-from foldlog.protocol.errors import FoldlogError, ReentrantCall, check_forward
+from foldlog.protocol.errors import FoldlogError, LogAccessError, ReentrantCall, check_forward
 from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
@@ -216,6 +216,7 @@ class AppendLogSnapshot(Readable):
             self.snapshot(),
             dest_dir,
             format=format or log.file.format.name,
+            source=log.access(),
             files=log.files,
             progress=progress,
         )
@@ -262,10 +263,11 @@ def _compacted_at_open(
     report = snap.report
     try:
         snap.compact(progress)
-    except OSError as error:
+    except (OSError, LogAccessError) as error:
         if poisoned:
             raise  # nothing can be written through it
-        log.warning("%s: opened, but not compacted: %s", report.path, error)
+        reason = str(error)  # a record of the error itself would keep the old file open
+        log.warning("%s: opened, but not compacted: %s", report.path, reason)
         snap._failed_to_compact()
         return replace(report, compaction_error=f"{type(error).__name__}: {error}")
     size = snap._engine.log.chain.offset

@@ -22,6 +22,8 @@ from foldlog.storage.log.recovery import Verdict
 from foldlog.storage.log.scan import BadFrame, Chain
 
 BUFFER_BYTES = 1024 * 1024
+PRIVATE = 0o600
+"""The mode of a new file that is to hold what another file holds, until it has that file's."""
 Progress: TypeAlias = Callable[[int, int], None]
 """Told of long work as it goes on: (done, total), in entries or bytes."""
 
@@ -88,11 +90,21 @@ class NewFile(ABC):
     """A new log file, written front to back under a temporary name."""
 
     def __init__(
-        self, files: Files, path: Path, head: FileHead, first: bytes, chain: Chain
+        self,
+        files: Files,
+        path: Path,
+        head: FileHead,
+        first: bytes,
+        chain: Chain,
+        mode: int = PRIVATE,
     ) -> None:
-        """`first`: the bytes of the file's head; `chain` is behind them."""
+        """`first`: the bytes of the file's header, written with what follows; `chain` is after
+        them.
+
+        `mode`: of the file. Whoever makes it lets in others, before anything is written.
+        """
         self.files, self.path, self.head, self.chain = files, path, head, chain
-        self.fd = files.create(path)
+        self.fd = files.create(path, exclusive=True, mode=mode)
         self.base_end = 0
         """The offset behind the fold that was written."""
         self.session = False
@@ -173,6 +185,7 @@ class LogFormat(ABC):
         seq: int,
         log_id: bytes | None = None,
         sync_each: bool = False,
+        mode: int = PRIVATE,
     ) -> NewFile:
         """Begin a file at `path` whose base stands at batch `seq`; of the log `log_id`, or of a new one."""
 

@@ -44,13 +44,13 @@ from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.delta import Collected
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats import slipstream
-from foldlog.storage.formats.registry import Known, LogFormat
+from foldlog.storage.formats.registry import PRIVATE, Known, LogFormat
 from foldlog.storage.formats.registry import Loaded as Loaded
 from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head
 from foldlog.storage.formats.slipstream_log import SLIPSTREAM
 from foldlog.storage.log.files import Files, ReadHandle
-from foldlog.storage.log.lock import Watermark
 from foldlog.storage.log.log import FrameCodec, boot_id
+from foldlog.storage.log.note import Watermark
 from foldlog.storage.log.recovery import Rest, Verdict, gather, judge
 from foldlog.storage.log.regression import lost_since, regression_text
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
@@ -87,6 +87,10 @@ class OpenReport:
     """Why it could not (no room, no right to write beside it), in `AppendLogSnapshot.open`. The log is served as it is."""
     rewritten: bool = False
     """An earlier fsync had failed, so the fold was written to a new file."""
+    missing_batches: int = 0
+    """Batches that were synced to the log of which this is a copy, and that the copy does not hold:
+    its directory was copied while it was written to. 0 also where the original's note was not
+    copied along."""
 
 
 def read_head(handle: ReadHandle) -> FileHead:
@@ -207,8 +211,9 @@ class FrameFormat(LogFormat):
         seq: int,
         log_id: bytes | None = None,
         sync_each: bool = False,
+        mode: int = PRIVATE,
     ) -> FrameWriter:
-        return FrameWriter(files, path, new_head(log_id, seq), sync_each=sync_each)
+        return FrameWriter(files, path, new_head(log_id, seq), sync_each=sync_each, mode=mode)
 
     def is_compact(self, head: FileHead, base_end: int, chain: Chain) -> bool:
         return (
@@ -310,7 +315,7 @@ def load_intact(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
         return loaded
     loaded = _undamaged(handle, progress)  # its writer may have been about to end the last frame
     if (mark := regressed(handle, loaded)) is not None:
-        raise LogRegressedError(handle.path, regression_text(loaded.chain.seq, mark))
+        raise LogRegressedError(handle.path, regression_text(handle.path, loaded.chain.seq, mark))
     return loaded
 
 

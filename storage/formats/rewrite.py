@@ -38,10 +38,11 @@ from foldlog.protocol.frames import (
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.leaf import encode_leaf, leaf_end, patched_leaf
 from foldlog.storage.fold.snapshot import FoldSnapshot, Span
-from foldlog.storage.formats.registry import LogFile, LogFormat, NewFile
+from foldlog.storage.formats.registry import PRIVATE, LogFile, LogFormat, NewFile
 from foldlog.storage.formats.registry import Progress as Progress
-from foldlog.storage.log.files import Files, ReadHandle
-from foldlog.storage.log.lock import temporary
+from foldlog.storage.log.access import keep_access, narrow
+from foldlog.storage.log.files import Access, Files, ReadHandle
+from foldlog.storage.log.lock import lock_log, temporary
 from foldlog.storage.log.log import Log, open_body
 from foldlog.storage.log.origins import drop_stale_origin
 from foldlog.storage.log.scan import Chain, read_frames
@@ -58,9 +59,15 @@ class FrameWriter(NewFile):
     base: Base
 
     def __init__(
-        self, files: Files, path: Path, head: FileHead, *, sync_each: bool = False
+        self,
+        files: Files,
+        path: Path,
+        head: FileHead,
+        *,
+        sync_each: bool = False,
+        mode: int = PRIVATE,
     ) -> None:
-        super().__init__(files, path, head, head.pack(), Chain.start(head))
+        super().__init__(files, path, head, head.pack(), Chain.start(head), mode)
         self._seed = head.seed
         self._carried_flags = FLAG_SYNC_EACH if sync_each else 0
 
@@ -262,6 +269,7 @@ class Rewrite:
         self.seq = fold.seq
         """The last batch that the new base holds."""
         self._poisoned = log.poison is not None
+        self._access = log.access()
         self._carried = log.chain  # where the new file has caught up to in the log
         self._began = self._stage = log.chain.offset
         self._live = log.file.base_end  # bytes of the base, as far as they are known
@@ -310,6 +318,7 @@ class Rewrite:
             log_id=log.file.head.log_id,
             sync_each=log.sync_each,
         )
+        keep_access(log.files, self._out.fd, self._access, log.path)
         self._out.write_fold(fold, step)
         self._live = self._expected = self._out.base_end
         self._out.sync()
@@ -387,19 +396,17 @@ class Rewrite:
         if log.closed:
             raise StoreClosed(f"{log.path} was closed while it was compacted")
         self._carry(log.chain.offset)
-        if not self._poisoned:
-            log.check_unchanged()
         directory = log.files.open_dir(log.path.parent)
         try:
             handle = ReadHandle(log.files, out.path)
             file = out.log_file(log.file.format, handle)
             fold = out.fold_with(since)
-            if not log.files.lock(out.fd):
+            if not lock_log(log.files, out.fd):
                 raise StoreLocked(log.path, None)
             inode = log.identity(out.fd)
             log.announce(file)
             self._landing = file, inode, fold
-            log.files.replace(out.path, log.path)  # the last step that can fail
+            log.put_in_place(out.path, out.fd)  # the last step that can fail
             self._land(file, inode, directory)
         finally:
             with contextlib.suppress(OSError):  # nothing was written through it
@@ -459,10 +466,21 @@ def write_new(
     fold: FoldSnapshot,
     format: LogFormat,
     progress: Progress | None = None,
+    *,
+    source: Access | None = None,
 ) -> None:
-    """Make a log that holds `fold` at `path`, whole or not at all. FileExistsError if the name is taken."""
-    out = format.new_file(files, temporary(path), seq=fold.seq)
+    """Make a log that holds `fold` at `path`, whole or not at all. FileExistsError if the name is
+    taken.
+
+    `source`: of the file that the fold was read from; the new one is no wider. None: it is as any
+    new file is.
+    """
+    out = format.new_file(
+        files, temporary(path), seq=fold.seq, mode=0o666 if source is None else PRIVATE
+    )
     try:
+        if source is not None:
+            narrow(files, out.fd, source)
         out.write_fold(fold, progress)
         out.sync()
         drop_stale_origin(files, path)

@@ -24,6 +24,7 @@ from foldlog.storage.fold.delta import EMPTY_DELTA, PIECE_ENTRIES, Collected, De
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.registry import (
     BUFFER_BYTES,
+    PRIVATE,
     Known,
     Loaded,
     LogFile,
@@ -76,10 +77,9 @@ class RecordCodec:
 class RecordFile(NewFile):
     """A new file of this format."""
 
-    def __init__(self, files: Files, path: Path, head: FileHead) -> None:
-        super().__init__(
-            files, path, head, HEAD_BYTES, Chain(HEAD.size, 0, head.base_seq, head.base_seq)
-        )
+    def __init__(self, files: Files, path: Path, head: FileHead, mode: int = PRIVATE) -> None:
+        chain = Chain(HEAD.size, 0, head.base_seq, head.base_seq)
+        super().__init__(files, path, head, HEAD_BYTES, chain, mode)
         self._delta = EMPTY_DELTA
 
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
@@ -264,8 +264,9 @@ class SlipstreamFormat(LogFormat):
         seq: int,
         log_id: bytes | None = None,
         sync_each: bool = False,
+        mode: int = PRIVATE,
     ) -> RecordFile:
-        return RecordFile(files, path, new_head(log_id, seq))
+        return RecordFile(files, path, new_head(log_id, seq), mode)
 
     def is_compact(self, head: FileHead, base_end: int, chain: Chain) -> bool:
         return chain.offset == base_end

@@ -10,9 +10,38 @@ import errno
 import fcntl
 import os
 import stat
+import struct
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
+ACL = "system.posix_acl_access"
+# The kernel's `struct flock` on 64-bit Linux: type, whence, start, length, pid. Only there can a
+# mark be looked at.
+_FLOCK = struct.Struct("@hhqqi4x")
+_MARKS = sys.platform == "linux" and sys.maxsize > 2**32 and hasattr(fcntl, "F_OFD_SETLK")
+
+
+class Access(NamedTuple):
+    """Who may use a file."""
+
+    uid: int
+    gid: int
+    mode: int
+    """The permission bits, with set-user-id, set-group-id and sticky."""
+    attributes: tuple[tuple[str, bytes], ...]
+    """By name: the access list, where there is one, and the attributes of users (`user.*`)."""
+
+    @property
+    def acl(self) -> bytes | None:
+        """The access list, as the kernel gives it; None if the mode tells all."""
+        return dict(self.attributes).get(ACL)
+
+    def of_acl(self) -> Iterator[tuple[str, bytes]]:
+        """The attributes without those of users."""
+        return (item for item in self.attributes if item[0] == ACL)
 
 
 class Files:
@@ -23,11 +52,23 @@ class Files:
         return self._regular(path, os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS))
 
     def open_write(self, path: Path) -> int:
-        """A descriptor to read and write the regular file at `path`."""
-        return self._regular(path, os.open(path, os.O_RDWR | os.O_NONBLOCK | _FLAGS))
+        """A descriptor to read and write the regular file at `path`. OSError for a link, too."""
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | _FLAGS
+        return self._regular(path, os.open(path, flags))
 
-    def create(self, path: Path, *, exclusive: bool = False) -> int:
-        """A descriptor to read and write a file that is empty now. With `exclusive`, it must not have existed."""
+    def open_side(self, path: Path, *, write: bool = False) -> int:
+        """A descriptor of the file at `path` that foldlog keeps beside a log, to read (and write).
+        OSError for a link.
+        """
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_NOFOLLOW | _FLAGS
+        return self._regular(path, os.open(path, flags))
+
+    def create(self, path: Path, *, exclusive: bool = False, mode: int = 0o666) -> int:
+        """A descriptor to read and write a file that is empty now. With `exclusive`, it must not
+        have existed.
+
+        A new file has `mode`, without what the umask takes.
+        """
         flags = (
             os.O_RDWR
             | os.O_CREAT
@@ -35,7 +76,7 @@ class Files:
             | getattr(os, "O_NOFOLLOW", 0)
             | _FLAGS
         )
-        return self._regular(path, os.open(path, flags, 0o666))
+        return self._regular(path, os.open(path, flags, mode))
 
     def _regular(self, path: Path, fd: int) -> int:
         try:
@@ -111,8 +152,8 @@ class Files:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
-    def make_dir(self, path: Path) -> None:
-        os.mkdir(path)
+    def make_dir(self, path: Path, mode: int = 0o777) -> None:
+        os.mkdir(path, mode)
 
     def sync_dir(self, path: Path, opened: int | None = None) -> None:
         """Make the names in a folder durable. A file system that cannot sync folders (EINVAL) is taken as it is.
@@ -131,21 +172,79 @@ class Files:
             if opened is None:
                 os.close(fd)
 
-    def stat(self, path: str | Path) -> os.stat_result:
-        return os.stat(path)
+    def stat(self, path: str | Path, *, follow: bool = True) -> os.stat_result:
+        """What has this name; without `follow`, of a link itself."""
+        return os.stat(path, follow_symlinks=follow)
 
     def fstat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 
-    def lock(self, fd: int) -> bool:
-        """Take the exclusive lock of an open file, without waiting. False if another descriptor has it."""
+    def lock(self, fd: int, *, shared: bool = False) -> bool:
+        """Take the exclusive (or a shared) lock of an open file, without waiting. False if another
+        descriptor is in the way.
+        """
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             return False
         return True
+
+    def unlock(self, fd: int) -> None:
+        """Give the lock of an open file back."""
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def mark(self, fd: int) -> None:
+        """Mark an open file as held by a writer, until the descriptor is closed. Best effort: a
+        help to `marked`.
+        """
+        if _MARKS:
+            wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+            with contextlib.suppress(OSError):  # a reader has locked it
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+
+    def marked(self, fd: int) -> bool | None:
+        """Whether another descriptor's `mark` is on the file. Takes no lock. None where the system
+        cannot tell.
+        """
+        if not _MARKS:
+            return None
+        asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 1, 0)
+        found: int = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+        return found == fcntl.F_WRLCK
+
+    def access(self, fd: int) -> Access:
+        """Who may use an open file."""
+        info = os.fstat(fd)
+        names: list[str] = []
+        if hasattr(os, "listxattr"):
+            with contextlib.suppress(OSError):  # a file system without such attributes
+                names = sorted(os.listxattr(fd))
+        kept = tuple(
+            (name, os.getxattr(fd, name))
+            for name in names
+            if name == ACL or name.startswith("user.")
+        )
+        return Access(info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode), kept)
+
+    def set_access(self, fd: int, access: Access) -> None:
+        """Let `access` say who may use an open file. PermissionError if it cannot be had exactly."""
+        have = self.access(fd)
+        try:
+            if have[:2] != access[:2]:
+                os.fchown(fd, access.uid, access.gid)
+            for name, _ in set(have.attributes) - set(access.attributes):
+                os.removexattr(fd, name)
+            for name, value in set(access.attributes) - set(have.attributes):
+                os.setxattr(fd, name, value)
+            os.fchmod(fd, access.mode)  # last: a change of the owner takes bits away
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+                raise
+            raise PermissionError(errno.EPERM, error.strerror) from error
+        if self.access(fd) != access:
+            raise PermissionError(errno.EPERM, "the file system does not keep it")
 
     def exists(self, path: Path) -> bool:
         """Whether anything, a dangling link included, has this name."""

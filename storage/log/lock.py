@@ -1,35 +1,61 @@
-"""One writer per log: a lock on a file beside it, which also remembers how far the log was known to be synced.
+"""One writer per log: a lock on a file beside it, and a note that remembers how far the log was
+known to be synced.
 
-The lock is the operating system's (`flock`), on `LOG.lock`, which is never renamed or removed: a lock on the log itself
-would be lost when compaction replaces it. It goes with the process that holds it, however that ends. `fcntl` of the
-standard library is used directly: the lock libraries tried truncate the file that they lock, and with it the note.
+The lock is the operating system's (`flock`), on `LOG.foldlog-lock`, which is never renamed, and
+removed only by an open that made it and failed: a lock on the log itself would be lost when
+compaction replaces it. It goes with the process that holds it, however that ends. Only those who
+may write the log can open the lock file, so that nobody else can lock a writer out.
 
-The note is one line of JSON: the holder's pid, and a watermark (log id, sequence, size) that is written after each sync. A log
-that ends before its watermark was cut at the boundary of a frame, which nothing inside the log could show.
+The note, `LOG.foldlog-note`, can be read by all who can read the log (`note.py` has its bytes). A
+log that ends before its watermark was cut at the boundary of a frame, which nothing inside the log
+could show.
+
+A name is not a file: another program may have taken these names, with a file, a link or a pipe.
+Whatever is not foldlog's own is refused by name, with ForeignFileError, and not written to; no link
+is followed.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
+import itertools
 import os
+import random
 import re
 import secrets
+import time
 import weakref
 from pathlib import Path
 from typing import NamedTuple
 
-from foldlog.protocol.errors import StoreLocked
-from foldlog.storage.log.files import Files, Retiring, remove_quietly, write_all
+from foldlog.protocol.errors import ForeignFileError, LogChangedError, StoreLocked
+from foldlog.storage.log.access import share
+from foldlog.storage.log.files import Access, Files, Retiring, write_all
+from foldlog.storage.log.note import (
+    LOCK_BYTES,
+    LOCK_MAGIC,
+    NOTE_BYTES,
+    NOTE_MAGIC,
+    SLOT_BYTES,
+    Note,
+    Watermark,
+    describe_holder,
+    is_own,
+    pack_slot,
+    parse_note,
+    this_process,
+)
 
-_NOTE_BYTES = 256
-
-
-class Watermark(NamedTuple):
-    """What was on disk for certain, when the note was written."""
-
-    log_id: bytes
-    seq: int
-    size: int
+_NOT_REGULAR = {
+    errno.ELOOP: "is a link",
+    errno.EMLINK: "is a link",
+    errno.EISDIR: "is a directory",
+    errno.ENXIO: "is a socket, or a device without a driver",
+    errno.EINVAL: "is not a regular file",
+}
+_READER_WAIT_S = 0.25
+_PRIVATE = 0o600
 
 
 def beside(path: Path, suffix: str) -> Path:
@@ -37,13 +63,28 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.name}.{suffix}")
 
 
+def lock_path(path: Path) -> Path:
+    """The lock file of the log at `path`."""
+    return beside(path, "foldlog-lock")
+
+
+def note_path(path: Path) -> Path:
+    """The note of the log at `path`."""
+    return beside(path, "foldlog-note")
+
+
 def temporary(path: Path) -> Path:
     """A name for a new file that is to take the log's place, or to become it."""
     return beside(path, "tmp-" + secrets.token_hex(4))
 
 
-def sweep_temporaries(files: Files, path: Path) -> None:
-    """Remove what rewrites of dead processes left. Only for the holder of the lock: nobody else may have any under way."""
+def sweep_temporaries(files: Files, path: Path, beginnings: tuple[bytes, ...]) -> None:
+    """Remove what rewrites of dead processes left. Only for the holder of the lock: nobody else may
+    have any under way.
+
+    Only regular files go, and of these only what is empty or begins as a log does: with one of
+    `beginnings`, or with zeros.
+    """
     pattern = re.compile(re.escape(path.name) + r"\.tmp-[0-9a-f]{8}")
     fd = files.open_dir(path.parent)
     try:
@@ -51,91 +92,366 @@ def sweep_temporaries(files: Files, path: Path) -> None:
     finally:
         files.close(fd)
     for name in filter(pattern.fullmatch, names):
-        remove_quietly(files, path.with_name(name))
+        with contextlib.suppress(OSError):
+            if _begins_with(files, path.with_name(name), beginnings):
+                files.unlink(path.with_name(name))
 
 
-class Note(NamedTuple):
-    """What the last writer left beside the log."""
-
-    watermark: Watermark | None = None
+def _begins_with(files: Files, path: Path, beginnings: tuple[bytes, ...]) -> bool:
+    fd = files.open_side(path)
+    try:
+        raw = files.read(fd, max(map(len, beginnings)), 0)
+    finally:
+        files.close(fd)
+    return not raw.strip(b"\0") or raw.startswith(beginnings)
 
 
 def read_note(files: Files, path: Path) -> Note | None:
     """The note of the log at `path`, for those who only read: None if there is none, or none that
-    is valid."""
+    is valid.
+
+    A note that was copied with its directory tells where the original was, and not the copy: that
+    is None, too.
+    """
     try:
-        files.stat(beside(path, "lock"))  # most logs that are only read have none
-        fd = files.open_read(beside(path, "lock"))
+        files.stat(note_path(path))  # most logs that are only read have none
+        fd = files.open_side(note_path(path))
     except OSError:
         return None
     try:
-        note = json.loads(files.read(fd, _NOTE_BYTES, 0))
-    except (OSError, ValueError, RecursionError):
+        note = parse_note(files.read(fd, NOTE_BYTES, 0))
+        return note if note is not None and note.inode == files.fstat(fd).st_ino else None
+    except OSError:
         return None
     finally:
         files.close(fd)
-    return Note(_watermark(note)) if type(note) is dict else None
+
+
+class Writing(NamedTuple):
+    """Whether somebody writes a log."""
+
+    locked: bool | None
+    """None if it cannot be told."""
+    pid: int | None
+    holder: str
+    """Who it is, if that is known and is no process of ours."""
+
+
+def writer_of(files: Files, path: Path) -> Writing:
+    """Whether a writer has the log at `path` open, and who. Takes no lock on systems that can tell
+    without one.
+
+    Elsewhere a shared lock is taken and given back within microseconds, which an opening writer
+    waits for.
+    """
+    try:
+        fd = files.open_side(note_path(path))
+    except FileNotFoundError:
+        return Writing(False, None, "")  # no writer has ever been here
+    except OSError:
+        return Writing(None, None, "")
+    try:
+        held = files.marked(fd)
+        if held is None:
+            held = _is_locked(files, lock_path(path))
+        if not held:
+            return Writing(held, None, "")
+        note = parse_note(files.read(fd, NOTE_BYTES, 0))
+        return Writing(True, *describe_holder(note and note.holder, this_process()))
+    except OSError:
+        return Writing(None, None, "")
+    finally:
+        files.close(fd)
+
+
+def _is_locked(files: Files, path: Path) -> bool | None:
+    try:
+        fd = files.open_side(path)
+    except OSError:
+        return None
+    try:
+        return not files.lock(fd, shared=True)
+    finally:
+        files.close(fd)
+
+
+def lock_log(files: Files, fd: int) -> bool:
+    """Lock a log file itself, against writers that know it by another name. False if one has it.
+
+    Whoever may read a log can hold a shared lock on it. That keeps no writer out, unless the file
+    does have another name.
+    """
+    return files.lock(fd) or (files.fstat(fd).st_nlink == 1 and files.lock(fd, shared=True))
+
+
+class _Kept(NamedTuple):
+    """What the note says besides its holder."""
+
+    inode: int
+    watermark: Watermark | None
+    poisoned: int | None
 
 
 class WriterLock:
     """The right to write the log at `path`, until `release` or the end of the process."""
 
     def __init__(self, files: Files, path: Path) -> None:
-        """Take the lock, at once. StoreLocked if somebody else has it."""
-        self._files = files
-        self._retiring: Retiring | None = None
-        lock_path = beside(path, "lock")
+        """Take the lock, at once. StoreLocked if a writer has it; ForeignFileError if a name beside
+        the log is taken.
+        """
+        self._files, self.path = files, path
+        self._fd = self._note_fd = -1
+        self._log_access: Access | None = None
+        self._made: list[tuple[Path, int]] = []
+        """What this object made, and is to remove if the log is not opened after all."""
+        self._retiring: list[Retiring] = []
+        self._counter = itertools.count(1)
+        self._holder = this_process()
+        self.folder = _identity(files.stat(path.parent))
+        """(device, inode) of the directory."""
+        self.copied = False
+        """The note is a copy: somebody copied the directory, perhaps while the log was written."""
         try:
-            self._fd = files.create(lock_path, exclusive=True)
-        except FileExistsError:
-            self._fd = files.open_write(lock_path)
-        try:
-            note = self._read()
-            if not files.lock(self._fd):
-                pid = note.get("pid")
-                raise StoreLocked(path, pid if type(pid) is int else None)
-            self.watermark = _watermark(note)
-            self.write(self.watermark)
+            self._take()
+            note = self._open_note()
+            self.copied = note is not None and note.inode != self._note_inode
+            if note is not None:
+                self._counter = itertools.count(note.counter + 1)
+            # Replaced whole, by any thread. Until `keep`, all of a copied note stays as it is, but
+            # for the holder.
+            self._kept = _Kept(
+                note.inode if note is not None else self._note_inode,
+                note.watermark if note is not None else None,
+                note.poisoned if note is not None else None,
+            )
+            self._write_note()
             _held.add(self)
         except BaseException:
-            files.close(self._fd)
-            self._fd = -1
+            self.release()
             raise
 
-    def _read(self) -> dict[str, object]:
-        try:
-            note = json.loads(self._files.read(self._fd, _NOTE_BYTES, 0))
-        except ValueError:  # empty, torn or foreign: a note is a help, not a truth
-            return {}
-        return note if type(note) is dict else {}
+    @property
+    def watermark(self) -> Watermark | None:
+        """What the note remembers: of this log, unless the note is `copied`."""
+        return self._kept.watermark
+
+    def is_poisoned(self, inode: int) -> bool:
+        """Whether an fsync of the log file with this inode failed in an earlier process."""
+        return not self.copied and self._kept.poisoned == inode
 
     def write(self, watermark: Watermark | None) -> None:
         """Note this process and the watermark. Best effort, not synced."""
-        self.watermark = watermark
-        note: dict[str, object] = {"pid": os.getpid()}
-        if watermark is not None:
-            note |= {"log_id": watermark.log_id.hex(), "seq": watermark.seq, "size": watermark.size}
-        write_all(
-            self._files, self._fd, json.dumps(note).ljust(_NOTE_BYTES - 1).encode() + b"\n", 0
-        )
+        self._kept = self._kept._replace(watermark=watermark)
+        self._write_note()
+
+    def write_poison(self, inode: int | None) -> None:
+        """Note that an fsync of the log file with this inode failed. None: it matters no more."""
+        self._kept = self._kept._replace(poisoned=inode)
+        self._write_note()
+
+    def keep(self, log_fd: int) -> None:
+        """The log is open: what was made beside it stays from now on, and a copied note becomes
+        this log's own.
+
+        Lock and note let in who may use the log, as far as that can be had: nothing in them is as
+        secret as the log.
+        """
+        self._log_access = self._files.access(log_fd)
+        self._share()
+        if self.copied:
+            self._kept = _Kept(self._note_inode, None, None)
+            self._write_note()
+            self.copied = False
+        elif self._kept.poisoned != self._files.fstat(log_fd).st_ino:
+            self._kept = self._kept._replace(poisoned=None)  # of a file that was replaced
+        self._made = []
+
+    def confirm(self) -> None:
+        """Make sure that nobody else can hold this log's lock: if the lock file was deleted, it is
+        made and locked anew.
+
+        LogChangedError if another writer was faster, or if the directory is another by now. Cost:
+        three `stat`, 5 us.
+        """
+        self.check_folder()
+        if self.is_in_place():
+            return
+        lost, self._fd = self._fd, -1
+        try:
+            self._take()
+        except (StoreLocked, ForeignFileError) as error:
+            raise LogChangedError(
+                self.path, f"its lock file was deleted or replaced while it was open ({error})"
+            ) from error
+        finally:
+            if self._fd < 0:
+                self._fd = lost
+            else:
+                self._files.close(lost)
+        self._made = []
+        self._restore_note()
+
+    def is_in_place(self) -> bool:
+        """Whether the lock file's name leads to the file that is locked. One `stat`; any thread may
+        ask.
+        """
+        return self._leads_to(lock_path(self.path), self._identity)
+
+    def check_folder(self) -> None:
+        """LogChangedError if the log's directory was moved, deleted, unmounted or mounted over."""
+        try:
+            folder = _identity(self._files.stat(self.path.parent))
+        except (FileNotFoundError, NotADirectoryError):
+            folder = None
+        if folder != self.folder:
+            raise LogChangedError(
+                self.path, "its directory was moved, deleted or unmounted while it was open"
+            )
 
     def release(self) -> None:
-        """Give the lock back. In a forked child, closes the child's copy only. Can be done again if it was interrupted."""
-        if self._fd >= 0:
-            if self._retiring is None:
-                self._retiring = Retiring(self._files, self._fd)
-            self._retiring.close()
-            self._fd = -1
+        """Give the lock back. What was made for a log that was not opened is removed first, while
+        the lock is held. Can be done again if it was interrupted.
+        """
+        for path, fd in self._made:
+            with contextlib.suppress(OSError):
+                if self._leads_to(path, _identity(self._files.fstat(fd))):
+                    self._files.unlink(path)
+        self._close()
+
+    def _close(self) -> None:
+        fds = [fd for fd in (self._note_fd, self._fd) if fd >= 0]
+        if not self._retiring:
+            self._retiring = [Retiring(self._files, fd) for fd in fds]
+        with contextlib.ExitStack() as stack:
+            for retiring in self._retiring:
+                stack.callback(retiring.close)
+        self._fd = self._note_fd = -1
+        self._made, self._retiring = [], []
+
+    # The lock.
+
+    def _take(self) -> None:
+        path = lock_path(self.path)
+        while True:
+            fd, made = self._open(path, LOCK_MAGIC, LOCK_BYTES)
+            try:
+                if not _lock_alone(self._files, fd):
+                    raise self._locked(fd)
+                identity = _identity(self._files.fstat(fd))
+                if self._leads_to(path, identity):
+                    break
+            except BaseException:
+                self._files.close(fd)
+                raise
+            self._files.close(fd)  # deleted between opening and locking: its lock is worth nothing
+        self._fd, self._identity = fd, identity
+        if made:
+            self._made.append((path, fd))
+        if not self._files.fstat(fd).st_size:
+            write_all(self._files, fd, LOCK_MAGIC * (LOCK_BYTES // len(LOCK_MAGIC)), 0)
+
+    def _locked(self, fd: int) -> StoreLocked:
+        if self._files.lock(fd, shared=True):
+            name = lock_path(self.path).name
+            return StoreLocked(
+                self.path, None, f"a program that is no writer and has locked {name}"
+            )
+        note = read_note(self._files, self.path)
+        return StoreLocked(self.path, *describe_holder(note and note.holder, self._holder))
+
+    def _leads_to(self, path: Path, identity: tuple[int, int]) -> bool:
+        try:
+            there = self._files.stat(path, follow=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return _identity(there) == identity
+
+    def _open(self, path: Path, magic: bytes, size: int) -> tuple[int, bool]:
+        """Open or make a side file. Returns the descriptor, and whether it was made.
+        ForeignFileError for a stranger's.
+        """
+        while True:
+            with contextlib.suppress(FileExistsError):
+                return self._files.create(path, exclusive=True, mode=_PRIVATE), True
+            try:
+                fd = self._files.open_side(path, write=True)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except OSError as error:
+                if error.errno in _NOT_REGULAR:
+                    raise ForeignFileError(path, _foreign(_NOT_REGULAR[error.errno])) from None
+                raise
+            try:
+                if self._files.fstat(fd).st_nlink > 1:
+                    raise ForeignFileError(path, _foreign("has a second name, a hard link"))
+                if not is_own(self._files.read(fd, size + 1, 0), magic, size):
+                    raise ForeignFileError(path, _foreign("holds something else"))
+            except BaseException:
+                self._files.close(fd)
+                raise
+            return fd, False
+
+    # The note.
+
+    def _open_note(self) -> Note | None:
+        path = note_path(self.path)
+        fd, made = self._open(path, NOTE_MAGIC, NOTE_BYTES)
+        self._note_fd = fd
+        if made:
+            self._made.append((path, fd))
+        self._note_inode = self._files.fstat(fd).st_ino
+        self._files.mark(fd)
+        return parse_note(self._files.read(fd, NOTE_BYTES, 0))
+
+    def _restore_note(self) -> None:
+        """Where the note went with the lock file, a new one goes on. Best effort: it is a help."""
+        lost = self._note_fd
+        if self._leads_to(note_path(self.path), _identity(self._files.fstat(lost))):
+            return
+        with contextlib.suppress(OSError, ForeignFileError):
+            self._open_note()
+            self._files.close(lost)
+            self._share()
+            self._made = []
+            self._kept = self._kept._replace(inode=self._note_inode)
+            self._write_note()
+
+    def _share(self) -> None:
+        if self._log_access is None:
+            return
+        for fd, writers_only in ((self._fd, True), (self._note_fd, False)):
+            with contextlib.suppress(PermissionError):
+                share(self._files, fd, self._log_access, writers_only=writers_only)
+
+    def _write_note(self) -> None:
+        while True:
+            kept = self._kept
+            note = Note(self._holder, *kept, next(self._counter))
+            write_all(self._files, self._note_fd, pack_slot(note), note.counter % 2 * SLOT_BYTES)
+            if self._kept is kept:  # else another thread has changed it, and may have been faster
+                return
 
 
-def _watermark(note: dict[str, object]) -> Watermark | None:
-    log_id, seq, size = note.get("log_id"), note.get("seq"), note.get("size")
-    if type(log_id) is not str or type(seq) is not int or type(size) is not int:
-        return None
-    try:
-        return Watermark(bytes.fromhex(log_id), seq, size)
-    except ValueError:
-        return None
+def _foreign(what: str) -> str:
+    return f"{what}, and foldlog needs this name for a file of its own: move it away"
+
+
+def _lock_alone(files: Files, fd: int) -> bool:
+    """Take the exclusive lock. False if another writer has it; a mere reader's lock is waited for,
+    shortly.
+    """
+    give_up = time.monotonic() + _READER_WAIT_S
+    while True:
+        if files.lock(fd):
+            return True
+        if time.monotonic() > give_up or not files.lock(fd, shared=True):
+            return False
+        files.unlock(fd)
+        time.sleep(random.uniform(0.001, 0.005))
+
+
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
 
 
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
@@ -145,7 +461,7 @@ def _after_fork_in_child() -> None:
     # Close the child's copies, and do not unlock: an unlock through any copy would free the parent's lock. Left open, they
     # would hold the lock after the parent's death.
     for lock in list(_held):
-        lock.release()
+        lock._close()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -40,14 +40,16 @@ from foldlog.protocol.tokens import U64_MAX
 from foldlog.protocol.updates import MAX_BODY_BYTES, batches_body, has_origin
 from foldlog.storage.formats.registry import Known, LogFile
 from foldlog.storage.handover import Turns
-from foldlog.storage.log.files import Files, Retiring, remove_quietly, write_all
-from foldlog.storage.log.lock import Watermark, WriterLock, beside
+from foldlog.storage.log.access import keep_access
+from foldlog.storage.log.files import Access, Files, Retiring, remove_quietly, write_all
+from foldlog.storage.log.lock import WriterLock
+from foldlog.storage.log.note import Watermark
+from foldlog.storage.log.note import boot_id as boot_id
 from foldlog.storage.log.scan import Chain
 
 WRITER = "foldlog 1"
 _getframe = sys._getframe
 _ARRAY_HEADER_BYTES = 5  # the most that the array around the items takes
-_MAX_BOOT_CHARS = 64
 
 
 class Log:
@@ -68,8 +70,12 @@ class Log:
         self._lock = lock
         self._path = os.fspath(path)
         self._inode = self.identity(file.fd)
+        self._access = files.access(file.fd)  # as it was last seen
         self._codec = file.format.codec(file.head, sync_each=sync_each)
         self._session = file.session
+        self._leftover_bytes = (
+            0  # what a failed write may have left at the end, where it could not be cut off
+        )
         self._successor: tuple[tuple[int, int], LogFile] | None = None
         # Whose turn it is with the file: it is synced from any thread, and not exchanged or closed under the fsync.
         self._turns = Turns()
@@ -127,10 +133,77 @@ class Log:
         if (stat.st_dev, stat.st_ino) != self._inode:
             raise LogChangedError(self.path, "was replaced by another file while it was open")
         if stat.st_size != self.chain.offset:
+            self._check_size(stat.st_size)
+
+    def _check_size(self, size: int) -> None:
+        if size != self.chain.offset:
             raise LogChangedError(
                 self.path,
-                f"has {stat.st_size} bytes, expected {self.chain.offset}: someone else wrote to it",
+                f"has {size} bytes, expected {self.chain.offset}: someone else wrote to it",
             )
+
+    def access(self) -> Access:
+        """Who may use the log's file: as it is, or as it was when the log was closed. For the
+        writer's thread.
+        """
+        if self.file.fd >= 0:
+            self._access = self.files.access(self.file.fd)
+        return self._access
+
+    def was_deleted(self) -> bool:
+        """Whether nothing has the log's name, in the directory where it was. LogChangedError if
+        that is another by now.
+        """
+        self._lock.check_folder()
+        return not self.files.exists(self.path)
+
+    def confirm_lock(self) -> None:
+        """Make sure that the lock file is ours still, unless the log itself is not: see
+        `WriterLock.confirm`.
+
+        LogChangedError if either is another's. For the writer's thread.
+        """
+        self._own_stat()  # or the lock file may be that of whoever came after us
+        self._lock.confirm()
+
+    def _own_stat(self) -> os.stat_result | None:
+        """What has the log's name, if that is the log's own file; None if nothing has.
+        LogChangedError for anything else.
+        """
+        try:
+            there = self.files.stat(self._path, follow=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if (there.st_dev, there.st_ino) != self._inode:
+            raise LogChangedError(self.path, "was replaced by another file while it was open")
+        return there
+
+    def has_its_lock_file(self) -> bool:
+        """Whether the lock file is still where it was locked. Any thread may ask."""
+        return self._lock.is_in_place()
+
+    def put_in_place(self, new: Path, fd: int) -> None:
+        """Give the complete file `new`, which `fd` has open, the log's name.
+
+        It replaces the log's own file only. Where that was deleted, it takes the free name.
+        LogChangedError, LogAccessError or OSError: nothing was replaced. A rename cannot ask what
+        it replaces, so that the path is looked at right before.
+        """
+        keep_access(self.files, fd, self.access(), self.path)
+        self.confirm_lock()
+        there = self._own_stat()
+        if there is None:
+            if self.poison is None:
+                raise LogChangedError(self.path, "was deleted while it was open") from None
+            try:
+                self.files.link_new(new, self.path)
+            except FileExistsError:
+                raise LogChangedError(self.path, "was replaced by another file") from None
+            remove_quietly(self.files, new)
+            return
+        if there.st_size - self.chain.offset not in range(self._leftover_bytes + 1):
+            self._check_size(there.st_size)
+        self.files.replace(new, self.path)
 
     def append(self, items: Sequence[bytes]) -> None:
         """Write encoded batches as one commit group, in one write.
@@ -167,6 +240,7 @@ class Log:
     def _write(self, data: bytes, behind: Chain) -> None:
         chain = self.chain
         self._half_written = True
+        self._leftover_bytes = len(data)
         try:
             write_all(self.files, self.file.fd, data, chain.offset)
             self.chain = behind
@@ -177,6 +251,7 @@ class Log:
         finally:
             if self.chain is behind:
                 self._half_written = False
+                self._leftover_bytes = 0
 
     def _undo(self, error: object) -> None:
         """Cut a failed write off, for good: later frames must not mix with what it left."""
@@ -187,6 +262,8 @@ class Log:
             if second.errno is None:
                 raise  # not the system's: a signal handler's TimeoutError, say; it is undone later
             self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
+        else:
+            self._leftover_bytes = 0
         self._half_written = False
 
     def sync(self) -> None:
@@ -223,7 +300,7 @@ class Log:
         """Acknowledge nothing through this file any more. A rewrite of the fold into a new file clears it."""
         self.poison = reason
         with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
-            self.files.close(self.files.create(beside(self.path, "poison")))
+            self._lock.write_poison(self._inode[1])
 
     def announce(self, file: LogFile | None) -> None:
         """`file`, complete and synced, is about to take the log's place; None: it did not.
@@ -260,10 +337,12 @@ class Log:
         self._codec = file.format.codec(file.head, sync_each=self.sync_each)
         self._session = file.session
         self._half_written = False
+        self._leftover_bytes = 0
         self.synced_seq = file.chain.seq
         if self.poison is not None:
             self.poison = None
-            remove_quietly(self.files, beside(self.path, "poison"))
+            with contextlib.suppress(OSError):  # the note names the old file
+                self._lock.write_poison(None)
         self._synced_offset = -1
         try:
             self.files.sync_dir(self.path.parent, directory)
@@ -413,12 +492,3 @@ def open_body() -> bytes:
         {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
     )
     return packed
-
-
-def boot_id() -> str:
-    """What names this run of the machine; "" where the system does not tell, which reads as "restarted since"."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return text.strip()[:_MAX_BOOT_CHARS]

@@ -9,7 +9,13 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from foldlog.protocol.errors import InvalidFormatError, LogRegressedError, StoreLocked
+from foldlog.protocol.errors import (
+    InvalidFormatError,
+    LogChangedError,
+    LogRegressedError,
+    StoreLocked,
+)
+from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.protocol.options import FORMAT, ON_DAMAGE
 from foldlog.protocol.store import FormatName
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -24,8 +30,10 @@ from foldlog.storage.formats.replay import (
     load,
 )
 from foldlog.storage.formats.rewrite import Progress, write_new
-from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_all
-from foldlog.storage.log.lock import WriterLock, beside, sweep_temporaries
+from foldlog.storage.formats.slipstream import MAGIC as SLIPSTREAM_MAGIC
+from foldlog.storage.log.access import share
+from foldlog.storage.log.files import Access, Files, ReadHandle, remove_quietly, write_all
+from foldlog.storage.log.lock import WriterLock, beside, lock_log, sweep_temporaries
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.origins import read_origin
 from foldlog.storage.log.recovery import Rest, Verdict
@@ -59,14 +67,15 @@ def open_log(
     given_lock, lock = lock, lock or WriterLock(files, path)
     fd = -1
     try:
-        sweep_temporaries(files, path)
         created = not files.exists(path)
+        if created and crashed is not None:
+            raise LogChangedError(path, "was deleted while the writer was down")
         if created:
             write_new(files, path, FoldSnapshot.empty(), FORMATS[format or "foldlog"])
         handle = ReadHandle(files, path)
         found = format_of(handle)
         fd = files.open_write(path)
-        if not files.lock(fd):
+        if not lock_log(files, fd):
             raise StoreLocked(path, None)  # under another name: a hard link
         stat = files.fstat(fd)
         loaded = load(
@@ -85,19 +94,15 @@ def open_log(
                 on_damage == "refuse" or not loaded.base_end or loaded.bad.unsupported
             ):
                 raise damage_error(path, loaded, cut_reason)
-        mark = lock.watermark
-        if (
-            on_damage == "refuse"
-            and mark is not None
-            and mark.log_id == loaded.head.log_id
-            and mark.seq > loaded.chain.seq
-        ):
-            raise LogRegressedError(path, regression_text(loaded.chain.seq, mark))
+        missing = _missing_batches(lock, loaded, refuse=on_damage == "refuse")
+        sweep_temporaries(files, path, (FILE_MAGIC, SLIPSTREAM_MAGIC))
         kept_at, cut_bytes = None, 0
         if loaded.bad is not None:
             kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)
         file = LogFile(found, loaded.head, fd, handle, loaded.chain, loaded.base_end, False)
         log = Log(files, path, lock, file, sync_each=sync_each)
+        poisoned = lock.is_poisoned(stat.st_ino)
+        lock.keep(fd)
     except BaseException:
         try:
             if fd >= 0:
@@ -107,7 +112,7 @@ def open_log(
                 lock.release()
         raise
     try:
-        if files.exists(beside(path, "poison")):
+        if poisoned:
             log.poison = "an fsync failed in an earlier process"
         elif not loaded.sealed and found.may_be_unsynced(loaded):
             log.sync()  # what a killed writer left may stand in the page cache only
@@ -129,8 +134,27 @@ def open_log(
         cut_bytes,
         cut_reason,
         kept_at,
+        missing_batches=missing,
     )
     return log, loaded.fold, report
+
+
+def _missing_batches(lock: WriterLock, loaded: Loaded, *, refuse: bool) -> int:
+    """How many batches that the note remembers as synced the log does not have, where that is told
+    and not refused.
+
+    A log that lost them is refused, or accepted for good. A copy of a directory may lack them: each
+    file was copied at another moment, and the log before the note.
+    """
+    mark = lock.watermark
+    if mark is None or mark.log_id != loaded.head.log_id or mark.seq <= loaded.chain.seq:
+        return 0
+    if lock.copied:
+        return mark.seq - loaded.chain.seq
+    if refuse:
+        raise LogRegressedError(lock.path, regression_text(lock.path, loaded.chain.seq, mark))
+    lock.write(None)
+    return 0
 
 
 def _set_aside(
@@ -144,21 +168,26 @@ def _set_aside(
     start = loaded.chain.offset
     size = files.fstat(fd).st_size
     rest = Rest(handle, start, size - start)
-    kept_at = None if rest.is_zero(0, rest.size) else _kept(files, path, loaded.chain.seq, rest)
+    kept_at = (
+        None
+        if rest.is_zero(0, rest.size)
+        else _kept(files, path, loaded.chain.seq, rest, files.access(fd))
+    )
     files.truncate(fd, start)
     files.sync(fd)  # or a later append could mix with what was cut, sector by sector
     return kept_at, size - start
 
 
-def _kept(files: Files, path: Path, seq: int, rest: Rest) -> Path:
+def _kept(files: Files, path: Path, seq: int, rest: Rest, access: Access) -> Path:
     number = 1
     while True:
         kept_at = beside(path, f"torn-{seq}-{number}")
         with contextlib.suppress(FileExistsError):
-            copy = files.create(kept_at, exclusive=True)
+            copy = files.create(kept_at, exclusive=True, mode=0o600)
             break
         number += 1
     try:
+        share(files, copy, access, writers_only=False)
         for at, piece in rest.pieces(0, rest.size):
             if piece.strip(b"\0"):
                 write_all(files, copy, piece, at)

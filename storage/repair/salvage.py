@@ -37,6 +37,7 @@ from foldlog.storage.fold.delta import EMPTY_DELTA, Run
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.replay import check_own_format, resolve
 from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head, write_base
+from foldlog.storage.log.access import narrow
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.log.lock import temporary
 from foldlog.storage.repair.verify import base_end_of, head_and_seed
@@ -125,6 +126,7 @@ def salvage_log(
         fold = FoldSnapshot(fold.base, fold.delta, fold.runs, fold.seq, safe)
         out = FrameWriter(files, temporary(dest), new_head(base_seq=fold.seq))
         try:
+            narrow(files, out.fd, files.access(handle.fd))
             write_base(out, fold, progress)
             out.sync()
             files.link_new(out.path, dest)

@@ -41,6 +41,7 @@ from foldlog.cli.stream import (
 from foldlog.storage.formats import replay
 from foldlog.storage.formats.replay import Loaded
 from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.lock import note_path
 
 COMMAND = (sys.executable, "-c", "from foldlog.cli import main; main()")
 
@@ -205,7 +206,7 @@ READS = [
 
 @pytest.mark.parametrize("command", READS, ids=" ".join)
 def test_reading_changes_no_byte_and_creates_no_file(log: Path, command: tuple[str, ...]) -> None:
-    (log.parent / "some.log.lock").unlink()
+    note_path(log).unlink()
     before = files_in(log.parent)
     assert run(command[0], log, *command[1:]).exit_code == 0
     assert files_in(log.parent) == before
@@ -275,8 +276,8 @@ def test_a_damaged_log_ends_with_1_and_one_line(log: Path, command: tuple[str, .
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"foldlog: {log}: byte ")
     assert result.stderr.count("\n") == 1
-    assert {name for name in files_in(log.parent) if not name.endswith(".lock")} == {
-        name for name in before if ".lock" not in name
+    assert {name for name in files_in(log.parent) if ".foldlog-" not in name} == {
+        name for name in before if ".foldlog-" not in name
     }
     assert log.read_bytes() == raw
 
@@ -475,7 +476,7 @@ def test_export_and_import_carry_the_state_and_need_no_lock(log: Path, tmp_path:
 
 
 def test_export_creates_nothing_beside_the_log(log: Path, tmp_path: Path) -> None:
-    (log.parent / "some.log.lock").unlink()
+    note_path(log).unlink()
     before = files_in(log.parent)
     assert run("export", log, tmp_path / "artifact").exit_code == 0
     shutil.rmtree(tmp_path / "artifact")

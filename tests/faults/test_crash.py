@@ -17,6 +17,7 @@ from faultkit import CrashCampaign, Model, batch, fold_of, quick_folder, view
 from foldlog import AppendLogSnapshot, FoldlogError, LogPoisonedError, WatchCursor
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.engine import Engine
+from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.testing import Fault, FaultyFiles
 
@@ -153,9 +154,7 @@ def a_torn_tail_that_is_cut(campaign: CrashCampaign, sync: str) -> None:
     with contextlib.suppress(OSError, FoldlogError):
         campaign.model.apply(snap, 3, durable=False)
     campaign.files.arm()
-    campaign.path.with_name("state.log.poison").unlink(
-        missing_ok=True
-    )  # it was the process that died, not the disk
+    snap._engine.log._lock.write_poison(None)  # it was the process that died, not the disk
     snap._engine.log.abandon()
     engine = Engine(campaign.path, files=campaign.files)
     campaign.model.in_doubt = []
@@ -275,12 +274,7 @@ def a_failed_fsync_is_tried_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_failed_fsync_is_forgotten_by_the_next_process(patch: pytest.MonkeyPatch) -> None:
-    real = FaultyFiles.exists
-    patch.setattr(
-        FaultyFiles,
-        "exists",
-        lambda self, path: not str(path).endswith(".poison") and real(self, path),
-    )
+    patch.setattr(WriterLock, "is_poisoned", lambda self, inode: False)
 
 
 def answers_come_before_the_write(patch: pytest.MonkeyPatch) -> None:

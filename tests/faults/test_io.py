@@ -25,6 +25,7 @@ from faultkit import (
     run_with,
     view,
 )
+from logfiles import companions
 
 from foldlog import AppendLogSnapshot, FoldlogError, LogPoisonedError, WatchCursor
 from foldlog.protocol.updates import encode_batch
@@ -171,7 +172,9 @@ def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
 def check_what_was_made(bench: Bench, operation: Operation, *, complete: bool) -> None:
     """An export or an import is whole or absent."""
     left = [
-        file.name for file in bench.dest.parent.iterdir() if file.name not in ("dest", "dest.lock")
+        file.name
+        for file in bench.dest.parent.iterdir()
+        if file.name not in ("dest", *companions(bench.dest))
     ]
     assert not left or set(left) <= {f"dest.torn-{n}-1" for n in range(9)} or not complete, left
     if not bench.dest.exists():

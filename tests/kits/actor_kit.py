@@ -174,7 +174,7 @@ class FaultyFiles(Files):
     def check(self, operation: str, name: str) -> None:
         for fault in self._faults.get(operation, []):
             error, times, part = fault
-            if times != 0 and part in name and not name.endswith(".lock"):
+            if times != 0 and part in name and ".foldlog-" not in name:
                 if times is not None:
                     fault[1] = times - 1
                 self.fired[operation] += 1
@@ -197,9 +197,9 @@ class FaultyFiles(Files):
         self.check("replace", str(dest))
         super().replace(source, dest)
 
-    def create(self, path: Path, *, exclusive: bool = False) -> int:
+    def create(self, path: Path, *, exclusive: bool = False, mode: int = 0o666) -> int:
         self.check("create", str(path))
-        return super().create(path, exclusive=exclusive)
+        return super().create(path, exclusive=exclusive, mode=mode)
 
 
 def cursor(number: int) -> WatchCursor:

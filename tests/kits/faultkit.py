@@ -26,6 +26,8 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.storage.log.files import Files
+from foldlog.storage.log.lock import note_path, read_note
+from foldlog.storage.log.note import NOTE_BYTES, SLOT_BYTES, pack_slot, parse_note
 from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Call, CrashFiles, Fault, FaultyFiles, UnsyncedFiles
 
@@ -197,12 +199,28 @@ def fault_of(path: Path, allowed: list[View], files: Files = UNSYNCED) -> str:
     report = verify_log(path)
     if not (report.ok and report.sealed and not report.torn_bytes):
         return f"does not verify after a batch and a close: {report}"
-    left = [
-        file.name
-        for file in path.parent.glob(f"{path.name}.*")
-        if ".tmp" in file.name or file.name.endswith(".poison")
-    ]
+    left = [file.name for file in path.parent.glob(f"{path.name}.*") if ".tmp" in file.name]
+    note = read_note(files, path)
+    if note is not None and note.poisoned is not None:
+        left.append("poison")
     return f"leaves {left}" if left else ""
+
+
+def keep_inodes(path: Path) -> None:
+    """A power loss leaves the inodes as they are: let the note beside the log of an image name
+    those of the image.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        raw, inode = note_path(path).read_bytes(), note_path(path).stat().st_ino
+        for turn in range(2):
+            note = parse_note(raw[turn * SLOT_BYTES :][:SLOT_BYTES].ljust(NOTE_BYTES, b"\0"))
+            if note is None:
+                continue
+            poisoned = note.poisoned and path.stat().st_ino
+            slot = pack_slot(note._replace(inode=inode, poisoned=poisoned))
+            with open(note_path(path), "r+b") as file:
+                file.seek(turn * SLOT_BYTES)
+                file.write(slot)
 
 
 class CrashCampaign:
@@ -251,6 +269,7 @@ class CrashCampaign:
                 self._image_folder.mkdir()
                 try:
                     image.write_to(self._image_folder)
+                    keep_inodes(self._image_folder / self.path.name)
                     fault = fault_of(self._image_folder / self.path.name, allowed)
                 finally:
                     shutil.rmtree(self._image_folder)

@@ -23,6 +23,7 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.engines.engine import Engine
 from foldlog.storage.log.files import Files
+from foldlog.storage.log.lock import lock_path, note_path
 
 
 class Unsynced(Files):
@@ -103,7 +104,12 @@ def commit_all(engine: Engine, batches: Batches) -> None:
 
 
 def forget_the_watermark(path: Path) -> None:
-    path.with_name(path.name + ".lock").unlink(missing_ok=True)
+    note_path(path).unlink(missing_ok=True)
+
+
+def companions(path: Path) -> set[str]:
+    """The names of what an open log has beside it."""
+    return {lock_path(path).name, note_path(path).name}
 
 
 def state_of(engine: Engine) -> State:

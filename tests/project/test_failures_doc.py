@@ -42,6 +42,8 @@ def test_every_error_of_the_disk_the_file_and_the_actors_is_in_the_table() -> No
     for name in (
         *(
             "CorruptLogError",
+            "ForeignFileError",
+            "LogAccessError",
             "InvalidFormatError",
             "LogChangedError",
             "LogRegressedError",

@@ -128,7 +128,9 @@ def test_the_sdist_holds_what_the_readme_speaks_of(dist: Path) -> None:
         "foldlog/protocol/frames.py",
         "foldlog/py.typed",
     } <= names
-    assert not [name for name in names if name.endswith((".pyc", ".log", ".lock"))]
+    assert not [
+        name for name in names if name.endswith((".pyc", ".log", ".foldlog-lock", ".foldlog-note"))
+    ]
 
 
 def test_the_wheel_works_in_a_fresh_environment(fresh: Path, tmp_path: Path) -> None:

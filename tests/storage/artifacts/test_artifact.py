@@ -14,7 +14,7 @@ from blake3 import blake3
 from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
-from logfiles import forge, forge_log, some_batches, write_log
+from logfiles import companions, forge, forge_log, some_batches, write_log
 
 from foldlog import AppendLogSnapshot, ArtifactInvalidError, ExportManifest, Put, WatchCursor
 from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF
@@ -56,7 +56,7 @@ def refused(artifact: Path, dest: Path, match: str = ".") -> ArtifactInvalidErro
     with pytest.raises(ArtifactInvalidError, match=match) as caught:
         AppendLogSnapshot.import_artifact(artifact, dest)
     assert picture(artifact) == before
-    assert {file.name for file in dest.parent.iterdir()} <= {dest.name + ".lock"}
+    assert {file.name for file in dest.parent.iterdir()} <= companions(dest)
     assert caught.value.path.is_relative_to(artifact)
     return caught.value
 
@@ -555,9 +555,9 @@ class Meddling(Files):
     def __init__(self, deed) -> None:
         self.deed = deed
 
-    def create(self, path, *, exclusive=False):
-        fd = super().create(path, exclusive=exclusive)
-        if path.suffix != ".lock" and self.deed is not None:
+    def create(self, path, *, exclusive=False, mode=0o666):
+        fd = super().create(path, exclusive=exclusive, mode=mode)
+        if ".foldlog-" not in path.name and self.deed is not None:
             deed, self.deed = self.deed, None
             deed()
         return fd
@@ -576,7 +576,7 @@ def test_a_payload_that_changes_during_the_import_is_refused(artifact, dest, cha
         AppendLogSnapshot.import_artifact(
             artifact, dest, files=Meddling(lambda: payload.write_bytes(changed))
         )
-    assert {file.name for file in dest.parent.iterdir()} <= {dest.name + ".lock"}
+    assert {file.name for file in dest.parent.iterdir()} <= companions(dest)
 
 
 def test_a_destination_that_appears_during_the_import_is_kept(artifact, dest):
@@ -585,7 +585,7 @@ def test_a_destination_that_appears_during_the_import_is_kept(artifact, dest):
             artifact, dest, files=Meddling(lambda: dest.write_bytes(b"mine"))
         )
     assert dest.read_bytes() == b"mine"
-    assert {file.name for file in dest.parent.iterdir()} <= {dest.name, dest.name + ".lock"}
+    assert {file.name for file in dest.parent.iterdir()} <= {dest.name, *companions(dest)}
 
 
 def test_a_folder_that_is_missing_at_the_destination_is_not_made(artifact, tmp_path):

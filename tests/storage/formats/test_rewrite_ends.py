@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from logfiles import companions
 
 from foldlog import AppendLogSnapshot, CorruptLogError, Put, StoreClosed, WatchCursor
 from foldlog.testing import CrashFiles, Fault, FaultyFiles
@@ -48,7 +49,7 @@ def test_closing_a_store_that_compacts_ends_the_compaction(tmp_path: Path) -> No
         snap.compact(lambda done, total: snap.close())  # as a signal's handler may
     with pytest.raises(StoreClosed):
         snap.get("005")
-    assert {file.name for file in tmp_path.iterdir()} == {"log", "log.lock"}
+    assert {file.name for file in tmp_path.iterdir()} == {"log", *companions(tmp_path / "log")}
     with AppendLogSnapshot.open(path)[1] as again:
         assert len(again) == 600
 

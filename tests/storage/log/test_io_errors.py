@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 from faultkit import view
-from logfiles import read_state
+from logfiles import companions, read_state
 
 from foldlog import AppendLogSnapshot, Delete, FoldlogError, LogPoisonedError, Put, WatchCursor
 from foldlog.storage.log.files import Files
+from foldlog.storage.log.lock import read_note
 
 pytestmark = pytest.mark.exhaustive
 
@@ -206,11 +207,10 @@ def test_nothing_acknowledged_is_lost_whichever_call_fails(tmp_path, operation, 
         _, snap = AppendLogSnapshot.open(path)
         assert view(snap) in story.possible(), f"call {nth} of {operation}"
         snap.close()
-        assert not [
-            file.name
-            for file in folder.iterdir()
-            if ".tmp" in file.name or file.name.endswith(".poison")
-        ]
+        assert not [file.name for file in folder.iterdir() if ".tmp" in file.name]
+        note = read_note(Files(), path)
+        assert note is not None
+        assert note.poisoned is None
         if not files.fired:
             break
         fired += 1
@@ -263,11 +263,11 @@ def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
         with pytest.raises(LogPoisonedError):
             snap.sync()
     assert files.calls == calls, "an fsync was tried again"
-    assert path.with_name(path.name + ".poison").exists()
     inode = path.stat().st_ino
+    assert read_note(Files(), path).poisoned == inode
     snap.compact()
     assert path.stat().st_ino != inode
-    assert not path.with_name(path.name + ".poison").exists()
+    assert read_note(Files(), path).poisoned is None
     assert view(snap) == {"a": b"1"}
     snap.apply([Put("d", b"4")], WatchCursor.from_u64(2))
     snap.close()
@@ -284,7 +284,7 @@ def test_the_next_process_rewrites_a_poisoned_log_too(path):
     _, snap = AppendLogSnapshot.open(path)
     assert snap.report.rewritten
     assert path.stat().st_ino != inode
-    assert not path.with_name(path.name + ".poison").exists()
+    assert read_note(Files(), path).poisoned is None
     assert view(snap) == {"a": b"1"}
     snap.close()
 
@@ -325,7 +325,7 @@ def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error
     with pytest.raises(OSError, match=r"\[Errno"):
         snap.compact()
     assert (path.read_bytes(), path.stat().st_ino) == before
-    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, path.name + ".lock"]
+    assert {file.name for file in path.parent.iterdir()} == {path.name, *companions(path)}
     snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     snap.compact()
     snap.close()

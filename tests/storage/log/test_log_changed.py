@@ -9,6 +9,7 @@ import pytest
 from logfiles import some_batches, write_log
 
 from foldlog import AppendLogSnapshot, LogChangedError, Put, WatchCursor
+from foldlog.storage.log.lock import lock_path
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_a_base_that_is_cut_off_under_a_reader_is_a_typed_error_and_no_crash(pat
 def test_deleting_the_lock_file_does_not_let_a_second_writer_in(snap, path):
     from foldlog import StoreLocked
 
-    path.with_name(path.name + ".lock").unlink()
+    lock_path(path).unlink()
     with pytest.raises(StoreLocked):
         AppendLogSnapshot.open(path)
     snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))

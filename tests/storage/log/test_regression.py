@@ -12,6 +12,7 @@ from foldlog import AppendLogSnapshot, LogRegressedError, Put, WatchCursor
 from foldlog.protocol.frames import KIND_BATCHES
 from foldlog.storage.formats.replay import load_intact
 from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.lock import note_path
 from foldlog.storage.log.tail import Tail
 from foldlog.storage.repair.verify import verify_log
 
@@ -92,7 +93,7 @@ def test_a_flip_after_a_reboot_is_refused_though_the_value_holds_a_sector_of_zer
         snap.apply([Put("image", value)], WatchCursor.from_u64(6))
         raw = path.read_bytes()
         snap._engine.log.abandon()
-    path.with_name(path.name + ".lock").unlink()
+    note_path(path).unlink()
     reboot(monkeypatch)
     monkeypatch.setattr("foldlog.storage.repair.verify.boot_id", lambda: "another boot")
     last = frames_of(raw)[-1]

@@ -17,7 +17,7 @@ from foldlog.storage.engines.engine import Engine
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log import tail as tail_module
 from foldlog.storage.log.files import OS_FILES, Files
-from foldlog.storage.log.lock import beside
+from foldlog.storage.log.lock import note_path
 from foldlog.storage.log.log import open_body
 from foldlog.storage.log.tail import STALLED_POLLS, Advance, Jump, Tail
 
@@ -139,7 +139,7 @@ def test_half_a_frame_that_stays_is_waited_for_without_end_and_without_reading_t
         apply(snap, 3)
         torn = path.read_bytes()[: whole + 60]
     path.write_bytes(torn)
-    beside(path, "lock").unlink()  # which remembers batch 3
+    note_path(path).unlink()  # which remembers batch 3
     opened = Counting()
     followed = Followed(path, opened)
     followed.poll()
@@ -494,7 +494,7 @@ def test_a_log_that_was_cut_and_grew_past_its_old_end_between_two_polls_is_found
         followed.poll()
         assert followed.fold.cursor() == cursor(3)
     path.write_bytes(before)
-    beside(path, "lock").unlink()
+    note_path(path).unlink()
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put("long", b"x" * 5000)], cursor(30))
         apply(snap, 31)
@@ -515,7 +515,7 @@ def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_c
         followed = Followed(path)
         followed.poll()
     path.write_bytes(before)
-    beside(path, "lock").unlink()  # which remembers batch 2
+    note_path(path).unlink()  # which remembers batch 2
     raw = path.read_bytes()
     head = parse_file_head(raw[: FILE_HEAD.size])
     again = Tail(OS_FILES, path)
