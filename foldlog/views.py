@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, overload
 
 from foldlog.actors.feeds import Since, Watch
 from foldlog.codecs import Codec, codec_of
@@ -37,7 +38,8 @@ _SWEEP_FROM = 256
 """Decoded values that are kept without a look at whether their entries still live."""
 
 
-class Decoded(NamedTuple, Generic[T]):
+@dataclass(frozen=True, slots=True)
+class Decoded(Generic[T]):
     """A key has this value now; or, before the first `Synced`, has it in the state."""
 
     key: str
@@ -47,7 +49,8 @@ class Decoded(NamedTuple, Generic[T]):
     seq: int
 
 
-class Removed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Removed:
     """A key was removed."""
 
     key: str
@@ -56,7 +59,8 @@ class Removed(NamedTuple):
     seq: int
 
 
-class Undecodable(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Undecodable:
     """A key was set to what the codec does not decode. The watch goes on."""
 
     key: str
@@ -240,9 +244,8 @@ class View(Mapping[str, T]):
         return Decoded(update.key, value, update.version, event.cursor, event.seq)
 
     def _fold(self) -> FoldSnapshot:
-        fold = self._published.snapshot
-        fold.seq  # noqa: B018 - StoreClosed, here and not later
-        return fold  # type: ignore[return-value]
+        self._published.snapshot.seq  # noqa: B018 - StoreClosed, here and not later; wakes a follower after a fork
+        return self._published.snapshot  # type: ignore[return-value]
 
     def _check_key(self, key: object) -> None:
         if not isinstance(key, str):

@@ -22,6 +22,7 @@ PROGRAM = '''
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import assert_type
@@ -47,6 +48,7 @@ from foldlog import (
     Update,
     VersionToken,
     WatchCursor,
+    aio,
 )
 from foldlog.testing import Fault, FaultyFiles, crash_at
 
@@ -102,6 +104,72 @@ def told(event: Event) -> str:
             return ""
 
 
+class Point:
+    """A value of the user's, with a codec of the user's."""
+
+    def __init__(self, x: int) -> None:
+        self.x = x
+
+
+class PointCodec:
+    def encode(self, value: Point, /) -> bytes:
+        return str(value.x).encode()
+
+    def decode(self, raw: bytes, /) -> Point:
+        return Point(int(raw))
+
+
+def through_views(path: Path) -> int:
+    with foldlog.open(path) as store, foldlog.follow(path) as follower:
+        points = foldlog.view(store, PointCodec(), "points/")
+        assert_type(points, foldlog.MutableView[Point])
+        points["points/a"] = Point(1)
+        assert_type(points["points/a"], Point)
+        assert_type(points.get("points/b"), Point | None)
+        assert_type(foldlog.view(store, "raw")["points/a"], bytes)
+        seen = foldlog.view(follower, PointCodec(), "points/")
+        assert_type(seen, foldlog.View[Point])
+        assert_type(seen.snapshot(), foldlog.View[Point])
+        with seen.watch() as watch:
+            for event in watch:
+                match event:
+                    case foldlog.Decoded():
+                        assert_type(event.value, Point)
+                    case foldlog.Undecodable():
+                        print(event.error.cause)
+                    case _:
+                        break
+        with foldlog.derive(store, keys_of, longer) as derived:
+            assert_type(derived.value, frozenset[str])
+            assert_type(derived.state.snapshot, FoldSnapshot)
+        assert_type(store.get("a", 7), KvEntry | int)
+        assert_type(store.get_many(["a"]), dict[str, KvEntry])
+        follower.wait_for(seq=store.put("a", b""))
+        assert_type(store.health(), foldlog.Health)
+        return int(store.cursor())
+
+
+def keys_of(state: FoldSnapshot) -> frozenset[str]:
+    return frozenset(state)
+
+
+def longer(keys: frozenset[str], updates: Sequence[Update]) -> frozenset[str]:
+    return keys | {update.key for update in updates}
+
+
+async def on_a_loop(path: Path) -> None:
+    async with aio.open(path, sync="never") as store, aio.follow(path) as follower:
+        assert_type(store, aio.AsyncStore)
+        assert_type(await store.apply([Put("a", b"1")], 1), int)
+        version = await store.put("b", b"2")
+        assert_type(version, VersionToken)
+        await follower.wait_for(seq=version)
+        assert_type(follower.get("b"), KvEntry | None)
+        async for event in store.watch("a"):
+            print(told(event))
+            break
+
+
 def from_another_process(path: Path) -> int:
     try:
         with foldlog.follow(path, poll_interval_s=0.1) as follower:
@@ -118,9 +186,13 @@ MISTAKES = {
     "Put(b'a', b'1')": "a key that is bytes",
     'foldlog.open("x", sync="sometimes")': "a way to sync that there is none of",
     'foldlog.open("x").apply([("a", b"1")], WatchCursor.none())': "an update that is a tuple",
-    'foldlog.open("x").apply([], 7)': "a cursor that is a number",
+    'foldlog.open("x").apply([], "7")': "a cursor that is text",
     'foldlog.open("x").get("a").value': "an entry that may be None",
-    'foldlog.open("x").snapshot().get("a", None)': "a dict's get",
+    'foldlog.open("x").snapshot().get(b"a", None)': "a key that is bytes, with a default",
+    'foldlog.open("x").range("a", limit="3")': "a limit that is text",
+    'foldlog.view(foldlog.open("x"), "yaml")': "a codec that there is none of",
+    'foldlog.view(foldlog.open("x"), "raw")["a"] = "text"': "a value of another type",
+    'foldlog.view(foldlog.follow("x"), "json")["a"] = 1': "a view that only reads",
 }
 
 
