@@ -24,7 +24,7 @@ from foldlog.actors.link import (
     OnApplied,
     Parse,
 )
-from foldlog.actors.requests import LocalWrite, WriteRequest
+from foldlog.actors.requests import LocalWrite, Request, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
 from foldlog.protocol.store import StrPath
@@ -217,6 +217,11 @@ class Mirror(Store):
     ) -> NoReturn:
         """MirrorReadOnly: the upstream alone writes a mirror."""
         self._refuse()
+
+    def _submit(self, request: Request, timeout_s: float = 0.0) -> Future[Any]:
+        if isinstance(request, WriteRequest):
+            self._refuse()
+        return super()._submit(request, timeout_s)
 
     def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         self._refuse()

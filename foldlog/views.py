@@ -29,7 +29,7 @@ from foldlog.protocol.errors import (
 from foldlog.protocol.events import Changed, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Put
-from foldlog.storage.fold.snapshot import FoldSnapshot, prefix_end
+from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.readable import Publisher, Reads
 from foldlog.store import Store
 
@@ -186,8 +186,7 @@ class View(Mapping[str, T]):
             return len(fold)
         length = self._length
         if length is None or length[0] is not fold:
-            high = prefix_end(self.prefix)
-            count = sum(len(columns.keys) for columns in fold.columns(self.prefix, high))
+            count = sum(map(len, fold.blocks(self.prefix)))
             length = self._length = fold, count
         return length[1]
 
@@ -407,7 +406,7 @@ def view(store: Reads | FoldSnapshot, codec: Any, prefix: str = "") -> View[Any]
         return MutableView(store, store._published, values, prefix)
     if isinstance(store, Reads):
         return View(store, store._published, values, prefix)
-    if isinstance(store, FoldSnapshot):
+    if hasattr(store, "iter_range") and hasattr(store, "seq"):  # a snapshot, of either engine
         return View(store, _Pinned(store), values, prefix)
     raise TypeError(
         f"a view is of a store, a follower or a snapshot, not of a {type(store).__name__}"

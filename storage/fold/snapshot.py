@@ -151,12 +151,8 @@ class FoldSnapshot:
         reverse: bool = False,
     ) -> Iterator[KvEntry]:
         """`range`, entry by entry: reads and holds a leaf at a time, and nothing that is not asked for."""
-        low, high = _bounds(prefix, start, stop)
-        if limit is not None:
-            if isinstance(limit, bool) or not isinstance(limit, int):
-                raise TypeError(f"limit is an int, not {type(limit).__name__}")
-            if limit < 0:
-                raise ValueError(f"limit is at least 0, got {limit}")
+        low, high = range_bounds(prefix, start, stop)
+        check_limit(limit)
         entries = chain.from_iterable(self._entry_blocks(low, high, reverse))
         return entries if limit is None else islice(entries, limit)
 
@@ -334,7 +330,17 @@ def _between(starts: list[str], low: str, high: str | None, reverse: bool = Fals
     return map(starts.__getitem__, reversed(numbers) if reverse else numbers)
 
 
-def _bounds(prefix: str, start: str | None, stop: str | None) -> tuple[str, str | None]:
+def check_limit(limit: object) -> None:
+    """TypeError or ValueError unless `limit` is None or a count."""
+    if limit is None:
+        return
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"limit is an int, not {type(limit).__name__}")
+    if limit < 0:
+        raise ValueError(f"limit is at least 0, got {limit}")
+
+
+def range_bounds(prefix: str, start: str | None, stop: str | None) -> tuple[str, str | None]:
     """The least key, and the least string above all keys, that start with `prefix` and have start <= key < stop."""
     if not isinstance(prefix, str):
         raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")

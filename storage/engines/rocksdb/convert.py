@@ -103,8 +103,8 @@ class _Streamed(FoldSnapshot):
         self._source = source
         self.entries = 0
 
-    def spans(self, low: str, high: str | None) -> Iterator[Span]:
-        assert (low, high) == ("", None), "it is written whole"
+    def spans(self, low: str, high: str | None, *, reverse: bool = False) -> Iterator[Span]:
+        assert (low, high, reverse) == ("", None, False), "it is written whole"
         for block in self._source.blocks():
             self.entries += len(block)
             changes: dict[str, Change] = {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Self, cast
+from typing import Literal, Self, cast
 
 from foldlog.protocol.engine import Held, Sizes
 from foldlog.protocol.store import StrPath
-from foldlog.protocol.tokens import WatchCursor, as_cursor
+from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import Update, raw_updates
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb import artifact
@@ -91,7 +91,7 @@ class RocksDbSnapshot(Readable):
         artifact.import_artifact(artifact_dir, dest_path, progress=progress)
         return cls.open(resolve(dest_path))
 
-    def apply(self, updates: Iterable[Update], cursor: WatchCursor) -> int:
+    def apply(self, updates: Iterable[Update], cursor: CursorLike) -> int:
         """Atomically fold the updates, in order, and advance the cursor.
 
         Returns the batch's sequence.
@@ -103,13 +103,6 @@ class RocksDbSnapshot(Readable):
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
         cursor = as_cursor(cursor)
         return self._engine.commit_raw(raw_updates(updates), cursor)
-
-    def get(self, key: str) -> Any:
-        """The live entry of `key`, or None if it is absent or deleted.
-
-        Cost: 1 us cached, 5-10 us from the system's cache.
-        """
-        return self._engine.snapshot.get(key)
 
     def snapshot(self) -> RocksDbFold:  # type: ignore[override]
         """The state that reads see now: immutable, safe to share among threads; it ends when the
