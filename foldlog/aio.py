@@ -33,6 +33,8 @@ from foldlog.actors.requests import (
 )
 from foldlog.follow import Follower, FollowerStats
 from foldlog.follow import follow as follow_log
+from foldlog.mirror import Mirror
+from foldlog.mirror import mirror as open_mirror
 from foldlog.protocol.errors import Backpressure, FoldlogError, RequestTimeout, StoreClosed
 from foldlog.protocol.events import Event
 from foldlog.protocol.options import (
@@ -53,7 +55,17 @@ from foldlog.store import Store, write_of
 from foldlog.store import open as open_store
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
 
-__all__ = ["AsyncFollower", "AsyncStore", "AsyncWatch", "Opening", "follow", "open", "outcome"]
+__all__ = [
+    "AsyncFollower",
+    "AsyncMirror",
+    "AsyncStore",
+    "AsyncWatch",
+    "Opening",
+    "follow",
+    "mirror",
+    "open",
+    "outcome",
+]
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=Store | Follower)
@@ -72,6 +84,9 @@ ENCODE_ON_LOOP = 4096
 """Updates of a batch that are encoded on the loop's own thread: about 2 ms. More are encoded off it."""
 ROOM_CHECK_S = 0.001
 """Between two looks at whether the mailbox has room again."""
+
+LINK_CHECK_S = 0.02
+"""Between two looks at whether a mirror's link is in step."""
 
 
 class _Bridge:
@@ -544,6 +559,33 @@ class AsyncStore(_Face[Store]):
             line.length -= 1
 
 
+class AsyncMirror(AsyncStore):
+    """A mirror for event loops: an `AsyncStore` that its upstream writes, and nobody else (MirrorReadOnly)."""
+
+    def __init__(self, mirror: Mirror, executor: ThreadPoolExecutor | None = None) -> None:
+        """The face of a mirror that is open already; `close` closes it. Or use `aio.mirror`."""
+        super().__init__(mirror, executor)
+        self._mirror = mirror
+
+    @property
+    def mirror(self) -> Mirror:
+        """The plain mirror: its link, and what else it tells."""
+        return self._mirror
+
+    async def wait_synced(self, timeout_s: float | None = WAIT_TIMEOUT_S) -> None:
+        """`Mirror.wait_synced`, awaited."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + check_timeout(timeout_s)
+        while True:
+            try:
+                self._mirror.wait_synced(0.0)
+                return
+            except RequestTimeout:
+                if loop.time() >= deadline:
+                    raise
+            await asyncio.sleep(LINK_CHECK_S)
+
+
 class AsyncFollower(_Face[Follower]):
     """A follower for event loops. Reads are plain calls."""
 
@@ -692,6 +734,14 @@ follow = _opener(
     follow_log,
     AsyncFollower,
     """`foldlog.follow`, off the loop: `async with aio.follow(path) as follower`, or await it.
+
+    Cancelled, it leaves nothing open.
+    """,
+)
+mirror = _opener(
+    open_mirror,
+    AsyncMirror,
+    """`foldlog.mirror`, off the loop: `async with aio.mirror(path, upstream) as mirror`, or await it.
 
     Cancelled, it leaves nothing open.
     """,

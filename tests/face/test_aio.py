@@ -179,6 +179,21 @@ def test_an_opening_that_is_cancelled_leaves_nothing_open(run: Any, path: Path):
     run(main)
 
 
+def test_a_mirror_is_awaited_and_refuses_to_be_written(run: Any, path: Path, tmp_path: Path):
+    async def main() -> None:
+        async with aio.open(tmp_path / "origin.log") as origin:
+            await origin.put("a", b"1")
+            upstream = foldlog.upstreams.LogFile(tmp_path / "origin.log")
+            async with aio.mirror(path, upstream) as mirror:
+                await mirror.wait_synced(DEADLINE_S)
+                assert mirror.get("a").value == b"1"
+                for write in (mirror.put("b", b""), mirror.apply([], 9), mirror.delete("a")):
+                    with pytest.raises(foldlog.FoldlogError, match="is a mirror"):
+                        await write
+
+    run(main)
+
+
 # Watches.
 
 
