@@ -14,7 +14,7 @@ import contextlib
 import copy
 import time
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, log
+from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, is_own_fault, log
 from foldlog.actors.core import Core, State, no_step
 from foldlog.actors.internal import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
 from foldlog.actors.requests import (
@@ -327,6 +327,8 @@ class Writer(SharedActor):
         try:
             fold = engine.commit(batches, staged)
         except (OSError, FoldlogError) as error:
+            if not is_own_fault(error):
+                raise  # it struck the thread, perhaps after the write: starting again settles it
             self._write_failed(written, error)
             return undecided
         self._step("writer.after_write")

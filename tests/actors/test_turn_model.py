@@ -1,0 +1,342 @@
+"""All interleavings of three callers, the writer's loop, the supervisor's stop, a crash and an interrupt, in a small model.
+
+Each step of the model is one step into C of `SharedActor` and `Inbox`: between two of them anything may happen. What may be
+done when is decided by `may_work`, as in the code. Where two interrupts may come, the last strikes in a `finally`. The model
+has no clock: a wake-up that is lost is a deadlock here, but for what an interrupted `finally` did not do, which the next look
+of the writer (`RECHECK_S`) finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from types import SimpleNamespace
+
+import pytest
+
+from foldlog.actors.adapter import may_work
+
+WRITER, STOP = "writer", "stop"
+Callers = tuple[tuple[str, ...], ...]
+TWO: Callers = (("send a", "work b"), ("work c",))
+"""What each caller does: `send` is apply_async, `work` is apply. One after the other."""
+THREE: Callers = (("send a", "work b"), ("work c",), ("work d",))
+
+
+class State:
+    """Everything, at one moment."""
+
+    def __init__(self, callers: int, interrupts: int, crashes: int) -> None:
+        self.mails: tuple[str, ...] = ()
+        self.turn: tuple[object, ...] = (WRITER,)
+        self.taken: tuple[str, ...] = ()
+        self.tokens = 0
+        self.refusing = self.drained = False
+        self.answers: frozenset[tuple[str, str]] = frozenset()
+        self.served: frozenset[str] = frozenset()
+        self.faults: tuple[str, ...] = ()
+        self.writer = "leave"
+        self.supervisor = "refuse"
+        self.caller: tuple[tuple[int, str], ...] = ((0, "look"),) * callers
+        self.over: tuple[int, ...] = ()
+        self.interrupts, self.crashes = interrupts, crashes
+        self.recheck = False
+
+    def key(self) -> tuple[object, ...]:
+        return tuple(self.__dict__.values())
+
+    def answer(self, mail: str, how: str) -> None:
+        """Claim the answer: the first to come has it."""
+        if mail not in dict(self.answers):
+            self.answers |= {(mail, how)}
+
+    def serve(self) -> None:
+        for mail in self.taken:
+            if mail not in dict(self.answers):
+                if mail in self.served:
+                    self.faults += ("served twice",)
+                if mail == "a" and "b" in self.served:
+                    self.faults += ("out of order",)
+                self.served |= {mail}
+                self.answer(mail, "ok")
+
+    def wake(self) -> None:
+        self.tokens = 1
+
+    def leave(self, owner: object) -> None:
+        self.turn = tuple(other for other in self.turn if other != owner)
+
+
+class Model:
+    """The steps, and what is left out of them on purpose."""
+
+    def __init__(
+        self, callers: Callers = TWO, interrupts: int = 0, crashes: int = 0, without: str = ""
+    ) -> None:
+        self.callers, self.without = callers, without
+        self.begin = State(len(callers), interrupts, crashes)
+        self.double = interrupts == 2
+
+    def next(self, state: State) -> Iterator[State]:
+        for who in range(len(self.callers)):
+            yield from self.caller(state, who)
+        yield from self.writer(state)
+        yield from self.supervisor(state)
+
+    def caller(self, old: State, who: int) -> Iterator[State]:
+        number, at = old.caller[who]
+        if at == "end":
+            return
+        kind, mail = self.callers[who][number].split()
+        state = copy(old)
+
+        def go(step: str, number: int = number) -> State:
+            if step == "next":
+                more = number + 1 < len(self.callers[who])
+                number, step = (number + 1, "look") if more else (number, "end")
+            moved = list(state.caller)
+            moved[who] = (number, step)
+            state.caller = tuple(moved)
+            return state
+
+        if at == "look":
+            waits = state.mails and self.without != "the look at the mailbox"
+            yield go("offer" if kind == "send" or state.turn or waits else "enter")
+        elif at == "enter":
+            state.turn += (who,)
+            yield go("decide")
+        elif at == "decide":
+            inbox = SimpleNamespace(
+                mails=() if self.without == "the look at the mailbox" else state.mails,
+                refusing=state.refusing,
+            )
+            yield go("take" if may_work(state.turn[0] == who, inbox) else "withdraw")
+        elif at == "take":
+            state.taken = (mail,)
+            yield go("handle")
+        elif at == "handle":
+            state.serve()
+            yield go("clear")
+        elif at == "clear":
+            state.taken = ()
+            yield go("leave")
+        elif at in ("leave", "withdraw"):
+            state.leave(who)
+            yield go("wake" if at == "leave" else "wake, then offer")
+        elif at in ("wake", "wake, then offer"):
+            if state.mails and self.without != "waking the writer":
+                state.wake()
+            yield go("next" if at == "wake" else "offer")
+        elif at == "offer":
+            if state.refusing:
+                state.answer(mail, "refused")
+                yield go("next")
+            else:
+                yield go("append")
+        elif at == "append":
+            state.mails += (mail,)
+            yield go("token")
+        elif at == "token":
+            state.wake()
+            yield go("look again")
+        elif at == "look again":
+            if state.drained and self.without != "looking again":
+                state.answer(mail, "refused")
+            yield go("next" if kind == "send" else "wait")
+        elif at == "wait" and mail in dict(state.answers):
+            yield go("next")
+        if at == "handle" and old.crashes:  # its handler fails: the caller waits for the answer
+            state = copy(old)
+            state.crashes -= 1
+            state.over += (who,)
+            state.wake()
+            yield go("wait")
+        if old.interrupts:
+            yield self.interrupted(old, who, at)
+
+    def interrupted(self, old: State, who: int, at: str) -> State:
+        """The caller is gone. Its `finally` runs, unless the second interrupt comes there."""
+        for_good = self.double and old.interrupts == 1
+        state = copy(old)
+        state.interrupts -= 1
+        moved = list(state.caller)
+        moved[who] = (0, "end")
+        state.caller = tuple(moved)
+        if who in state.turn:
+            state.over += (who,)
+        if for_good:
+            state.recheck = True
+            return state
+        if at in ("decide", "withdraw"):
+            state.leave(who)
+            if state.mails:
+                state.wake()
+        elif at in ("take", "handle", "clear", "leave", "token"):
+            state.wake()
+        elif at in ("wake", "wake, then offer") and state.mails:
+            state.recheck = True
+        return state
+
+    def writer(self, old: State) -> Iterator[State]:
+        state, at = copy(old), old.writer
+        if at == "leave":
+            state.leave(WRITER)
+            state.writer = "wait"
+            yield state
+        elif at in ("wait", "wait for the turn"):
+            if at == "wait" and state.mails:
+                pass
+            elif state.tokens:
+                state.tokens -= 1
+            elif state.recheck:
+                state.recheck = False
+            else:
+                return
+            state.writer = "look after" if at == "wait" else "look after the turn"
+            yield state
+        elif at in ("look after", "look after the turn"):
+            first = state.turn[0] if state.turn else None
+            if first in state.over and self.without != "looking after the turn":
+                state.leave(first)
+                if state.taken:
+                    if WRITER not in state.turn:
+                        state.turn = (WRITER, *state.turn)
+                    state.writer = "restart"
+                    yield state
+                    return
+            if at == "look after":
+                state.writer = "enter" if state.mails else "wait"
+            else:
+                state.writer = "first?"
+            yield state
+        elif at == "enter":
+            state.turn += (WRITER,)
+            state.writer = "first?"
+            yield state
+        elif at == "first?":
+            if state.turn[0] == WRITER or self.without == "waiting for the turn":
+                state.writer = "move"
+            else:
+                state.writer = "wait for the turn"
+            yield state
+        elif at == "move":
+            if STOP in state.mails[:1]:
+                state.writer, state.mails = "ended", state.mails[1:]
+            elif not state.mails:
+                state.writer = "leave"
+            else:
+                end = state.mails.index(STOP) if STOP in state.mails else len(state.mails)
+                state.taken, state.mails = state.mails[:end], state.mails[end:]
+                state.writer = "handle"
+            yield state
+        elif at == "handle":
+            if old.crashes:
+                crashed = copy(old)
+                crashed.crashes -= 1
+                crashed.writer = "restart"
+                yield crashed
+            state.serve()
+            state.writer = "clear"
+            yield state
+        elif at == "clear":
+            state.taken, state.writer = (), "leave"
+            yield state
+        elif at == "restart":
+            unsettled = tuple(mail for mail in state.taken if mail not in dict(state.answers))
+            state.mails, state.taken = unsettled + state.mails, ()
+            state.writer = "leave"
+            yield state
+
+    def supervisor(self, old: State) -> Iterator[State]:
+        state, at = copy(old), old.supervisor
+        if at == "refuse":
+            state.refusing, state.supervisor = True, "stop"
+        elif at == "stop":
+            state.mails += (STOP,)
+            state.wake()
+            state.supervisor = "drain" if self.without == "refusing first" else "join"
+        elif at == "join" and state.writer == "ended":
+            state.supervisor = "say so"
+        elif at == "say so":
+            state.drained, state.supervisor = True, "drain"
+        elif at == "drain":
+            for mail in state.mails:
+                state.answer(mail, "refused")
+            state.mails, state.supervisor = (), "end"
+        else:
+            return
+        yield state
+
+
+def explored(model: Model) -> tuple[int, list[str]]:
+    """How many states there are, and what is wrong in any of them."""
+    seen, found = {model.begin.key()}, []
+    waiting = [model.begin]
+    while waiting:
+        state = waiting.pop()
+        stuck = True
+        for following in model.next(state):
+            stuck = False
+            key = following.key()
+            if key not in seen:
+                seen.add(key)
+                waiting.append(following)
+                found += faults(following)
+        if stuck:
+            found += faults_at_the_end(state)
+        if found:
+            break
+    return len(seen), found
+
+
+def faults(state: State) -> Iterator[str]:
+    yield from state.faults
+    working = [
+        who
+        for who, (_, at) in enumerate(state.caller)
+        if at in ("handle", "clear") and who not in state.over
+    ]
+    if len(working) + (state.writer in ("handle", "clear")) > 1:
+        yield "two turns at once"
+
+
+def faults_at_the_end(state: State) -> Iterator[str]:
+    if state.writer != "ended" or state.supervisor != "end":
+        yield f"stuck: the writer at {state.writer}, the supervisor at {state.supervisor}"
+    for who, (number, at) in enumerate(state.caller):
+        if at != "end":
+            yield f"stuck: caller {who} at {at} of its call {number}"
+
+
+MODELS = [
+    pytest.param(TWO, 0, 1, id="a crash"),
+    pytest.param(TWO, 1, 0, id="an interrupt"),
+    pytest.param(TWO, 2, 0, marks=pytest.mark.slow, id="an interrupt within an interrupt"),
+    pytest.param(TWO, 1, 1, marks=pytest.mark.slow, id="an interrupt and a crash"),
+    pytest.param(THREE, 0, 0, marks=pytest.mark.slow, id="three callers"),
+]
+
+
+@pytest.mark.parametrize(("callers", "interrupts", "crashes"), MODELS)
+def test_no_interleaving_loses_a_wake_up_an_answer_or_the_order(
+    callers: Callers, interrupts: int, crashes: int
+) -> None:
+    states, found = explored(Model(callers, interrupts, crashes))
+    assert found == []
+    assert states > 1_000
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "the look at the mailbox",
+        "waking the writer",
+        "looking again",
+        "looking after the turn",
+        "waiting for the turn",
+        "refusing first",
+    ],
+)
+def test_each_rule_of_the_hand_over_is_needed(rule: str) -> None:
+    interrupts = 2 if rule == "looking after the turn" else 0
+    assert explored(Model(interrupts=interrupts, without=rule))[1] != []

@@ -1,0 +1,113 @@
+"""Real signals, many of them, at a process that uses a store: every request ends, and the writer lives on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+STORM = textwrap.dedent(
+    """
+    import random, signal, sys, threading, time
+    import foldlog
+    from foldlog import Put, WatchCursor
+
+    path, mode, seconds, seed = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+    random.seed(seed)
+    armed = False
+    closing = mode == "close"
+
+    def handler(number, frame):
+        if closing:
+            store.close(20)
+        elif armed:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, handler)
+    store = foldlog.open(path)
+    follower = foldlog.follow(path)
+    stop = threading.Event()
+    others = []
+
+    def other():
+        while not stop.is_set():
+            try:
+                others.append(store.put("other", b"x", timeout_s=20))
+            except foldlog.StoreClosed:
+                return
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    watch = store.watch()
+    calls = {
+        "apply": lambda: store.apply([Put("a", b"1")], WatchCursor.from_u64(1)),
+        "put": lambda: store.put("a", b"1", timeout_s=15),
+        "watch": lambda: watch.next(0.01),
+        "wait_for": lambda: follower.wait_for(WatchCursor.from_u64(2**60), 0.002),
+        "close": lambda: store.put("a", b"1"),
+    }
+    end = time.monotonic() + seconds
+    struck = 0
+    while time.monotonic() < end:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002))
+        try:
+            armed = True
+            calls[mode]()
+            armed = False
+        except KeyboardInterrupt:
+            struck += 1
+        except foldlog.RequestTimeout:
+            assert mode == "wait_for"
+        except foldlog.StoreClosed:
+            assert mode == "close"
+            break
+        finally:
+            armed = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if mode != "close":
+        count = len(others)
+        store.put("last", b"x", timeout_s=20)
+        assert watch.ended is None
+        limit = time.monotonic() + 20
+        while len(others) == count and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert len(others) > count, "the other thread writes no more"
+        assert struck, "no signal came within a call"
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    began = time.monotonic()
+    store.close(20)
+    follower.close()
+    assert time.monotonic() - began < 15
+    foldlog.open(path).close()
+    print("done")
+    """
+)
+
+
+def storm(path: Path, mode: str, seconds: float, seed: int) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", STORM, str(path), mode, str(seconds), str(seed)],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("mode", ["apply", "put", "watch", "wait_for", "close"])
+def test_a_storm_of_signals_wedges_nobody(tmp_path: Path, mode: str) -> None:
+    """In 6 of 40 storms of Ctrl-C a lock was left held, and the writer waited for it, for ever."""
+    storm(tmp_path / "a.log", mode, 0.5, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("mode", ["apply", "put", "watch", "wait_for", "close"])
+def test_forty_storms_wedge_nobody(tmp_path: Path, mode: str, seed: int) -> None:
+    storm(tmp_path / "a.log", mode, 3.0, seed)
