@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
+from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.options import (
     COMPACT_THRESHOLD,
     FORMAT,
@@ -36,7 +37,6 @@ from foldlog.protocol.options import Sync as Sync
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
-from foldlog.storage.formats.replay import OpenReport
 from foldlog.storage.handover import Latch
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.log import Log

@@ -459,7 +459,7 @@ class Writer(SharedActor):
         log.info(
             "%s: compacted to %d bytes in %.2f s",
             engine.path,
-            engine.log.chain.offset,
+            engine.log.position.offset,
             books.last_compaction_s,
         )
         self._step("compact.finished")
@@ -498,7 +498,7 @@ class Writer(SharedActor):
         """
         began, allowed = 0.0, 0
         while (rewrite := self._rewrite) is not None:
-            end, before = self.engine.log.chain.offset + size, allowed
+            end, before = self.engine.log.position.offset + size, allowed
             allowed = rewrite.allowance(self._limit)
             if end <= allowed or rewrite.cancelled:
                 break
@@ -522,7 +522,7 @@ class Writer(SharedActor):
         """Whether the log is at its bound, with `size` bytes more, and cannot be compacted."""
         live, threshold = self._live, self._core.config.compact_threshold
         limit = log_limit(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
-        full = bool(self._failures) and self.engine.log.chain.offset + size > limit
+        full = bool(self._failures) and self.engine.log.position.offset + size > limit
         if full:  # what is live may be more by now, or there may be room again
             self._retry_at = min(self._retry_at, self._failed_at + FULL_RETRY_S)
             self._compact_if_due()
@@ -530,7 +530,7 @@ class Writer(SharedActor):
 
     def _refuse(self, requests: list[WriteRequest]) -> None:
         """Let the log grow no more, rather than fill the disk with what cannot be compacted."""
-        size, reason = self.engine.log.chain.offset, self._core.books.compaction_error
+        size, reason = self.engine.log.position.offset, self._core.books.compaction_error
         for request in requests:
             request.fail(
                 Backpressure(f"the log has {size} bytes and cannot be compacted ({reason})")
@@ -591,7 +591,7 @@ class Writer(SharedActor):
 
 def _check_successor(engine: Engine, crashed: Engine) -> None:
     """What was replayed must be what the crashed writer had written."""
-    if engine.log.file.head.log_id != crashed.log.file.head.log_id:
+    if engine.log.file.header.log_id != crashed.log.file.header.log_id:
         raise LogChangedError(engine.path, "was replaced by another log")
     if engine.fold.seq < crashed.fold.seq:
         raise LogRegressedError(

@@ -16,6 +16,7 @@ from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow
 from foldlog.health import Health, Status
 from foldlog.mirror import Mirror, MirrorStats, mirror
+from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import (
     ArtifactInvalidError,
     Backpressure,
@@ -62,7 +63,6 @@ from foldlog.storage.engines.append_log import AppendLogSnapshot
 from foldlog.storage.engines.rocksdb import RocksDbSnapshot
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import OpenReport
 from foldlog.store import Store, open
 from foldlog.version import __version__
 from foldlog.views import Decoded, MutableView, Removed, Undecodable, View, ViewWatch, view

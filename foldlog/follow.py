@@ -20,8 +20,7 @@ from foldlog.protocol.options import POLL_INTERVAL_S
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import resolve
-from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 

@@ -36,6 +36,7 @@ from foldlog.actors.requests import (
 )
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
+from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
@@ -60,10 +61,10 @@ from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
-from foldlog.storage.formats.replay import OpenReport, resolve
-from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.formats.format import VerifyReport
+from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
-from foldlog.storage.repair.verify import VerifyReport, verify_live
+from foldlog.storage.repair.verify import verify_live
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
 EXIT_TIMEOUT_S = 10.0
@@ -432,7 +433,7 @@ class Store(Readable):
             cursor=snapshot.cursor(),
             synced_seq=core.synced[0],
             entries=len(snapshot),
-            log_bytes=journal.chain.offset if journal else 0,
+            log_bytes=journal.position.offset if journal else 0,
             base_bytes=journal.file.base_end if journal else 0,
             appended_bytes=journal.appended_bytes if journal else 0,
             mailbox_depth=len(self._supervisor.writer.inbox),

@@ -11,6 +11,7 @@ engines:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -57,6 +58,44 @@ class Snapshot(Protocol):
     def __len__(self) -> int: ...
 
 
+NO_CURSOR = WatchCursor.none()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReport:
+    """What opening a log found and did."""
+
+    path: Path
+    created: bool = False
+    """There was no file; an empty log was made."""
+    size: int = 0
+    """Bytes of the file that hold, after any cut."""
+    frames: int = 0
+    entries: int = 0
+    """Entries of the base."""
+    batches: int = 0
+    """Batches replayed on top of the base."""
+    seq: int = 0
+    cursor: WatchCursor = NO_CURSOR
+    sealed: bool = False
+    """The last writer closed it cleanly."""
+    cut_bytes: int = 0
+    """Bytes of a torn tail (or, with on_damage="cut", of damage) that were cut off."""
+    cut_reason: str = ""
+    kept_at: Path | None = None
+    """Where the cut bytes are kept; None if nothing was cut, or nothing but zeros."""
+    compacted: bool = False
+    """Opening compacted the log."""
+    compaction_error: str = ""
+    """Why it could not (no room, no right to write beside it), in `AppendLogSnapshot.open`. The log is served as it is."""
+    rewritten: bool = False
+    """An earlier fsync had failed, so the fold was written to a new file."""
+    missing_batches: int = 0
+    """Batches that were synced to the log of which this is a copy, and that the copy does not hold:
+    its directory was copied while it was written to. 0 also where the original's note was not
+    copied along."""
+
+
 class Sizes(NamedTuple):
     """What a store takes on disk, in bytes."""
 
@@ -83,8 +122,8 @@ class Engine(Protocol):
     """
 
     path: Path
-    report: Any
-    """What opening found and did: an OpenReport."""
+    report: OpenReport
+    """What opening found and did."""
     snapshot: Any
     """The newest Snapshot; once the engine is closed, something that raises StoreClosed whatever
     it is asked.

@@ -13,6 +13,7 @@ that a frame of another file is junk here. `offset` is where the frame stands, `
 
 from __future__ import annotations
 
+import secrets
 import struct
 from typing import NamedTuple
 
@@ -76,6 +77,11 @@ class FileHead(NamedTuple):
     """A random u64, new at every rewrite of the file."""
     base_seq: int
     """The sequence that the base stands at."""
+
+    @classmethod
+    def new(cls, log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
+        """A head with a random generation, and a random log id unless one is kept."""
+        return cls(log_id or secrets.token_bytes(16), secrets.randbits(64), base_seq)
 
     def pack(self) -> bytes:
         """The 52 bytes of the head."""

@@ -7,7 +7,8 @@
     write.py    apply, compact, import         hold the writer's lock
     keys.py     put, delete                    one key, by a store
     convert.py  convert                        a log of one file format as a log of the other
-    inspect.py  verify, salvage, dump          look at a log that may be damaged, and only look
+    inspect.py  verify, salvage                look at a log that may be damaged, and only look
+    dump.py     dump                           the same, part by part
     top.py      top                            a live view, through a follower
     follow.py   tail, get --follow             changes as they come, through a follower
     mirror.py   mirror                         keep a log a copy of an upstream
@@ -29,14 +30,14 @@ from typing import Any
 
 import click
 
-from foldlog.cli import convert, demo, follow, inspect, keys, mirror, read, top, write
+from foldlog.cli import convert, demo, dump, follow, inspect, keys, mirror, read, top, write
 from foldlog.cli.show import printable
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
 __all__ = ["exit_code", "main"]
 
-_MODULES = (read, follow, keys, write, mirror, convert, inspect, top, demo)
+_MODULES = (read, follow, keys, write, mirror, convert, inspect, dump, top, demo)
 _MISUSE = {
     *(
         errno.ENOENT,

@@ -14,9 +14,9 @@ from foldlog.cli.args import format_option, log_argument
 from foldlog.cli.read import read_log, tell_torn
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.protocol.store import FormatName
-from foldlog.storage.formats.replay import FORMATS, resolve
+from foldlog.storage.formats.registry import format_named
 from foldlog.storage.formats.rewrite import write_new
-from foldlog.storage.log.files import OS_FILES
+from foldlog.storage.log.files import OS_FILES, resolve
 from foldlog.storage.log.lock import WriterLock
 
 
@@ -48,7 +48,7 @@ def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> No
                 None
             )  # what a log that stood here before left as a note says nothing of this one
             dest_path = resolve(given)
-            write_new(OS_FILES, dest_path, fold, FORMATS[format_name], progress, source=source)
+            write_new(OS_FILES, dest_path, fold, format_named(format_name), progress, source=source)
             lock.keep(handle.fd)
         finally:
             lock.release()

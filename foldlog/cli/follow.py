@@ -27,8 +27,7 @@ from foldlog.follow import Follower, follow
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry, Put
-from foldlog.storage.formats.replay import resolve
-from foldlog.storage.log.files import OS_FILES
+from foldlog.storage.log.files import OS_FILES, resolve
 
 CHECK_S = 0.5
 """How long a change of the follower's state may go unreported while nothing else happens."""

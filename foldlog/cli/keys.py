@@ -15,7 +15,7 @@ from foldlog.protocol.options import UNSET, OnDamage, Unset
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import MAX_VALUE_BYTES
-from foldlog.storage.formats.replay import resolve
+from foldlog.storage.log.files import resolve
 from foldlog.store import Store
 from foldlog.store import open as open_store
 

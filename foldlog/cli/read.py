@@ -29,10 +29,9 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import Loaded, load_intact, resolve
-from foldlog.storage.formats.rewrite import Progress
-from foldlog.storage.formats.slipstream_log import SLIPSTREAM
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.formats.format import Loaded, Progress
+from foldlog.storage.formats.registry import load_intact
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import writer_of
 
 _WRITE_BYTES = 64 * 1024
@@ -64,7 +63,7 @@ def read_state(log: Path) -> FoldSnapshot:
 def tell_torn(loaded: Loaded) -> None:
     """Say on stderr how much of a log was left out, if its last write is torn."""
     if loaded.bad is not None:
-        size = size_text(loaded.size - loaded.chain.offset)
+        size = size_text(loaded.size - loaded.position.offset)
         click.echo(f"left out a torn tail of {size}", err=True)
 
 
@@ -201,25 +200,25 @@ def _sealed(facts: dict[str, Any]) -> str:
 def describe(opened: Opened) -> dict[str, Any]:
     """What `info` tells, as JSON values; null for what the format has not. Cost: O(changes since the last compaction)."""
     handle, loaded = opened
-    end = loaded.chain.offset
+    end = loaded.position.offset
     size = max(OS_FILES.fstat(handle.fd).st_size, end) if loaded.bad is not None else end
     writing = writer_of(OS_FILES, handle.path)
-    own = loaded.format is not SLIPSTREAM
+    facts = loaded.format.facts(loaded)
     return {
         "path": str(handle.path),
         "size_bytes": size,
         "format": loaded.format.name,
         "format_version": int(loaded.format.backend_version),
-        "log_id": loaded.head.log_id.hex() if own else None,
-        "generation": f"{loaded.head.generation:016x}" if own else None,
-        "sequence": loaded.chain.seq if own else None,
+        "log_id": facts.log_id,
+        "generation": facts.generation,
+        "sequence": facts.seq,
         "cursor": token_json(loaded.fold.cursor()),
         "entries": len(loaded.fold),
-        "leaves": len(loaded.fold.base) if own else None,
+        "leaves": facts.leaves,
         "base_bytes": loaded.base_end,
         "appended_bytes": end - loaded.base_end,
-        "batches_since_base": loaded.chain.seq - loaded.head.base_seq,
-        "sealed": loaded.sealed if own else None,
+        "batches_since_base": loaded.position.seq - loaded.header.base_seq,
+        "sealed": facts.sealed,
         "torn_bytes": size - end,
         "locked": writing.locked,
         "writer_pid": writing.pid,

@@ -14,7 +14,7 @@ from typing import Any
 
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Update
-from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.formats.format import Progress
 
 REFRESH_S = 0.1
 """Between two updates of a progress bar, which cost about 20 us each."""

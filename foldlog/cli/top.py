@@ -23,8 +23,8 @@ from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, parse_frame_head
 from foldlog.protocol.options import PICTURE_INTERVAL_S
 from foldlog.storage.fold.diff import diff
-from foldlog.storage.formats.replay import read_head, resolve
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.formats.registry import read_own_head
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import writer_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Picture(NamedTuple):
 
 def base_end(handle: ReadHandle) -> int | None:
     """Where the base of a log ends; None if its frames do not lead there. Cost: a read of 48 bytes for each leaf."""
-    seed, offset = read_head(handle).seed, FILE_HEAD.size
+    seed, offset = read_own_head(handle).seed, FILE_HEAD.size
     while True:
         head = parse_frame_head(OS_FILES.read(handle.fd, FRAME_HEAD.size, offset), 0, seed)
         if head is None:

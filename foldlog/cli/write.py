@@ -26,13 +26,14 @@ from foldlog.cli.stream import (
     lines_with_pauses,
     read_changes,
 )
+from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.options import OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.artifacts.artifact import import_artifact
 from foldlog.storage.engines.append_log import AppendLogSnapshot
-from foldlog.storage.formats.replay import OpenReport, resolve
-from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.log.files import resolve
 
 DEFAULT_BATCH = 1000
 PAUSE_S = 0.1

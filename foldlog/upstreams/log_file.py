@@ -28,9 +28,9 @@ from foldlog.protocol.upstream import (
     UpstreamRefused,
 )
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import read_head, resolve
+from foldlog.storage.formats.foldlog.replay import read_head
 from foldlog.storage.log.backlog import batches_after_seq
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 
 PIECE_UPDATES = 1000
 PIECE_BYTES = 1024 * 1024

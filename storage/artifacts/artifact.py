@@ -30,9 +30,9 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage.artifacts.strict_json import parse_object
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.registry import PRIVATE, Loaded, LogFormat
-from foldlog.storage.formats.replay import FORMATS, resolve
-from foldlog.storage.formats.rewrite import Progress, write_new
+from foldlog.storage.formats.format import PRIVATE, Loaded, LogFormat, Progress
+from foldlog.storage.formats.registry import FORMATS, format_named
+from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.access import narrow
 from foldlog.storage.log.files import (
     OS_FILES,
@@ -40,6 +40,7 @@ from foldlog.storage.log.files import (
     Files,
     ReadHandle,
     remove_quietly,
+    resolve,
     write_all,
 )
 from foldlog.storage.log.lock import WriterLock, temporary
@@ -107,7 +108,7 @@ def export_fold(
     is.
     """
     FORMAT.check(format)
-    kind = FORMATS[format]
+    kind = format_named(format)
     dest = Path(os.path.abspath(dest_dir))
     if files.exists(dest):
         raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
@@ -206,7 +207,7 @@ def import_artifact(
     staged = temporary(dest)
     try:
         manifest, kind = stage_payload(files, artifact_dir, staged, progress)
-        landing = FORMATS[format or "foldlog"]
+        landing = format_named(format)
         loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
         lock.write(None)  # a watermark of a log that stood here before says nothing of this one
         reader = ReadHandle(files, staged)
@@ -251,7 +252,7 @@ def _check_payload(
 def _check_clean(loaded: Loaded) -> None:
     if loaded.bad is not None:
         raise ValueError(f"byte {loaded.bad.offset}: {loaded.bad.reason}")
-    if loaded.chain.offset != loaded.base_end:
+    if loaded.position.offset != loaded.base_end:
         raise ValueError(f"byte {loaded.base_end}: the payload is not compact")
 
 

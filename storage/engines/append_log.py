@@ -9,20 +9,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Literal, Self
 
+from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import FoldlogError, LogAccessError, ReentrantCall, check_forward
-from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC
+from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.protocol.updates import Batch, Update, encode_batch
 from foldlog.storage.artifacts import artifact
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.engine import Engine
-from foldlog.storage.formats.replay import OnDamage, OpenReport, resolve
-from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.formats.format import Progress, VerifyReport
 from foldlog.storage.handover import discard, is_over
-from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
-from foldlog.storage.repair.verify import VerifyReport, verify_live
+from foldlog.storage.repair.verify import verify_live
 
 log = logging.getLogger("foldlog")
 _getframe = sys._getframe
@@ -270,5 +270,5 @@ def _compacted_at_open(
         log.warning("%s: opened, but not compacted: %s", report.path, reason)
         snap._failed_to_compact()
         return replace(report, compaction_error=f"{type(error).__name__}: {error}")
-    size = snap._engine.log.chain.offset
+    size = snap._engine.log.position.offset
     return replace(report, compacted=True, rewritten=poisoned, size=size)

@@ -6,15 +6,16 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+from foldlog.protocol.options import OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import NAME_BYTES
 from foldlog.protocol.updates import Batch
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
-from foldlog.storage.formats.replay import OnDamage, resolve
-from foldlog.storage.formats.rewrite import Progress, Rewrite
-from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.formats.rewrite import Rewrite
+from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.opening import open_log
@@ -66,7 +67,7 @@ class Engine:
             lock=lock,
             crashed=crashed,
         )
-        # Invariant: fold.seq == log.chain.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
+        # Invariant: fold.seq == log.position.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
         # the assignment behind it; then `_next` is what the log holds.
         self._next = self.fold
         # What the callers read: the fold, until the engine is closed.
@@ -86,7 +87,7 @@ class Engine:
         Cost: a `stat` and a `write`, and about 1 us an update.
         """
         log = self.log
-        if self._finishing is not None or self.fold.seq != log.chain.seq:
+        if self._finishing is not None or self.fold.seq != log.position.seq:
             self.settle()
         since = self._since
         if staged is None:
@@ -154,8 +155,8 @@ class Engine:
             else:
                 self._move_to(landed)
         elif (
-            self.fold.seq != log.chain.seq
-            and self._next.seq == log.chain.seq
+            self.fold.seq != log.position.seq
+            and self._next.seq == log.position.seq
             and log.poison is None
         ):
             self.fold = self.snapshot = self._next

@@ -15,203 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-import msgpack
-from blake3 import blake3
-from crc32c import crc32c
-
 from foldlog.protocol.errors import FoldlogError, StoreClosed, StoreLocked
-from foldlog.protocol.frames import (
-    FLAG_ORIGIN,
-    FLAG_SYNC_EACH,
-    FRAME_HEAD,
-    KIND_BASE_END,
-    KIND_BATCHES,
-    KIND_LEAF,
-    KIND_OPEN,
-    FileHead,
-    build_frame,
-)
-from foldlog.storage.fold.base import Base
-from foldlog.storage.fold.leaf import encode_leaf, leaf_end, patched_leaf
-from foldlog.storage.fold.snapshot import FoldSnapshot, Span
-from foldlog.storage.formats.registry import PRIVATE, LogFile, LogFormat, NewFile
-from foldlog.storage.formats.registry import Progress as Progress
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
 from foldlog.storage.log.access import keep_access, narrow
 from foldlog.storage.log.files import Access, Files, ReadHandle
 from foldlog.storage.log.lock import lock_log, temporary
-from foldlog.storage.log.log import Log, open_body
+from foldlog.storage.log.log import Log
 from foldlog.storage.log.origins import drop_stale_origin
-from foldlog.storage.log.scan import Chain, read_frames
-
-
-def new_head(log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
-    """A file head with a random generation, and a random log id unless one is kept."""
-    return FileHead(log_id or secrets.token_bytes(16), secrets.randbits(64), base_seq)
-
-
-class FrameWriter(NewFile):
-    """A new file of foldlog's own format."""
-
-    base: Base
-
-    def __init__(
-        self,
-        files: Files,
-        path: Path,
-        head: FileHead,
-        *,
-        sync_each: bool = False,
-        mode: int = PRIVATE,
-    ) -> None:
-        super().__init__(files, path, head, head.pack(), Chain.start(head), mode)
-        self._seed = head.seed
-        self._carried_flags = FLAG_SYNC_EACH if sync_each else 0
-
-    def add(
-        self,
-        kind: int,
-        body: bytes,
-        *,
-        batches: int = 0,
-        body_crc: int | None = None,
-        flags: int = 0,
-    ) -> int:
-        """Append a frame. Returns the offset of its body."""
-        chain = self.chain
-        seq = chain.seq + batches
-        frame, link = build_frame(
-            self._seed,
-            kind,
-            body,
-            seq=seq,
-            synced_seq=self.head.base_seq,
-            offset=chain.offset,
-            link=chain.link,
-            flags=flags,
-            batches=batches,
-            body_crc=body_crc,
-        )
-        self.chain = Chain(chain.offset + len(frame), link, seq, self.head.base_seq)
-        self.put(frame)
-        return chain.offset + FRAME_HEAD.size
-
-    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
-        self.base, self._copied = write_base(self, fold, progress)
-        self.base_end = self.chain.offset
-
-    def keep_warm(self, fold: FoldSnapshot) -> None:
-        self.base.inherit(fold.base, self._copied, (*fold.delta, *reversed(fold.runs)))
-
-    def carry(self, source: LogFile, chain: Chain, stop: int) -> Chain:
-        flags = self._carried_flags
-        for frame, body in read_frames(source.handle, source.head, chain, stop):
-            if frame.kind == KIND_BATCHES:
-                self._begin_session()
-                self.add(
-                    KIND_BATCHES,
-                    bytes(body),
-                    batches=frame.batches,
-                    body_crc=frame.body_crc,
-                    flags=flags | (frame.flags & FLAG_ORIGIN),
-                )
-            chain = chain.after(frame)
-        return chain
-
-    def _begin_session(self) -> None:
-        if not self.session:
-            self.add(KIND_OPEN, open_body(), flags=self._carried_flags)
-            self.session = True
-
-    def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        return FoldSnapshot(
-            self.base, since.delta, since.runs, since.seq, since.cursor(), since.origin
-        )
-
-    def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
-        self.base.handle = handle
-        return super().log_file(format, handle)
-
 
 _ENTRY_OVERHEAD = 12  # bytes around a key, a value and a version
-
-
-def write_base(
-    out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None
-) -> tuple[Base, dict[int, int]]:
-    """Write `fold` as leaves and a BASE_END frame. Returns the base as it stands there, without a handle yet, and which
-    of its leaves (by number) are copies of which of the old base's.
-
-    Cost: a copy for leaves without changes, about 1 us an entry for the others.
-    """
-    base = Base(None)
-    copies: dict[int, int] = {}
-    digest = blake3()
-    keys: list[str] = []
-    values: list[bytes] = []
-    versions: list[bytes] = []
-    total = fold.base.entries
-
-    def emit(body: bytes, crc: int | None = None) -> None:
-        digest.update(body)
-        offset = out.add(KIND_LEAF, body, body_crc=crc)
-        base.add_leaf(offset, body, crc32c(body) if crc is None else crc)
-
-    def emit_leaves(last: bool) -> None:
-        start = 0
-        while start < len(keys):
-            end = leaf_end(keys, values, start)
-            if end is None:
-                if not last:
-                    break
-                end = len(keys)
-            emit(encode_leaf(keys[start:end], values[start:end], versions[start:end]))
-            start = end
-        del keys[:start], values[:start], versions[:start]
-
-    for span in fold.spans("", None):
-        copied = _copied_leaf(fold, span) if span.whole and not keys else None
-        if copied is not None:
-            if not span.changes:
-                copies[len(base)] = span.leaf
-            emit(*copied)
-        else:
-            columns = fold.span_columns(span)
-            keys += columns.keys
-            values += columns.values
-            versions += columns.versions
-            emit_leaves(last=False)
-        if progress is not None:
-            progress(base.entries, max(total, base.entries))
-    emit_leaves(last=True)
-    end = {
-        "cursor": bytes(fold.cursor()),
-        "leaves": len(base),
-        "entries": base.entries,
-        "digest": digest.digest(),
-    }
-    if fold.origin:
-        end["origin"] = fold.origin
-    out.add(KIND_BASE_END, msgpack.packb(end))
-    return base, copies
-
-
-def _copied_leaf(fold: FoldSnapshot, span: Span) -> tuple[bytes, int | None] | None:
-    """The body of a leaf, and its checksum if it is as it was; None if it has to be made from its entries."""
-    if len(span.changes) > PATCHED_CHANGES:
-        return None
-    body = fold.base.body(span.leaf)
-    if not span.changes:
-        return body, fold.base.crc(span.leaf)
-    patched = patched_leaf(body, span.changes)
-    return None if patched is None else (patched, None)
-
-
-PATCHED_CHANGES = 32
-"""Up to so many changes, patching a leaf beats decoding it."""
 
 
 class Cancelled(Exception):
@@ -270,8 +86,8 @@ class Rewrite:
         """The last batch that the new base holds."""
         self._poisoned = log.poison is not None
         self._access = log.access()
-        self._carried = log.chain  # where the new file has caught up to in the log
-        self._began = self._stage = log.chain.offset
+        self._carried = log.position  # where the new file has caught up to in the log
+        self._began = self._stage = log.position.offset
         self._live = log.file.base_end  # bytes of the base, as far as they are known
         self._lag = self._stage_out = 0
         self._expected = self._began  # bytes that this pass writes, at most
@@ -290,12 +106,12 @@ class Rewrite:
     @property
     def lag_bytes(self) -> int:
         """Bytes of the log that are not carried over yet. For the writer."""
-        return 0 if self._poisoned else self._log.chain.offset - self._carried.offset
+        return 0 if self._poisoned else self._log.position.offset - self._carried.offset
 
     def allowance(self, limit: Callable[[int], int]) -> int:
         """How large the log may grow for now; `limit` gives the bound for so many live bytes. Any thread."""
         out = self._out
-        made = 0 if out is None else out.chain.offset - self._stage_out
+        made = 0 if out is None else out.position.offset - self._stage_out
         live = max(self._live, made) if self._fold is not None else self._live
         return allowance_bytes(limit(live), self._stage, self._lag, made, self._expected)
 
@@ -315,7 +131,7 @@ class Rewrite:
             log.files,
             temporary(log.path),
             seq=fold.seq,
-            log_id=log.file.head.log_id,
+            log_id=log.file.header.log_id,
             sync_each=log.sync_each,
         )
         keep_access(log.files, self._out.fd, self._access, log.path)
@@ -359,17 +175,17 @@ class Rewrite:
         """Let the next pass be `catch_up`. For the writer, while nobody runs the rewrite."""
         assert self._out is not None
         self._begin_pass(expected=self.lag_bytes)
-        self._stop, self._stage_out = self._log.chain.offset, self._out.chain.offset
+        self._stop, self._stage_out = self._log.position.offset, self._out.position.offset
 
     def begin_again(self, fold: FoldSnapshot) -> None:
         """Let the next pass be `write`, of `fold`, which holds all that is in the log by now. For the writer, as before."""
         self._begin_pass(expected=self._live)
         self._outdated, self._out, self._stage_out = self._out, None, 0
-        self._fold, self.seq, self._carried = fold, fold.seq, self._log.chain
+        self._fold, self.seq, self._carried = fold, fold.seq, self._log.position
 
     def _begin_pass(self, expected: int) -> None:
         self.passes += 1
-        self._stage, self._lag, self._expected = self._log.chain.offset, self.lag_bytes, expected
+        self._stage, self._lag, self._expected = self._log.position.offset, self.lag_bytes, expected
 
     def catch_up(self) -> None:
         """Carry over and sync what had been appended by `begin_carry`. Any thread may run it, beside the writer."""
@@ -395,7 +211,7 @@ class Rewrite:
         assert out is not None
         if log.closed:
             raise StoreClosed(f"{log.path} was closed while it was compacted")
-        self._carry(log.chain.offset)
+        self._carry(log.position.offset)
         directory = log.files.open_dir(log.path.parent)
         try:
             handle = ReadHandle(log.files, out.path)

@@ -17,7 +17,7 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import read_head
+from foldlog.storage.formats.registry import read_own_head
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
@@ -34,7 +34,7 @@ def batches_since(
     if handle is None:
         return None
     try:
-        head = read_head(handle)
+        head = read_own_head(handle)
     except InvalidFormatError:
         return None  # the other format has no chain to go back by
     size = handle.files.fstat(handle.fd).st_size
@@ -96,7 +96,7 @@ def batches_after_seq(fold: FoldSnapshot, seq: int) -> Iterator[tuple[int, Decod
         return iter(())
     if handle is None:
         return None
-    head = read_head(handle)
+    head = read_own_head(handle)
     if seq < head.base_seq:
         return None
     size = handle.files.fstat(handle.fd).st_size

@@ -334,3 +334,12 @@ class ReadHandle:
         if getattr(self, "fd", -1) >= 0:  # an interrupt may come before it has one
             with contextlib.suppress(OSError):
                 self.files.close(self.fd)
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a log, links followed. FileNotFoundError for a link that leads nowhere."""
+    given = Path(os.fsdecode(path) if isinstance(path, bytes) else path)
+    real = Path(os.path.realpath(given))
+    if given.is_symlink() and not real.exists():
+        raise FileNotFoundError(2, "the link leads nowhere", str(given))
+    return real

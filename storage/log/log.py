@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-
-import msgpack
 
 from foldlog.protocol.errors import (
     FoldlogError,
@@ -26,28 +23,16 @@ from foldlog.protocol.errors import (
     LogPoisonedError,
     StoreClosed,
 )
-from foldlog.protocol.frames import (
-    FLAG_ORIGIN,
-    FLAG_SYNC_EACH,
-    KIND_BATCHES,
-    KIND_OPEN,
-    KIND_SEAL,
-    MAX_GROUP,
-    FileHead,
-    build_frame,
-)
+from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.tokens import U64_MAX
-from foldlog.protocol.updates import MAX_BODY_BYTES, batches_body, has_origin
-from foldlog.storage.formats.registry import Known, LogFile
+from foldlog.protocol.updates import MAX_BODY_BYTES
+from foldlog.storage.formats.format import Known, LogFile, Position
 from foldlog.storage.handover import Turns
 from foldlog.storage.log.access import keep_access
 from foldlog.storage.log.files import Access, Files, Retiring, remove_quietly, write_all
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.note import Watermark
-from foldlog.storage.log.note import boot_id as boot_id
-from foldlog.storage.log.scan import Chain
 
-WRITER = "foldlog 1"
 _getframe = sys._getframe
 _ARRAY_HEADER_BYTES = 5  # the most that the array around the items takes
 
@@ -60,18 +45,17 @@ class Log:
     ) -> None:
         self.files, self.path, self.sync_each = files, path, sync_each
         self.file = file
-        self.chain = (
-            file.chain
-        )  # replaced whole by each append, behind the write: chain.offset is the size of the file
+        # Replaced whole by each append, after the write: its offset is the size of the file.
+        self.position = file.position
         self.poison: str | None = None
-        self.synced_seq = file.chain.synced_seq
+        self.synced_seq = file.position.synced_seq
         """The last batch that is known to survive a power loss."""
         self._synced_offset = -1  # where the file ended at the last sync
         self._lock = lock
         self._path = os.fspath(path)
         self._inode = self.identity(file.fd)
         self._access = files.access(file.fd)  # as it was last seen
-        self._codec = file.format.codec(file.head, sync_each=sync_each)
+        self._codec = file.format.codec(file.header, sync_each=sync_each)
         self._session = file.session
         self._leftover_bytes = (
             0  # what a failed write may have left at the end, where it could not be cut off
@@ -97,19 +81,19 @@ class Log:
     @property
     def appended_bytes(self) -> int:
         """Bytes behind the base."""
-        return self.chain.offset - self.file.base_end
+        return self.position.offset - self.file.base_end
 
     @property
     def is_compact(self) -> bool:
         """Whether nothing of meaning stands behind the base, and the file may be relied on."""
         file = self.file
-        return self.poison is None and file.format.is_compact(file.head, file.base_end, self.chain)
+        return self.poison is None and file.format.is_compact(file, self.position)
 
     def here(self) -> tuple[LogFile, int]:
         """The file and where it ends, of one moment. Any thread may ask."""
         try:
             self._turns.enter(_getframe())
-            return self.file, self.chain.offset
+            return self.file, self.position.offset
         finally:
             self._turns.leave(_getframe())
 
@@ -132,14 +116,14 @@ class Log:
             raise LogChangedError(self.path, "was deleted while it was open") from None
         if (stat.st_dev, stat.st_ino) != self._inode:
             raise LogChangedError(self.path, "was replaced by another file while it was open")
-        if stat.st_size != self.chain.offset:
+        if stat.st_size != self.position.offset:
             self._check_size(stat.st_size)
 
     def _check_size(self, size: int) -> None:
-        if size != self.chain.offset:
+        if size != self.position.offset:
             raise LogChangedError(
                 self.path,
-                f"has {size} bytes, expected {self.chain.offset}: someone else wrote to it",
+                f"has {size} bytes, expected {self.position.offset}: someone else wrote to it",
             )
 
     def access(self) -> Access:
@@ -201,7 +185,7 @@ class Log:
                 raise LogChangedError(self.path, "was replaced by another file") from None
             remove_quietly(self.files, new)
             return
-        if there.st_size - self.chain.offset not in range(self._leftover_bytes + 1):
+        if there.st_size - self.position.offset not in range(self._leftover_bytes + 1):
             self._check_size(there.st_size)
         self.files.replace(new, self.path)
 
@@ -219,44 +203,44 @@ class Log:
             raise ValueError(
                 f"a commit group of {size} bytes is over the limit of {MAX_BODY_BYTES}"
             )
-        if self.chain.seq + len(items) > U64_MAX:
+        if self.position.seq + len(items) > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is at its end")
         if self._half_written:
             self._undo("it was interrupted")
         self.check_unchanged()
         if not self._session:
             self._begin_session()
-        self._write(*self._codec.group(items, self.chain, self.synced_seq))
+        self._write(*self._codec.group(items, self.position, self.synced_seq))
 
     def _begin_session(self) -> None:
         """Say who writes from here on. Opening alone writes nothing: a log that is only read stays as it is."""
-        opening = self._codec.opening(self.chain, self.synced_seq)
+        opening = self._codec.opening(self.position, self.synced_seq)
         if opening is not None:
             self._write(*opening)
         self._session = True
         if opening is not None and self.sync_each:
             self.sync()
 
-    def _write(self, data: bytes, behind: Chain) -> None:
-        chain = self.chain
+    def _write(self, data: bytes, behind: Position) -> None:
+        position = self.position
         self._half_written = True
         self._leftover_bytes = len(data)
         try:
-            write_all(self.files, self.file.fd, data, chain.offset)
-            self.chain = behind
+            write_all(self.files, self.file.fd, data, position.offset)
+            self.position = behind
         except BaseException as error:
-            if self.chain is chain:
+            if self.position is position:
                 self._undo(error)
             raise
         finally:
-            if self.chain is behind:
+            if self.position is behind:
                 self._half_written = False
                 self._leftover_bytes = 0
 
     def _undo(self, error: object) -> None:
         """Cut a failed write off, for good: later frames must not mix with what it left."""
         try:
-            self.files.truncate(self.file.fd, self.chain.offset)
+            self.files.truncate(self.file.fd, self.position.offset)
             self.files.sync(self.file.fd)
         except OSError as second:
             if second.errno is None:
@@ -280,7 +264,7 @@ class Log:
 
     def _sync(self) -> None:
         self.check_usable()
-        chain = self.chain
+        position = self.position
         try:
             self.files.sync(self.file.fd)
         except OSError as error:
@@ -288,13 +272,13 @@ class Log:
                 raise  # not the system's
             self.poison_with(f"fsync failed: {error}")
             raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
-        self._note_synced(chain)
+        self._note_synced(position)
 
-    def _note_synced(self, chain: Chain) -> None:
-        self._synced_offset = chain.offset
-        self.synced_seq = max(self.synced_seq, chain.seq)
+    def _note_synced(self, position: Position) -> None:
+        self._synced_offset = position.offset
+        self.synced_seq = max(self.synced_seq, position.seq)
         with contextlib.suppress(OSError):
-            self._lock.write(Watermark(self.file.head.log_id, chain.seq, chain.offset))
+            self._lock.write(Watermark(self.file.header.log_id, position.seq, position.offset))
 
     def poison_with(self, reason: str) -> None:
         """Acknowledge nothing through this file any more. A rewrite of the fold into a new file clears it."""
@@ -312,9 +296,9 @@ class Log:
     def known(self, identity: tuple[int, int]) -> Known | None:
         """What this log knows of the file with this (device, inode), if it is its own. Also when it was abandoned."""
         if identity == self._inode:
-            return Known(self.file.head, self.file.base_end)
+            return Known(self.file.header, self.file.base_end)
         if self._successor is not None and identity == self._successor[0]:
-            return Known(self._successor[1].head, self._successor[1].base_end)
+            return Known(self._successor[1].header, self._successor[1].base_end)
         return None
 
     def adopt(self, file: LogFile, inode: tuple[int, int], directory: int | None = None) -> None:
@@ -332,13 +316,13 @@ class Log:
         """Each step may be done again: a rewrite that was interrupted after its rename is gone on with."""
         if self.file is not file:
             self._replaced = self.file
-            self.file, self.chain = file, file.chain
+            self.file, self.position = file, file.position
         self._inode = inode
-        self._codec = file.format.codec(file.head, sync_each=self.sync_each)
+        self._codec = file.format.codec(file.header, sync_each=self.sync_each)
         self._session = file.session
         self._half_written = False
         self._leftover_bytes = 0
-        self.synced_seq = file.chain.seq
+        self.synced_seq = file.position.seq
         if self.poison is not None:
             self.poison = None
             with contextlib.suppress(OSError):  # the note names the old file
@@ -350,7 +334,7 @@ class Log:
             # The old name may come back after a power loss, and take what is acknowledged from now on with it.
             self.poison_with(f"syncing the folder failed after a rewrite: {error}")
         else:
-            self._note_synced(file.chain)
+            self._note_synced(file.position)
         self._successor = None
         if self._replaced is not None:
             retiring = Retiring(self.files, self._replaced.fd)
@@ -376,13 +360,13 @@ class Log:
     def _seal(self) -> None:
         if self._half_written:
             self._undo("it was interrupted")
-        if self._synced_offset != self.chain.offset:
+        if self._synced_offset != self.position.offset:
             self.sync()
         try:
             self.check_unchanged()
         except LogChangedError:
             return  # there is nothing left to seal; whoever writes next would have been told
-        seal = self._codec.seal(self.chain, self.synced_seq)
+        seal = self._codec.seal(self.position, self.synced_seq)
         if seal is not None:
             self._write(*seal)
             self.sync()
@@ -436,59 +420,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-class FrameCodec:
-    """Appends as frames. See `format.Codec`."""
-
-    def __init__(self, head: FileHead, *, sync_each: bool) -> None:
-        self._seed = head.seed
-        self._flags = FLAG_SYNC_EACH if sync_each else 0
-
-    def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        offset, link, seq, _ = chain
-        if synced_seq > seq:
-            synced_seq = seq
-        batches = len(items)
-        seq += batches
-        frame, link = build_frame(
-            self._seed,
-            KIND_BATCHES,
-            batches_body(items),
-            seq=seq,
-            synced_seq=synced_seq,
-            offset=offset,
-            link=link,
-            flags=self._flags | (FLAG_ORIGIN if any(map(has_origin, items)) else 0),
-            batches=batches,
-        )
-        return frame, Chain(offset + len(frame), link, seq, synced_seq)
-
-    def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_OPEN, open_body(), chain, synced_seq)
-
-    def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_SEAL, b"", chain, synced_seq)
-
-    def _frame(self, kind: int, body: bytes, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        offset, link, seq, _ = chain
-        synced_seq = min(synced_seq, seq)
-        frame, link = build_frame(
-            self._seed,
-            kind,
-            body,
-            seq=seq,
-            synced_seq=synced_seq,
-            offset=offset,
-            link=link,
-            flags=self._flags,
-        )
-        return frame, Chain(offset + len(frame), link, seq, synced_seq)
-
-
-def open_body() -> bytes:
-    """The body of an OPEN frame. The nonce makes the chain of each session its own, also in copies of one log."""
-    packed: bytes = msgpack.packb(
-        {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
-    )
-    return packed

@@ -9,28 +9,26 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import (
     InvalidFormatError,
     LogChangedError,
     LogRegressedError,
     StoreLocked,
 )
-from foldlog.protocol.frames import FILE_MAGIC
-from foldlog.protocol.options import FORMAT, ON_DAMAGE
+from foldlog.protocol.options import FORMAT, ON_DAMAGE, OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.registry import Loaded, LogFile
-from foldlog.storage.formats.replay import (
-    FORMATS,
-    OnDamage,
-    OpenReport,
+from foldlog.storage.formats.format import Loaded, LogFile, Progress
+from foldlog.storage.formats.registry import (
+    MAGICS,
     damage_error,
     diagnose,
+    format_named,
     format_of,
     load,
 )
-from foldlog.storage.formats.rewrite import Progress, write_new
-from foldlog.storage.formats.slipstream import MAGIC as SLIPSTREAM_MAGIC
+from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.access import share
 from foldlog.storage.log.files import Access, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.log.lock import WriterLock, beside, lock_log, sweep_temporaries
@@ -71,7 +69,7 @@ def open_log(
         if created and crashed is not None:
             raise LogChangedError(path, "was deleted while the writer was down")
         if created:
-            write_new(files, path, FoldSnapshot.empty(), FORMATS[format or "foldlog"])
+            write_new(files, path, FoldSnapshot.empty(), format_named(format))
         handle = ReadHandle(files, path)
         found = format_of(handle)
         fd = files.open_write(path)
@@ -95,11 +93,11 @@ def open_log(
             ):
                 raise damage_error(path, loaded, cut_reason)
         missing = _missing_batches(lock, loaded, refuse=on_damage == "refuse")
-        sweep_temporaries(files, path, (FILE_MAGIC, SLIPSTREAM_MAGIC))
+        sweep_temporaries(files, path, MAGICS)
         kept_at, cut_bytes = None, 0
         if loaded.bad is not None:
             kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)
-        file = LogFile(found, loaded.head, fd, handle, loaded.chain, loaded.base_end, False)
+        file = LogFile(found, loaded.header, fd, handle, loaded.position, loaded.base_end, False)
         log = Log(files, path, lock, file, sync_each=sync_each)
         poisoned = lock.is_poisoned(stat.st_ino)
         lock.keep(fd)
@@ -124,11 +122,11 @@ def open_log(
     report = OpenReport(
         path,
         created,
-        loaded.chain.offset,
-        loaded.frames,
+        loaded.position.offset,
+        loaded.parts,
         loaded.base_entries,
-        loaded.chain.seq - loaded.head.base_seq,
-        loaded.chain.seq,
+        loaded.position.seq - loaded.header.base_seq,
+        loaded.position.seq,
         loaded.fold.cursor(),
         loaded.sealed,
         cut_bytes,
@@ -147,12 +145,12 @@ def _missing_batches(lock: WriterLock, loaded: Loaded, *, refuse: bool) -> int:
     file was copied at another moment, and the log before the note.
     """
     mark = lock.watermark
-    if mark is None or mark.log_id != loaded.head.log_id or mark.seq <= loaded.chain.seq:
+    if mark is None or mark.log_id != loaded.header.log_id or mark.seq <= loaded.position.seq:
         return 0
     if lock.copied:
-        return mark.seq - loaded.chain.seq
+        return mark.seq - loaded.position.seq
     if refuse:
-        raise LogRegressedError(lock.path, regression_text(lock.path, loaded.chain.seq, mark))
+        raise LogRegressedError(lock.path, regression_text(lock.path, loaded.position.seq, mark))
     lock.write(None)
     return 0
 
@@ -165,13 +163,13 @@ def _set_aside(
 
     Holes stay holes, and nothing but zeros is not kept at all.
     """
-    start = loaded.chain.offset
+    start = loaded.position.offset
     size = files.fstat(fd).st_size
     rest = Rest(handle, start, size - start)
     kept_at = (
         None
         if rest.is_zero(0, rest.size)
-        else _kept(files, path, loaded.chain.seq, rest, files.access(fd))
+        else _kept(files, path, loaded.position.seq, rest, files.access(fd))
     )
     files.truncate(fd, start)
     files.sync(fd)  # or a later append could mix with what was cut, sector by sector

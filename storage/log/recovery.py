@@ -11,7 +11,6 @@ zeros. What a killed process can leave is a prefix of its last write.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +25,7 @@ from foldlog.protocol.frames import (
     FrameHead,
     parse_frame_head,
 )
+from foldlog.storage.formats.format import Verdict as Verdict
 from foldlog.storage.log.files import ReadHandle
 
 SECTOR = 512
@@ -37,13 +37,6 @@ _MAX_BIT_SEARCH = 1024 * 1024
 """Bodies up to this size are tried for one byte, or one bit, that is wrong. By chance, a body with
 a lost sector looks like one with a wrong byte in 1 of 1,000 cases at this size, and like one with a
 wrong bit in 1 of 500."""
-
-
-class Verdict(enum.Enum):
-    """What to do with the tail."""
-
-    TORN = "torn"
-    CORRUPT = "corrupt"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from foldlog.protocol.frames import (
     oversize,
     parse_frame_head,
 )
+from foldlog.storage.formats.format import BadBytes
 from foldlog.storage.log.files import ReadHandle
 
 WINDOW_BYTES = 4 * 1024 * 1024
@@ -58,12 +59,8 @@ class Chain(NamedTuple):
         return Chain(self.offset + frame.size, frame.crc, frame.seq, frame.synced_seq)
 
 
-class BadFrame(Exception):
-    """The bytes at `offset` are not the next frame. `final` says that no torn write explains them."""
-
-    def __init__(self, offset: int, reason: str, *, final: bool, unsupported: bool = False) -> None:
-        super().__init__(offset, reason)
-        self.offset, self.reason, self.final, self.unsupported = offset, reason, final, unsupported
+class BadFrame(BadBytes):
+    """The bytes at `offset` are not the next frame."""
 
 
 def read_frames(

@@ -31,7 +31,8 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Batch, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import Replay, load_intact, read_head
+from foldlog.storage.formats.foldlog.replay import Replay
+from foldlog.storage.formats.registry import load_intact, read_own_head
 from foldlog.storage.log.backlog import decoded
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.regression import lost_since
@@ -252,7 +253,7 @@ class Tail:
         return opened
 
     def _load(self, handle: ReadHandle, inode: tuple[int, int], size: int) -> _Opened:
-        head = read_head(handle)
+        head = read_own_head(handle)
         chain = Chain.start(head)
         replay = Replay(handle, head)
         joint = _Joint(self._place, self.fold, head)

@@ -26,6 +26,7 @@ from foldlog.protocol.frames import (
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
+    FileHead,
     FrameHead,
 )
 from foldlog.protocol.tokens import WatchCursor
@@ -35,13 +36,14 @@ from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA, Run
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.replay import check_own_format, resolve
-from foldlog.storage.formats.rewrite import FrameWriter, Progress, new_head, write_base
+from foldlog.storage.formats.foldlog.check import base_end_of, head_and_seed
+from foldlog.storage.formats.foldlog.walk import Piece, Walker
+from foldlog.storage.formats.foldlog.writer import FrameWriter, write_base
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.formats.registry import check_own_format
 from foldlog.storage.log.access import narrow
-from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
 from foldlog.storage.log.lock import temporary
-from foldlog.storage.repair.verify import base_end_of, head_and_seed
-from foldlog.storage.repair.walk import Piece, Walker
 
 NO_CURSOR = WatchCursor.none()
 
@@ -124,7 +126,7 @@ def salvage_log(
         fold = salvage.fold()
         safe = salvage.safe_cursor if cursor == "safe" else fold.cursor()
         fold = FoldSnapshot(fold.base, fold.delta, fold.runs, fold.seq, safe)
-        out = FrameWriter(files, temporary(dest), new_head(base_seq=fold.seq))
+        out = FrameWriter(files, temporary(dest), FileHead.new(base_seq=fold.seq))
         try:
             narrow(files, out.fd, files.access(handle.fd))
             write_base(out, fold, progress)
@@ -170,7 +172,6 @@ class _Salvage:
         """Walk the file, note what is sound, and what is not."""
         size = self._handle.files.fstat(self._handle.fd).st_size
         head, seed, reason = head_and_seed(self._handle, size)
-        assert seed is not None
         if head is not None:
             self._base_seq = head.base_seq
         if reason:

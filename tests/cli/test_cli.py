@@ -38,8 +38,8 @@ from foldlog.cli.stream import (
     parse_change,
     read_changes,
 )
-from foldlog.storage.formats import replay
-from foldlog.storage.formats.replay import Loaded
+from foldlog.storage.formats import registry
+from foldlog.storage.formats.format import Loaded
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.lock import note_path
 
@@ -243,13 +243,13 @@ def test_a_frame_that_a_writer_completes_while_it_is_read_is_no_damage(
     log.write_bytes(
         whole[:-70]
     )  # within the frame of the last batch, which the frame of the clean close follows
-    judge = replay.diagnose
+    judge = registry.diagnose
 
     def complete_and_judge(handle: ReadHandle, loaded: Loaded) -> object:
         log.write_bytes(whole)
         return judge(handle, loaded)
 
-    monkeypatch.setattr(replay, "diagnose", complete_and_judge)
+    monkeypatch.setattr(registry, "diagnose", complete_and_judge)
     result = run("info", log, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert json.loads(result.stdout)["cursor"] == 8  # the state at the first look

@@ -24,7 +24,7 @@ from foldlog import (
 )
 from foldlog.cli import main
 from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
-from foldlog.storage.formats.replay import load_intact
+from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.repair.verify import verify_log
 

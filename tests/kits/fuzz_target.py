@@ -14,7 +14,7 @@ with atheris.instrument_imports(include=["foldlog.protocol", "foldlog.storage"])
     from foldlog.protocol.updates import decode_batches
     from foldlog.storage.artifacts.artifact import parse_manifest
     from foldlog.storage.fold.leaf import check_leaf
-    from foldlog.storage.formats.replay import load_intact
+    from foldlog.storage.formats.registry import load_intact
     from foldlog.storage.log.files import OS_FILES, ReadHandle
 
 FOLDER = tempfile.TemporaryDirectory(prefix="foldlog-fuzz-")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foldlog.protocol.frames import KIND_BATCHES, KIND_OPEN, parse_open
-from foldlog.storage.formats.replay import FRAMES
+from foldlog.storage.formats.foldlog.log import FRAMES
 from foldlog.storage.log.backlog import decoded
 from foldlog.storage.log.files import OS_FILES
 from foldlog.storage.log.log import Log
@@ -27,13 +27,14 @@ def read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     write = Log._write
 
     def checked(log: Log, data: bytes, behind: Chain) -> None:
-        before = log.chain
+        before: Any = log.position
         write(log, data, behind)
         if log.file.format is not FRAMES:
             return
         handle: Any = Borrowed(log)
+        header: Any = log.file.header
         chain = before
-        for frame, body in read_frames(handle, log.file.head, before, behind.offset):
+        for frame, body in read_frames(handle, header, before, behind.offset):
             if frame.kind == KIND_BATCHES:
                 assert decoded(frame, body)
             elif frame.kind == KIND_OPEN:

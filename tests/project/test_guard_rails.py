@@ -30,9 +30,10 @@ from foldlog.storage.fold import delta, leaf
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.leaf import MAX_ENTRIES, MIN_ENTRIES
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats import replay
-from foldlog.storage.formats.registry import BUFFER_BYTES
-from foldlog.storage.formats.replay import read_head
+from foldlog.storage.formats import registry
+from foldlog.storage.formats.foldlog import replay
+from foldlog.storage.formats.foldlog.replay import read_head
+from foldlog.storage.formats.format import BUFFER_BYTES
 from foldlog.storage.log import backlog
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.note import LOCK_BYTES, SLOT_BYTES
@@ -231,7 +232,7 @@ def test_a_replayed_batch_is_decoded_once_and_its_changes_are_copied_a_few_times
     monkeypatch.setattr(delta, "Run", CountedRun)
     CountedRun.copied = 0
     files.forget()
-    assert replay.load(ReadHandle(files, path)).fold.seq == batches
+    assert registry.load(ReadHandle(files, path)).fold.seq == batches
     assert len(decodings) == batches
     assert CountedRun.copied <= 4 * 100 * batches
     assert files.bytes_read <= path.stat().st_size + 2 * LEAF_BYTES, (

@@ -30,7 +30,6 @@ import foldlog.protocol.updates
 import foldlog.storage.fold.base
 import foldlog.storage.fold.delta
 import foldlog.storage.fold.leaf
-import foldlog.storage.formats.replay
 import foldlog.storage.log.scan
 from foldlog import (
     AppendLogSnapshot,
@@ -148,7 +147,7 @@ class FoldMachine(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         self.snap.compact()
-        assert self.path.stat().st_size == self.snap._engine.log.chain.offset
+        assert self.path.stat().st_size == self.snap._engine.log.position.offset
         assert self.snap._engine.is_compact
 
     @rule(threshold=st.sampled_from([EAGER, LAZY]))

@@ -35,9 +35,8 @@ from foldlog.storage.artifacts.artifact import (
 from foldlog.storage.engines.rocksdb.database import binding
 from foldlog.storage.engines.rocksdb.record import GENERATION
 from foldlog.storage.engines.rocksdb.verify import RocksDbReport, describe, verify_database
-from foldlog.storage.formats.registry import Progress
-from foldlog.storage.formats.replay import resolve
-from foldlog.storage.log.files import OS_FILES, Files, write_all
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.log.files import OS_FILES, Files, resolve, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,10 +25,10 @@ from foldlog.storage.engines.rocksdb.state import state_of
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import FoldSnapshot, Span
-from foldlog.storage.formats.registry import Progress
-from foldlog.storage.formats.replay import FORMATS, load_intact, resolve
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import WriterLock
 
 _LOAD_CACHE_BYTES = 32 * MIN_CACHE_BYTES

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
 from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.storage.engines.rocksdb.errors import typed
-from foldlog.storage.formats import slipstream
+from foldlog.storage.formats.slipstream import records as slipstream
 
 if TYPE_CHECKING:
     from rocksdict import Options, Rdict

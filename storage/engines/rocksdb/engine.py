@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foldlog.protocol.engine import Held, Sizes
+from foldlog.protocol.engine import Held, OpenReport, Sizes
 from foldlog.protocol.errors import (
     CursorExpired,
     FoldlogError,
@@ -48,9 +48,8 @@ from foldlog.storage.engines.rocksdb.record import STATE_KEY, State, encode_entr
 from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
 from foldlog.storage.engines.rocksdb.verify import RocksDbReport, verify_open
 from foldlog.storage.fold.snapshot import ClosedFold
-from foldlog.storage.formats.registry import Progress
-from foldlog.storage.formats.replay import OpenReport, resolve
-from foldlog.storage.log.files import OS_FILES
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.log.files import OS_FILES, resolve
 
 if TYPE_CHECKING:
     from rocksdict import Rdict, WriteBatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, Self, cast
 
-from foldlog.protocol.engine import Held, Sizes
+from foldlog.protocol.engine import Held, OpenReport, Sizes
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import Update, raw_updates
@@ -19,8 +19,8 @@ from foldlog.storage.engines.rocksdb.database import (
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
 from foldlog.storage.engines.rocksdb.fold import RocksDbFold
 from foldlog.storage.engines.rocksdb.verify import RocksDbReport
-from foldlog.storage.formats.registry import Progress
-from foldlog.storage.formats.replay import OpenReport, resolve
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.log.files import resolve
 from foldlog.storage.readable import Publisher, Readable
 
 

@@ -28,8 +28,8 @@ from foldlog.storage.engines.rocksdb.record import (
 )
 from foldlog.storage.engines.rocksdb.scan import scan
 from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
-from foldlog.storage.formats.registry import Progress
-from foldlog.storage.formats.replay import resolve
+from foldlog.storage.formats.format import Progress
+from foldlog.storage.log.files import resolve
 
 if TYPE_CHECKING:
     from rocksdict import Rdict, ReadOptions

@@ -14,13 +14,9 @@ import slipref
 from logfiles import State, outcome
 
 from foldlog import CorruptLogError
-from foldlog.storage.formats import slipstream_search
-from foldlog.storage.formats.slipstream import record_end
-from foldlog.storage.formats.slipstream_search import (
-    find_cursor_record,
-    find_record,
-    one_bit_fixes,
-)
+from foldlog.storage.formats.slipstream import search as slipstream_search
+from foldlog.storage.formats.slipstream.records import record_end
+from foldlog.storage.formats.slipstream.search import find_cursor_record, find_record, one_bit_fixes
 from foldlog.storage.log.files import OS_FILES, ReadHandle
 
 MIB = 1024 * 1024

@@ -17,7 +17,7 @@ from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import decode_batches, encode_batch
 from foldlog.storage.engines.engine import Engine
 from foldlog.storage.fold import leaf
-from foldlog.storage.formats.replay import load_intact
+from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.log.tail import Tail
 from foldlog.storage.repair.salvage import salvage_log

@@ -10,7 +10,7 @@ from logfiles import frames_of, reboot, write_log
 
 from foldlog import AppendLogSnapshot, LogRegressedError, Put, WatchCursor
 from foldlog.protocol.frames import KIND_BATCHES
-from foldlog.storage.formats.replay import load_intact
+from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, ReadHandle
 from foldlog.storage.log.lock import note_path
 from foldlog.storage.log.tail import Tail
@@ -95,7 +95,7 @@ def test_a_flip_after_a_reboot_is_refused_though_the_value_holds_a_sector_of_zer
         snap._engine.log.abandon()
     note_path(path).unlink()
     reboot(monkeypatch)
-    monkeypatch.setattr("foldlog.storage.repair.verify.boot_id", lambda: "another boot")
+    monkeypatch.setattr("foldlog.storage.formats.foldlog.check.boot_id", lambda: "another boot")
     last = frames_of(raw)[-1]
     assert last.start > 52
     assert size

@@ -15,10 +15,10 @@ from foldlog.protocol.frames import FILE_HEAD, KIND_BATCHES, KIND_OPEN, build_fr
 from foldlog.protocol.updates import batches_body, encode_batch
 from foldlog.storage.engines.engine import Engine
 from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.log import tail as tail_module
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.lock import note_path
-from foldlog.storage.log.log import open_body
 from foldlog.storage.log.tail import STALLED_POLLS, Advance, Jump, Tail
 
 

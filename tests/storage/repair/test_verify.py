@@ -31,8 +31,9 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.engines.engine import Engine
 from foldlog.storage.fold.leaf import encode_leaf
-from foldlog.storage.log.log import open_body
-from foldlog.storage.repair.verify import VerifyReport, verify_log
+from foldlog.storage.formats.foldlog.codec import open_body
+from foldlog.storage.formats.format import VerifyReport
+from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import sampled_flips, truncations
 
 

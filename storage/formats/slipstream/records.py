@@ -11,7 +11,7 @@ A batch is its records in order and then one cursor record, which may be empty. 
 put for each live key, ascending, and then one cursor record; none if there is no cursor.
 
 No checksum covers a length alone: one that was damaged upwards looks like a record that the end of the file cuts short.
-`slipstream_search.py` looks for the evidence that tells the two apart.
+`search.py` looks for the evidence that tells the two apart.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import msgpack
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES
 from foldlog.protocol.updates import MAX_VALUE_BYTES
+from foldlog.storage.formats.format import BadBytes
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.scan import BadFrame
 
 MAGIC = b"PGSS"
 VERSION = 2
@@ -120,7 +120,7 @@ class Record(NamedTuple):
     """The offset behind it."""
 
 
-class BadRecord(BadFrame):
+class BadRecord(BadBytes):
     """The bytes at `offset` are not a record."""
 
     def __init__(

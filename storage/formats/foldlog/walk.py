@@ -1,6 +1,6 @@
 """All of a damaged log: what stands where, up to the end of the file, however much of it is bad.
 
-`scan.py` stops at the first bytes that are not the next frame; this goes on behind them. Nothing is decided here: `verify.py`
+`scan.py` stops at the first bytes that are not the next frame; this goes on after them. Nothing is decided here: `check.py`
 says what is wrong, `salvage.py` keeps what is right.
 """
 
@@ -24,7 +24,7 @@ from foldlog.protocol.frames import (
     parse_file_head,
     parse_frame_head,
 )
-from foldlog.storage.formats.rewrite import Progress
+from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
 
 NO_HEAD = "no frame head that verifies"
@@ -54,6 +54,25 @@ class Piece(NamedTuple):
     def end(self) -> int:
         """The offset behind it."""
         return self.offset + self.size
+
+    @property
+    def is_damage(self) -> bool:
+        """True unless it is a sound frame: a torn tail is not told apart here."""
+        return bool(self.reason)
+
+
+class HeaderPiece(NamedTuple):
+    """The file's header, as `FrameFormat.walk` yields it before the frames."""
+
+    head: FileHead | None
+    reason: str
+    """Why it is bad; "" if it is not."""
+    offset: int = 0
+
+    @property
+    def is_damage(self) -> bool:
+        """True if it does not verify."""
+        return bool(self.reason)
 
 
 class Walker:

@@ -16,7 +16,7 @@ from zlib import crc32
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES
 from foldlog.protocol.updates import MAX_VALUE_BYTES
-from foldlog.storage.formats.slipstream import (
+from foldlog.storage.formats.slipstream.records import (
     DELETE,
     MAX_CURSOR_BYTES,
     MAX_RECORD_BYTES,

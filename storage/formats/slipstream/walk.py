@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from foldlog.protocol.errors import InvalidFormatError
-from foldlog.storage.formats.registry import Known, Progress
-from foldlog.storage.formats.slipstream import (
+from foldlog.storage.formats.format import Known, Problem, Progress, Verdict, VerifyReport
+from foldlog.storage.formats.slipstream.judge import Count, judge
+from foldlog.storage.formats.slipstream.records import (
     HEAD,
     BadRecord,
     Record,
     check_head,
     read_records,
 )
-from foldlog.storage.formats.slipstream_log import Count, judge
-from foldlog.storage.formats.slipstream_search import find_record
+from foldlog.storage.formats.slipstream.search import find_record
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.recovery import Verdict
 
 _REPORT_RECORDS = 4096
 
@@ -32,6 +31,11 @@ class RecordPiece(NamedTuple):
     """Why it is no record; "" for a record."""
     torn: bool
     """It is what a stopped writer may leave at the end."""
+
+    @property
+    def is_damage(self) -> bool:
+        """True if it is neither a record nor a torn tail."""
+        return bool(self.reason) and not self.torn
 
 
 def walk_records(
@@ -66,16 +70,6 @@ def walk_records(
             offset = stop
 
 
-class Checked(NamedTuple):
-    """What `check_records` found."""
-
-    found: Count
-    """In the sound records."""
-    torn: RecordPiece | None
-    bad: tuple[RecordPiece, ...]
-    """All that is wrong, by offset."""
-
-
 def check_records(
     handle: ReadHandle,
     size: int,
@@ -83,8 +77,8 @@ def check_records(
     tail_may_be_torn: bool,
     known: Known | None = None,
     progress: Progress | None = None,
-) -> Checked:
-    """Check every record of a file up to `size`."""
+) -> VerifyReport:
+    """Check every record of a file up to `size`: checksums and limits, and nothing else that could be checked."""
     count = Count(known)
     torn, bad = None, []
     end = HEAD.size
@@ -98,4 +92,17 @@ def check_records(
         else:
             bad.append(piece)
     count.end(end)
-    return Checked(count, torn, tuple(bad))
+    return VerifyReport(
+        path=handle.path,
+        size=size,
+        frames=count.records,
+        leaves=0,
+        entries=count.entries,
+        batches=count.batches,
+        seq=count.seq,
+        cursor=count.cursor,
+        sealed=False,
+        torn_bytes=torn.size if torn is not None else 0,
+        torn_reason=torn.reason if torn is not None else "",
+        problems=tuple(Problem(piece.offset, piece.size, piece.reason) for piece in bad),
+    )

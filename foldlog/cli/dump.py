@@ -1,0 +1,230 @@
+"""`foldlog dump`: every part of a log, valid or damaged. Each format walks its file; how its parts
+look is registered here by their type. Only reads, as the commands of `inspect.py` do."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from foldlog.cli.args import log_argument
+from foldlog.cli.show import (
+    counted,
+    entry_json,
+    op_text,
+    printable,
+    token_json,
+    token_text,
+    value_text,
+)
+from foldlog.protocol.frames import (
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    KIND_SEAL,
+    FrameHead,
+    parse_open,
+)
+from foldlog.protocol.tokens import VersionToken
+from foldlog.protocol.undecodable import Undecodable
+from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
+from foldlog.storage.fold import leaf
+from foldlog.storage.formats.foldlog.check import base_end_of
+from foldlog.storage.formats.foldlog.walk import HeaderPiece, Piece
+from foldlog.storage.formats.registry import format_of
+from foldlog.storage.formats.slipstream.records import CURSOR, DELETE, PUT, Record
+from foldlog.storage.formats.slipstream.walk import RecordPiece
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
+
+KIND_NAMES = {
+    KIND_OPEN: "OPEN",
+    KIND_BATCHES: "BATCHES",
+    KIND_LEAF: "LEAF",
+    KIND_BASE_END: "BASE_END",
+    KIND_SEAL: "SEAL",
+}
+RECORD_NAMES = {PUT: "PUT", DELETE: "DELETE", CURSOR: "CURSOR"}
+"""Of the records of the format "slipstream-v2"."""
+_DAMAGED = 1
+
+
+@click.command(epilog="Example: foldlog dump routes.log --bodies")
+@log_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option(
+    "--bodies", is_flag=True, help="Print what the frames hold, too: batches with their updates."
+)
+def dump(log: Path, as_json: bool, bodies: bool) -> None:
+    """Print every frame of LOG: offset, size, kind, sequences and checksums; and where there is none, the bytes that are not.
+
+    Exit code 1 if a frame does not verify.
+    """
+    handle = ReadHandle(OS_FILES, resolve(log))
+    size = OS_FILES.fstat(handle.fd).st_size
+    damaged = False
+    for stretch in format_of(handle).walk(handle, size):
+        damaged |= stretch.is_damage
+        if as_json:
+            click.echo(json.dumps(as_fields(stretch, bodies)))
+        else:
+            for line in as_lines(stretch, bodies):
+                click.echo(line)
+    if damaged:
+        raise click.exceptions.Exit(_DAMAGED)
+
+
+@functools.singledispatch
+def as_fields(stretch: object, bodies: bool) -> dict[str, Any]:
+    """A stretch of a log as one JSON object. Each format registers its own."""
+    raise TypeError(f"{type(stretch).__name__} cannot be shown")
+
+
+@functools.singledispatch
+def as_lines(stretch: object, bodies: bool) -> Iterator[str]:
+    """A stretch of a log as lines of text. Each format registers its own."""
+    raise TypeError(f"{type(stretch).__name__} cannot be shown")
+
+
+@as_fields.register
+def _(piece: HeaderPiece, bodies: bool) -> dict[str, Any]:
+    head = piece.head
+    fields: dict[str, Any] = {"offset": piece.offset, "kind": "HEAD"}
+    if head is not None:
+        fields |= {
+            "log_id": head.log_id.hex(),
+            "generation": f"{head.generation:016x}",
+            "base_seq": head.base_seq,
+        }
+    return {**fields, "ok": not piece.reason, "reason": piece.reason}
+
+
+@as_lines.register
+def _(piece: HeaderPiece, bodies: bool) -> Iterator[str]:
+    head, shown = piece.head, ""
+    if head is not None:
+        ids = f"log {head.log_id.hex()} generation {head.generation:016x}"
+        shown = f"{ids} base batch {head.base_seq}  "
+    yield f"{piece.offset:>12}  {shown}{piece.reason or 'ok'}"
+
+
+@as_fields.register
+def _(piece: RecordPiece, bodies: bool) -> dict[str, Any]:
+    record = piece.record
+    fields = {
+        "offset": piece.offset,
+        "size": piece.size,
+        "ok": not piece.reason,
+        "reason": piece.reason,
+        "kind": None if record is None else RECORD_NAMES[record.kind],
+    }
+    return fields | _record_json(record) if record is not None and bodies else fields
+
+
+@as_lines.register
+def _(piece: RecordPiece, bodies: bool) -> Iterator[str]:
+    record = piece.record
+    text = counted(piece.size, "byte")
+    if record is None:
+        yield f"{piece.offset:>12}  {text}: {piece.reason}"
+        return
+    token = token_text(VersionToken(record.token))
+    what = f"cursor {token}" if record.kind == CURSOR else f"{printable(record.key)} @ {token}"
+    value = f" = {value_text(record.value)}" if bodies and record.value is not None else ""
+    yield f"{piece.offset:>12}  {RECORD_NAMES[record.kind]:<8} {text}  {what}{value}"
+
+
+def _record_json(record: Record) -> dict[str, Any]:
+    token = VersionToken(record.token)
+    if record.kind == CURSOR:
+        return {"cursor": token_json(token)}
+    if record.value is None:
+        return {"key": record.key, "version": token_json(token)}
+    return entry_json(KvEntry(record.key, record.value, token))
+
+
+@as_lines.register
+def _(piece: Piece, bodies: bool) -> Iterator[str]:
+    yield _piece_text(piece)
+    if bodies and not piece.reason and piece.head is not None:
+        for line in _body_lines(piece.head, piece.body):
+            yield f"{'':>12}    {line}"
+
+
+def _kind(head: FrameHead) -> str:
+    return KIND_NAMES.get(head.kind, f"kind {head.kind}")
+
+
+def _piece_text(piece: Piece) -> str:
+    head = piece.head
+    if head is None:
+        return f"{piece.offset:>12}  {counted(piece.size, 'byte')}: {piece.reason}"
+    batches = f" {counted(head.batches, 'batch')}" if head.batches else ""
+    sequences = f"seq {head.seq} synced {head.synced_seq}  flags {head.flags}"
+    checksums = f"head {head.crc:08x} link {head.link:08x} body {head.body_crc:08x}"
+    moved = "" if head.offset == piece.offset else f"  written for byte {head.offset}"
+    verdict = f"{piece.reason or 'ok'}{moved}"
+    return f"{piece.offset:>12}  {_kind(head):<8} {head.size} bytes{batches}  {sequences}  {checksums}  {verdict}"
+
+
+@as_fields.register
+def _(piece: Piece, bodies: bool) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "offset": piece.offset,
+        "size": piece.size,
+        "ok": not piece.reason,
+        "reason": piece.reason,
+    }
+    head = piece.head
+    if head is None:
+        return {**fields, "kind": None}
+    fields |= {
+        "kind": _kind(head),
+        "seq": head.seq,
+        "synced_seq": head.synced_seq,
+        "batches": head.batches,
+        "flags": head.flags,
+    }
+    fields |= {"written_for": head.offset, "body_len": head.body_len}
+    fields |= {
+        "head_crc": f"{head.crc:08x}",
+        "link": f"{head.link:08x}",
+        "body_crc": f"{head.body_crc:08x}",
+    }
+    if bodies and not piece.reason:
+        fields["body"] = list(_body_lines(head, piece.body))
+    return fields
+
+
+def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
+    try:
+        if head.kind == KIND_BATCHES:
+            for number, batch in enumerate(
+                decode_batches(body, head.batches), head.seq - head.batches + 1
+            ):
+                yield f"batch {number} at cursor {token_text(batch.cursor)}, {counted(len(batch.keys), 'update')}"
+                yield from map("  ".__add__, _update_lines(batch))
+        elif head.kind == KIND_LEAF:
+            keys = leaf.check_order(body)
+            yield f"{counted(len(keys), 'entry')}, {printable(keys[0])} to {printable(keys[-1])}"
+        elif head.kind == KIND_BASE_END:
+            cursor, leaves, entries, digest = base_end_of(body)
+            where = f"cursor {token_text(cursor)}"
+            yield f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest {digest.hex()}"
+        elif head.kind == KIND_OPEN:
+            yield f"boot {printable(parse_open(body)) or 'unknown'}"
+    except Undecodable as error:
+        yield f"undecodable: {printable(str(error))}"
+
+
+def _update_lines(batch: DecodedBatch) -> Iterator[str]:
+    for update in batch.updates():
+        line = f"{op_text(update)} {printable(update.key)} @ {token_text(update.version)}"
+        yield f"{line} = {value_text(update.value)}" if isinstance(update, Put) else line
+
+
+COMMANDS = (dump,)

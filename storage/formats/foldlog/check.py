@@ -1,0 +1,290 @@
+"""Every invariant of a log, in code. Opening stops at the first thing that is wrong; this finds all of them, and changes nothing.
+
+What must hold, beyond the checksums of heads, bodies and trailers:
+
+    the chain      offset, link, sequence and synced sequence of each frame follow from the frame before
+    order          LEAF* BASE_END (OPEN | BATCHES | SEAL)*; a session begins with OPEN and nothing of it follows its SEAL
+    leaves         hold what `encode_leaf` writes for their entries, every value verifies, keys ascend from leaf to leaf, and
+                   each ends where `leaf_end` says
+    the base's end counts its leaves and entries, has the digest of their bodies, and a cursor that is a token
+    batches        decode, and are as many as the head says
+    the tail       what follows the last good frame is nothing, or what a stopped writer may leave (`recovery.py`)
+    the note       remembers no batch as synced that the log does not have (`regression.py`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from blake3 import blake3
+
+from foldlog.protocol.errors import InvalidFormatError, LogChangedError
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FILE_MAGIC,
+    FORMAT_VERSION,
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    FileHead,
+    FrameHead,
+    parse_base_end,
+    parse_base_origin,
+    parse_file_head,
+    parse_open,
+)
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.undecodable import Undecodable
+from foldlog.protocol.updates import decode_batches
+from foldlog.storage.fold import leaf
+from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_head, seed_of_frames
+from foldlog.storage.formats.format import Problem, Progress, Verdict, VerifyReport
+from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.note import boot_id
+from foldlog.storage.log.recovery import Rest, gather, judge
+from foldlog.storage.log.regression import lost_since, regression_text
+from foldlog.storage.log.scan import Chain
+
+NO_CURSOR = WatchCursor.none()
+
+
+def check_frames(
+    handle: ReadHandle, size: int, *, tail_may_be_torn: bool, progress: Progress | None = None
+) -> VerifyReport:
+    """See `LogFormat.check`. A whole file, whose tail may be torn, is also held against the note beside it."""
+    try:
+        report = _Check(handle, size, tail_may_be_torn=tail_may_be_torn).run(progress)
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None
+    return _with_regression(handle, report) if tail_may_be_torn and report.ok else report
+
+
+def _with_regression(handle: ReadHandle, report: VerifyReport) -> VerifyReport:
+    head = parse_file_head(handle.files.read(handle.fd, FILE_HEAD.size, 0))
+    mark = lost_since(handle, head.log_id, report.seq, report.size)
+    if mark is None:
+        return report
+    lost = Problem(report.size, 0, f"the log {regression_text(handle.path, report.seq, mark)}")
+    return replace(report, problems=(lost,))
+
+
+def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int, str]:
+    """The file head, the seed of the frames, and why the head is bad ("" if it is not).
+
+    InvalidFormatError if nothing shows that this is a log of the format that is read here.
+    """
+    raw = handle.files.read(handle.fd, min(FILE_HEAD.size, size), 0)
+    try:
+        head = parse_file_head(raw)
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return head, head.seed, ""
+    if raw.startswith(FILE_MAGIC) and len(raw) == FILE_HEAD.size:
+        version, flags = FILE_HEAD.unpack(raw)[1:3]
+        if reason.startswith("format version"):  # its checksum is right
+            raise InvalidFormatError(
+                handle.path, 0, f"format version {version}, flags {flags:#x}: not {FORMAT_VERSION}"
+            )
+    mended = mended_head(raw)
+    seed = mended.seed if mended is not None else seed_of_frames(handle, size)
+    if seed is None:
+        raise InvalidFormatError(handle.path, 0, reason)
+    return mended, seed, reason
+
+
+class _Check:
+    """One verification. See `verify_log`."""
+
+    def __init__(self, handle: ReadHandle, size: int, *, tail_may_be_torn: bool) -> None:
+        self._handle, self._size = handle, size
+        self._tail_may_be_torn = tail_may_be_torn
+        self._problems: list[Problem] = []
+        self._frames = self._batches = 0
+        self._cursor = NO_CURSOR
+        self._sealed = False
+        self._torn = (0, "")
+        self._chain: Chain | None = None  # None: unknown, behind damage
+        self._seq = 0
+        self._position = 0  # of the end of the last frame, as the frames count it
+        # The base.
+        self._leaves = self._entries = 0
+        self._digest = blake3()
+        self._last_key: str | None = None
+        self._open_end: Problem | None = (
+            None  # the last leaf ends where only the last of a base may
+        )
+        self._base_ended = False
+        self._base_complete = True  # no leaf was lost, so that counts and digest can be compared
+        # The session under way.
+        self._in_session = False
+        self._boot = ""
+
+    def run(self, progress: Progress | None) -> VerifyReport:
+        head, seed, reason = head_and_seed(self._handle, self._size)
+        if reason:
+            self._say(0, FILE_HEAD.size, reason)
+        elif head is not None:
+            self._chain, self._seq = Chain.start(head), head.base_seq
+        for piece in Walker(self._handle, seed, self._size).pieces(progress=progress):
+            if piece.reason:
+                if self._is_torn(piece, seed):
+                    break
+                self._bad(piece)
+            else:
+                self._good(piece)
+        if not self._base_ended and not self._problems:
+            self._say(self._size, 0, "the file ends before the base does")
+        self._problems.sort()
+        torn_bytes, torn_reason = self._torn
+        return VerifyReport(
+            self._handle.path,
+            self._size,
+            self._frames,
+            self._leaves,
+            self._entries,
+            self._batches,
+            self._seq,
+            self._cursor,
+            self._sealed,
+            torn_bytes,
+            torn_reason,
+            tuple(self._problems),
+        )
+
+    def _say(self, offset: int, size: int, reason: str) -> None:
+        self._problems.append(Problem(offset, size, reason))
+
+    def _is_torn(self, piece: Piece, seed: int) -> bool:
+        """Whether all from `piece` on is a torn tail. Asked only of the first thing that is wrong, as opening does."""
+        chain = self._chain
+        if not self._tail_may_be_torn or self._problems or not self._base_ended or chain is None:
+            return False
+        if piece.final or (piece.head is not None and chain.fault(piece.head) is not None):
+            return False
+        rest = Rest(self._handle, piece.offset, self._size - piece.offset)
+        same_boot = bool(self._boot) and self._boot == boot_id()
+        verdict, why = judge(gather(rest, piece.offset, seed, chain.seq, same_boot))
+        if verdict is Verdict.CORRUPT:
+            self._say(piece.offset, piece.size, f"{why} ({piece.reason})")
+            return False
+        self._torn = rest.size, f"{why} ({piece.reason})"
+        return True
+
+    def _bad(self, piece: Piece) -> None:
+        if not self._problems or self._problems[-1].offset != piece.offset:
+            self._say(piece.offset, piece.size, piece.reason)
+        if not self._base_ended:
+            self._base_complete = False
+        self._chain = None
+        self._sealed = False
+        self._in_session = True  # its OPEN may be among what is bad
+
+    def _good(self, piece: Piece) -> None:
+        head = piece.head
+        assert head is not None
+        fault = (
+            self._chain.fault(head)
+            if self._chain is not None
+            else self._fault_behind_damage(piece, head)
+        )
+        if fault is not None:
+            self._say(piece.offset, piece.size, fault)
+        self._chain = Chain(head.offset + head.size, head.crc, head.seq, head.synced_seq)
+        self._position = piece.end - self._chain.offset
+        self._frames += 1
+        try:
+            self._take(head, piece)
+        except Undecodable as error:
+            self._say(piece.offset, piece.size, str(error))
+            self._base_complete &= self._base_ended
+        self._seq = head.seq
+        self._sealed = head.kind not in (KIND_LEAF, KIND_BASE_END, KIND_OPEN, KIND_BATCHES)
+
+    def _fault_behind_damage(self, piece: Piece, head: FrameHead) -> str | None:
+        """What can be said of the first sound frame behind bytes that are not."""
+        if head.offset + self._position != piece.offset:
+            return f"the frame was written for byte {head.offset}: frames were moved, inserted or removed"
+        first = head.seq - head.batches
+        if self._frames and first > self._seq:
+            missing = (
+                f"batch {first} is"
+                if first == self._seq + 1
+                else f"batches {self._seq + 1} to {first} are"
+            )
+            return f"{missing} missing before this frame"
+        if self._frames and first < self._seq:
+            return f"the frame repeats batches up to {head.seq}"
+        return None
+
+    def _take(self, head: FrameHead, piece: Piece) -> None:
+        kind, body = head.kind, piece.body
+        if kind in (KIND_LEAF, KIND_BASE_END):
+            if self._base_ended:
+                raise Undecodable("a frame of the base behind its end")
+            self._take_leaf(piece) if kind == KIND_LEAF else self._take_base_end(body)
+            return
+        if not self._base_ended:
+            self._base_ended = True  # said once: what follows is taken as if the end had been there
+            if self._base_complete:  # else it may be among what is bad
+                raise Undecodable("a frame before the end of the base")
+        if kind == KIND_OPEN:
+            self._boot, self._in_session = parse_open(body), True
+            return
+        if not self._in_session:
+            raise Undecodable("a frame that no OPEN frame precedes")
+        if kind == KIND_BATCHES:
+            batches = decode_batches(body, head.batches)
+            self._batches += len(batches)
+            self._cursor = batches[-1].cursor
+        else:
+            self._in_session = False
+            if body:
+                raise Undecodable("a SEAL frame with a body")
+            if head.synced_seq != head.seq:
+                raise Undecodable(
+                    f"a SEAL frame that knows batch {head.synced_seq} as synced, not {head.seq}"
+                )
+
+    def _take_leaf(self, piece: Piece) -> None:
+        self._leaves += 1
+        self._digest.update(piece.body)
+        if self._open_end is not None:
+            self._problems.append(self._open_end)
+            self._open_end = None
+        leaf.check_leaf(piece.body)
+        columns = leaf.decode_leaf(piece.body)
+        self._entries += len(columns.keys)
+        last_key, self._last_key = self._last_key, columns.keys[-1]
+        end = leaf.leaf_end(columns.keys, columns.values, 0)
+        if end is None:
+            self._open_end = Problem(
+                piece.offset, piece.size, "a leaf that is not the last ends too early"
+            )
+        if last_key is not None and columns.keys[0] <= last_key:
+            raise Undecodable("leaves are not in key order")
+        if end is not None and end != len(columns.keys):
+            raise Undecodable(f"a leaf has {len(columns.keys)} entries, and should end after {end}")
+
+    def _take_base_end(self, body: bytes) -> None:
+        self._base_ended = True
+        cursor, leaves, entries, digest = base_end_of(body)
+        self._cursor = cursor
+        if not self._base_complete:
+            return
+        if (leaves, entries) != (self._leaves, self._entries):
+            raise Undecodable(
+                f"the base has {self._leaves} leaves and {self._entries} entries, but its end says {leaves} and {entries}"
+            )
+        if digest != self._digest.digest():
+            raise Undecodable("the leaves of the base have another digest than its end says")
+
+
+def base_end_of(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
+    """`parse_base_end`, with a digest of 32 bytes. Undecodable for anything else."""
+    cursor, leaves, entries, digest = parse_base_end(body)
+    if len(digest) != 32:
+        raise Undecodable("the end of the base has a bad field")
+    parse_base_origin(body)
+    return cursor, leaves, entries, digest

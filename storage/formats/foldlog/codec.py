@@ -1,0 +1,79 @@
+"""What a writer appends to one of foldlog's own logs: commit groups, and what begins and ends a session."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import msgpack
+
+from foldlog.protocol.frames import (
+    FLAG_ORIGIN,
+    FLAG_SYNC_EACH,
+    KIND_BATCHES,
+    KIND_OPEN,
+    KIND_SEAL,
+    FileHead,
+    build_frame,
+)
+from foldlog.protocol.updates import batches_body, has_origin
+from foldlog.storage.log.note import boot_id
+from foldlog.storage.log.scan import Chain
+
+WRITER = "foldlog 1"
+
+
+class FrameCodec:
+    """Appends as frames. See `formats.format.Codec`."""
+
+    def __init__(self, head: FileHead, *, sync_each: bool) -> None:
+        self._seed = head.seed
+        self._flags = FLAG_SYNC_EACH if sync_each else 0
+
+    def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        offset, link, seq, _ = chain
+        if synced_seq > seq:
+            synced_seq = seq
+        batches = len(items)
+        seq += batches
+        frame, link = build_frame(
+            self._seed,
+            KIND_BATCHES,
+            batches_body(items),
+            seq=seq,
+            synced_seq=synced_seq,
+            offset=offset,
+            link=link,
+            flags=self._flags | (FLAG_ORIGIN if any(map(has_origin, items)) else 0),
+            batches=batches,
+        )
+        return frame, Chain(offset + len(frame), link, seq, synced_seq)
+
+    def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_OPEN, open_body(), chain, synced_seq)
+
+    def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        return self._frame(KIND_SEAL, b"", chain, synced_seq)
+
+    def _frame(self, kind: int, body: bytes, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
+        offset, link, seq, _ = chain
+        synced_seq = min(synced_seq, seq)
+        frame, link = build_frame(
+            self._seed,
+            kind,
+            body,
+            seq=seq,
+            synced_seq=synced_seq,
+            offset=offset,
+            link=link,
+            flags=self._flags,
+        )
+        return frame, Chain(offset + len(frame), link, seq, synced_seq)
+
+
+def open_body() -> bytes:
+    """The body of an OPEN frame. The nonce makes the chain of each session its own, also in copies of one log."""
+    packed: bytes = msgpack.packb(
+        {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
+    )
+    return packed

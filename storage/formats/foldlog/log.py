@@ -1,0 +1,179 @@
+"""foldlog's own format, `protocol/frames.py`, on the seam that all formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from foldlog.protocol.errors import LogChangedError
+from foldlog.protocol.frames import FILE_MAGIC, FORMAT_VERSION, FileHead
+from foldlog.protocol.undecodable import Undecodable
+from foldlog.storage.fold import leaf
+from foldlog.storage.fold.collector import no_full_collections
+from foldlog.storage.formats.foldlog.check import check_frames, head_and_seed
+from foldlog.storage.formats.foldlog.codec import FrameCodec
+from foldlog.storage.formats.foldlog.replay import Replay, read_head
+from foldlog.storage.formats.foldlog.walk import HeaderPiece, Piece, Walker
+from foldlog.storage.formats.foldlog.writer import FrameWriter
+from foldlog.storage.formats.format import (
+    PRIVATE,
+    FileFacts,
+    Known,
+    Loaded,
+    LogFile,
+    LogFormat,
+    Progress,
+    Verdict,
+    VerifyReport,
+)
+from foldlog.storage.log.files import Files, ReadHandle
+from foldlog.storage.log.note import boot_id
+from foldlog.storage.log.recovery import Rest, gather, judge
+from foldlog.storage.log.scan import BadFrame, Chain, read_frames
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFrames(Loaded):
+    """See `Loaded`."""
+
+    header: FileHead
+    position: Chain
+    boot: str
+    """The boot id of the last OPEN frame; "" if there is none."""
+
+
+class FrameFormat(LogFormat):
+    """foldlog's own format: `protocol/frames.py`."""
+
+    name = "foldlog"
+    magic = FILE_MAGIC
+    backend = "foldlog"
+    backend_version = str(FORMAT_VERSION)
+    payload_path = "data/fold.log"
+
+    def codec(self, header: FileHead, *, sync_each: bool) -> FrameCodec:
+        return FrameCodec(header, sync_each=sync_each)
+
+    def new_file(
+        self,
+        files: Files,
+        path: Path,
+        *,
+        seq: int,
+        log_id: bytes | None = None,
+        sync_each: bool = False,
+        mode: int = PRIVATE,
+    ) -> FrameWriter:
+        return FrameWriter(files, path, FileHead.new(log_id, seq), sync_each=sync_each, mode=mode)
+
+    def is_compact(self, file: LogFile, position: Chain) -> bool:
+        # What opens and seals a session takes bytes, and means nothing.
+        return position.seq == file.header.base_seq
+
+    def may_be_unsynced(self, loaded: Loaded) -> bool:
+        return loaded.position.offset > loaded.base_end
+
+    def load(
+        self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None
+    ) -> LoadedFrames:
+        head = read_head(handle)
+        size = handle.files.fstat(handle.fd).st_size
+        chain = Chain.start(head)
+        replay = Replay(handle, head)
+        bad: BadFrame | None = None
+        try:
+            with no_full_collections():
+                for frame, body in read_frames(handle, head, chain, size):
+                    try:
+                        replay.feed(frame, body)
+                    except Undecodable as error:
+                        raise BadFrame(frame.offset, str(error), final=True) from None
+                    chain = chain.after(frame)
+                    if progress is not None:
+                        progress(frame.offset + frame.size, size)
+        except BadFrame as error:
+            bad = error
+        if bad is None and not replay.base_end:
+            bad = BadFrame(chain.offset, "the file ends before the base does", final=True)
+        fold = replay.fold()
+        return LoadedFrames(
+            self,
+            head,
+            fold,
+            chain,
+            size,
+            replay.base_end,
+            fold.base.entries,
+            replay.frames,
+            replay.sealed,
+            bad,
+            replay.boot,
+        )
+
+    def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
+        bad = loaded.bad
+        assert bad is not None
+        assert isinstance(loaded, LoadedFrames)
+        if bad.final:
+            return Verdict.CORRUPT, bad.reason
+        if not loaded.base_end:
+            return (
+                Verdict.CORRUPT,
+                f"the base is damaged: {bad.reason}",
+            )  # it was synced before it got its name
+        rest = Rest(handle, bad.offset, loaded.size - bad.offset)
+        same_boot = bool(loaded.boot) and loaded.boot == boot_id()
+        try:
+            verdict, why = judge(
+                gather(rest, bad.offset, loaded.header.seed, loaded.position.seq, same_boot)
+            )
+        except EOFError as error:
+            raise LogChangedError(handle.path, str(error)) from None
+        return verdict, f"{why} ({bad.reason})"
+
+    def check_payload(self, loaded: Loaded) -> None:
+        base = loaded.fold.base
+        last_key = None
+        digest = blake3()
+        for number in range(len(base)):
+            body = base.body(number)
+            keys = leaf.check_order(body)
+            if last_key is not None and keys[0] <= last_key:
+                raise Undecodable(f"leaf {number} overlaps the one before it")
+            last_key = keys[-1]
+            digest.update(body)
+        if digest.digest() != base.digest:
+            raise Undecodable("the digest of the leaves is not what the end of the base says")
+
+    def check(
+        self,
+        handle: ReadHandle,
+        size: int,
+        *,
+        tail_may_be_torn: bool,
+        known: Known | None = None,
+        progress: Progress | None = None,
+    ) -> VerifyReport:
+        return check_frames(handle, size, tail_may_be_torn=tail_may_be_torn, progress=progress)
+
+    def walk(self, handle: ReadHandle, size: int) -> Iterator[HeaderPiece | Piece]:
+        head, seed, reason = head_and_seed(handle, size)
+        yield HeaderPiece(head, reason)
+        yield from Walker(handle, seed, size).pieces()
+
+    def facts(self, loaded: Loaded) -> FileFacts:
+        assert isinstance(loaded, LoadedFrames)
+        head = loaded.header
+        return FileFacts(
+            head.log_id.hex(),
+            f"{head.generation:016x}",
+            loaded.position.seq,
+            len(loaded.fold.base),
+            loaded.sealed,
+        )
+
+
+FRAMES = FrameFormat()

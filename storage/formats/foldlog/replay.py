@@ -1,0 +1,96 @@
+"""One of foldlog's own logs into a fold: its header, and frame after frame."""
+
+from __future__ import annotations
+
+from foldlog.protocol.errors import InvalidFormatError
+from foldlog.protocol.frames import (
+    FILE_HEAD,
+    FRAME_HEAD,
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    KIND_SEAL,
+    FileHead,
+    FrameHead,
+    parse_base_end,
+    parse_base_origin,
+    parse_file_head,
+    parse_open,
+)
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.undecodable import Undecodable
+from foldlog.protocol.updates import DecodedBatch, decode_batches
+from foldlog.storage.fold.base import Base
+from foldlog.storage.fold.delta import Collected
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.log.files import ReadHandle
+
+
+def read_head(handle: ReadHandle) -> FileHead:
+    """The head of a log file. InvalidFormatError if it is none, or of a newer format."""
+    raw = handle.files.read(handle.fd, FILE_HEAD.size, 0)
+    try:
+        return parse_file_head(raw)
+    except ValueError as error:
+        raise InvalidFormatError(handle.path, 0, str(error)) from None
+
+
+class Replay:
+    """Frames on their way into a fold: the base first, then batch by batch."""
+
+    def __init__(self, handle: ReadHandle, head: FileHead) -> None:
+        self._handle = handle
+        self.base = Base(handle)
+        self.base_end = 0
+        self.boot = ""
+        self.sealed = False
+        self.frames = 0
+        self._collected = Collected()
+        self._seq = head.base_seq
+        self._cursor = WatchCursor.none()
+        self._origin = b""
+
+    def feed(self, frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
+        """Take the next frame; returns its batches. Undecodable if its body is not what its kind
+        says."""
+        batches: list[DecodedBatch] = []
+        if (frame.kind in (KIND_LEAF, KIND_BASE_END)) == bool(self.base_end):
+            raise Undecodable(
+                "a frame of the base behind its end"
+                if self.base_end
+                else "a frame before the end of the base"
+            )
+        if frame.kind == KIND_LEAF:
+            self.base.add_leaf(frame.offset + FRAME_HEAD.size, body, frame.body_crc)
+        elif frame.kind == KIND_BASE_END:
+            self._cursor = _end_of_base(body, self.base)
+            self._origin = parse_base_origin(body)
+            self.base_end = frame.offset + frame.size
+        elif frame.kind == KIND_BATCHES:
+            batches = decode_batches(body, frame.batches)
+            for batch in batches:
+                for changes in batch.changes():
+                    self._collected.add(changes)
+            self._cursor, self._origin = batches[-1].cursor, batches[-1].origin
+        elif frame.kind == KIND_OPEN:
+            self.boot = parse_open(body)
+        self.sealed = frame.kind == KIND_SEAL
+        self._seq = frame.seq
+        self.frames += 1
+        return batches
+
+    def fold(self) -> FoldSnapshot:
+        """The state after all frames so far."""
+        collected = self._collected.settled()
+        return FoldSnapshot(self.base, *collected, self._seq, self._cursor, self._origin)
+
+
+def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
+    cursor, leaves, entries, digest = parse_base_end(body)
+    if leaves != len(base) or entries != base.entries:
+        raise Undecodable(
+            f"the base has {len(base)} leaves and {base.entries} entries, but its end says {leaves} and {entries}"
+        )
+    base.digest = digest
+    return cursor

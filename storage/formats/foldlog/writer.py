@@ -1,0 +1,194 @@
+"""A fold as a new file of foldlog's own format.
+
+Equal states give equal bodies; only ids, and the checksums that they seed, differ. Leaves that
+nothing touched are copied as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgpack
+from blake3 import blake3
+from crc32c import crc32c
+
+from foldlog.protocol.frames import (
+    FLAG_ORIGIN,
+    FLAG_SYNC_EACH,
+    FRAME_HEAD,
+    KIND_BASE_END,
+    KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
+    FileHead,
+    build_frame,
+)
+from foldlog.storage.fold.base import Base
+from foldlog.storage.fold.leaf import encode_leaf, leaf_end, patched_leaf
+from foldlog.storage.fold.snapshot import FoldSnapshot, Span
+from foldlog.storage.formats.foldlog.codec import open_body
+from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
+from foldlog.storage.log.files import Files, ReadHandle
+from foldlog.storage.log.scan import Chain, read_frames
+
+PATCHED_CHANGES = 32
+"""Up to so many changes, patching a leaf beats decoding it."""
+
+
+class FrameWriter(NewFile):
+    """A new file of foldlog's own format."""
+
+    base: Base
+    header: FileHead
+    position: Chain
+
+    def __init__(
+        self,
+        files: Files,
+        path: Path,
+        head: FileHead,
+        *,
+        sync_each: bool = False,
+        mode: int = PRIVATE,
+    ) -> None:
+        super().__init__(files, path, head, head.pack(), Chain.start(head), mode)
+        self._seed = head.seed
+        self._carried_flags = FLAG_SYNC_EACH if sync_each else 0
+
+    def add(
+        self,
+        kind: int,
+        body: bytes,
+        *,
+        batches: int = 0,
+        body_crc: int | None = None,
+        flags: int = 0,
+    ) -> int:
+        """Append a frame. Returns the offset of its body."""
+        chain = self.position
+        seq = chain.seq + batches
+        frame, link = build_frame(
+            self._seed,
+            kind,
+            body,
+            seq=seq,
+            synced_seq=self.header.base_seq,
+            offset=chain.offset,
+            link=chain.link,
+            flags=flags,
+            batches=batches,
+            body_crc=body_crc,
+        )
+        self.position = Chain(chain.offset + len(frame), link, seq, self.header.base_seq)
+        self.put(frame)
+        return chain.offset + FRAME_HEAD.size
+
+    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+        self.base, self._copied = write_base(self, fold, progress)
+        self.base_end = self.position.offset
+
+    def keep_warm(self, fold: FoldSnapshot) -> None:
+        self.base.inherit(fold.base, self._copied, (*fold.delta, *reversed(fold.runs)))
+
+    def carry(self, source: LogFile, start: Chain, stop: int) -> Chain:
+        header = source.header
+        assert isinstance(header, FileHead)
+        chain = start
+        flags = self._carried_flags
+        for frame, body in read_frames(source.handle, header, chain, stop):
+            if frame.kind == KIND_BATCHES:
+                self._begin_session()
+                self.add(
+                    KIND_BATCHES,
+                    bytes(body),
+                    batches=frame.batches,
+                    body_crc=frame.body_crc,
+                    flags=flags | (frame.flags & FLAG_ORIGIN),
+                )
+            chain = chain.after(frame)
+        return chain
+
+    def _begin_session(self) -> None:
+        if not self.session:
+            self.add(KIND_OPEN, open_body(), flags=self._carried_flags)
+            self.session = True
+
+    def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
+        return FoldSnapshot(
+            self.base, since.delta, since.runs, since.seq, since.cursor(), since.origin
+        )
+
+    def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
+        self.base.handle = handle
+        return super().log_file(format, handle)
+
+
+def write_base(
+    out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None
+) -> tuple[Base, dict[int, int]]:
+    """Write `fold` as leaves and a BASE_END frame. Returns the base as it stands there, without a handle yet, and which
+    of its leaves (by number) are copies of which of the old base's.
+
+    Cost: a copy for leaves without changes, about 1 us an entry for the others.
+    """
+    base = Base(None)
+    copies: dict[int, int] = {}
+    digest = blake3()
+    keys: list[str] = []
+    values: list[bytes] = []
+    versions: list[bytes] = []
+    total = fold.base.entries
+
+    def emit(body: bytes, crc: int | None = None) -> None:
+        digest.update(body)
+        offset = out.add(KIND_LEAF, body, body_crc=crc)
+        base.add_leaf(offset, body, crc32c(body) if crc is None else crc)
+
+    def emit_leaves(last: bool) -> None:
+        start = 0
+        while start < len(keys):
+            end = leaf_end(keys, values, start)
+            if end is None:
+                if not last:
+                    break
+                end = len(keys)
+            emit(encode_leaf(keys[start:end], values[start:end], versions[start:end]))
+            start = end
+        del keys[:start], values[:start], versions[:start]
+
+    for span in fold.spans("", None):
+        copied = _copied_leaf(fold, span) if span.whole and not keys else None
+        if copied is not None:
+            if not span.changes:
+                copies[len(base)] = span.leaf
+            emit(*copied)
+        else:
+            columns = fold.span_columns(span)
+            keys += columns.keys
+            values += columns.values
+            versions += columns.versions
+            emit_leaves(last=False)
+        if progress is not None:
+            progress(base.entries, max(total, base.entries))
+    emit_leaves(last=True)
+    end = {
+        "cursor": bytes(fold.cursor()),
+        "leaves": len(base),
+        "entries": base.entries,
+        "digest": digest.digest(),
+    }
+    if fold.origin:
+        end["origin"] = fold.origin
+    out.add(KIND_BASE_END, msgpack.packb(end))
+    return base, copies
+
+
+def _copied_leaf(fold: FoldSnapshot, span: Span) -> tuple[bytes, int | None] | None:
+    """The body of a leaf, and its checksum if it is as it was; None if it has to be made from its entries."""
+    if len(span.changes) > PATCHED_CHANGES:
+        return None
+    body = fold.base.body(span.leaf)
+    if not span.changes:
+        return body, fold.base.crc(span.leaf)
+    patched = patched_leaf(body, span.changes)
+    return None if patched is None else (patched, None)

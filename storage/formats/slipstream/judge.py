@@ -1,0 +1,138 @@
+"""What the records of a file amount to: where its base ends, and whether what follows the last one is torn or corrupt."""
+
+from __future__ import annotations
+
+from foldlog.protocol.errors import LogChangedError
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.storage.formats.format import Known, Verdict
+from foldlog.storage.formats.slipstream.records import (
+    CURSOR,
+    HEAD,
+    MAX_CURSOR_BYTES,
+    MAX_RECORD_BYTES,
+    PUT,
+    BadRecord,
+    Record,
+)
+from foldlog.storage.formats.slipstream.search import (
+    find_cursor_record,
+    find_record,
+    one_bit_fixes,
+)
+from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.recovery import SECTOR
+
+_REPORT_BYTES = 1024 * 1024
+
+
+class Count:
+    """Where a file's base ends, and how many batches follow: told by its records, in order.
+
+    The base is what a compaction would have written, if the file begins with that; else it is empty.
+    """
+
+    def __init__(self, known: Known | None = None) -> None:
+        self.cursor = WatchCursor.none()
+        self.records = 0
+        self.entries = 0
+        """Of the base."""
+        self.base_end = HEAD.size if known is None else known.base_end
+        self.batches = 0
+        """Cursor records behind the base."""
+        self.base_seq = 0 if known is None else known.header.base_seq
+        """The sequence of the base. Where it is not known, 1 for a base with a cursor."""
+        self._known = known is not None
+        self._in_base = True  # only puts so far, ascending
+        self._last_key: str | None = None
+
+    @property
+    def seq(self) -> int:
+        """The sequence of the last batch."""
+        return self.base_seq + self.batches
+
+    def feed(self, record: Record) -> None:
+        """Take the next record."""
+        self.records += 1
+        kind, key, _, token, end = record
+        if kind == CURSOR:
+            self.cursor = WatchCursor(token)
+            if self._in_base and not self._known and token:
+                self.base_end, self.base_seq = end, 1
+            elif end > self.base_end:
+                self.batches += 1
+            self._in_base = False
+        elif self._in_base:
+            if kind == PUT and (self._last_key is None or key > self._last_key):
+                self._last_key = key
+                self.entries += 1
+            else:
+                self._in_base = False
+
+    def may_be_in_base(self, offset: int) -> bool:
+        """True if what comes at `offset`, after the records so far, may belong to the base."""
+        return offset < self.base_end if self._known else self._in_base
+
+    def end(self, offset: int) -> None:
+        """The records end there."""
+        if self._in_base and not self._known:
+            self.base_end = offset
+        if self.base_end == HEAD.size:
+            self.entries = 0
+
+
+def judge(handle: ReadHandle, bad: BadRecord, size: int) -> tuple[Verdict, str]:
+    """Whether the bytes from the bad record to `size` are torn or corrupt, and the reason. `docs/interchange.md` has the rule.
+
+    LogChangedError if the file ends before `size`. Memory: one record. Cost: see `slipstream_search`.
+    """
+    if bad.final:
+        return Verdict.CORRUPT, bad.reason
+    written = _end_of_data(handle, bad.offset, size)
+    zeros_from = written + -written % SECTOR
+    if written == bad.offset:
+        lost_sector, reason = True, "nothing but zeros"
+    elif bad.cut_short:
+        lost_sector, reason = False, f"the last record ends early ({bad.reason})"
+    elif zeros_from < bad.end and size - zeros_from >= MAX_CURSOR_BYTES:
+        lost_sector, reason = True, f"a sector of the last record is missing ({bad.reason})"
+    else:
+        return Verdict.CORRUPT, bad.reason
+    if lost_sector and bad.in_base and written > HEAD.size:
+        return Verdict.CORRUPT, f"zeros in what may be the base, which was synced ({reason})"
+    if written > bad.offset and (damage := _damaged_length(handle, bad, size)):
+        return Verdict.CORRUPT, f"a damaged length: {damage} ({bad.reason})"
+    return Verdict.TORN, reason
+
+
+def _damaged_length(handle: ReadHandle, bad: BadRecord, size: int) -> str:
+    """What shows that the bad record, which seems to be torn, has a damaged length; "" if nothing does.
+
+    A batch that was written whole ends with a cursor record: if none follows, no answered batch does. A base may end without
+    one, so a put is evidence there, too.
+    """
+    rest = read_rest(handle, bad.offset, min(size, bad.offset + MAX_RECORD_BYTES))
+    if one_bit_fixes(rest):
+        return "one bit makes a whole record of it"
+    at = find_cursor_record(rest, 1)
+    follows = None if at is None else bad.offset + at
+    if follows is None and bad.in_base:
+        follows = find_record(handle, bad.offset + 1, size)
+    return "" if follows is None else f"a whole record follows at byte {follows}"
+
+
+def _end_of_data(handle: ReadHandle, start: int, size: int) -> int:
+    """Where the last byte from `start` to `size` that is not zero ends; `start` if there is none."""
+    while size > start:
+        low = max(start, size - _REPORT_BYTES)
+        if data := read_rest(handle, low, size).rstrip(b"\0"):
+            return low + len(data)
+        size = low
+    return start
+
+
+def read_rest(handle: ReadHandle, offset: int, size: int) -> bytes:
+    """The bytes from `offset` to `size`. LogChangedError if the file ends before."""
+    try:
+        return handle.read(size - offset, offset)
+    except EOFError as error:
+        raise LogChangedError(handle.path, str(error)) from None
