@@ -7,7 +7,6 @@ from pathlib import Path
 from foldlog.protocol.errors import (
     CorruptLogError,
     InvalidFormatError,
-    LogRegressedError,
 )
 from foldlog.protocol.frames import FileHead
 from foldlog.protocol.store import FormatName
@@ -17,7 +16,7 @@ from foldlog.storage.formats.format import Known, Loaded, LogFormat, Progress, V
 from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.note import Watermark
-from foldlog.storage.log.regression import lost_since, regression_text
+from foldlog.storage.log.regression import lost_since, regression_error
 
 FORMATS: dict[FormatName, LogFormat] = {format.name: format for format in (FRAMES, SLIPSTREAM)}
 """By name. The first is that of a new log."""
@@ -85,9 +84,7 @@ def load_intact(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
         return loaded
     loaded = _undamaged(handle, progress)  # its writer may have been about to end the last frame
     if (mark := regressed(handle, loaded)) is not None:
-        raise LogRegressedError(
-            handle.path, regression_text(handle.path, loaded.position.seq, mark)
-        )
+        raise regression_error(handle.path, loaded.position.seq, mark)
     return loaded
 
 

@@ -221,8 +221,13 @@ class Rewrite:
                 raise StoreLocked(log.path, None)
             inode = log.identity(out.fd)
             log.announce(file)
+            try:
+                free = log.check_place(out.fd)
+            except BaseException:
+                log.announce(None)
+                raise
             self._landing = file, inode, fold
-            log.put_in_place(out.path, out.fd)  # the last step that can fail
+            log.put_in_place(out.path, free=free)  # the last step that can fail
             self._land(file, inode, directory)
         finally:
             with contextlib.suppress(OSError):  # nothing was written through it

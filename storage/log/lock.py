@@ -115,7 +115,7 @@ def read_note(files: Files, path: Path) -> Note | None:
     """
     try:
         files.stat(note_path(path))  # most logs that are only read have none
-        fd = files.open_side(note_path(path))
+        fd = files.open_read(note_path(path))
     except OSError:
         return None
     try:

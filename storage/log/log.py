@@ -166,28 +166,33 @@ class Log:
         """Whether the lock file is still where it was locked. Any thread may ask."""
         return self._lock.is_in_place()
 
-    def put_in_place(self, new: Path, fd: int) -> None:
-        """Give the complete file `new`, which `fd` has open, the log's name.
+    def check_place(self, fd: int) -> bool:
+        """Whether the complete file `fd`, which is to have the log's name, takes a name that is free.
 
-        It replaces the log's own file only. Where that was deleted, it takes the free name.
-        LogChangedError, LogAccessError or OSError: nothing was replaced. A rename cannot ask what
-        it replaces, so that the path is looked at right before.
+        False if it replaces the log's own file. Nothing else is ever replaced: LogChangedError,
+        LogAccessError or OSError. A rename cannot ask what it replaces, so call this right before.
         """
         keep_access(self.files, fd, self.access(), self.path)
         self.confirm_lock()
         there = self._own_stat()
         if there is None:
             if self.poison is None:
-                raise LogChangedError(self.path, "was deleted while it was open") from None
-            try:
-                self.files.link_new(new, self.path)
-            except FileExistsError:
-                raise LogChangedError(self.path, "was replaced by another file") from None
-            remove_quietly(self.files, new)
-            return
+                raise LogChangedError(self.path, "was deleted while it was open")
+            return True
         if there.st_size - self.position.offset not in range(self._leftover_bytes + 1):
             self._check_size(there.st_size)
-        self.files.replace(new, self.path)
+        return False
+
+    def put_in_place(self, new: Path, *, free: bool) -> None:
+        """Give the file `new` the log's name, which is `free` or the log's own file's."""
+        if not free:
+            self.files.replace(new, self.path)
+            return
+        try:
+            self.files.link_new(new, self.path)
+        except FileExistsError:
+            raise LogChangedError(self.path, "was replaced by another file") from None
+        remove_quietly(self.files, new)
 
     def append(self, items: Sequence[bytes]) -> None:
         """Write encoded batches as one commit group, in one write.

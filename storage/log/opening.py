@@ -13,7 +13,6 @@ from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import (
     InvalidFormatError,
     LogChangedError,
-    LogRegressedError,
     StoreLocked,
 )
 from foldlog.protocol.options import FORMAT, ON_DAMAGE, OnDamage
@@ -35,7 +34,7 @@ from foldlog.storage.log.lock import WriterLock, beside, lock_log, sweep_tempora
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.origins import read_origin
 from foldlog.storage.log.recovery import Rest, Verdict
-from foldlog.storage.log.regression import regression_text
+from foldlog.storage.log.regression import regression_error
 
 
 def open_log(
@@ -150,7 +149,7 @@ def _missing_batches(lock: WriterLock, loaded: Loaded, *, refuse: bool) -> int:
     if lock.copied:
         return mark.seq - loaded.position.seq
     if refuse:
-        raise LogRegressedError(lock.path, regression_text(lock.path, loaded.position.seq, mark))
+        raise regression_error(lock.path, loaded.position.seq, mark)
     lock.write(None)
     return 0
 

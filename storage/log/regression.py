@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from foldlog.protocol.errors import LogRegressedError
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.lock import note_path, read_note
 from foldlog.storage.log.note import Watermark
@@ -33,11 +34,17 @@ def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Waterm
     return mark if same_file and here.st_size == size else None
 
 
-def regression_text(path: Path, seq: int, mark: Watermark) -> str:
-    """What is wrong with the log at `path`, which ends with batch `seq`, and what to do about it."""
+def regression_text(seq: int, mark: Watermark) -> str:
+    """What is wrong with a log that ends with batch `seq`, in words."""
+    return f"ends with batch {seq}, but batch {mark.seq} was synced to it"
+
+
+def regression_error(path: Path, seq: int, mark: Watermark) -> LogRegressedError:
+    """The error for it, with what to do about it."""
     note = note_path(path).name
-    return (
-        f"ends with batch {seq}, but batch {mark.seq} was synced to it, as {note} remembers."
-        " If an older copy was put there on purpose, accept it: open it with"
-        f' on_damage="cut" (--on-damage cut), or move {note} away'
+    return LogRegressedError(
+        path,
+        f"{regression_text(seq, mark)}, as {note} remembers. If an older copy was put there on"
+        ' purpose, accept it: open it with on_damage="cut" (--on-damage cut), or move'
+        f" {note} away",
     )

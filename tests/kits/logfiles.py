@@ -107,6 +107,15 @@ def forget_the_watermark(path: Path) -> None:
     note_path(path).unlink(missing_ok=True)
 
 
+def tear(path: Path) -> None:
+    """Leave a batch at the end of the log of which the last byte is missing, as a killed writer may."""
+    engine = Engine(path)
+    engine.commit([encode_batch([Put("torn", b"away")], WatchCursor.from_u64(99))])
+    engine.log.abandon()
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
 def companions(path: Path) -> set[str]:
     """The names of what an open log has beside it."""
     return {lock_path(path).name, note_path(path).name}

@@ -65,7 +65,7 @@ def _with_regression(handle: ReadHandle, report: VerifyReport) -> VerifyReport:
     mark = lost_since(handle, head.log_id, report.seq, report.size)
     if mark is None:
         return report
-    lost = Problem(report.size, 0, f"the log {regression_text(handle.path, report.seq, mark)}")
+    lost = Problem(report.size, 0, f"the log {regression_text(report.seq, mark)}")
     return replace(report, problems=(lost,))
 
 

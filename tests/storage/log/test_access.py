@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from cli_kit import run
-from logfiles import companions
+from logfiles import companions, tear
 
 import foldlog
 from foldlog import AppendLogSnapshot, LogAccessError, Put, WatchCursor
@@ -234,8 +234,7 @@ print("closed")
 
 
 def a_torn_copy(path: Path, folder: Path) -> list[Path]:
-    with open(path, "ab") as file:
-        file.write(bytes(700))
+    tear(path)
     with AppendLogSnapshot.open(path)[1] as snap:
         assert snap.report.kept_at
         return [snap.report.kept_at]
