@@ -188,7 +188,7 @@ class RocksDbEngine:
         us an update.
         """
         groups = [_raw(part) for batch in batches for part in batch.changes]
-        state = self._commit(groups, len(batches), batches[-1].cursor, origin)
+        state = self._commit(groups, len(batches), batches[-1].cursor, batches[-1].origin or origin)
         self._remember(state.seq - len(batches), batches)
         return self._newest()
 

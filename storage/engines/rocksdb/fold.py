@@ -28,7 +28,7 @@ from foldlog.protocol.updates import Delete, KvEntry, Put
 from foldlog.storage.engines.rocksdb.errors import ABSENT, typed
 from foldlog.storage.engines.rocksdb.record import ENTRIES_END, decode_entry
 from foldlog.storage.engines.rocksdb.scan import scan
-from foldlog.storage.fold.snapshot import check_limit, prefix_end, range_bounds
+from foldlog.storage.fold.snapshot import check_limit, range_bounds
 
 if TYPE_CHECKING:
     from rocksdict import Rdict, ReadOptions
@@ -37,8 +37,6 @@ BLOCK_ENTRIES = 1024
 BLOCK_BYTES = 1024 * 1024
 """A block ends with the entry that brings its values to so much."""
 _new_entry = tuple.__new__
-
-
 D = TypeVar("D")
 
 
@@ -143,8 +141,7 @@ class RocksDbFold:
     def get(self, key: str, default: object = None) -> object:
         """The live entry of `key`, or `default` if it is absent or deleted.
 
-        Cost: 1 us for an entry in RocksDB's cache, 5-10 us for one in a file that the system has
-        cached.
+        Cost: a few us for an entry in a cache, a read of the disk for others.
         """
         try:
             raw = self.view[key.encode()]
@@ -154,6 +151,13 @@ class RocksDbFold:
         if raw[:1] == b"\0":
             return _new_entry(KvEntry, (key, raw[1:], b""))
         return self._entry(key, raw)
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
+        """The live entries among `keys`, by key, in the order of `keys`."""
+        if isinstance(keys, str):
+            raise TypeError("keys is an iterable of str, not a str")
+        get = self.get
+        return {key: entry for key in keys if (entry := get(key)) is not None}
 
     def _raise_unless_absent(self, key: object, error: Exception) -> None:
         if error.args == ABSENT or isinstance(error, UnicodeEncodeError):
@@ -171,12 +175,6 @@ class RocksDbFold:
             raise CorruptLogError(self._source.path, 0, f"key {key[:40]!r}: {error}") from None
         return _new_entry(KvEntry, (key, value, version))
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
-        """The live entries among `keys`, by key, in the order of `keys`."""
-        if isinstance(keys, str):
-            raise TypeError("keys is an iterable of str, not a str")
-        return {key: entry for key in keys if (entry := self.get(key)) is not None}
-
     def range(
         self,
         prefix: str = "",
@@ -186,18 +184,12 @@ class RocksDbFold:
         limit: int | None = None,
         reverse: bool = False,
     ) -> list[KvEntry]:
-        """The live entries under `prefix`, ascending by key (by code point).
+        """All live entries under `prefix`, ascending by key (by code point).
 
-        See `FoldSnapshot.range` for the options. Cost: 1.5 us an entry, and 20 us.
+        Of these, only keys with `start` <= key < `stop`, and no more than the first `limit`. With
+        `reverse`, descending by key: the bounds stay the same, and `limit` counts from the last key.
         """
-        if limit is not None or reverse or start is not None or stop is not None:
-            return list(
-                self.iter_range(prefix, start=start, stop=stop, limit=limit, reverse=reverse)
-            )
-        entries: list[KvEntry] = []
-        for block in self.blocks(prefix):
-            entries += block
-        return entries
+        return list(self.iter_range(prefix, start=start, stop=stop, limit=limit, reverse=reverse))
 
     def iter_range(
         self,
@@ -208,28 +200,13 @@ class RocksDbFold:
         limit: int | None = None,
         reverse: bool = False,
     ) -> Iterator[KvEntry]:
-        """`range`, entry by entry, holding a block of at most 1024.
-
-        Cost of `reverse`: everything in the bounds is read once before the first entry.
-        """
-        low, high = range_bounds(prefix, start, stop)
+        """`range`, entry by entry: reads and holds a block at a time."""
+        low, high = _encoded_bounds(*range_bounds(prefix, start, stop))
         check_limit(limit)
         if self._source.db is None:
-            self._source.refuse()
-        raw_low = low.encode(errors="surrogatepass")
-        raw_high = ENTRIES_END if high is None else high.encode(errors="surrogatepass")
-        blocks = (
-            self._blocks_down(raw_low, raw_high) if reverse else self._decoded(raw_low, raw_high)
-        )
-        entries = chain.from_iterable(blocks)
+            self._source.refuse()  # at the call, and not at the first entry
+        entries = chain.from_iterable(self._entry_blocks(low, high, reverse))
         return entries if limit is None else islice(entries, limit)
-
-    def _blocks_down(self, low: bytes, high: bytes) -> Iterator[list[KvEntry]]:
-        starts = [block[0][0] for block in self._raw_blocks(low, high)]
-        for start in reversed(starts):
-            entries = [entry for block in self._decoded(start, high) for entry in block]
-            yield entries[::-1]
-            high = start
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
         """Call `f` with each live entry under `prefix`, ascending, holding a block of them at a
@@ -245,10 +222,13 @@ class RocksDbFold:
         """`range` in pieces of at most 1024 entries, none empty; only keys after `after`, if
         given.
         """
-        yield from self._decoded(*_bounds(prefix, after))
+        low, high = range_bounds(prefix, None if after is None else after + "\0", None)
+        yield from self._entry_blocks(*_encoded_bounds(low, high))
 
-    def _decoded(self, low: bytes, high: bytes) -> Iterator[list[KvEntry]]:
-        for raw_block in self._raw_blocks(low, high):
+    def _entry_blocks(
+        self, low: bytes, high: bytes, reverse: bool = False
+    ) -> Iterator[list[KvEntry]]:
+        for raw_block in self._raw_blocks(low, high, reverse):
             block = []
             for raw_key, raw in raw_block:
                 key = self._key(raw_key)
@@ -256,6 +236,8 @@ class RocksDbFold:
                     block.append(_new_entry(KvEntry, (key, raw[1:], b"")))
                 else:
                     block.append(self._entry(key, raw))
+            if reverse:
+                block.reverse()
             yield block
 
     def entries_after(self, prefix: str, after: str | None) -> Iterator[KvEntry]:
@@ -265,16 +247,13 @@ class RocksDbFold:
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """The live keys under `prefix`, ascending."""
-        for block in self._raw_blocks(*_bounds(prefix, None)):
-            for raw_key, _ in block:
-                yield self._key(raw_key)
+        return (entry.key for entry in self.iter_range(prefix))
 
     __iter__ = keys
 
     def items(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
         """(key, value) of the live entries under `prefix`, ascending."""
-        for entry in self.entries_after(prefix, None):
-            yield entry.key, entry.value
+        return ((entry.key, entry.value) for entry in self.iter_range(prefix))
 
     def __contains__(self, key: object) -> bool:
         """True if `key` is live."""
@@ -345,40 +324,52 @@ class RocksDbFold:
                 self._source.path, 0, f"key {raw_key[:40]!r} is not UTF-8: {error.reason}"
             ) from None
 
-    def _raw_blocks(self, low: bytes, high: bytes) -> Iterator[list[tuple[bytes, bytes]]]:
-        """The encoded entries with low <= key < high in pieces, none empty."""
-        start: bytes | None = low
-        while start is not None and start < high:
-            block, following = self._newest_block(start, high)
-            keys = (
-                self.changed_since()
-            )  # after the iterator was made: all that it can have seen is in here
+    def _raw_blocks(
+        self, low: bytes, high: bytes, reverse: bool = False
+    ) -> Iterator[list[tuple[bytes, bytes]]]:
+        """The encoded entries with low <= key < high in pieces, none empty, each ascending.
+
+        With `reverse`, the last of them first.
+        """
+        while low < high:
+            block, edge = self._newest_block(low, high, reverse)
+            # After the iterator was made: all that it can have seen is in here.
+            keys = self.changed_since()
+            if edge is None:
+                start, stop, low = low, high, high
+            elif reverse:
+                start, stop, high = edge, high, edge
+            else:
+                start, stop, low = low, edge, edge
             if keys:
-                end = high if following is None else following
-                block = self._mended(block, keys[bisect_left(keys, start) : bisect_left(keys, end)])
-            start = following
+                part = keys[bisect_left(keys, start) : bisect_left(keys, stop)]
+                block = self._mended(block, part)
             if block:
                 yield block
 
     def _newest_block(
-        self, low: bytes, high: bytes
+        self, low: bytes, high: bytes, reverse: bool
     ) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
-        """A block of the newest state, and where the next one starts: None at the end."""
+        """The first block of the newest state, or the last, and what bounds the rest: None for none."""
         source = self._source
         db = source.db
         if db is None:
             source.refuse()
         block: list[tuple[bytes, bytes]] = []
         room = BLOCK_BYTES
+        edge = None
         try:
-            for item in scan(db, low, high, source.read_options):
+            for item in scan(db, low, high, source.read_options, reverse):
                 block.append(item)
                 room -= len(item[1])
                 if room <= 0 or len(block) == BLOCK_ENTRIES:
-                    return block, block[-1][0] + b"\0"
+                    edge = item[0] if reverse else item[0] + b"\0"
+                    break
         except Exception as error:
             raise typed(error, source.path) from error
-        return block, None
+        if reverse:
+            block.reverse()
+        return block, edge
 
     def _mended(
         self, block: list[tuple[bytes, bytes]], keys: Iterable[bytes]
@@ -433,7 +424,7 @@ def difference(old: RocksDbFold, new: RocksDbFold, prefix: str = "") -> Iterator
     the removed key is gone. Cost: two reads for each key that was written between the two, if one
     process published both; else it reads both whole, a block at a time.
     """
-    low, high = _bounds(prefix, None)
+    low, high = _encoded_bounds(*range_bounds(prefix, None, None))
     suspects = _written_between(old, new)
     if suspects is None:
         suspects = _written_between(new, old)
@@ -483,26 +474,10 @@ def _merged_difference(old: RocksDbFold, new: RocksDbFold, prefix: str) -> Itera
             mine, theirs = next(before, None), next(after, None)
 
 
-def _bounds(prefix: str, after: str | None) -> tuple[bytes, bytes]:
-    """low <= encoded key < high for the keys under `prefix` that come after the key `after`."""
-    if not isinstance(prefix, str):
-        raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-    try:
-        low = prefix.encode()
-    except UnicodeEncodeError:  # no key has a lone surrogate
-        return ENTRIES_END, ENTRIES_END
-    if after is not None:
-        low = max(low, _least_above(after))
-    stop = prefix_end(prefix)
-    return low, ENTRIES_END if stop is None else _encoded_bound(stop)
+def _encoded_bounds(low: str, high: str | None) -> tuple[bytes, bytes]:
+    """The bounds of encoded keys. A bound may hold a surrogate, which no key does.
 
-
-def _encoded_bound(stop: str) -> bytes:
-    """The encoded `stop`, also if it ends with a surrogate, which no key has: surrogates lie
-    between U+D7FF and U+E000.
+    Surrogates lie between U+D7FF and U+E000 in the order of bytes, too.
     """
-    return stop.encode(errors="surrogatepass")
-
-
-def _least_above(key: str) -> bytes:
-    return key.encode(errors="surrogatepass") + b"\0"
+    stop = ENTRIES_END if high is None else high.encode(errors="surrogatepass")
+    return low.encode(errors="surrogatepass"), stop

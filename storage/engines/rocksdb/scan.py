@@ -12,34 +12,47 @@ if TYPE_CHECKING:
 
 
 def scan(
-    db: Rdict, low: bytes, high: bytes | None, new_options: Callable[[], ReadOptions]
+    db: Rdict,
+    low: bytes,
+    high: bytes | None,
+    new_options: Callable[[], ReadOptions],
+    reverse: bool = False,
 ) -> Iterator[tuple[bytes, bytes]]:
     """(key, value) with low <= key < high, or to the end, of the newest state.
 
-    Raises what the binding raises.
+    With `reverse`, descending; then `high` must be given. Raises what the binding raises.
 
-    The fast iterator of the binding ends in silence where it fails. So where it ends, another one
-    is put there, which tells: either there is nothing more, or it raises, or there is more and
-    the scan goes on.
+    The fast iterator of the binding ends in silence where it fails. So where it ends, another one is
+    put there, which tells: either there is nothing more, or it raises, or there is more and the scan
+    goes on.
     """
-    while True:
+    while high is None or low < high:
         item: tuple[bytes, bytes] | None = None
-        items: Iterator[Any] = db.items(from_key=low, read_opt=_bounded(new_options(), high))
+        items: Iterator[Any] = db.items(
+            reverse, high if reverse else low, _below(new_options(), high)
+        )
         for item in items:
+            if reverse and item[0] < low:
+                return
             yield item
         if item is not None:
-            low = item[0] + b"\0"
-        probe = db.iter(_bounded(new_options(), high))
-        probe.seek(low)
+            low, high = (low, item[0]) if reverse else (item[0] + b"\0", high)
+        probe = db.iter(_below(new_options(), high))
+        if reverse:
+            probe.seek_for_prev(high)  # type: ignore[arg-type]
+        else:
+            probe.seek(low)
         if not probe.valid():
             probe.status()
             return
         key: bytes = probe.key()
+        if key < low:
+            return
         yield key, probe.value()
-        low = key + b"\0"
+        low, high = (low, key) if reverse else (key + b"\0", high)
 
 
-def _bounded(options: ReadOptions, high: bytes | None) -> ReadOptions:
+def _below(options: ReadOptions, high: bytes | None) -> ReadOptions:
     if high is not None:
         options.set_iterate_upper_bound(high)
     return options

@@ -588,3 +588,33 @@ def test_a_store_that_is_open_here_is_locked(path: Path) -> None:
     commit(engine, [Put("a", b"1")])
     engine.close()
     RocksDbEngine(path, cache_bytes=CACHE).close()
+
+
+@pytest.mark.parametrize("block_entries", [1, 3, 1024])
+def test_a_range_with_bounds_is_that_part_of_the_whole_in_either_direction(
+    engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch, block_entries: int
+) -> None:
+    monkeypatch.setattr(fold_module, "BLOCK_ENTRIES", block_entries)
+    commit(engine, [Put(f"k{n:02}", b"old") for n in range(0, 40, 2)])
+    fold = engine.snapshot
+    commit(engine, [Put(f"k{n:02}", b"new") for n in range(40)])
+    commit(engine, [Delete(f"k{n:02}") for n in range(0, 40, 6)])
+    for held in (fold, engine.snapshot):
+        whole = held.range("")
+        for prefix in ("", "k", "k1", "x"):
+            for start, stop in ((None, None), ("k05", None), (None, "k30"), ("k10", "k10")):
+                expected = [
+                    entry
+                    for entry in whole
+                    if entry.key.startswith(prefix)
+                    and (start is None or start <= entry.key)
+                    and (stop is None or entry.key < stop)
+                ]
+                bounds = {"start": start, "stop": stop}
+                assert held.range(prefix, **bounds) == expected
+                assert held.range(prefix, **bounds, reverse=True) == expected[::-1]
+                assert held.range(prefix, **bounds, limit=3) == expected[:3]
+                backwards = held.range(prefix, **bounds, limit=3, reverse=True)
+                assert backwards == expected[::-1][:3]
+    assert fold.get("k01", "none") == "none"
+    assert list(fold.get_many(["k04", "k01", "k02"])) == ["k04", "k02"]
