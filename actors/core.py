@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
-from foldlog.protocol.engine import OpenReport
+from foldlog.protocol.engine import Engine, OpenReport, Snapshot
 from foldlog.protocol.options import (
     COMPACT_THRESHOLD,
     FORMAT,
@@ -36,10 +36,9 @@ from foldlog.protocol.options import (
 from foldlog.protocol.options import Sync as Sync
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
+from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.handover import Latch
 from foldlog.storage.log.files import OS_FILES, Files
-from foldlog.storage.log.log import Log
 
 log = logging.getLogger("foldlog")
 
@@ -96,6 +95,8 @@ class Config:
     """A writer that works on one thing for so long is reported as FAILED. A guess: no healthy disk takes that long."""
     format: FormatName | None = None
     """Of a log that is made; one that exists must be of it, unless this is None."""
+    backend: str = "append-log"
+    """The engine: a row of the table in `storage/engines/registry.py`."""
     files: Files = field(default=OS_FILES, repr=False)
     step: Callable[[str], None] = field(default=no_step, repr=False)
     """Called by each actor at its named steps (`foldlog.testing` crashes there)."""
@@ -161,6 +162,10 @@ class Stats:
     """How long the oldest batch that is not synced has waited for that; 0.0 if all are synced."""
     subscriptions: int
     """Watches, deliveries and derived states that are told of changes."""
+    held_snapshots: int
+    """Older states that snapshots keep on disk. See `Held`."""
+    oldest_held_s: float
+    """For how long the oldest of them has been kept."""
 
 
 class Books:
@@ -197,7 +202,7 @@ class Core:
         self.config = config
         # Written by the writer, behind each commit group; by the face at close. Readers load it once and keep the object.
         # Invariant: its sequence never falls, and every batch in it is in the log.
-        self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
+        self.snapshot: Any = FoldSnapshot.empty()
         self.published_at = time.monotonic()
         # What is known to be on disk: one slot for each of the two who find out, the writer and the
         # syncer, so that neither can undo what the other wrote. Each slot is replaced whole.
@@ -208,14 +213,14 @@ class Core:
         self.state = State.STARTING
         self.reason = ""
         # Written by the writer at each (re)start, for the syncer and the books.
-        self.log: Log | None = None
+        self.engine: Engine | None = None
         self.report: OpenReport | None = None
         self.books = Books()
         self.feeds = Feeds()
         self.ended = Latch()
         """Set when the store is CLOSED and its threads have ended."""
 
-    def publish(self, fold: FoldSnapshot) -> None:
+    def publish(self, fold: Snapshot) -> None:
         """Let everyone see `fold`. Only the writer calls it."""
         self.snapshot = fold
         self.published_at = time.monotonic()
@@ -233,7 +238,7 @@ class Core:
         """The cursor of `synced`."""
         return self.synced[1]
 
-    def note_synced(self, fold: FoldSnapshot, *, by_syncer: bool = False) -> None:
+    def note_synced(self, fold: Snapshot, *, by_syncer: bool = False) -> None:
         """All of `fold` survives a power loss. Only the writer calls it, and the syncer."""
         if fold.seq >= self._synced[by_syncer][0]:
             self._synced[by_syncer] = fold.seq, fold.cursor()

@@ -21,14 +21,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 from foldlog.actors.adapter import is_own_fault
-from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall
+from foldlog.protocol.engine import Snapshot
+from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall, StoreClosed
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
-from foldlog.protocol.updates import Batch, DecodedBatch, Put, batches_body, decode_batches
+from foldlog.protocol.updates import Batch, DecodedBatch, Delete, Put, batches_body, decode_batches
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.handover import RECHECK_S, Wakeup, is_over
@@ -43,7 +44,38 @@ BUFFER_BYTES = 16 * 1024 * 1024
 
 _getframe = sys._getframe
 
-Since: TypeAlias = CursorLike | FoldSnapshot | None
+
+class Past(Protocol):
+    """What leads from one snapshot to another. See `Engine`."""
+
+    def batches_since(
+        self, snapshot: Any, cursor: WatchCursor
+    ) -> Iterator[tuple[int, DecodedBatch]] | None:
+        """See `Engine.batches_since`."""
+
+    def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
+        """See `Engine.difference`."""
+
+
+class LogPast:
+    """The past of folds over a log, which every fold leads to by itself."""
+
+    def batches_since(
+        self, snapshot: FoldSnapshot, cursor: WatchCursor
+    ) -> Iterator[tuple[int, DecodedBatch]] | None:
+        """See `backlog.batches_since`."""
+        return batches_since(snapshot, cursor)
+
+    def difference(
+        self, old: FoldSnapshot, new: FoldSnapshot, prefix: str = ""
+    ) -> Iterator[Put | Delete]:
+        """See `diff`. StoreClosed for the snapshots of an engine that is gone, which do not outlive it."""
+        if not (isinstance(old, FoldSnapshot) and isinstance(new, FoldSnapshot)):
+            raise StoreClosed("the store is closed")
+        return diff(old, new, prefix)
+
+
+Since: TypeAlias = CursorLike | Snapshot | None
 
 
 class Group:
@@ -63,7 +95,7 @@ class Group:
 
     def __init__(
         self,
-        fold: FoldSnapshot,
+        fold: Snapshot,
         first_seq: int,
         batches: Sequence[Batch | DecodedBatch],
         size: int,
@@ -138,7 +170,7 @@ class Buffer:
             or last.total_bytes - first.total_bytes + first.size > BUFFER_BYTES
         )
 
-    def start_at(self, fold: FoldSnapshot) -> None:
+    def start_at(self, fold: Snapshot) -> None:
         """Forget what was published before `fold`, which the subscriber begins with."""
         waiting = tuple(self._waiting)
         for number, group in enumerate(waiting):
@@ -200,7 +232,7 @@ class Lost:
 
     __slots__ = ("batches", "fold", "rewound", "size", "total_bytes", "total_updates", "updates")
 
-    def __init__(self, fold: FoldSnapshot, batches: int, rewound: str) -> None:
+    def __init__(self, fold: Snapshot, batches: int, rewound: str) -> None:
         self.fold, self.batches, self.rewound = fold, batches, rewound
         self.size = self.updates = 0
         self.total_updates = self.total_bytes = 0
@@ -228,6 +260,8 @@ class Feeds:
     """The subscriptions of one store or follower."""
 
     def __init__(self) -> None:
+        self.past: Past = LogPast()
+        """What tells the past of the snapshots: a store's writer puts its engine here."""
         self._subscribed: dict[Buffer, None] = {}
         self._updates = self._bytes = 0  # published to these, ever
         self._ended: str | None = None
@@ -248,13 +282,13 @@ class Feeds:
         return tuple(map(len, self._buffers))
 
     def publish(
-        self, fold: FoldSnapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int
+        self, fold: Snapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int
     ) -> None:
         """Tell of a commit group, `size` bytes encoded. Cost: an append for each subscription."""
         if self._subscribed:
             self._push(Group(fold, first_seq, batches, size))
 
-    def jump(self, fold: FoldSnapshot, rewound: str = "") -> None:
+    def jump(self, fold: Snapshot, rewound: str = "") -> None:
         """Tell that the state is `fold`: by steps that are not known, or the same as before, in another file."""
         if self._subscribed:
             self._push(Group(fold, 0, (), 0, rewound))
@@ -281,6 +315,7 @@ class Feeds:
     def end(self, reason: str) -> None:
         """End all subscriptions, and those to come."""
         self._ended = reason
+        self.past = LogPast()
         for buffer in self._buffers:
             self.remove(buffer)
             buffer.end(reason)
@@ -313,7 +348,7 @@ class Part:
     def __init__(
         self,
         make: Callable[[int, Event | None], Iterator[Event]],
-        fold: FoldSnapshot,
+        fold: Snapshot,
         source: Group | Lost | None = None,
     ) -> None:
         """`make` gives the events after so many, of which the last was the event given."""
@@ -350,7 +385,7 @@ class Subscription:
     def __init__(
         self,
         feeds: Feeds,
-        current: Callable[[], FoldSnapshot],
+        current: Callable[[], Snapshot],
         prefix: str,
         since: Since,
         buffer: Buffer | None = None,
@@ -358,7 +393,7 @@ class Subscription:
         """CursorExpired if the log does not reach back to `since`. It does not keep the store from being dropped."""
         if not isinstance(prefix, str):
             raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-        if since is not None and not isinstance(since, FoldSnapshot):
+        if since is not None and not isinstance(since, Snapshot):
             since = as_cursor(since)
         self.buffer = Buffer() if buffer is None else buffer
         self.feeds = feeds
@@ -372,13 +407,13 @@ class Subscription:
                 self.buffer
             )  # first: what is published while the start is read must not fall between
             at = current()
-            make = _start(at, prefix, since)
+            make = _start(feeds.past, at, prefix, since)
         except BaseException:
             feeds.remove(self.buffer)
             raise
         self.buffer.start_at(at)
         # What was told reaches up to `_at`, always: with it, a difference is exact.
-        self._at: FoldSnapshot | None = at
+        self._at: Snapshot | None = at
         self._part: Part | None = Part(make, at)
 
     def next(self, timeout_s: float | None) -> Event | None:
@@ -430,7 +465,7 @@ class Subscription:
                     if self.buffer.ended is not None and not self.buffer.has_more:
                         self._finish(self.buffer.ended)
                     return None
-                part = self._part = _part_of(source, at, self._prefix)
+                part = self._part = _part_of(self.feeds.past, source, at, self._prefix)
             event = part.offer()
             if event is not None:
                 return event
@@ -438,7 +473,7 @@ class Subscription:
             if not part.told and self.buffer.is_late:
                 return None
 
-    def _end(self, part: Part, at: FoldSnapshot) -> None:
+    def _end(self, part: Part, at: Snapshot) -> None:
         """It is told. Each step may be done again, should this be interrupted."""
         source = part.source
         if isinstance(source, Lost) or (source and source.rewound) or part.fold.seq >= at.seq:
@@ -460,11 +495,11 @@ class Subscription:
 
 
 def _start(
-    at: FoldSnapshot, prefix: str, since: WatchCursor | FoldSnapshot | None
+    past: Past, at: Snapshot, prefix: str, since: WatchCursor | Snapshot | None
 ) -> Callable[[int, Event | None], Iterator[Event]]:
     synced = Synced(at.cursor(), at.seq)
-    if isinstance(since, FoldSnapshot):
-        return _again(lambda: chain(_difference(since, at, prefix), (synced,)))
+    if isinstance(since, Snapshot):
+        return _again(lambda: chain(_difference(past, since, at, prefix), (synced,)))
     if since is None or since.is_none:
 
         def state(told: int, last: Event | None) -> Iterator[Event]:
@@ -479,7 +514,7 @@ def _start(
         return state
 
     def changes() -> Iterator[Event]:
-        batches = batches_since(at, since)
+        batches = past.batches_since(at, since)
         if batches is None:
             raise CursorExpired(
                 f"cursor {since.shown} is not in the log any more: it was compacted, or never there"
@@ -497,11 +532,11 @@ def _again(make: Callable[[], Iterator[Event]]) -> Callable[[int, Event | None],
     return lambda told, last: islice(make(), told, None)
 
 
-def _part_of(source: Group | Lost, at: FoldSnapshot, prefix: str) -> Part:
-    return Part(_again(lambda: _told(source, at, prefix)), source.fold, source)
+def _part_of(past: Past, source: Group | Lost, at: Snapshot, prefix: str) -> Part:
+    return Part(_again(lambda: _told(past, source, at, prefix)), source.fold, source)
 
 
-def _told(taken: Group | Lost, at: FoldSnapshot, prefix: str) -> Iterator[Event]:
+def _told(past: Past, taken: Group | Lost, at: Snapshot, prefix: str) -> Iterator[Event]:
     """What a subscriber that was told up to `at` is told of a group."""
     fold = taken.fold
     if isinstance(taken, Lost) or taken.rewound:
@@ -509,7 +544,7 @@ def _told(taken: Group | Lost, at: FoldSnapshot, prefix: str) -> Iterator[Event]
             yield Lagged(at.cursor(), taken.batches)
         if taken.rewound:
             yield Rewound(taken.rewound)
-        yield from _difference(at, fold, prefix)
+        yield from _difference(past, at, fold, prefix)
         yield Synced(fold.cursor(), fold.seq)
     elif fold.seq <= at.seq:
         return  # published before the state that this began with, or a compaction
@@ -518,11 +553,11 @@ def _told(taken: Group | Lost, at: FoldSnapshot, prefix: str) -> Iterator[Event]
             if seq > at.seq:
                 yield from _changes(seq, batch, prefix)
     else:
-        yield from _difference(at, fold, prefix)
+        yield from _difference(past, at, fold, prefix)
 
 
-def _difference(old: FoldSnapshot, new: FoldSnapshot, prefix: str) -> Iterator[Event]:
-    return (Changed(update, new.cursor(), new.seq) for update in diff(old, new, prefix))
+def _difference(past: Past, old: Snapshot, new: Snapshot, prefix: str) -> Iterator[Event]:
+    return (Changed(update, new.cursor(), new.seq) for update in past.difference(old, new, prefix))
 
 
 def _changes(seq: int, batch: DecodedBatch, prefix: str) -> Iterator[Event]:

@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from foldlog.actors.requests import ExportRequest
-from foldlog.protocol.store import FormatName
-from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.rewrite import Rewrite
-from foldlog.storage.log.files import Access
+from foldlog.protocol.engine import Compaction, Export, Snapshot
 
 
 class CompactJob(NamedTuple):
     """The writer asks for the next pass of a compaction: the fold, or what came meanwhile. It is told `Rewritten`."""
 
-    rewrite: Rewrite
+    rewrite: Compaction
 
     def fail(self, error: Exception | None) -> None:
         """It will not be served."""
@@ -24,13 +21,10 @@ class CompactJob(NamedTuple):
 
 
 class ExportJob(NamedTuple):
-    """The writer asks for an export of `fold`. The answer goes to the request's future."""
+    """The writer asks for an export that it has made ready. The answer goes to the request's future."""
 
     request: ExportRequest
-    fold: FoldSnapshot
-    format: FormatName
-    source: Access
-    """Of the log: the artifact is no wider."""
+    export: Export
 
     def fail(self, error: Exception | None) -> None:
         """It will not be served."""
@@ -43,7 +37,7 @@ class Rewritten:
 
     urgent: ClassVar[bool] = True
 
-    rewrite: Rewrite
+    rewrite: Compaction
     error: Exception | None
 
     def fail(self, error: Exception | None) -> None:
@@ -54,7 +48,7 @@ class Rewritten:
 class LetGo(NamedTuple):
     """The writer has no more use for these folds: freeing them takes long, and shall stop nobody."""
 
-    folds: list[FoldSnapshot]
+    folds: list[Snapshot]
     """Emptied by maintenance."""
 
 

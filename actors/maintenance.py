@@ -7,10 +7,8 @@ import time
 from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
 from foldlog.actors.core import Core
 from foldlog.actors.internal import CompactJob, ExportJob, LetGo, Rewritten
+from foldlog.protocol.engine import Cancelled, Compaction, Snapshot
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
-from foldlog.storage.artifacts.artifact import export_fold
-from foldlog.storage.fold.snapshot import FoldSnapshot, parts_of
-from foldlog.storage.formats.rewrite import Cancelled, Rewrite
 
 
 def _let_others_run(done: int, total: int) -> None:
@@ -18,10 +16,10 @@ def _let_others_run(done: int, total: int) -> None:
     time.sleep(0)
 
 
-def _free(folds: list[FoldSnapshot]) -> None:
+def _free(folds: list[Snapshot]) -> None:
     parts: list[object] = []
     while folds:
-        parts += parts_of(folds.pop())
+        parts += folds.pop().parts()
     while parts:
         parts.pop()
         time.sleep(0)
@@ -57,13 +55,13 @@ class Maintenance(SupervisedActor):
         else:
             log.error("maintenance cannot serve %s", type(job).__name__)
 
-    def _compact(self, rewrite: Rewrite) -> None:
+    def _compact(self, rewrite: Compaction) -> None:
         try:
-            if rewrite.written:
-                rewrite.catch_up()
-            else:
+            first = not rewrite.written
+            if first:
                 self._step("compact.write")
-                rewrite.write(_let_others_run)
+            rewrite.run(_let_others_run)
+            if first:
                 self._step("compact.written")
         except (OSError, FoldlogError, Cancelled) as error:
             rewrite.discard()
@@ -75,14 +73,7 @@ class Maintenance(SupervisedActor):
     def _export(self, job: ExportJob) -> None:
         try:
             self._step("export.write")
-            manifest = export_fold(
-                job.fold,
-                job.request.dest_dir,
-                format=job.format,
-                source=job.source,
-                files=self._core.config.files,
-                progress=_let_others_run,
-            )
+            manifest = job.export(job.request.dest_dir, _let_others_run)
             self._step("export.written")
         except (OSError, FoldlogError, ValueError, TypeError) as error:
             job.fail(error)

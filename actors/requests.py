@@ -15,13 +15,13 @@ from pykka.messages import _ActorStop
 
 from foldlog.actors.adapter import Inbox, Mail, log, reply
 from foldlog.actors.answers import Answer
+from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch, check_forward
 from foldlog.protocol.messages import Apply, Compact, Export
 from foldlog.protocol.options import UNSET, Unset
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import Batch, Delete, Put, encode_batch
-from foldlog.storage.fold.snapshot import FoldSnapshot
 
 
 class Request:
@@ -77,7 +77,7 @@ class WriteRequest(Request):
         if batch is not None:
             self.weight = len(batch.item)
 
-    def decide(self, fold: FoldSnapshot) -> Batch:
+    def decide(self, fold: Snapshot) -> Batch:
         """The batch to write on top of `fold`. Raises if it must not be written."""
         assert self.batch is not None
         return self.batch
@@ -93,7 +93,7 @@ class ForwardWrite(WriteRequest):
         self.weight = len(batch.item)
         self._checked = batch
 
-    def decide(self, fold: FoldSnapshot) -> Batch:
+    def decide(self, fold: Snapshot) -> Batch:
         check_forward(self._checked.cursor, fold.cursor())
         return self._checked
 
@@ -128,7 +128,7 @@ class LocalWrite(WriteRequest):
             expected,
         )
 
-    def decide(self, fold: FoldSnapshot) -> Batch:
+    def decide(self, fold: Snapshot) -> Batch:
         if self._must_be_new or self._expected is not UNSET:
             entry = fold.get(self._key)
             if self._must_be_new and entry is not None:

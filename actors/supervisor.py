@@ -540,7 +540,7 @@ class Supervisor:
         self.syncer.close_watch()
         self.writer.let_go()
         core.feeds.end(f"{core.config.path} was closed")
-        core.snapshot, core.log = ClosedFold(f"{core.config.path} is closed"), None
+        core.snapshot, core.engine = ClosedFold(f"{core.config.path} is closed"), None
         core.state = State.CLOSED
         log.info("%s: closed", core.config.path)
         self._answer_closed()

@@ -51,17 +51,15 @@ class Syncer(SupervisedActor):
 
     def _look(self) -> None:
         """Whether the file seems another; only the writer knows for certain, since it may be writing or renaming just now."""
-        journal = self._core.log
-        if journal is None or journal.closed:
+        engine = self._core.engine
+        if engine is None or engine.closed:
             return
         try:
-            journal.check_unchanged()
-            if not journal.has_its_lock_file():
-                self._tell_writer(CheckFile())
+            engine.check_file()
         except LogChangedError:
             self._tell_writer(CheckFile())
         except OSError as error:
-            self._warn_once(f"{journal.path}: {error}")
+            self._warn_once(f"{engine.path}: {error}")
 
     def _tell_writer(self, message: Heal | CheckFile) -> None:
         with contextlib.suppress(FoldlogError):  # the store failed, or closes
@@ -74,19 +72,19 @@ class Syncer(SupervisedActor):
         self._warned = text
 
     def _sync(self) -> None:
-        fold, journal = self._core.snapshot, self._core.log
-        if journal is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced[0]:
+        fold, engine = self._core.snapshot, self._core.engine
+        if engine is None or isinstance(fold, ClosedFold) or fold.seq <= self._core.synced[0]:
             return
         self._step("syncer.sync")
         try:
-            journal.sync()
+            engine.sync()
         except LogPoisonedError as error:
             self._warn_once(str(error))
             self._tell_writer(Heal())
         except FoldlogError:
             return  # closed under us: its successor is synced on the next tick
         else:
-            if not journal.closed:
+            if not engine.closed:
                 self._core.note_synced(fold, by_syncer=True)
 
     def on_stop(self) -> None:

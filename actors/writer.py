@@ -25,13 +25,13 @@ from foldlog.actors.requests import (
     WriteRequest,
     WriterInbox,
 )
+from foldlog.protocol.engine import Compaction, Engine, Seat
 from foldlog.protocol.errors import (
     Backpressure,
     FoldlogError,
     KeyExists,
     LogChangedError,
     LogPoisonedError,
-    LogRegressedError,
     StoreClosed,
     VersionMismatch,
     WriterCrashed,
@@ -39,15 +39,15 @@ from foldlog.protocol.errors import (
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.options import COMPACT_THRESHOLD
 from foldlog.protocol.updates import Batch
-from foldlog.storage.engines.engine import Engine, log_limit
-from foldlog.storage.formats.rewrite import SLACK_BYTES, Next, Rewrite, next_pass
-from foldlog.storage.log.lock import WriterLock
+from foldlog.storage.engines.options import EngineOptions
+from foldlog.storage.engines.registry import SEATS
 
 DEFAULT_COMPACT_THRESHOLD = COMPACT_THRESHOLD.default
 GROUP_BYTES = 16 * 1024 * 1024
 """A commit group of more than one batch holds no more: it is built in memory before it is written.
 
 Nor more than the threshold of compaction, so that the log stays bounded."""
+MIN_GROUP_BYTES = 1024 * 1024
 HOLD_S = 0.001
 PATIENCE_S = 1.0
 """How long writes are held back for one compaction while the log is below 3 x the default threshold."""
@@ -74,13 +74,19 @@ class Writer(SharedActor):
         self._core = core
         self._step = no_step if config.step is no_step else self.hooked(config.step)
         self._maintenance = maintenance
-        self._lock: WriterLock | None = (
-            None  # kept from start to start, so that nobody steps in between
+        self._seat: Seat = SEATS[config.backend](
+            EngineOptions(
+                config.path,
+                config.format,
+                config.on_damage,
+                config.sync == "always",
+                config.files,
+            )
         )
         self._engine: Engine | None = None
         self._in_hand: list[Request] = []
         """What is being worked on: of `taken`, those that a crash can be blamed on."""
-        self._rewrite: Rewrite | None = None
+        self._rewrite: Compaction | None = None
         self._rewrite_started = 0.0
         self._patience_s = 0.0
         """For how long writes may still be held back for the compaction under way, where the log is small."""
@@ -105,17 +111,18 @@ class Writer(SharedActor):
     def on_start(self) -> None:
         self._step("writer.start")
         self._drop_rewrite()
-        crashed = self._engine and self._engine.log
-        if crashed and crashed.poison is None and not crashed.closed and crashed.was_deleted():
-            crashed.poison_with(
+        crashed = self._engine
+        if crashed is not None and crashed.failure is None and not crashed.closed:
+            crashed.mark_deleted(
                 "was deleted while the writer was down"
-            )  # or replaying would begin an empty log
-        if crashed and crashed.poison is not None:
+            )  # or replaying would begin anew
+        if crashed is not None and crashed.failure is not None:
             self._heal()
         else:
             self._replay()
-        self._core.log, self._core.report = self.engine.log, self.engine.report
-        fold = self.engine.fold
+        self._core.engine, self._core.report = self.engine, self.engine.report
+        self._core.feeds.past = self.engine
+        fold = self.engine.snapshot
         self._core.publish(fold)
         self._core.feeds.jump(
             fold
@@ -126,26 +133,7 @@ class Writer(SharedActor):
     def _replay(self) -> None:
         """The fold from the log, which is the truth: the memory of a crashed writer is not."""
         config = self._core.config
-        if self._lock is None:
-            self._lock = WriterLock(config.files, config.path)
-        crashed = self._engine
-        if crashed is not None:
-            crashed.log.abandon(keep_lock=True)
-        engine = Engine(
-            config.path,
-            format=config.format,
-            on_damage=config.on_damage,
-            sync_each=config.sync == "always",
-            files=config.files,
-            lock=self._lock,
-            crashed=None if crashed is None else crashed.log,
-        )
-        if crashed is not None:
-            try:
-                _check_successor(engine, crashed)
-            except FoldlogError:
-                engine.log.abandon(keep_lock=True)
-                raise
+        engine = self._seat.open(self._engine)
         self._engine = engine
         if engine.report.cut_bytes:
             log.warning(
@@ -160,22 +148,19 @@ class Writer(SharedActor):
                 config.path,
                 engine.report.missing_batches,
             )
-        if engine.log.poison is not None:
+        if engine.failure is not None:
             self._heal()
         else:
-            self._core.note_synced(engine.fold)  # opening syncs what it finds
+            self._core.note_synced(engine.snapshot)  # opening syncs what it finds
 
     def _heal(self) -> None:
-        """Write the fold in memory to a new file: after a failed fsync the old one can be neither trusted nor replayed."""
+        """After a failed fsync the old file can be neither trusted nor replayed: an append log writes the fold to a new one."""
         engine = self.engine
-        log.warning("%s: writing the store to a new file: %s", engine.path, engine.log.poison)
+        log.warning("%s: healing the store: %s", engine.path, engine.failure)
         self._step("writer.heal")
-        engine.log.confirm_lock()  # before much is written to a directory that may be another
-        engine.compact()
-        if engine.log.poison is not None:
-            raise LogPoisonedError(engine.path, engine.log.poison)
-        self._core.note_synced(engine.fold)
-        self._core.publish(engine.fold)
+        fold = engine.heal()
+        self._core.note_synced(fold)
+        self._core.publish(fold)
 
     def _settle_taken(self) -> None:
         """Give what the crashed writer had in hand its true answer, or another try."""
@@ -191,7 +176,7 @@ class Writer(SharedActor):
             elif (
                 isinstance(request, WriteRequest)
                 and request.seq is not None
-                and request.seq <= self.engine.fold.seq
+                and request.seq <= self.engine.snapshot.seq
             ):
                 request.succeed(request.seq)
             elif request not in in_hand:
@@ -227,7 +212,7 @@ class Writer(SharedActor):
             self._apply([mail.message for mail in mails])
         elif isinstance(first, CompactRequest):
             if first not in self._wanted:  # it may have been in hand at a crash
-                first.seq = self.engine.fold.seq
+                first.seq = self.engine.snapshot.seq
                 self._wanted.append(first)
             self._compact_if_due()
         elif isinstance(first, SyncRequest):
@@ -237,35 +222,43 @@ class Writer(SharedActor):
             self._in_hand = [first]
             self._step("export.begin")
             if first.start():
-                journal = self.engine.log
-                format = first.format or journal.file.format.name
-                job = ExportJob(first, self.engine.fold, format, journal.access())
-                self._maintenance.put(Mail(job))
+                self._begin_export(first)
         elif isinstance(first, Rewritten):
             self._pass_ended(first)
         elif isinstance(first, Heal):
-            if self.engine.log.poison is not None:
-                raise LogPoisonedError(
-                    self.engine.path, self.engine.log.poison
-                )  # starting again heals
+            self._die_of_failure()  # starting again heals
         elif isinstance(first, CheckFile):
             self._check_file()
         self._in_hand = []
 
     def _sync(self, request: SyncRequest) -> None:
         """Sync the log. If the disk refuses, starting again heals, and this is tried once more."""
-        core, fold = self._core, self.engine.fold
+        core, fold = self._core, self.engine.snapshot
         if core.synced[0] < fold.seq:
-            self.engine.log.sync()
+            self.engine.sync()
             core.note_synced(fold)
         if request.start():
             request.succeed(None)
+
+    def _begin_export(self, request: ExportRequest) -> None:
+        try:
+            export = self.engine.begin_export(request.format)
+        except (OSError, FoldlogError, ValueError) as error:
+            request.fail(error)
+        else:
+            self._maintenance.put(Mail(ExportJob(request, export)))
+
+    def _die_of_failure(self) -> None:
+        """LogPoisonedError if the engine refuses to write."""
+        engine = self.engine
+        if engine.failure is not None:
+            raise LogPoisonedError(engine.path, engine.failure)
 
     def _apply(self, requests: list[WriteRequest]) -> None:
         """Commit the requests in groups. One that was in hand at a crash goes alone, so that it harms no other again."""
         group: list[WriteRequest] = []
         size = 0
-        most = min(GROUP_BYTES, max(self._core.config.compact_threshold, SLACK_BYTES))
+        most = min(GROUP_BYTES, max(self._core.config.compact_threshold, MIN_GROUP_BYTES))
         for request in requests:
             if request.attempts or size + request.weight > most:
                 self._commit(group)
@@ -297,14 +290,14 @@ class Writer(SharedActor):
         engine = self.engine
         self._in_hand = [*requests]
         undecided: list[WriteRequest] = []
-        staged, folded = engine.fold, 0  # with the first so many of the batches
+        staged, folded = engine.snapshot, 0  # with the first so many of the batches
         written: list[WriteRequest] = []
         batches: list[Batch] = []
         for number, request in enumerate(requests):
             if not request.start():
                 continue
             if request.batch is None and folded < len(batches):  # it decides by what is folded
-                staged, folded = staged.with_group(batches[folded:]), len(batches)
+                staged, folded = engine.stage(batches[folded:], staged), len(batches)
             try:
                 batch = request.decide(staged)
             except Exception as error:
@@ -318,14 +311,14 @@ class Writer(SharedActor):
                 continue
             written.append(request)
             batches.append(batch)
-            request.seq = engine.fold.seq + len(batches)
+            request.seq = engine.snapshot.seq + len(batches)
         if not batches:
             return undecided
-        if folded < len(batches):
-            staged = staged.with_group(batches[folded:])
+        if folded and folded < len(batches):
+            staged = engine.stage(batches[folded:], staged)
         self._step("writer.before_write")
         try:
-            fold = engine.commit(batches, staged)
+            fold = engine.commit(batches, staged if folded else None)
         except (OSError, FoldlogError) as error:
             if not is_own_fault(error):
                 raise  # it struck the thread, perhaps after the write: starting again settles it
@@ -362,7 +355,7 @@ class Writer(SharedActor):
         """Nothing of the group is in the log: tell its callers. What this writer cannot go on from, it dies of."""
         if isinstance(error, LogChangedError):
             self._poison_if_deleted(error)
-        if self.engine.log.poison is not None:
+        if self.engine.failure is not None:
             raise error  # starting again heals, and tries these once more
         for request in requests:
             request.seq = None
@@ -374,20 +367,17 @@ class Writer(SharedActor):
 
     def _check_file(self) -> None:
         """Whether the log is still ours. Dies of it if not: healing and giving up are the matter of starting again."""
-        journal = self.engine.log
         try:
-            journal.check_unchanged()
+            self.engine.confirm_file()
         except LogChangedError as error:
             self._poison_if_deleted(error)
             raise
-        journal.confirm_lock()
 
     def _poison_if_deleted(self, error: LogChangedError) -> None:
         """Where nobody's file is in the way, let the store be put back. One that was replaced or cut is left alone."""
-        journal = self.engine.log
-        if journal.was_deleted():
-            journal.poison_with(error.reason)
-            raise LogPoisonedError(journal.path, error.reason) from error
+        engine = self.engine
+        if engine.mark_deleted(error.reason):
+            raise LogPoisonedError(engine.path, error.reason) from error
 
     # Compaction: begun and finished here, the long passes in between are maintenance's.
 
@@ -402,13 +392,13 @@ class Writer(SharedActor):
         if self._rewrite is not None:
             return
         if engine.is_compact:
-            self._answer_wanted(None, engine.fold.seq)
+            self._answer_wanted(None, engine.snapshot.seq)
         elif self._wanted or (
             engine.should_compact(self._core.config.compact_threshold)
             and time.monotonic() >= self._retry_at
         ):
             self._step("compact.begin")
-            self._rewrite = engine.begin_rewrite()
+            self._rewrite = engine.begin_compaction()
             self._rewrite_started = time.monotonic()
             self._patience_s = PATIENCE_S
             self._maintenance.put(Mail(CompactJob(self._rewrite)))
@@ -427,23 +417,18 @@ class Writer(SharedActor):
         else:
             self._go_on_with(rewrite)
 
-    def _go_on_with(self, rewrite: Rewrite) -> None:
-        todo = next_pass(rewrite.lag_bytes, rewrite.live_bytes, rewrite.passes)
-        if todo is Next.FINISH:
-            self._finish_rewrite(rewrite)
-            return
-        if todo is Next.CARRY:
-            rewrite.begin_carry()
+    def _go_on_with(self, rewrite: Compaction) -> None:
+        if self.engine.next_pass(rewrite):
+            self._maintenance.put(Mail(CompactJob(rewrite)))
         else:
-            self.engine.rewrite_again(rewrite)
-        self._maintenance.put(Mail(CompactJob(rewrite)))
+            self._finish_rewrite(rewrite)
 
-    def _finish_rewrite(self, rewrite: Rewrite) -> None:
+    def _finish_rewrite(self, rewrite: Compaction) -> None:
         engine, core = self.engine, self._core
         self._step("compact.finish")
-        old = LetGo([engine.fold])
+        old = LetGo([engine.snapshot])
         try:
-            fold = engine.finish_rewrite(rewrite)
+            fold = engine.finish_compaction(rewrite)
         except (OSError, FoldlogError) as failed:
             self._compaction_failed(rewrite, failed)
             return
@@ -459,19 +444,18 @@ class Writer(SharedActor):
         log.info(
             "%s: compacted to %d bytes in %.2f s",
             engine.path,
-            engine.log.position.offset,
+            engine.sizes().log_bytes,
             books.last_compaction_s,
         )
         self._step("compact.finished")
         self._answer_wanted(None, rewrite.seq)
         with contextlib.suppress(FoldlogError):  # maintenance may have been told to stop
             self._maintenance.offer(Mail(old))
-        if engine.log.poison is not None:
-            raise LogPoisonedError(engine.path, engine.log.poison)  # the folder could not be synced
+        self._die_of_failure()  # the directory could not be synced
         core.note_synced(fold)
         self._compact_if_due()
 
-    def _compaction_failed(self, rewrite: Rewrite, error: Exception) -> None:
+    def _compaction_failed(self, rewrite: Compaction, error: Exception) -> None:
         self._drop_rewrite()
         rewrite.discard()
         delay_s = min(RETRY_S * 2.0**self._failures, MAX_RETRY_S)
@@ -488,18 +472,17 @@ class Writer(SharedActor):
         self._answer_wanted(error, rewrite.seq)
         self._compact_if_due()
 
-    def _limit(self, live_bytes: int) -> int:
-        return log_limit(live_bytes, self._core.config.compact_threshold)
-
     def _hold_back(self, size: int) -> None:
         """Wait before writing `size` bytes while a compaction under way is behind, so that the log stays bounded.
 
         Where the threshold is small, the log is too, and waiting is not worth more than a moment.
         """
-        began, allowed = 0.0, 0
+        began, allowed = 0.0, 0.0
+        threshold = self._core.config.compact_threshold
+        small_bytes = self.engine.limit_bytes(0, DEFAULT_COMPACT_THRESHOLD) or 0
         while (rewrite := self._rewrite) is not None:
-            end, before = self.engine.log.position.offset + size, allowed
-            allowed = rewrite.allowance(self._limit)
+            end, before = self.engine.size_bytes + size, allowed
+            allowed = self.engine.allowed_bytes(rewrite, threshold)
             if end <= allowed or rewrite.cancelled:
                 break
             if isinstance(rewrite.outcome, Rewritten):
@@ -509,7 +492,7 @@ class Writer(SharedActor):
             began = began or now
             if allowed != before:
                 self.busy_since = now  # it waits for work that gets on: it is not stuck
-            small = end <= log_limit(0, DEFAULT_COMPACT_THRESHOLD)
+            small = end <= small_bytes
             if self._core.state is not State.RUNNING or (small and now - began > self._patience_s):
                 break
             time.sleep(HOLD_S)
@@ -521,8 +504,10 @@ class Writer(SharedActor):
     def _log_is_full(self, size: int) -> bool:
         """Whether the log is at its bound, with `size` bytes more, and cannot be compacted."""
         live, threshold = self._live, self._core.config.compact_threshold
-        limit = log_limit(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
-        full = bool(self._failures) and self.engine.log.position.offset + size > limit
+        if not self._failures:
+            return False
+        limit = self.engine.limit_bytes(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
+        full = limit is not None and self.engine.size_bytes + size > limit
         if full:  # what is live may be more by now, or there may be room again
             self._retry_at = min(self._retry_at, self._failed_at + FULL_RETRY_S)
             self._compact_if_due()
@@ -530,7 +515,7 @@ class Writer(SharedActor):
 
     def _refuse(self, requests: list[WriteRequest]) -> None:
         """Let the log grow no more, rather than fill the disk with what cannot be compacted."""
-        size, reason = self.engine.log.position.offset, self._core.books.compaction_error
+        size, reason = self.engine.size_bytes, self._core.books.compaction_error
         for request in requests:
             request.fail(
                 Backpressure(f"the log has {size} bytes and cannot be compacted ({reason})")
@@ -549,7 +534,7 @@ class Writer(SharedActor):
 
     def _drop_rewrite(self) -> None:
         if self._rewrite is not None:
-            self.engine.drop_rewrite(self._rewrite)
+            self.engine.drop_compaction(self._rewrite)
             self._rewrite = None
 
     # Ending.
@@ -558,22 +543,21 @@ class Writer(SharedActor):
         self._drop_rewrite()
         self._answer_wanted(StoreClosed(f"{self.engine.path} was closed before it was compacted"))
         self._step("writer.stop")
-        journal = self.engine.log
-        if journal.poison is None:
-            journal.sync()  # if this fails, starting again heals, while the lock is still held
+        engine = self.engine
+        if engine.failure is None:
+            engine.sync()  # if this fails, starting again heals, while the lock is still held
         try:
-            self.engine.close()
+            engine.close()
         except (OSError, FoldlogError) as error:
             # Only the seal is missing, and the lock is gone: nothing may be tried again.
-            log.warning("%s: closed without a seal: %s", journal.path, error)
+            log.warning("%s: closed without a seal: %s", engine.path, error)
             self.stop_error = error
 
     def let_go(self) -> None:
         """Release the log as a killed process would. For the supervisor, once the thread has ended for good."""
         if self._engine is not None:
-            self._engine.log.abandon()
-        if self._lock is not None:
-            self._lock.release()
+            self._engine.abandon()
+        self._seat.release()
         self._engine = None  # and with it the descriptor to read from, unless a snapshot is held
 
     def abandon_requests(self, error: Exception, not_begun: Exception | None = None) -> None:
@@ -587,14 +571,3 @@ class Writer(SharedActor):
                 begun = not isinstance(request, WriteRequest) or request.seq is not None
                 request.fail(copy.copy(error if begun or not_begun is None else not_begun))
         self._answer_wanted(error)
-
-
-def _check_successor(engine: Engine, crashed: Engine) -> None:
-    """What was replayed must be what the crashed writer had written."""
-    if engine.log.file.header.log_id != crashed.log.file.header.log_id:
-        raise LogChangedError(engine.path, "was replaced by another log")
-    if engine.fold.seq < crashed.fold.seq:
-        raise LogRegressedError(
-            engine.path,
-            f"ends with batch {engine.fold.seq}, but batch {crashed.fold.seq} was published",
-        )

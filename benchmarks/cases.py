@@ -137,7 +137,7 @@ def open_compacted(trial: Trial) -> dict[str, float]:
 
 
 def open_batches(trial: Trial) -> dict[str, float]:
-    from foldlog.storage.engines.engine import Engine
+    from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
     path, first = trial.copy("-batches"), workload.key(trial.entries // 3)
     settle()

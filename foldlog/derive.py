@@ -16,16 +16,16 @@ from typing import Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from foldlog.actors.feeds import Buffer, Feeds, Group, Lost
 from foldlog.follow import Follower
+from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import CursorLike
 from foldlog.protocol.updates import Update
-from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.store import Store
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
 
 log = logging.getLogger("foldlog")
 V = TypeVar("V")
-Build: TypeAlias = Callable[[FoldSnapshot], V]
+Build: TypeAlias = Callable[[Snapshot], V]
 ApplyUpdates: TypeAlias = Callable[[V, Sequence[Update]], V]
 
 
@@ -33,7 +33,7 @@ class DerivedState(NamedTuple, Generic[V]):
     """A derived value, and the snapshot that it was derived from."""
 
     value: V
-    snapshot: FoldSnapshot
+    snapshot: Snapshot
 
 
 class _Worker(Generic[V]):
@@ -48,7 +48,7 @@ class _Worker(Generic[V]):
         self.rebuilds = 0
         self._advanced = threading.Condition()
 
-    def start(self, current: Callable[[], FoldSnapshot]) -> None:
+    def start(self, current: Callable[[], Snapshot]) -> None:
         """Build the first state, on the caller's thread, and start. Raises what `build` raises."""
         self.feeds.add(self.buffer)  # first: what is published while it is built must not be missed
         try:
@@ -102,7 +102,7 @@ class _Worker(Generic[V]):
                     value = self.update(value, updates)
         return value
 
-    def _rebuild(self, fold: FoldSnapshot) -> None:
+    def _rebuild(self, fold: Snapshot) -> None:
         self.rebuilds += 1
         try:
             state = DerivedState(self.build(fold), fold)
@@ -146,7 +146,7 @@ class Derived(Generic[V]):
         return self._worker.state.value
 
     @property
-    def snapshot(self) -> FoldSnapshot:
+    def snapshot(self) -> Snapshot:
         """The snapshot that the newest value was derived from."""
         return self._worker.state.snapshot
 

@@ -103,8 +103,8 @@ class _Sink:
 
     @property
     def keeps_marks(self) -> bool:
-        journal = self._core.log
-        return journal is None or journal.file.format.keeps_origin
+        engine = self._core.engine
+        return engine is None or engine.keeps_origin
 
     def snapshot(self) -> FoldSnapshot:
         snapshot = self._core.snapshot

@@ -36,7 +36,7 @@ from foldlog.actors.requests import (
 )
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
-from foldlog.protocol.engine import OpenReport
+from foldlog.protocol.engine import Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
@@ -60,11 +60,10 @@ from foldlog.protocol.options import (
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
-from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
+from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.formats.format import VerifyReport
 from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
-from foldlog.storage.repair.verify import verify_live
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
 EXIT_TIMEOUT_S = 10.0
@@ -339,21 +338,25 @@ class Store(Readable):
         return manifest
 
     def _export_failed(self, dest: str, format: FormatName | None) -> ExportManifest:
-        journal = self._core.log
-        assert journal is not None, "a store that has failed was open"
-        return export_fold(
-            self.snapshot(), dest, format=format or journal.file.format.name, files=journal.files
-        )
+        self.snapshot()
+        manifest: ExportManifest = self._engine.begin_export(format)(dest)
+        return manifest
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._core.engine
+        if engine is None:
+            raise StoreClosed(f"{self.path} is closed")
+        return engine
 
     def verify(self) -> VerifyReport:
         """Check every invariant of the log, up to its end as it is now. Tells all that is wrong, and changes nothing.
 
         Runs on the caller's thread, while applies and compactions go on. Cost: reads the whole file; about 1 us an entry.
         """
-        seq = self.snapshot().seq
-        journal = self._core.log
-        assert journal is not None, "an open store has a log"
-        return verify_live(journal, seq)
+        self.snapshot()
+        report: VerifyReport = self._engine.verify()
+        return report
 
     # Messages.
 
@@ -424,7 +427,9 @@ class Store(Readable):
     def stats(self) -> Stats:
         """The books. Cost: microseconds, and counting the entries the first time after a batch."""
         core = self._core
-        snapshot, journal, books = self.snapshot(), core.log, core.books
+        snapshot, engine, books = self.snapshot(), core.engine, core.books
+        sizes = Sizes(0, 0, 0) if engine is None else engine.sizes()
+        held = Held(0, 0.0) if engine is None else engine.held()
         latencies, unsynced_since = sorted(books.latencies_s), core.unsynced_since
         return Stats(
             state=core.state,
@@ -433,9 +438,9 @@ class Store(Readable):
             cursor=snapshot.cursor(),
             synced_seq=core.synced[0],
             entries=len(snapshot),
-            log_bytes=journal.position.offset if journal else 0,
-            base_bytes=journal.file.base_end if journal else 0,
-            appended_bytes=journal.appended_bytes if journal else 0,
+            log_bytes=sizes.log_bytes,
+            base_bytes=sizes.base_bytes,
+            appended_bytes=sizes.appended_bytes,
             mailbox_depth=len(self._supervisor.writer.inbox),
             batches=books.batches,
             groups=books.groups,
@@ -451,6 +456,8 @@ class Store(Readable):
             snapshot_age_s=time.monotonic() - core.published_at,
             unsynced_s=0.0 if unsynced_since is None else time.monotonic() - unsynced_since,
             subscriptions=len(core.feeds.backlog),
+            held_snapshots=held.snapshots,
+            oldest_held_s=held.oldest_s,
         )
 
     def health(self) -> Health:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from foldlog.actors.feeds import Buffer, Feeds
+from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import RequestTimeout, StoreClosed
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, VersionToken, as_cursor, has_reached
-from foldlog.storage.fold.snapshot import FoldSnapshot
 
 SeqLike: TypeAlias = int | VersionToken
 """A sequence, or the version that `put` returned, which is one."""
-Reached: TypeAlias = Callable[[FoldSnapshot], bool]
+Reached: TypeAlias = Callable[[Snapshot], bool]
 
 WAIT_TIMEOUT_S = 30.0
 
@@ -29,7 +29,7 @@ class Position:
         self._cursor = None if cursor is None else as_cursor(cursor)
         self._seq = 0 if seq is None else _sequence(seq)
 
-    def is_reached(self, fold: FoldSnapshot) -> bool:
+    def is_reached(self, fold: Snapshot) -> bool:
         """True if `fold` has everything up to here."""
         if self._cursor is None:
             return fold.seq >= self._seq
@@ -38,7 +38,7 @@ class Position:
     def __str__(self) -> str:
         return f"batch {self._seq}" if self._cursor is None else repr(self._cursor)
 
-    def timeout(self, fold: FoldSnapshot, timeout_s: float) -> RequestTimeout:
+    def timeout(self, fold: Snapshot, timeout_s: float) -> RequestTimeout:
         """The error of one who has waited for so long, and has seen no more than `fold`."""
         return RequestTimeout(
             f"{self} was not seen within {timeout_s} s; at batch {fold.seq}, {fold.cursor()!r}"
@@ -58,7 +58,7 @@ def _sequence(seq: object) -> int:
 
 
 def wait_until(
-    feeds: Feeds, current: Callable[[], FoldSnapshot], position: Position, timeout_s: float | None
+    feeds: Feeds, current: Callable[[], Snapshot], position: Position, timeout_s: float | None
 ) -> None:
     """Return once what is published has reached `position`. RequestTimeout, or StoreClosed."""
     timeout_s = check_timeout(timeout_s)

@@ -1,5 +1,7 @@
-"""The engines: a log and its fold in step, for one thread.
+"""The engines: what stores a fold, and publishes immutable snapshots of it.
 
-engine.py      a log and its fold, kept in step
-append_log.py  AppendLogSnapshot: all of it behind the contract, for one thread
+registry.py  the one table of engines
+options.py   what an engine is told when it is opened
+append_log/  a log and the fold of it
+rocksdb/     a RocksDB database
 """

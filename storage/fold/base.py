@@ -89,7 +89,7 @@ class Base:
     def add_leaf(self, offset: int, body: bytes | memoryview, crc: int) -> None:
         """Note the leaf whose body stands at `offset`. Undecodable if it does not follow the leaf
         before."""
-        first, last = leaf.key_bounds(body)
+        first, last = leaf.range_bounds(body)
         if last < first or (self.firsts and first <= self._last):
             raise Undecodable("leaves are not in key order")
         count, index_len, _, index_crc = leaf.HEAD.unpack_from(body)

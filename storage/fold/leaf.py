@@ -110,7 +110,7 @@ def _little(numbers: array[int]) -> bytes:
     return numbers.tobytes()
 
 
-def key_bounds(body: bytes | memoryview) -> tuple[str, str]:
+def range_bounds(body: bytes | memoryview) -> tuple[str, str]:
     """The first and the last key of a leaf's body. Undecodable unless the lengths in its head fit
     into it.
 

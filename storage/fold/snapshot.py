@@ -24,6 +24,7 @@ from foldlog.storage.fold.base import EMPTY_BASE, SHARDS, Base
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.fold.leaf import Columns
+from foldlog.storage.log.files import ReadHandle
 
 _SHARD_MASK = SHARDS - 1
 _SMALL_RANGE_BLOCKS = 16  # a range of fewer leaves is over before the garbage collector minds it
@@ -233,6 +234,19 @@ class FoldSnapshot:
     # What the engine builds on.
 
     @property
+    def source(self) -> ReadHandle | None:
+        """The file that the base is read from."""
+        return self.base.handle
+
+    def parts(self) -> list[object]:
+        """What a fold is made of, to be let go of piece by piece.
+
+        Freeing a large fold at once holds the interpreter lock for 100 ms and more, and closing the last descriptor of a
+        file that has no name any more frees its pages, which takes as long. What other snapshots share stays alive with them.
+        """
+        return [self.base.handle, *self.base.parts(), *self.delta, *self.runs]
+
+    @property
     def is_base(self) -> bool:
         """Whether nothing is newer than the base."""
         return not self.runs and not self.delta.firsts
@@ -357,15 +371,6 @@ def prefix_end(prefix: str) -> str | None:
     """The least string above all that start with `prefix`; None if there is no such string."""
     stem = prefix.rstrip("\U0010ffff")
     return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
-
-
-def parts_of(fold: FoldSnapshot) -> list[object]:
-    """What a fold is made of, to be let go of piece by piece.
-
-    Freeing a large fold at once holds the interpreter lock for 100 ms and more, and closing the last descriptor of a file that
-    has no name any more frees its pages, which takes as long. What other snapshots share stays alive with them.
-    """
-    return [fold.base.handle, *fold.base.parts(), *fold.delta, *fold.runs]
 
 
 class ClosedFold:

@@ -18,6 +18,7 @@ import enum
 from collections.abc import Callable
 from pathlib import Path
 
+from foldlog.protocol.engine import Cancelled
 from foldlog.protocol.errors import FoldlogError, StoreClosed, StoreLocked
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
@@ -28,10 +29,6 @@ from foldlog.storage.log.log import Log
 from foldlog.storage.log.origins import drop_stale_origin
 
 _ENTRY_OVERHEAD = 12  # bytes around a key, a value and a version
-
-
-class Cancelled(Exception):
-    """A rewrite was told to stop."""
 
 
 SLACK_BYTES = 1024 * 1024
@@ -140,6 +137,10 @@ class Rewrite:
         self._out.sync()
         self._out.keep_warm(fold)
         self._fold = None
+
+    def run(self, progress: Progress | None = None) -> None:
+        """The pass that is due: `write`, or `catch_up`."""
+        self.catch_up() if self.written else self.write(progress)
 
     @property
     def log_bytes(self) -> int:

@@ -30,7 +30,7 @@ def batches_since(
     They begin behind the first batch that stands at `cursor`. None if neither a batch behind the base, nor the base, stands
     there. Cost: reads the file, up to the cursor at once, and the rest step by step.
     """
-    handle = fold.base.handle
+    handle = fold.source
     if handle is None:
         return None
     try:
@@ -91,7 +91,7 @@ def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
 
 def batches_after_seq(fold: FoldSnapshot, seq: int) -> Iterator[tuple[int, DecodedBatch]] | None:
     """The batches after number `seq` up to `fold`, as `batches_since`. None if the log was compacted past them."""
-    handle = fold.base.handle
+    handle = fold.source
     if seq == fold.seq:
         return iter(())
     if handle is None:

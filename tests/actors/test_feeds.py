@@ -33,7 +33,7 @@ from foldlog import (
 from foldlog.actors import feeds as feeds_module
 from foldlog.actors.feeds import Subscription
 from foldlog.protocol.updates import encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
 Open = Callable[..., foldlog.Store]
 

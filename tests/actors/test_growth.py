@@ -14,7 +14,7 @@ from actor_kit import DEADLINE_S, cursor, in_thread, read_back, until
 import foldlog
 from foldlog import Backpressure, Put
 from foldlog.actors import writer as writer_module
-from foldlog.storage.engines.engine import log_limit
+from foldlog.storage.engines.append_log.engine import log_limit
 from foldlog.testing import Fault, FaultyFiles
 
 MIB = 1024 * 1024

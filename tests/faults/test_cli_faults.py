@@ -12,7 +12,7 @@ from logfiles import frames_of, write_log
 
 from foldlog import AppendLogSnapshot, Delete, Purge, Put, WatchCursor
 from foldlog.cli import main
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
 
 def run(*args: object) -> Result:

@@ -16,7 +16,7 @@ from faultkit import CrashCampaign, Model, batch, fold_of, quick_folder, view
 
 from foldlog import AppendLogSnapshot, FoldlogError, LogPoisonedError, WatchCursor
 from foldlog.protocol.updates import encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.testing import Fault, FaultyFiles

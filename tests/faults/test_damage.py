@@ -42,7 +42,7 @@ from foldlog.protocol.frames import (
 )
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.storage.artifacts.artifact import parse_manifest
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.repair.salvage import salvage_log

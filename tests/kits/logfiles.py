@@ -21,7 +21,7 @@ from foldlog.protocol.frames import (
     parse_frame_head,
 )
 from foldlog.protocol.updates import Update, encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.log.files import Files
 from foldlog.storage.log.lock import lock_path, note_path
 

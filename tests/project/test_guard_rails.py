@@ -25,7 +25,7 @@ from foldlog.actors.requests import WriteRequest
 from foldlog.actors.syncer import Syncer
 from foldlog.protocol.frames import FRAME_OVERHEAD
 from foldlog.protocol.updates import SLICE, batches_body, encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import delta, leaf
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.leaf import MAX_ENTRIES, MIN_ENTRIES

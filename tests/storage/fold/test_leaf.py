@@ -14,7 +14,7 @@ from logfiles import commit_all, frames_of
 import foldlog.storage.fold.leaf
 from foldlog import Delete, Put, VersionToken
 from foldlog.protocol.frames import KIND_BASE_END, KIND_LEAF
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import leaf
 
 texts = st.text(max_size=6) | st.sampled_from(
@@ -56,7 +56,7 @@ def test_a_leaf_decodes_to_what_was_encoded(entries):
         )
         == entries
     )
-    assert leaf.key_bounds(body) == (min(entries), max(entries))
+    assert leaf.range_bounds(body) == (min(entries), max(entries))
     assert leaf.decode_keys(body) == leaf.decode_keys(index_of(body)) == columns.keys
     assert leaf.decode_leaf(memoryview(body)) == columns
     leaf.check_index(index_of(body))

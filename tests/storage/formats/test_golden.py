@@ -15,7 +15,7 @@ from refencoder import LogWriter, crc
 from foldlog import AppendLogSnapshot, Delete, Purge, Put, VersionToken, WatchCursor
 from foldlog.protocol.frames import FLAG_SYNC_EACH
 from foldlog.protocol.updates import encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
 GOLDEN = Path(__file__).parent / "golden"
 BOOT = "b007b007-b007-b007-b007-b007b007b007"

@@ -24,7 +24,7 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.protocol.updates import encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.formats.registry import load
 from foldlog.storage.formats.slipstream import records as slipstream
 from foldlog.storage.formats.slipstream.walk import walk_records
@@ -557,7 +557,7 @@ def test_a_rewrite_that_died_between_the_rename_and_the_writers_note_of_it_is_kn
     engine = Engine(path, format="slipstream-v2")
     for key in "abc":
         commit(engine, key)
-    rewrite = engine.begin_rewrite()
+    rewrite = engine.begin_compaction()
     rewrite.write()
 
     def die(*_: object) -> None:
@@ -565,7 +565,7 @@ def test_a_rewrite_that_died_between_the_rename_and_the_writers_note_of_it_is_kn
 
     engine.log.adopt = die  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        engine.finish_rewrite(rewrite)
+        engine.finish_compaction(rewrite)
     engine.log.abandon()
     successor = Engine(path, crashed=engine.log)
     assert (successor.fold.seq, successor.is_compact) == (3, True)
@@ -584,7 +584,7 @@ def test_applies_go_on_while_the_log_is_compacted(path: Path) -> None:
                 )
             ]
         )
-    rewrite = engine.begin_rewrite()
+    rewrite = engine.begin_compaction()
     engine.commit([encode_batch([Put("during", b"write")], u64(51))])
     rewrite.write()
     assert rewrite.lag_bytes > 0
@@ -594,7 +594,7 @@ def test_applies_go_on_while_the_log_is_compacted(path: Path) -> None:
     engine.commit([encode_batch([Put(f"more{number}", b"x") for number in range(9000)], u64(52))])
     engine.commit([encode_batch([Delete("more1"), Put("k3", b"last")], u64(53))])
     before = state_of(engine)
-    engine.finish_rewrite(rewrite)
+    engine.finish_compaction(rewrite)
     assert state_of(engine) == before
     assert engine.fold.seq == 53
     engine.commit([encode_batch([Put("after", b"1")], u64(54))])

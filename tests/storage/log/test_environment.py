@@ -15,7 +15,7 @@ from foldlog import AppendLogSnapshot, Put, WatchCursor
 from foldlog.protocol import undecodable
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import decode_batches, encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle

@@ -9,7 +9,7 @@ from foldlog import AppendLogSnapshot, Delete, InvalidFormatError, Put, WatchCur
 from foldlog.protocol import frames
 from foldlog.protocol.tokens import NAME_BYTES
 from foldlog.protocol.updates import batches_body, decode_batches, encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.formats import slipstream_log
 from foldlog.storage.log import scan
 
@@ -56,10 +56,10 @@ def test_a_cursor_of_nobody_has_no_origin(path, format):
 
 def test_batches_carried_over_by_a_compaction_keep_their_origin(path):
     engine = fed(path, ORIGIN)
-    rewrite = engine.begin_rewrite()
+    rewrite = engine.begin_compaction()
     engine.commit([encode_batch([Put("late", b"")], at(2), OTHER)])
     rewrite.write()
-    assert engine.finish_rewrite(rewrite).origin == OTHER
+    assert engine.finish_compaction(rewrite).origin == OTHER
     engine.close()
     engine = Engine(path)
     assert engine.fold.origin == OTHER

@@ -36,7 +36,7 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.protocol.frames import FILE_HEAD
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.log.files import Files
 from foldlog.storage.log.lock import note_path
 from foldlog.storage.log.note import NOTE_MAGIC

@@ -20,7 +20,7 @@ from logfiles import (
 
 from foldlog import CorruptLogError, InvalidFormatError, Put
 from foldlog.protocol.frames import FRAME_MAGIC
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
 pytestmark = pytest.mark.exhaustive
 

@@ -29,7 +29,7 @@ from foldlog.protocol.frames import (
     KIND_SEAL,
 )
 from foldlog.protocol.updates import decode_batches, encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.leaf import encode_leaf
 
 pytestmark = pytest.mark.exhaustive

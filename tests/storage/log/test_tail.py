@@ -13,7 +13,7 @@ import foldlog
 from foldlog import AppendLogSnapshot, CorruptLogError, Delete, InvalidFormatError, Put, WatchCursor
 from foldlog.protocol.frames import FILE_HEAD, KIND_BATCHES, KIND_OPEN, build_frame, parse_file_head
 from foldlog.protocol.updates import batches_body, encode_batch
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.log import tail as tail_module
@@ -311,12 +311,12 @@ def test_frames_carried_over_by_a_compaction_beside_the_writer_join_on(path):
 
     commit(1)
     followed.poll()
-    rewrite = engine.begin_rewrite()
+    rewrite = engine.begin_compaction()
     rewrite.write()
     commit(2)
     followed.poll()
     commit(3)
-    engine.finish_rewrite(rewrite)
+    engine.finish_compaction(rewrite)
     commit(4)
     followed.poll()
     assert followed.told == [1, 2, 3, 4]

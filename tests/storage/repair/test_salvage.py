@@ -12,7 +12,7 @@ from logfiles import commit_all, frames_of, write_log
 
 from foldlog import AppendLogSnapshot, InvalidFormatError, Put, WatchCursor
 from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, KIND_LEAF
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.repair.salvage import SalvageReport, salvage_log
 from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Fault, FaultyFiles, sampled_flips, splices

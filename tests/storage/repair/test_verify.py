@@ -29,7 +29,7 @@ from foldlog.protocol.frames import (
     KIND_OPEN,
     KIND_SEAL,
 )
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.leaf import encode_leaf
 from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.formats.format import VerifyReport

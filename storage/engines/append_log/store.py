@@ -17,12 +17,11 @@ from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.protocol.updates import Batch, Update, encode_batch
 from foldlog.storage.artifacts import artifact
 from foldlog.storage.artifacts.artifact import ExportManifest
-from foldlog.storage.engines.engine import Engine
+from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.formats.format import Progress, VerifyReport
 from foldlog.storage.handover import discard, is_over
 from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
-from foldlog.storage.repair.verify import verify_live
 
 log = logging.getLogger("foldlog")
 _getframe = sys._getframe
@@ -44,7 +43,7 @@ class AppendLogSnapshot(Readable):
     >>> snap.close()
     """
 
-    def __init__(self, engine: Engine, compact_threshold: int) -> None:
+    def __init__(self, engine: LogEngine, compact_threshold: int) -> None:
         """Not for callers: use `open`, `load` or `import_artifact`."""
         self._engine = self._published = engine
         self._line: deque[object] = deque()
@@ -85,7 +84,7 @@ class AppendLogSnapshot(Readable):
         """
         COMPACT_THRESHOLD.check(compact_threshold)
         ENGINE_SYNC.check(sync)
-        engine = Engine(
+        engine = LogEngine(
             path,
             format=format,
             on_damage=on_damage,
@@ -211,22 +210,17 @@ class AppendLogSnapshot(Readable):
 
         `format`: of the artifact; that of the log, if None. One of "slipstream-v2" is what the Rust crate imports.
         """
-        log = self._engine.log
-        return artifact.export_fold(
-            self.snapshot(),
-            dest_dir,
-            format=format or log.file.format.name,
-            source=log.access(),
-            files=log.files,
-            progress=progress,
-        )
+        self._engine.snapshot.seq  # noqa: B018
+        manifest: ExportManifest = self._engine.begin_export(format)(dest_dir, progress)
+        return manifest
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Check every invariant of the log, up to its end as it is now. Tells all that is wrong, and changes nothing.
 
         Cost: reads the whole file; about 1 us an entry.
         """
-        return verify_live(self._engine.log, self.snapshot().seq, progress)
+        self._engine.snapshot.seq  # noqa: B018
+        return self._engine.verify(progress)
 
     def close(self) -> None:
         """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on.

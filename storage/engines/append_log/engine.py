@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+import time
+import weakref
+from collections.abc import Iterator, Sequence
 
+from foldlog.protocol.engine import Export, Held, Sizes
+from foldlog.protocol.errors import LogChangedError, LogPoisonedError
 from foldlog.protocol.options import OnDamage
-from foldlog.protocol.store import FormatName
-from foldlog.protocol.tokens import NAME_BYTES
-from foldlog.protocol.updates import Batch
+from foldlog.protocol.store import FormatName, StrPath
+from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
+from foldlog.protocol.updates import Batch, DecodedBatch, Delete, Put
+from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
+from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
-from foldlog.storage.formats.format import Progress
-from foldlog.storage.formats.rewrite import Rewrite
-from foldlog.storage.log.files import OS_FILES, Files, resolve
+from foldlog.storage.formats.format import Progress, VerifyReport
+from foldlog.storage.formats.rewrite import Next, Rewrite, next_pass
+from foldlog.storage.log.backlog import batches_since
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.opening import open_log
 from foldlog.storage.log.origins import write_origin
+from foldlog.storage.repair.verify import verify_live
 
 COMPACT_RATIO = 1.0
 """Appended bytes per byte of base that make a compaction worth its price: each record is then rewritten about twice."""
@@ -40,7 +48,7 @@ def log_limit(live_bytes: int, threshold_bytes: int) -> int:
     return max(LIMIT_FACTOR * (live_bytes + threshold_bytes), MIN_LIMIT)
 
 
-class Engine:
+class LogEngine:
     """A log that is open for writing, and its fold."""
 
     def __init__(
@@ -74,6 +82,8 @@ class Engine:
         self.snapshot: FoldSnapshot | ClosedFold = self.fold
         # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
         self._since: FoldSnapshot | None = None
+        # Files of earlier compactions, which snapshots may read from, and since when.
+        self._replaced: list[tuple[weakref.ref[ReadHandle], float]] = []
         self._finishing: Rewrite | None = None
         """The rewrite that is taking the log's place."""
 
@@ -107,24 +117,160 @@ class Engine:
         self.fold = self.snapshot = self._next
         return self.fold
 
+    # See `foldlog.protocol.engine.Engine`.
+
+    @property
+    def failure(self) -> str | None:
+        """Why the log is poisoned; None if it is not."""
+        return self.log.poison
+
+    @property
+    def closed(self) -> bool:
+        """See `Engine`."""
+        return self.log.closed
+
+    @property
+    def keeps_origin(self) -> bool:
+        """See `Engine`."""
+        return self.log.file.format.keeps_origin
+
+    @property
+    def synced(self) -> tuple[int, WatchCursor]:
+        """See `Engine`: the newest batch, if that is synced, or none."""
+        fold = self.fold
+        if self.log.synced_seq >= fold.seq:
+            return fold.seq, fold.cursor()
+        return 0, WatchCursor.none()
+
+    def stage(self, batches: Sequence[Batch], on: FoldSnapshot | None = None) -> FoldSnapshot:
+        """See `Engine`."""
+        return (self.fold if on is None else on).with_group(batches)
+
+    def sync(self) -> None:
+        """See `Engine`. LogPoisonedError if it fails."""
+        self.log.sync()
+
+    def check_file(self) -> None:
+        """See `Engine`. Three calls to the system."""
+        self.log.check_unchanged()
+        if not self.log.has_its_lock_file():
+            raise LogChangedError(self.path, "its lock file was removed or replaced")
+
+    def confirm_file(self) -> None:
+        """See `Engine`."""
+        self.log.check_unchanged()
+        self.log.confirm_lock()
+
+    def mark_deleted(self, reason: str) -> bool:
+        """See `Engine`. LogChangedError if the directory is another by now."""
+        if not self.log.was_deleted():
+            return False
+        self.log.poison_with(reason)
+        return True
+
+    def heal(self) -> FoldSnapshot:
+        """See `Engine`: writes the fold in memory to a new file. LogPoisonedError if that cannot be made durable."""
+        self.log.confirm_lock()  # before much is written to a directory that may be another
+        self.compact()
+        if self.log.poison is not None:
+            raise LogPoisonedError(self.path, self.log.poison)
+        return self.fold
+
+    def begin_export(self, format: FormatName | None) -> Export:
+        """See `Engine`. `format`: None for that of the log."""
+        log, fold, source = self.log, self.fold, self.log.access()
+
+        def export(dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
+            return export_fold(
+                fold,
+                dest_dir,
+                format=format or log.file.format.name,
+                source=source,
+                files=log.files,
+                progress=progress,
+            )
+
+        return export
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """See `Engine`. Cost: reads the whole file; about 1 us an entry."""
+        return verify_live(self.log, self.snapshot.seq, progress)
+
+    def sizes(self) -> Sizes:
+        """See `Engine`."""
+        log = self.log
+        return Sizes(log.position.offset, log.file.base_end, log.appended_bytes)
+
+    def held(self) -> Held:
+        """See `Engine`."""
+        since = [since_s for file, since_s in self._replaced if file() is not None]
+        return Held(len(since), time.monotonic() - min(since) if since else 0.0)
+
+    def _note_replaced(self) -> None:
+        """The base's file is about to be replaced: what still reads from it is held."""
+        handle = self.fold.source
+        self._replaced = [entry for entry in self._replaced if entry[0]() is not None]
+        if handle is not None:
+            self._replaced.append((weakref.ref(handle), time.monotonic()))
+
+    def batches_since(
+        self, snapshot: FoldSnapshot, cursor: WatchCursor
+    ) -> Iterator[tuple[int, DecodedBatch]] | None:
+        """See `Engine`, and `backlog.batches_since`."""
+        return batches_since(snapshot, cursor)
+
+    def difference(
+        self, old: FoldSnapshot, new: FoldSnapshot, prefix: str = ""
+    ) -> Iterator[Put | Delete]:
+        """See `Engine`, and `diff`."""
+        return diff(old, new, prefix)
+
+    def abandon(self, *, keep_lock: bool = False) -> None:
+        """See `Engine`. The lock may be kept, to open the log again."""
+        self.log.abandon(keep_lock=keep_lock)
+
+    # Compaction.
+
     @property
     def is_compact(self) -> bool:
-        """Whether the log holds no batch behind its base."""
+        """True if no batch follows the base."""
         return self.log.is_compact
+
+    @property
+    def size_bytes(self) -> int:
+        """See `Engine`: of the log."""
+        return self.log.position.offset
+
+    def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> int:
+        """See `Engine`."""
+        return log_limit(live_bytes, threshold_bytes)
+
+    def next_pass(self, job: Rewrite) -> bool:
+        """See `Engine`, and `next_pass` in `formats/rewrite.py`."""
+        todo = next_pass(job.lag_bytes, job.live_bytes, job.passes)
+        if todo is Next.CARRY:
+            job.begin_carry()
+        elif todo is Next.AGAIN:
+            self._rewrite_again(job)
+        return todo is not Next.FINISH
+
+    def allowed_bytes(self, job: Rewrite, threshold_bytes: int) -> float:
+        """See `Engine`."""
+        return job.allowance(lambda live_bytes: log_limit(live_bytes, threshold_bytes))
 
     def should_compact(self, threshold_bytes: int) -> bool:
         """Whether the log has grown enough since its last compaction."""
         return should_compact(self.log.appended_bytes, self.log.file.base_end, threshold_bytes)
 
-    def begin_rewrite(self) -> Rewrite:
-        """Start a compaction of the fold as it is now. `commit` may go on; then `finish_rewrite` or `drop_rewrite`."""
+    def begin_compaction(self) -> Rewrite:
+        """Start a compaction of the fold as it is now. `commit` may go on; then `finish_compaction` or `drop_compaction`."""
         if self.log.poison is None:
             self.log.check_usable()
         rewrite = Rewrite(self.log, self.fold)
         self._since = self._nothing_new()
         return rewrite
 
-    def rewrite_again(self, rewrite: Rewrite) -> None:
+    def _rewrite_again(self, rewrite: Rewrite) -> None:
         """Let the next pass of the rewrite write the fold as it is by now."""
         rewrite.begin_again(self.fold)
         self._since = self._nothing_new()
@@ -133,7 +279,7 @@ class Engine:
         fold = self.fold
         return FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), fold.seq, fold.cursor(), fold.origin)
 
-    def finish_rewrite(self, rewrite: Rewrite) -> FoldSnapshot:
+    def finish_compaction(self, rewrite: Rewrite) -> FoldSnapshot:
         """Let the rewritten file take the log's place. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
@@ -162,10 +308,12 @@ class Engine:
             self.fold = self.snapshot = self._next
 
     def _move_to(self, fold: FoldSnapshot) -> None:
+        if fold.source is not self.fold.source:
+            self._note_replaced()
         self.fold = self.snapshot = self._next = fold
         self._since = self._finishing = None
 
-    def drop_rewrite(self, rewrite: Rewrite) -> None:
+    def drop_compaction(self, rewrite: Rewrite) -> None:
         """Give a rewrite up: the log goes on as it was. Whoever runs `rewrite.write` discards it."""
         self._since = None
         rewrite.cancelled = True
@@ -174,13 +322,13 @@ class Engine:
         """Rewrite the log as its fold, unless it is that already. The disk must hold both meanwhile."""
         if self.is_compact:
             return self.fold
-        rewrite = self.begin_rewrite()
+        rewrite = self.begin_compaction()
         try:
             rewrite.write(progress)
-            return self.finish_rewrite(rewrite)
+            return self.finish_compaction(rewrite)
         except BaseException:
             self.settle()
-            self.drop_rewrite(rewrite)
+            self.drop_compaction(rewrite)
             rewrite.discard()
             raise
 

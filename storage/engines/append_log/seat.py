@@ -1,0 +1,56 @@
+"""Opening a log for a writer, and opening it again after a crash, under one lock all the while."""
+
+from __future__ import annotations
+
+from foldlog.protocol.errors import FoldlogError, LogChangedError, LogRegressedError
+from foldlog.storage.engines.append_log.engine import LogEngine
+from foldlog.storage.engines.options import EngineOptions
+from foldlog.storage.log.lock import WriterLock
+
+
+class LogSeat:
+    """See `foldlog.protocol.engine.Seat`."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._lock: WriterLock | None = None
+
+    def open(self, crashed: LogEngine | None = None) -> LogEngine:
+        """See `Seat`. The log is the truth: the memory of a crashed engine is not."""
+        options = self._options
+        if self._lock is None:
+            self._lock = WriterLock(options.files, options.path)
+        if crashed is not None:
+            crashed.abandon(keep_lock=True)
+        engine = LogEngine(
+            options.path,
+            format=options.format,
+            on_damage=options.on_damage,
+            sync_each=options.sync_each,
+            files=options.files,
+            lock=self._lock,
+            crashed=None if crashed is None else crashed.log,
+        )
+        if crashed is not None:
+            try:
+                _check_successor(engine, crashed)
+            except FoldlogError:
+                engine.abandon(keep_lock=True)
+                raise
+        return engine
+
+    def release(self) -> None:
+        """See `Seat`."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _check_successor(engine: LogEngine, crashed: LogEngine) -> None:
+    """What was replayed must be what the crashed engine had written."""
+    if engine.log.file.header.log_id != crashed.log.file.header.log_id:
+        raise LogChangedError(engine.path, "was replaced by another log")
+    if engine.fold.seq < crashed.fold.seq:
+        raise LogRegressedError(
+            engine.path,
+            f"ends with batch {engine.fold.seq}, but batch {crashed.fold.seq} was published",
+        )

@@ -1,0 +1,21 @@
+"""What an engine is told when a writer opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from foldlog.protocol.options import OnDamage
+from foldlog.protocol.store import FormatName
+from foldlog.storage.log.files import Files
+
+
+class EngineOptions(NamedTuple):
+    """See `foldlog.open`."""
+
+    path: Path
+    """Absolute, links resolved."""
+    format: FormatName | None
+    on_damage: OnDamage
+    sync_each: bool
+    files: Files
