@@ -253,6 +253,7 @@ class Rewrite:
             if not landed:
                 log.announce(None)
                 self._landing = None
+                self.discard()  # whoever met the exception may not have come to it
                 return None
         self._land(file, inode)
         return fold
