@@ -18,6 +18,7 @@ from foldlog.actors.feeds import Feeds
 from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
 from foldlog.protocol.engine import Engine, OpenReport, Snapshot
 from foldlog.protocol.options import (
+    BACKEND,
     COMPACT_THRESHOLD,
     FORMAT,
     MAILBOX_BATCHES,
@@ -34,7 +35,7 @@ from foldlog.protocol.options import (
     Seconds,
 )
 from foldlog.protocol.options import Sync as Sync
-from foldlog.protocol.store import FormatName
+from foldlog.protocol.store import Backend, FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.handover import Latch
@@ -95,7 +96,7 @@ class Config:
     """A writer that works on one thing for so long is reported as FAILED. A guess: no healthy disk takes that long."""
     format: FormatName | None = None
     """Of a log that is made; one that exists must be of it, unless this is None."""
-    backend: str = "append-log"
+    backend: Backend = "append-log"
     """The engine: a row of the table in `storage/engines/registry.py`."""
     files: Files = field(default=OS_FILES, repr=False)
     step: Callable[[str], None] = field(default=no_step, repr=False)
@@ -103,6 +104,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """TypeError or ValueError for an option that no store can have. Spans are cut to `FOREVER_S`."""
+        BACKEND.check(self.backend)
         FORMAT.check(self.format)
         SYNC.check(self.sync)
         ON_DAMAGE.check(self.on_damage)

@@ -78,7 +78,9 @@ class Syncer(SupervisedActor):
         self._step("syncer.sync")
         try:
             engine.sync()
-        except LogPoisonedError as error:
+        except (OSError, LogPoisonedError) as error:
+            if engine.failure is None:
+                raise
             self._warn_once(str(error))
             self._tell_writer(Heal())
         except FoldlogError:

@@ -16,6 +16,7 @@ from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
 from foldlog.health import Health, follower_health
+from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.options import POLL_INTERVAL_S
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
@@ -63,7 +64,12 @@ def follow(
     2
     """
     poll_interval_s = POLL_INTERVAL_S.check(poll_interval_s)
-    thread = FollowerThread(resolve(path), files, poll_interval_s)
+    log_path = resolve(path)
+    if log_path.is_dir():
+        raise InvalidFormatError(
+            log_path, 0, "is a directory: only logs are followed, a RocksDB store is not"
+        )
+    thread = FollowerThread(log_path, files, poll_interval_s)
     try:
         thread.open()
         return Follower(thread)

@@ -57,7 +57,7 @@ from foldlog.protocol.options import (
     Unset,
     check_timeout,
 )
-from foldlog.protocol.store import FormatName, StrPath
+from foldlog.protocol.store import Backend, FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest
@@ -77,6 +77,7 @@ UNOPENED_TIMEOUT_S = 5.0
 def open(
     path: StrPath,
     *,
+    backend: Backend = "append-log",
     format: FormatName | None = None,
     readers: int = READERS.default,
     sync: Sync = "interval",
@@ -96,6 +97,11 @@ def open(
     What an answered `apply` means: every later snapshot in the process has it, and it survives a killed process, always. It
     survives a power loss with `sync="always"`; with `sync="interval"` up to the last background sync, one each
     `sync_interval_s` (`store.synced_cursor`); with `sync="never"` by luck.
+
+    `backend`: "rocksdb" keeps the store in a RocksDB database, in a directory at `path`, for folds beyond memory; it needs the
+    extra `rocksdb`. Snapshots end with the store, in a forked child, and when it heals after an error of the disk; a cursor is
+    resumed from while its batches are in memory (`CursorExpired` else); no process follows it; `export_to` writes RocksDB's
+    files; `compact_threshold` and `files` are of no effect. See `docs/which-engine.md`.
 
     `format`: of a new log, "foldlog" if None. A log that exists is of the format that its head tells, and naming another is an
     InvalidFormatError. "slipstream-v2" is the file of the Rust crate, worked on in place. It promises less: a crash may leave a
@@ -138,6 +144,7 @@ def open(
         restart_window_s,
         stuck_after_s=stuck_after_s,
         format=format,
+        backend=backend,
         files=files,
         step=step or no_step,
     )

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
 
-from foldlog.protocol.store import FormatName
+from foldlog.protocol.store import Backend, FormatName
 
 Sync: TypeAlias = Literal["always", "interval", "never"]
 OnDamage: TypeAlias = Literal["refuse", "cut"]
@@ -119,6 +119,7 @@ class Seconds:
 
 
 FORMAT: Words[FormatName] = Words("format", get_args(FormatName), None)
+BACKEND: Words[Backend] = Words("backend", get_args(Backend), "append-log")
 SYNC: Words[Sync] = Words("sync", get_args(Sync), "interval")
 ENGINE_SYNC: Words[Literal["never", "always"]] = Words("sync", ("never", "always"), "never")
 ON_DAMAGE: Words[OnDamage] = Words("on_damage", get_args(OnDamage), "refuse")

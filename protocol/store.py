@@ -12,6 +12,8 @@ from foldlog.protocol.updates import KvEntry, Update
 StrPath: TypeAlias = str | os.PathLike[str]
 FormatName: TypeAlias = Literal["foldlog", "slipstream-v2"]
 """The file formats: foldlog's own, and the one of the Rust crate `beyond-slipstream`."""
+Backend: TypeAlias = Literal["append-log", "rocksdb"]
+"""The engines: a log with its fold in memory and in the log's file, and a RocksDB database."""
 
 
 @runtime_checkable

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import secrets
+import sys
 import time
 import weakref
 from collections import deque
@@ -17,9 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foldlog.protocol.engine import Held, OpenReport, Sizes
+from foldlog.protocol.engine import Cancelled, Compaction, Export, Held, OpenReport, Sizes
 from foldlog.protocol.errors import (
-    CursorExpired,
     FoldlogError,
     ForkedStore,
     LogChangedError,
@@ -49,6 +50,7 @@ from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
 from foldlog.storage.engines.rocksdb.verify import RocksDbReport, verify_open
 from foldlog.storage.fold.snapshot import ClosedFold
 from foldlog.storage.formats.format import Progress
+from foldlog.storage.handover import Turns
 from foldlog.storage.log.files import OS_FILES, resolve
 
 if TYPE_CHECKING:
@@ -58,6 +60,33 @@ BACKLOG_BYTES = 16 * 1024 * 1024
 """Encoded batches that are kept in memory, for subscribers that resume from a cursor."""
 STALL_LIMIT_S = 60.0
 _STALL_PAUSE_S = 0.001
+
+
+_getframe = sys._getframe
+
+
+class FullCompaction:
+    """A compaction of everything, which RocksDB runs in one pass. See `Compaction`."""
+
+    written = False
+    live_bytes = 0
+
+    def __init__(self, seq: int, compact: Callable[[], None]) -> None:
+        self.seq, self._compact = seq, compact
+        self.cancelled = False
+        self.outcome: object = None
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Returns when it is done. It cannot be stopped half-way."""
+        if self.cancelled:
+            raise Cancelled
+        self._compact()
+
+    def measure_live(self, progress: Progress | None = None) -> None:
+        """RocksDB bounds itself: nobody asks."""
+
+    def discard(self) -> None:
+        """There is nothing to be undone."""
 
 
 class RocksDbEngine:
@@ -85,6 +114,9 @@ class RocksDbEngine:
         """
         self._rocksdict = binding()
         self._on_damage, self._cache_bytes = on_damage, cache_bytes
+        self._compacted_seq = -1
+        # Whose turn it is with the database: it is synced from any thread, and not closed under the sync.
+        self._turns = Turns()
         self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
         self._pid = os.getpid()
         self._past: deque[tuple[int, bytes, bytes]] = (
@@ -138,7 +170,9 @@ class RocksDbEngine:
     def _publish(self, state: State) -> RocksDbFold:
         """Take RocksDB's snapshot of what was written, and let the readers see it."""
         newest = Trail()
-        fold = RocksDbFold(self._source, self._db.snapshot(), newest, state.seq, state.cursor)
+        fold = RocksDbFold(
+            self._source, self._db.snapshot(), newest, state.seq, state.cursor, state.origin
+        )
         self._held.add(fold)
         self._trail.following = newest
         self._trail, self._state, self._in_doubt = newest, state, None
@@ -160,15 +194,18 @@ class RocksDbEngine:
         """The stream that the cursor is a position of; empty if it was never named."""
         return self._state.origin
 
-    def stage(self, batches: Sequence[Batch]) -> RocksDbFold:
+    def stage(self, batches: Sequence[Batch], on: RocksDbFold | None = None) -> RocksDbFold:
         """See `Engine`."""
         fold = self._newest()
-        changes: dict[bytes, bytes | None] = {}
+        before = fold if on is None else on
+        changes = dict(before.staged) if isinstance(before, StagedFold) else {}
         for batch in batches:
             for part in batch.changes:
                 for key, value, version in part.values():
                     changes[key.encode()] = None if value is None else encode_entry(value, version)
-        staged = StagedFold(fold, changes, fold.seq + len(batches), batches[-1].cursor)
+        last = batches[-1]
+        seq, origin = before.seq + len(batches), last.origin
+        staged = StagedFold(fold, changes, seq, last.cursor, origin)
         self._held.add(staged)
         return staged
 
@@ -304,15 +341,30 @@ class RocksDbEngine:
         return found
 
     def _check_usable(self) -> None:
+        self._check_open()
+        self.check_file()
+        if self._in_doubt is not None:
+            self._settle()
+
+    def resume(self) -> RocksDbFold:
+        """After whoever wrote has died: go on from what the database holds. Snapshots stay valid."""
+        self._check_open()
+        self.check_file()
+        self._settle()
+        return self._newest()
+
+    @property
+    def state(self) -> State:
+        """The record of the state that was published last."""
+        return self._state
+
+    def _check_open(self) -> None:
         if os.getpid() != self._pid:
             raise ForkedStore(f"{self.path} was opened before a fork")
         if self._source.db is None:
             self._source.refuse()
         if self.failure is not None:
             raise LogPoisonedError(self.path, self.failure)
-        self.check_file()
-        if self._in_doubt is not None:
-            self._settle()
 
     def _settle(self) -> None:
         """After an exception in the middle of a commit: what the database holds is what was
@@ -327,10 +379,14 @@ class RocksDbEngine:
 
     def sync(self) -> None:
         """See `Engine`. Cost: an fsync, without the interpreter lock."""
-        self._check_usable()
-        state = self._state
-        self._flush_wal()
-        self._synced = state.seq, state.cursor
+        try:
+            self._turns.enter(_getframe())
+            self._check_open()
+            state = self._state  # before the flush: what is committed meanwhile may not be in it
+            self._flush_wal()
+            self._synced = state.seq, state.cursor
+        finally:
+            self._turns.leave(_getframe())
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:
@@ -346,6 +402,24 @@ class RocksDbEngine:
         if found != self._identity:
             raise LogChangedError(self.path, "was replaced by another directory")
 
+    def confirm_file(self) -> None:
+        """See `Engine`: nothing can be put right."""
+        self.check_file()
+
+    def mark_deleted(self, reason: str) -> bool:
+        """See `Engine`. No: what was deleted is gone."""
+        return False
+
+    @property
+    def closed(self) -> bool:
+        """See `Engine`."""
+        return self._source.db is None
+
+    @property
+    def keeps_origin(self) -> bool:
+        """See `Engine`: it is in the record of the state."""
+        return True
+
     def heal(self) -> RocksDbFold:
         """See `Engine`: the database is opened anew, and what its write-ahead log holds is
         written to files and synced.
@@ -353,6 +427,13 @@ class RocksDbEngine:
         Snapshots taken before raise StoreClosed from then on. Batches in doubt are settled by
         what the database holds.
         """
+        try:
+            self._turns.enter(_getframe())
+            return self._heal()
+        finally:
+            self._turns.leave(_getframe())
+
+    def _heal(self) -> RocksDbFold:
         self.check_file()
         before = self._state
         self._stop_writing()
@@ -375,18 +456,42 @@ class RocksDbEngine:
 
     @property
     def is_compact(self) -> bool:
-        """Always: RocksDB compacts when it sees fit."""
-        return True
+        """See `Engine`. True if nothing was committed since everything was compacted."""
+        return self._compacted_seq == self._state.seq
 
-    def begin_compaction(self) -> None:
-        """Nothing to do: see `is_compact`."""
+    def should_compact(self, threshold_bytes: int) -> bool:
+        """Never: RocksDB compacts when it sees fit."""
+        return False
 
-    def finish_compaction(self, job: object) -> RocksDbFold:
-        """Nothing to do: see `is_compact`."""
+    @property
+    def size_bytes(self) -> int:
+        """Nothing: see `limit_bytes`."""
+        return 0
+
+    def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> None:
+        """See `Engine`: RocksDB makes writers wait by itself."""
+
+    def begin_compaction(self) -> Compaction:
+        """See `Engine`: of everything, on request."""
+        self._check_usable()
+        return FullCompaction(self._state.seq, self._compact_range)
+
+    def next_pass(self, job: object) -> bool:
+        """See `Engine`: one is enough."""
+        return False
+
+    def allowed_bytes(self, job: object, threshold_bytes: int) -> float:
+        """See `Engine`: no bound."""
+        return math.inf
+
+    def finish_compaction(self, job: FullCompaction) -> RocksDbFold:
+        """See `Engine`."""
+        self._compacted_seq = job.seq
         return self._newest()
 
-    def drop_compaction(self, job: object) -> None:
-        """Nothing to do: see `is_compact`."""
+    def drop_compaction(self, job: FullCompaction) -> None:
+        """See `Engine`. RocksDB goes on with what it has begun."""
+        job.cancelled = True
 
     def compact(self) -> None:
         """Let RocksDB compact everything now.
@@ -394,6 +499,10 @@ class RocksDbEngine:
         It does so by itself; this frees what was overwritten or removed at once.
         """
         self._check_usable()
+        self._compact_range()
+        self._compacted_seq = self._state.seq
+
+    def _compact_range(self) -> None:
         try:
             self._db.compact_range(None, None)
         except Exception as error:
@@ -418,27 +527,39 @@ class RocksDbEngine:
         self._past_bytes = 0
         self._past_start = state.seq, state.cursor
 
-    def batches_since(self, cursor: WatchCursor) -> Iterator[tuple[int, DecodedBatch]]:
+    def batches_since(
+        self, snapshot: RocksDbFold, cursor: WatchCursor
+    ) -> Iterator[tuple[int, DecodedBatch]] | None:
         """See `Engine`.
 
         Reaches back to the opening of the store, or over the last 16 MiB of encoded batches.
         """
-        past = list(self._past)
-        first: int | None = None
-        if self._past_start[1] == cursor:
-            first = 0
-        else:
-            first = next((at for at, entry in enumerate(past, 1) if entry[1] == cursor), None)
-        if first is None:
-            raise CursorExpired(
-                f"{self.path}: the batches since {cursor!r} are no longer in memory"
-            )
-        return ((seq, decode_batches(batches_body([item]))[0]) for seq, _, item in past[first:])
+        start, past = self._past_start, self._remembered()
+        if start[1] != cursor:
+            at = next((at for at, entry in enumerate(past, 1) if entry[1] == cursor), None)
+            if at is None:
+                return None
+            past = past[at:]
+        return (
+            (seq, decode_batches(batches_body([item]), 1)[0])
+            for seq, _, item in past
+            if seq <= snapshot.seq
+        )
+
+    def _remembered(self) -> list[tuple[int, bytes, bytes]]:
+        """The past, for any thread: the writer may add to it and drop of it meanwhile."""
+        while True:
+            try:
+                return list(self._past)
+            except RuntimeError:  # it was changed while it was copied
+                continue
 
     def difference(
         self, old: RocksDbFold, new: RocksDbFold, prefix: str = ""
     ) -> Iterator[Put | Delete]:
-        """See `Engine`, and `fold.difference` for the cost."""
+        """See `Engine`, and `fold.difference` for the cost. TypeError for a snapshot of another engine."""
+        if not (isinstance(old, RocksDbFold) and isinstance(new, RocksDbFold)):
+            raise TypeError("the difference of a RocksDB store is between snapshots of RocksDB")
         return difference(old, new, prefix)
 
     # What export and verify read.
@@ -452,6 +573,18 @@ class RocksDbEngine:
         """
         self._newest()
         return artifact.export(self.path, self._checkpoint, dest_dir, progress)
+
+    def begin_export(self, format: str | None) -> Export:
+        """See `Engine`: the state is that of the moment at which it is written. ValueError for any format but None."""
+        if format is not None:
+            raise ValueError(
+                "a RocksDB store exports RocksDB's files only: `convert_to_log` makes a log of it"
+            )
+
+        def export(dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
+            return self.export(None, dest_dir, progress)
+
+        return export
 
     def verify(self, progress: Progress | None = None) -> RocksDbReport:
         """See `Engine`. Cost: about 1 us an entry."""
@@ -497,15 +630,22 @@ class RocksDbEngine:
 
         Snapshots raise StoreClosed from then on: RocksDB's own do not outlive its database.
         """
+        try:
+            self._turns.enter(_getframe())
+            self._close()
+        finally:
+            self._turns.leave(_getframe())
+
+    def _close(self) -> None:
         db = self._source.db
         if db is None or self.failure is not None:
-            self.abandon()
+            self._abandon()
             return
         try:
             self.check_file()
             db.flush_wal(True)
         except Exception as error:
-            self.abandon()
+            self._abandon()
             raise typed(error, self.path) from error
         self._end()
         try:
@@ -515,6 +655,13 @@ class RocksDbEngine:
 
     def abandon(self) -> None:
         """See `Engine`. What was committed is in the write-ahead log."""
+        try:
+            self._turns.enter(_getframe())
+            self._abandon()
+        finally:
+            self._turns.leave(_getframe())
+
+    def _abandon(self) -> None:
         self._stop_writing()
         self._end()
 

@@ -108,6 +108,7 @@ class RocksDbFold:
         "_source",
         "_trail",
         "created",
+        "origin",
         "seq",
         "view",
     )
@@ -119,6 +120,7 @@ class RocksDbFold:
         trail: Trail,
         seq: int,
         cursor: WatchCursor,
+        origin: bytes = b"",
     ) -> None:
         """Not for callers."""
         self._source, self._trail = source, trail
@@ -127,6 +129,8 @@ class RocksDbFold:
         self._changed: tuple[Trail, list[bytes]] = (trail, [])  # replaced whole: readers race
         self._entries: int | None = None
         self._cursor = cursor
+        self.origin = origin
+        """Whose position the cursor is; empty where nobody said."""
         self.seq = seq
         """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, for
         ever.
@@ -287,6 +291,10 @@ class RocksDbFold:
 
     # What the engine builds on.
 
+    def parts(self) -> list[object]:
+        """See `Snapshot`: freeing one takes no time."""
+        return []
+
     def end(self) -> None:
         """Let go of RocksDB's snapshot: every read raises from now on what the source says."""
         self.view = self._source
@@ -403,17 +411,23 @@ class StagedFold(RocksDbFold):
     find.
     """
 
-    __slots__ = ("_staged",)
+    __slots__ = ("staged",)
 
     def __init__(
-        self, base: RocksDbFold, staged: Mapping[bytes, bytes | None], seq: int, cursor: WatchCursor
+        self,
+        base: RocksDbFold,
+        staged: Mapping[bytes, bytes | None],
+        seq: int,
+        cursor: WatchCursor,
+        origin: bytes = b"",
     ) -> None:
-        """`staged`: encoded entries by encoded key, None for one that is removed."""
-        super().__init__(base._source, _StagedView(base.view, staged), base._trail, seq, cursor)
-        self._staged = staged
+        view = _StagedView(base.view, staged)
+        super().__init__(base._source, view, base._trail, seq, cursor, origin)
+        self.staged = staged
+        """Encoded entries by encoded key, None for one that is removed."""
 
     def changed_since(self) -> list[bytes]:
-        return sorted({*super().changed_since(), *self._staged})
+        return sorted({*super().changed_since(), *self.staged})
 
 
 def difference(old: RocksDbFold, new: RocksDbFold, prefix: str = "") -> Iterator[Put | Delete]:

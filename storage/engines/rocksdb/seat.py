@@ -1,0 +1,42 @@
+"""Opening a RocksDB store for a writer, and going on with it after a crash."""
+
+from __future__ import annotations
+
+from foldlog.protocol.errors import LogChangedError, LogRegressedError
+from foldlog.storage.engines.options import EngineOptions
+from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
+
+
+class RocksDbSeat:
+    """See `foldlog.protocol.engine.Seat`. RocksDB holds the lock as long as the database is open."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """ValueError for an option that is the append log's. ImportError, later, without the extra."""
+        if options.format is not None:
+            raise ValueError("format is of an append log: a RocksDB store has one format only")
+        self._options = options
+
+    def open(self, crashed: RocksDbEngine | None = None) -> RocksDbEngine:
+        """See `Seat`. The database is the truth, and outlives its writer's crash: readers notice nothing."""
+        if crashed is not None and not crashed.closed:
+            crashed.resume()
+            return crashed
+        options = self._options
+        engine = RocksDbEngine(
+            options.path, sync_each=options.sync_each, on_damage=options.on_damage
+        )
+        if crashed is not None:
+            before, now = crashed.state, engine.state
+            if now.store_id != before.store_id:
+                engine.abandon()
+                raise LogChangedError(options.path, "was replaced by another store")
+            if now.seq < before.seq:
+                engine.abandon()
+                raise LogRegressedError(
+                    options.path,
+                    f"ends with batch {now.seq}, but batch {before.seq} was published",
+                )
+        return engine
+
+    def release(self) -> None:
+        """See `Seat`: the lock went with the database."""
