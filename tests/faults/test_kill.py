@@ -182,9 +182,12 @@ def check_rocksdb(path: Path, acked: list[int], allowed: range) -> None:
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(300, marks=CAMPAIGN)])
-def test_a_rocksdb_store_that_is_killed_at_any_moment_loses_nothing_that_it_answered(folder, count):
+@pytest.mark.parametrize("story", ["rocksdb", "rocksdb_store"])
+def test_a_rocksdb_store_that_is_killed_at_any_moment_loses_nothing_that_it_answered(
+    folder, story, count
+):
     answers = 0
-    for death in deaths("rocksdb", "moment", folder, count=count):
+    for death in deaths(story, "moment", folder, count=count):
         path = folder / str(death["n"]) / "state.log"
         answered = len(death["acked"])
         check_rocksdb(path, death["acked"], range(answered, answered + 2))

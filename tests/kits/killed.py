@@ -101,7 +101,23 @@ def rocksdb(path: Path, files: Files, answer: Answer, last: int) -> None:
     snap.close()
 
 
-STORIES = {"engine": engine, "store": store, "importing": importing, "rocksdb": rocksdb}
+def rocksdb_store(path: Path, files: Files, answer: Answer, last: int) -> None:
+    """The store on RocksDB applies, and compacts each 10 batches."""
+    with foldlog.open(path, backend="rocksdb", readers=1) as opened:
+        for number in range((opened.cursor().as_u64() or 0) + 1, last + 1):
+            opened.apply(batch(number), numbered(number))
+            answer(number)
+            if number % 10 == 0:
+                opened.compact()
+
+
+STORIES = {
+    "engine": engine,
+    "store": store,
+    "importing": importing,
+    "rocksdb": rocksdb,
+    "rocksdb_store": rocksdb_store,
+}
 
 
 def child(story: str, when: str, path: Path, nth: int, pipe: int) -> None:

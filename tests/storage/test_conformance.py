@@ -18,6 +18,12 @@ def import_and_open(artifact: Path, dest: Path, format: FormatName = "foldlog") 
     return foldlog.open(dest)
 
 
+def import_and_open_rocksdb(artifact: Path, dest: Path) -> foldlog.Store:
+    """The same, of a RocksDB store."""
+    RocksDbSnapshot.import_artifact(artifact, dest)[1].close()
+    return foldlog.open(dest, backend="rocksdb")
+
+
 KINDS = [
     Kind(
         "engine",
@@ -44,6 +50,12 @@ KINDS = [
         lambda path: RocksDbSnapshot.open(path)[1],
         lambda path: RocksDbSnapshot.open(path)[1],
         lambda artifact, dest: RocksDbSnapshot.import_artifact(artifact, dest)[1],
+    ),
+    Kind(
+        "store, RocksDB",
+        lambda path: foldlog.open(path, backend="rocksdb"),
+        lambda path: foldlog.open(path, backend="rocksdb"),
+        import_and_open_rocksdb,
     ),
     Kind(
         "store, slipstream-v2",

@@ -1,0 +1,262 @@
+"""The store over each engine of the table: what its actors promise does not depend on what is below."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from actor_kit import DEADLINE_S, Steps, until
+
+import foldlog
+from foldlog import (
+    CursorExpired,
+    Delete,
+    FoldlogError,
+    InvalidFormatError,
+    KeyExists,
+    Put,
+    RocksDbSnapshot,
+    State,
+    Store,
+    StoreClosed,
+    StoreLocked,
+    Synced,
+    WatchCursor,
+)
+from foldlog.storage.engines.registry import SEATS
+
+pytest.importorskip("rocksdict")
+u64 = WatchCursor.from_u64
+Open = Callable[..., Store]
+
+
+@pytest.fixture(params=list(SEATS))
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest.fixture
+def open_store(backend: str, path: Path, steps: Steps) -> Iterator[Open]:
+    opened: list[Store] = []
+
+    def open_it(**options: object) -> Store:
+        given = {"backend": backend, "step": steps, "readers": 1} | options
+        store = foldlog.open(path, **given)  # type: ignore[arg-type]
+        opened.append(store)
+        return store
+
+    yield open_it
+    steps.mend()
+    for store in opened:
+        store.close()
+
+
+def put(number: int) -> list[Put]:
+    return [Put(f"key {number:03}", b"%d" % number)]
+
+
+@pytest.mark.parametrize(
+    "step", ["writer.before_write", "writer.after_write", "writer.after_publish"]
+)
+def test_a_writer_that_crashes_settles_what_it_had_in_hand_once(
+    open_store: Open, steps: Steps, step: str
+) -> None:
+    store = open_store()
+    store.apply(put(1), u64(1))
+    steps.crash(step)
+    assert store.apply(put(2), u64(2)) == 2
+    assert store.apply(put(3), u64(3)) == 3
+    assert [entry.key for entry in store.range()] == ["key 001", "key 002", "key 003"]
+    assert len(store.stats().restarts) == 1
+    assert store.verify().ok
+
+
+def test_reads_and_held_snapshots_go_on_while_the_writer_is_down(
+    open_store: Open, steps: Steps
+) -> None:
+    store = open_store()
+    store.apply(put(1), u64(1))
+    held = store.snapshot()
+    steps.crash("writer.after_write")
+    gate = steps.park("writer.start")
+    answer = store.apply_async(put(2), u64(2))
+    gate.wait_until_reached()
+    assert store.get("key 001") is not None
+    assert [entry.key for entry in held.range()] == ["key 001"]
+    gate.open()
+    assert answer.result(DEADLINE_S) == 2
+    assert (len(held), held.get("key 002")) == (1, None)
+
+
+@pytest.mark.parametrize("sync", ["always", "interval", "never"])
+def test_many_threads_make_groups_and_nothing_is_lost(open_store: Open, sync: str) -> None:
+    store = open_store(sync=sync, sync_interval_s=0.01)
+
+    def write(first: int) -> None:
+        for number in range(first, first + 25):
+            store.put(f"key {number:03}", b"%d" % number)
+
+    threads = [threading.Thread(target=write, args=(first,)) for first in (0, 25, 50, 75)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert store.stats().batches == len(store) == 100
+    if sync != "never":
+        until(lambda: store.stats().synced_seq == 100, "all is synced")
+    store.close()
+    with open_store() as again:
+        assert [entry.value for entry in again.range()] == [b"%d" % n for n in range(100)]
+
+
+def test_a_conditional_write_sees_what_waits_in_its_own_group(
+    open_store: Open, steps: Steps
+) -> None:
+    """Both are decided in one group: the second must see the first, which is not written yet."""
+    store = open_store()
+    gate = steps.park("writer.before_write")
+    first = store.apply_async(put(1), u64(1))
+    gate.wait_until_reached()
+    results: list[object] = []
+
+    def create() -> None:
+        try:
+            results.append(store.create("new", b"1", DEADLINE_S))
+        except KeyExists as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=create) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    until(lambda: store.stats().mailbox_depth == 2, "both wait")
+    gate.open()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert first.result(DEADLINE_S) == 1
+    assert sorted(type(result).__name__ for result in results) == ["KeyExists", "VersionToken"]
+
+
+def test_a_watch_tells_the_state_then_changes_and_resumes_from_cursor_and_snapshot(
+    open_store: Open,
+) -> None:
+    store = open_store()
+    store.apply([*put(1), *put(2)], u64(1))
+    held = store.snapshot()
+    watch = store.watch()
+    assert [next(watch).update.key for _ in range(2)] == ["key 001", "key 002"]
+    assert next(watch) == Synced(u64(1), 1)
+    store.apply([Delete("key 001")], u64(2))
+    assert next(watch).update == Delete("key 001")
+    for since in (u64(1), held):
+        resumed = store.watch(since=since)
+        assert next(resumed).update.key == "key 001"
+        assert next(resumed) == Synced(u64(2), 2)
+    with pytest.raises(CursorExpired):
+        store.watch(since=u64(77))
+
+
+def test_statistics_tell_of_snapshots_that_keep_something_on_disk(open_store: Open) -> None:
+    store = open_store()
+    store.apply(put(1), u64(1))
+    store.compact()
+    held = store.snapshot()
+    store.apply(put(2), u64(2))
+    store.compact()
+    store.apply(put(3), u64(3))
+    stats = store.stats()
+    assert stats.held_snapshots >= 1
+    assert stats.oldest_held_s > 0
+    assert held.get("key 001") is not None
+    del held
+    until(lambda: store.stats().held_snapshots == 0, "nothing is held")
+
+
+def test_compactions_and_exports_run_beside_applies_and_the_second_writer_is_refused(
+    open_store: Open, backend: str, path: Path, tmp_path: Path
+) -> None:
+    store = open_store()
+    for number in range(50):
+        store.apply(put(number), u64(number))
+    store.compact()
+    assert store.stats().compactions == 1
+    manifest = store.export_to(tmp_path / "artifact")
+    assert manifest.cursor == u64(49)
+    with pytest.raises(StoreLocked):
+        foldlog.open(path, backend=backend)  # type: ignore[arg-type]
+
+
+def test_what_is_closed_says_so(open_store: Open, backend: str) -> None:
+    store = open_store()
+    store.apply(put(1), u64(1))
+    held = store.snapshot()
+    store.close()
+    assert store.state is State.CLOSED
+    with pytest.raises(StoreClosed):
+        store.get("key 001")
+    if backend == "rocksdb":
+        with pytest.raises(StoreClosed):
+            held.get("key 001")
+    else:
+        assert held.get("key 001") is not None
+
+
+def test_a_store_whose_files_another_put_in_their_place_fails_and_reads_go_on(
+    open_store: Open, path: Path, tmp_path: Path
+) -> None:
+    store = open_store()
+    store.apply(put(1), u64(1))
+    os.rename(path, tmp_path / "moved")
+    path.mkdir()
+    with pytest.raises(FoldlogError):
+        store.apply(put(2), u64(2), 5)
+    until(lambda: store.state is State.FAILED, "the store has failed")
+    assert store.get("key 001") is not None
+
+
+def test_a_rocksdb_store_is_not_followed_and_takes_no_format(path: Path) -> None:
+    with RocksDbSnapshot.open(path)[1]:
+        pass
+    with pytest.raises(InvalidFormatError, match="RocksDB"):
+        foldlog.follow(path)
+    with pytest.raises(ValueError, match="format"):
+        foldlog.open(path, backend="rocksdb", format="foldlog")
+    with pytest.raises(ValueError, match="backend"):
+        foldlog.open(path, backend="lmdb")  # type: ignore[arg-type]
+    with foldlog.open(path, backend="rocksdb") as store, pytest.raises(ValueError, match="log"):
+        store.export_to(path.with_name("artifact"), format="slipstream-v2")
+
+
+def test_a_rocksdb_store_heals_after_an_error_of_the_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RocksDB writes no more after any error: the database is opened anew, and the batch is written."""
+    from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
+
+    with foldlog.open(path, backend="rocksdb", sync="always") as store:
+        store.apply(put(1), u64(1))
+        flush, failures = RocksDbEngine._flush_wal, [OSError(5, "injected")]
+
+        def failing(engine: RocksDbEngine) -> None:
+            if failures:
+                raise engine._failed(failures.pop())
+            flush(engine)
+
+        monkeypatch.setattr(RocksDbEngine, "_flush_wal", failing)
+        assert store.apply(put(2), u64(2)) == 2
+        assert [entry.key for entry in store.range()] == ["key 001", "key 002"]
+        assert store.stats().synced_seq == 2
+    with foldlog.open(path, backend="rocksdb") as again:
+        assert (again.cursor(), len(again)) == (u64(2), 2)
