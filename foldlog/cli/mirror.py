@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -52,6 +53,7 @@ Examples:
 @click.option("--skip-oversize", is_flag=True, help="Go without entries that are over the limits.")
 @click.option("--accept-reset", is_flag=True, help="Let a reset delete most of the keys, once.")
 @click.option("--quiet", is_flag=True, help="No live line.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout, one a line.")
 def mirror(
     log: Path,
     upstream: str,
@@ -65,6 +67,7 @@ def mirror(
     skip_oversize: bool,
     accept_reset: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Keep LOG an exact copy of UPSTREAM, and say how it fares.
 
@@ -88,9 +91,9 @@ def mirror(
     ) as copy:
         if once:
             _sync_once(copy, timeout_s, accept_reset)
-            click.echo(_line(copy, 0.0), err=True)
+            _tell(copy, 0.0, as_json)
             return
-        _watch(copy, stop, accept_reset, quiet)
+        _watch(copy, stop, accept_reset, quiet, as_json)
 
 
 def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> None:
@@ -106,9 +109,11 @@ def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> No
         copy.wait_synced(max(deadline - time.monotonic(), 0.0))
 
 
-def _watch(copy: foldlog.Mirror, stop: threading.Event, accept_reset: bool, quiet: bool) -> None:
+def _watch(
+    copy: foldlog.Mirror, stop: threading.Event, accept_reset: bool, quiet: bool, as_json: bool
+) -> None:
     """Print a line a second on a terminal; elsewhere one for each change of state."""
-    live = sys.stderr.isatty() and not quiet
+    live = sys.stderr.isatty() and not quiet and not as_json
     told, updates, at = "", 0, time.monotonic()
     while not stop.wait(LINE_S if live else LINE_S / 4):
         link, now = copy.link, time.monotonic()
@@ -123,10 +128,25 @@ def _watch(copy: foldlog.Mirror, stop: threading.Event, accept_reset: bool, quie
         if live:
             click.echo(f"\r\x1b[K{_line(copy, rate)}", nl=False, err=True)
         elif state != told and not quiet:
-            click.echo(f"foldlog: {_line(copy, rate)}", err=True)
+            _tell(copy, rate, as_json)
         told = state
     if live:
         click.echo(err=True)
+
+
+def _tell(copy: foldlog.Mirror, rate: float, as_json: bool) -> None:
+    if not as_json:
+        click.echo(_line(copy, rate), err=True)
+        return
+    link = copy.link
+    figures = {
+        "state": str(link.state),
+        "reason": link.reason,
+        "keys": len(copy),
+        "updates_per_s": round(rate),
+        "lag": copy.lag(),
+    }
+    click.echo(json.dumps(figures, ensure_ascii=False))
 
 
 def _line(copy: foldlog.Mirror, rate: float) -> str:

@@ -24,6 +24,7 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
+from foldlog.protocol import frames
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.log.files import Files
 
@@ -401,8 +402,9 @@ def test_a_forked_child_may_read_but_not_write_and_does_not_free_the_lock(snap, 
 def test_what_apply_takes_fits_into_a_frame_that_opening_takes(path, monkeypatch):
     """A batch of exactly the limit was written, and refused by the next open: its frame was a byte longer."""
     limit = 4096
-    for module in ("protocol.updates", "storage.log.scan"):
+    for module in ("protocol.updates", "storage.log.log"):
         monkeypatch.setattr(f"foldlog.{module}.MAX_BODY_BYTES", limit)
+    monkeypatch.setitem(frames._BODY_LIMITS, frames.KIND_BATCHES, limit)
     monkeypatch.setattr("foldlog.protocol.updates.MAX_ITEM_BYTES", limit - 5)
     room = (
         limit - 5 - len(encode_batch([Put("k", b"x" * 1000)], WatchCursor.from_u64(1)).item) + 1000

@@ -16,7 +16,7 @@ from foldlog import Store
 from foldlog.actors.adapter import Inbox, Mail
 from foldlog.storage.fold import delta, leaf
 from foldlog.storage.fold.leaf import Columns
-from foldlog.storage.formats import rewrite
+from foldlog.storage.formats.foldlog import writer
 from foldlog.testing import FaultyFiles, UnsyncedFiles
 
 
@@ -75,7 +75,7 @@ class LeafCounter:
 
         patch.setattr(leaf, "decode_keys", counted_keys)
         patch.setattr(leaf, "_entries", counted_entries)
-        patch.setattr(rewrite, "encode_leaf", counted_encode)
+        patch.setattr(writer, "encode_leaf", counted_encode)
 
     def forget(self) -> None:
         """Count from here on."""
