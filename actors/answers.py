@@ -11,7 +11,6 @@ from __future__ import annotations
 import _thread
 import contextlib
 import logging
-import os
 import queue
 import sys
 import threading
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 
 import pykka
 
+from foldlog.protocol.forks import Rank, call_after_fork
 from foldlog.storage.handover import Bell
 
 T = TypeVar("T")
@@ -299,4 +299,4 @@ def _after_fork_in_child() -> None:
     _calls = queue.SimpleQueue()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+call_after_fork(_after_fork_in_child, Rank.ANSWERS)

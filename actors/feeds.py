@@ -13,7 +13,6 @@ snapshot that it had seen and the present one. So it costs bounded memory, and m
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 import weakref
@@ -27,6 +26,7 @@ from foldlog.actors.adapter import is_own_fault
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall, StoreClosed
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
+from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Delete, Put, batches_body, decode_batches
@@ -119,7 +119,7 @@ class Group:
         """The batches with their updates in order. Decoded on the first call, for all subscribers."""
         if self._decoded is None:
             self._decoded = [
-                decode_batches(batches_body((batch.item,)))[0]
+                decode_batches(batches_body((batch.item,)), 1)[0]
                 if isinstance(batch, Batch)
                 else batch
                 for batch in self._batches
@@ -265,7 +265,7 @@ class Feeds:
         self._subscribed: dict[Buffer, None] = {}
         self._updates = self._bytes = 0  # published to these, ever
         self._ended: str | None = None
-        _all_feeds.add(self)
+        tell_after_fork(self, Rank.FEEDS)
 
     @property
     def _buffers(self) -> tuple[Buffer, ...]:
@@ -325,17 +325,6 @@ class Feeds:
         for buffer in self._buffers:
             self.remove(buffer)
             buffer.after_fork(self._ended)
-
-
-_all_feeds: weakref.WeakSet[Feeds] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for feeds in list(_all_feeds):
-        feeds.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Part:

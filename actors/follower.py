@@ -14,7 +14,6 @@ import enum
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from foldlog.actors.answers import Answer
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.handover import Bell, Latch, Wakeup
@@ -89,7 +89,7 @@ class FollowerThread:
             raise self._error
         try:
             self._start()
-            _live.add(self)
+            tell_after_fork(self, Rank.FOLLOWER)
         except BaseException:
             self.ask_to_close()
             raise
@@ -308,14 +308,5 @@ class _Asleep:
         return getattr(self.thread.snapshot, name)
 
 
-_live: weakref.WeakSet[FollowerThread] = weakref.WeakSet()
 _left_behind: list[object] = []
 """What a forked child must not stop, close or free: it shares its descriptors with the parent."""
-
-
-def _after_fork_in_child() -> None:
-    for thread in list(_live):
-        thread.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

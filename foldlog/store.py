@@ -38,6 +38,7 @@ from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
 from foldlog.protocol.engine import Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
+from foldlog.protocol.forks import Rank, call_after_fork
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
@@ -574,4 +575,4 @@ def _after_fork_in_child() -> None:
     _live.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+call_after_fork(_after_fork_in_child, Rank.STORE)

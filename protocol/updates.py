@@ -401,7 +401,7 @@ def batches_body(items: Sequence[bytes]) -> bytes:
     return b"".join((header, *items))
 
 
-def decode_batches(body: bytes | memoryview, count: int | None = None) -> list[DecodedBatch]:
+def decode_batches(body: bytes | memoryview, count: int) -> list[DecodedBatch]:
     """The batches of a BATCHES body, `count` of them. Undecodable for anything that `encode_batch`
     would not have written.
 
@@ -425,14 +425,14 @@ def decode_batches(body: bytes | memoryview, count: int | None = None) -> list[D
     return [_decode_item(item, len(body)) for item in items]
 
 
-def _check_count(found: int, count: int | None) -> None:
+def _check_count(found: int, count: int) -> None:
     if not 0 < found <= MAX_GROUP:
         raise Undecodable(f"{found} batches in one frame")
-    if count is not None and found != count:
+    if found != count:
         raise Undecodable(f"{found} batches, but the header says {count}")
 
 
-def _decoded_in_steps(body: bytes | memoryview, count: int | None) -> list[DecodedBatch]:
+def _decoded_in_steps(body: bytes | memoryview, count: int) -> list[DecodedBatch]:
     """`decode_batches`, array by array. Cost: 60 ns an update more than in one call."""
     size = len(body)
     unpacker = msgpack.Unpacker(

@@ -25,11 +25,11 @@ import random
 import re
 import secrets
 import time
-import weakref
 from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.errors import ForeignFileError, LogChangedError, StoreLocked
+from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.storage.log.access import share
 from foldlog.storage.log.files import Access, Files, Retiring, write_all
 from foldlog.storage.log.note import (
@@ -225,7 +225,7 @@ class WriterLock:
                 note.poisoned if note is not None else None,
             )
             self._write_note()
-            _held.add(self)
+            tell_after_fork(self, Rank.LOCK)
         except BaseException:
             self.release()
             raise
@@ -316,6 +316,14 @@ class WriterLock:
             with contextlib.suppress(OSError):
                 if self._leads_to(path, _identity(self._files.fstat(fd))):
                     self._files.unlink(path)
+        self._close()
+
+    def after_fork(self) -> None:
+        """In a forked child: close the copies of the descriptors, and do not unlock.
+
+        An unlock through any copy would free the parent's lock. Left open, they would hold it after
+        the parent's death.
+        """
         self._close()
 
     def _close(self) -> None:
@@ -452,16 +460,3 @@ def _lock_alone(files: Files, fd: int) -> bool:
 
 def _identity(info: os.stat_result) -> tuple[int, int]:
     return info.st_dev, info.st_ino
-
-
-_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    # Close the child's copies, and do not unlock: an unlock through any copy would free the parent's lock. Left open, they
-    # would hold the lock after the parent's death.
-    for lock in list(_held):
-        lock._close()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from foldlog.protocol.errors import (
     LogPoisonedError,
     StoreClosed,
 )
+from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.protocol.updates import MAX_BODY_BYTES
@@ -71,7 +71,7 @@ class Log:
         self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
         self._retiring: list[Retiring] | None = None
         self._forked = False
-        _open_logs.add(self)
+        tell_after_fork(self, Rank.ENGINE)
 
     def identity(self, fd: int) -> tuple[int, int]:
         """What tells a file from another under the same name."""
@@ -396,6 +396,14 @@ class Log:
         for retiring in self._retiring:
             retiring.close()
 
+    def after_fork(self) -> None:
+        """In a forked child: the log is the parent's."""
+        if not self.closed:
+            self._turns = Turns()
+            self._forked = True
+            with contextlib.suppress(OSError):
+                self._close_file()
+
     def abandon(self, *, keep_lock: bool = False) -> None:
         """Let go of the log as a killed process would: no sync, no seal. The lock may be kept, to open the log again."""
         try:
@@ -410,18 +418,3 @@ class Log:
                     self._released = True
         finally:
             self._turns.leave(_getframe())
-
-
-_open_logs: weakref.WeakSet[Log] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for log in list(_open_logs):
-        if not log.closed:
-            log._turns = Turns()
-            log._forked = True
-            with contextlib.suppress(OSError):
-                log._close_file()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -63,6 +63,27 @@ class BadFrame(BadBytes):
     """The bytes at `offset` are not the next frame."""
 
 
+def header_fault(frame: FrameHead, offset: int, rest: int) -> BadFrame | None:
+    """What is wrong with a frame at `offset`, whose header verifies; `rest` bytes of the file are left there."""
+    if frame.kind not in KINDS or frame.flags & ~KNOWN_FLAGS:
+        reason = f"a frame of kind {frame.kind}, flags {frame.flags:#x}, from a newer foldlog"
+        return BadFrame(offset, reason, final=True, unsupported=True)
+    too_long = oversize(frame)
+    if too_long is not None:
+        return BadFrame(offset, too_long, final=True)
+    if frame.size > rest:
+        reason = f"the frame needs {frame.size} bytes, the file ends after {rest}"
+        return BadFrame(offset, reason, final=False)
+    return None
+
+
+def body_fault(frame: FrameHead, body: bytes | memoryview, trailer: bytes | memoryview) -> str:
+    """Why a frame's body or trailer is bad; "" if neither is."""
+    if crc32c(body) != frame.body_crc:
+        return "the frame's body does not verify"
+    return "" if trailer == TRAILER else "the frame's trailer is wrong"
+
+
 def read_frames(
     handle: ReadHandle, head: FileHead, chain: Chain, size: int, *, window_bytes: int = WINDOW_BYTES
 ) -> Iterator[tuple[FrameHead, memoryview]]:
@@ -91,22 +112,8 @@ def read_frames(
         fault = chain.fault(frame)
         if fault is not None:
             raise BadFrame(chain.offset, fault, final=True)
-        if frame.kind not in KINDS or frame.flags & ~KNOWN_FLAGS:
-            raise BadFrame(
-                chain.offset,
-                f"a frame of kind {frame.kind}, flags {frame.flags:#x}, from a newer foldlog",
-                final=True,
-                unsupported=True,
-            )
-        too_long = oversize(frame)
-        if too_long is not None:
-            raise BadFrame(chain.offset, too_long, final=True)
-        if frame.size > rest:
-            raise BadFrame(
-                chain.offset,
-                f"the frame needs {frame.size} bytes, the file ends after {rest}",
-                final=False,
-            )
+        if (bad := header_fault(frame, chain.offset, rest)) is not None:
+            raise bad
         if filled - at < frame.size:
             if len(window) < frame.size:
                 window = memoryview(bytearray(frame.size))
@@ -116,10 +123,9 @@ def read_frames(
                 0,
             )
         body = window[at + FRAME_HEAD.size : at + FRAME_HEAD.size + frame.body_len]
-        if crc32c(body) != frame.body_crc:
-            raise BadFrame(chain.offset, "the frame's body does not verify", final=False)
-        if window[at + frame.size - len(TRAILER) : at + frame.size] != TRAILER:
-            raise BadFrame(chain.offset, "the frame's trailer is wrong", final=False)
+        trailer = window[at + frame.size - len(TRAILER) : at + frame.size]
+        if reason := body_fault(frame, body, trailer):
+            raise BadFrame(chain.offset, reason, final=False)
         yield frame, body
         chain = chain.after(frame)
 

@@ -26,7 +26,6 @@ from foldlog.protocol.frames import (
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
-    FileHead,
     FrameHead,
 )
 from foldlog.protocol.tokens import WatchCursor
@@ -37,13 +36,12 @@ from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA, Run
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.check import base_end_of, head_and_seed
+from foldlog.storage.formats.foldlog.log import FRAMES
 from foldlog.storage.formats.foldlog.walk import Piece, Walker
-from foldlog.storage.formats.foldlog.writer import FrameWriter, write_base
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import check_own_format
-from foldlog.storage.log.access import narrow
+from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
-from foldlog.storage.log.lock import temporary
 
 NO_CURSOR = WatchCursor.none()
 
@@ -126,15 +124,8 @@ def salvage_log(
         fold = salvage.fold()
         safe = salvage.safe_cursor if cursor == "safe" else fold.cursor()
         fold = FoldSnapshot(fold.base, fold.delta, fold.runs, fold.seq, safe)
-        out = FrameWriter(files, temporary(dest), FileHead.new(base_seq=fold.seq))
-        try:
-            narrow(files, out.fd, files.access(handle.fd))
-            write_base(out, fold, progress)
-            out.sync()
-            files.link_new(out.path, dest)
-            files.sync_dir(dest.parent)
-        finally:
-            out.discard()
+        access = files.access(handle.fd)
+        write_new(files, dest, fold, FRAMES, progress, source=access)
     except EOFError as error:
         raise LogChangedError(handle.path, str(error)) from None
     return SalvageReport(

@@ -101,6 +101,113 @@ def test_an_import_up_the_ladder_is_found_in_every_spelling(
     assert climbs(source, package) == found
 
 
+def module_of(file: Path) -> str:
+    """The dotted name of the module in `file`."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_at_start(source: str, package: str, known: set[str]) -> set[str]:
+    """The modules of `known` that are imported as a module with this source is: not within a
+    function, and not for type checkers only."""
+    found: set[str] = set()
+    bodies = [ast.parse(source).body]
+    while bodies:
+        for node in bodies.pop():
+            if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+                bodies += [node.body, node.orelse]
+            elif isinstance(node, ast.Try):
+                bodies += [node.body, node.orelse, node.finalbody]
+                bodies += [handler.body for handler in node.handlers]
+            elif isinstance(node, ast.With | ast.ClassDef):
+                bodies.append(node.body)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                for name in imported_modules(ast.unparse(node), package):
+                    parent = name.rpartition(".")[0]
+                    found |= {name} & known or {parent} & known
+    return found
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The modules of the package, and which of them each imports as it is imported itself."""
+    known = {module_of(file) for file in FILES}
+    return {
+        module_of(file): imports_at_start(file.read_text(encoding="utf-8"), package_of(file), known)
+        - {module_of(file)}
+        for file in FILES
+    }
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of a cycle, in order; empty if there is none."""
+    done: set[str] = set()
+
+    def search(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        for used in sorted(graph.get(module, ())):
+            if found := search(used, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in sorted(graph))), [])
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = import_graph()
+    shown = "\n".join(f"{module} -> {', '.join(sorted(graph[module]))}" for module in sorted(graph))
+    assert cycle_in(graph) == [], shown
+
+
+def test_a_cycle_is_found_and_imports_within_functions_make_none() -> None:
+    known = {"foldlog.a", "foldlog.b"}
+    late = "def f():\n    from foldlog import b\nif TYPE_CHECKING:\n    import foldlog.b"
+    assert imports_at_start("from foldlog.b import x", "foldlog", known) == {"foldlog.b"}
+    assert imports_at_start("try:\n    from foldlog import b\nfinally: pass", "foldlog", known)
+    assert imports_at_start(late, "foldlog", known) == set()
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+FOREIGN_FIELDS = {
+    "foldlog/aio.py": {"error._foldlog_outcome"},
+    "foldlog/upstreams/nats_kv.py": {
+        "cast(Any, client)._process_headers",
+        "cast(Any, subscription)._pending_queue",
+    },
+}
+"""Notes on objects of other libraries, which have no public place for them."""
+
+
+def foreign_writes(source: str) -> set[str]:
+    """The underscore fields that a module writes of objects other than `self` and `cls`."""
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store | ast.Del)
+        and node.attr.startswith("_")
+        and not node.attr.endswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_module_writes_another_objects_private_fields(file: Path) -> None:
+    allowed = FOREIGN_FIELDS.get(str(file.relative_to(ROOT)), set())
+    assert foreign_writes(file.read_text(encoding="utf-8")) == allowed
+
+
+def test_a_write_to_a_private_field_is_found_in_every_spelling() -> None:
+    source = (
+        "log._x = 1\nlog._y += 1\na, log._z = 1, 2\ndel log._q\nlog._w: int = 1\nself._x = log._r"
+    )
+    assert foreign_writes(source) == {"log._x", "log._y", "log._z", "log._q", "log._w"}
+
+
 def test_every_package_of_the_ladder_was_looked_at() -> None:
     assert {rung_of(package_of(file)) for file in FILES} == set(range(len(LADDER)))
 

@@ -27,6 +27,7 @@ from foldlog.protocol.errors import (
     LogPoisonedError,
     StoreClosed,
 )
+from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import (
@@ -135,7 +136,7 @@ class RocksDbEngine:
             seq=self.snapshot.seq,
             cursor=self.snapshot.cursor(),
         )
-        _engines.add(self)
+        tell_after_fork(self, Rank.ENGINE)
 
     # Opening.
 
@@ -679,7 +680,6 @@ class RocksDbEngine:
         self.snapshot = ClosedFold(reason)
         self._past.clear()
         self._release(StoreClosed(reason))
-        _engines.discard(self)
 
     def _release(self, ended: FoldlogError) -> None:
         """Let go of the database and of all snapshots of it, so that it can be opened again."""
@@ -689,15 +689,16 @@ class RocksDbEngine:
             fold.end()
         self._held.clear()
 
-    def disown(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child:
 
         RocksDB's threads are not there, and freeing its database would wait for them for ever.
         """
+        if self._source.db is None:
+            return
         for fold in list(self._held):
             _keep_for_ever(fold.view)
-        if self._source.db is not None:
-            _keep_for_ever(self._source.db)
+        _keep_for_ever(self._source.db)
         self._release(ForkedStore(f"{self.path} was opened before a fork"))
 
     def _newest(self) -> RocksDbFold:
@@ -719,14 +720,3 @@ def _identity(path: Path | str) -> tuple[int, int]:
 
 def _keep_for_ever(value: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
-
-
-_engines: weakref.WeakSet[RocksDbEngine] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for engine in list(_engines):
-        engine.disown()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -16,8 +16,6 @@ from foldlog.protocol.frames import (
     FRAME_HEAD,
     FRAME_MAGIC,
     KINDS,
-    KNOWN_FLAGS,
-    TRAILER,
     FileHead,
     FrameHead,
     oversize,
@@ -26,6 +24,7 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.scan import body_fault, header_fault
 
 NO_HEAD = "no frame head that verifies"
 _FIRST_CHUNK_BYTES = 512  # mostly the next frame is near: then more each time, up to:
@@ -119,27 +118,11 @@ class Walker:
         if head is None:
             return None
         rest = self._size - at
-        if head.kind not in KINDS or head.flags & ~KNOWN_FLAGS:
-            reason = f"a frame of kind {head.kind}, flags {head.flags:#x}, from a newer foldlog"
-            return Piece(at, head.size, head, b"", reason, final=True)
-        too_long = oversize(head)
-        if too_long is not None:
-            return Piece(at, head.size, head, b"", too_long, final=True)
-        if head.size > rest:
-            return Piece(
-                at,
-                head.size,
-                head,
-                b"",
-                f"the frame needs {head.size} bytes, the file ends after {rest}",
-            )
+        if (bad := header_fault(head, at, rest)) is not None:
+            return Piece(at, head.size, head, b"", bad.reason, final=bad.final)
         raw = self._handle.read(head.size - FRAME_HEAD.size, at + FRAME_HEAD.size)
         body = raw[: head.body_len]
-        reason = ""
-        if crc32c(body) != head.body_crc:
-            reason = "the frame's body does not verify"
-        elif raw[head.body_len :] != TRAILER:
-            reason = "the frame's trailer is wrong"
+        reason = body_fault(head, body, raw[head.body_len :])
         if reason:
             self._spare -= head.size
         return Piece(at, head.size, head, body, reason)
@@ -228,7 +211,7 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
             continue
         rest = handle.read(head.size - FRAME_HEAD.size, at + FRAME_HEAD.size)
         read += len(rest)
-        if rest[head.body_len :] != TRAILER or crc32c(rest[: head.body_len]) != head.body_crc:
+        if body_fault(head, rest[: head.body_len], rest[head.body_len :]):
             continue
         seed = _crc32c_before(raw[8:], head.crc)
         if seed in seen:

@@ -95,9 +95,9 @@ def test_what_msgpack_raises_for_bytes_is_all_that_counts_as_damage():
         b"",
     ):
         with pytest.raises(Undecodable):
-            decode_batches(body)
+            decode_batches(body, 1)
         with pytest.raises(Undecodable):
-            decode_batches(body.ljust(5000, b"\x90"))
+            decode_batches(body.ljust(5000, b"\x90"), 1)
     for body in (b"\x81\x90\xc0", b"\x81\xa1a\xc1", b"\x81\x07\xc0\xc0", b"\xd4\x05x", b"\x80" * 2):
         with pytest.raises(Undecodable):
             undecodable.unpack_map(body)

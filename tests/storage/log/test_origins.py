@@ -10,7 +10,7 @@ from foldlog.protocol import frames
 from foldlog.protocol.tokens import NAME_BYTES
 from foldlog.protocol.updates import batches_body, decode_batches, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
-from foldlog.storage.formats.registry import FORMATS
+from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log import scan
 
 ORIGIN = b"n" * NAME_BYTES + b"incarnation one."
@@ -103,7 +103,7 @@ def test_an_origin_that_is_none_is_not_read(bad):
 
     item = msgpack.packb([b"", [], [], [], bad])
     with pytest.raises(ValueError, match="origin"):
-        decode_batches(batches_body([item]))
+        decode_batches(batches_body([item]), 1)
 
 
 @pytest.mark.parametrize(("bad", "error"), [("text", TypeError), (b"o" * 33, ValueError)])
@@ -127,7 +127,7 @@ def test_a_crash_between_a_batch_and_its_note_leaves_a_name_without_an_incarnati
     engine = Engine(path)
     assert engine.fold.origin == ORIGIN[:NAME_BYTES]
     engine.close()
-    assert not FORMATS["slipstream-v2"].keeps_origin
+    assert not SLIPSTREAM.keeps_origin
 
 
 @pytest.mark.parametrize("create", ["open", "import"])
