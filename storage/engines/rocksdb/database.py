@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
 from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.storage.engines.rocksdb.errors import typed
-from foldlog.storage.formats.slipstream import records as slipstream
+from foldlog.storage.formats.registry import MAGICS
 
 if TYPE_CHECKING:
     from rocksdict import Options, Rdict
@@ -176,7 +176,7 @@ def _what_file(path: Path) -> str:
             first = b""
         finally:
             os.close(fd)
-    if first.startswith((FILE_MAGIC, slipstream.MAGIC)):
+    if first.startswith(MAGICS):
         return "is a log, which the append-log engine opens; a RocksDB database is a directory"
     return "is no directory, as a RocksDB database is"
 
