@@ -275,6 +275,17 @@ def test_a_difference_leads_from_any_state_to_any_other(
             assert under == [change for change in changes if change.key == "k3"]
 
 
+def test_what_is_staged_on_top_of_a_stage_holds_both(path: Path) -> None:
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"0")], 1)
+    first = engine.stage([encode_batch([Put("b", b"1")], cursor(2))])
+    second = engine.stage([encode_batch([Put("c", b"2")], cursor(3))], first)
+    assert (list(second), second.seq, second.cursor()) == (["a", "b", "c"], 3, cursor(3))
+    assert second.get("b") is not None
+    assert list(engine.snapshot) == ["a"]
+    engine.close()
+
+
 def batches_since(
     engine: RocksDbEngine, start: WatchCursor
 ) -> Iterator[tuple[int, DecodedBatch]] | None:
