@@ -1,8 +1,8 @@
 """The seam between a log and the format of its file: batches, bases and positions.
 
 Each format is a package beside this module, and a row of the table in `registry.py`. Everything
-else exists once, whatever the format: the lock, the check that a file is unchanged, the undoing of
-a failed write, the poison, the swap at the end of a rewrite.
+else exists once for all formats: the lock, the check that a file is unchanged, the undoing of a
+failed write, the poison, the swap at the end of a rewrite.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_a
 
 BUFFER_BYTES = 1024 * 1024
 PRIVATE = 0o600
-"""The mode of a new file that is to hold what another file holds, until it has that file's."""
+"""The mode of a new file with another file's content, until it is given that file's access."""
 Progress: TypeAlias = Callable[[int, int], None]
-"""Told of long work as it goes on: (done, total), in entries or bytes."""
+"""Called during long work with (done, total), in entries or bytes."""
 
 
 class Header(Protocol):
-    """Which log a file is of, and where its base is. Each format has its own."""
+    """Which log a file belongs to, and the sequence of its base. Each format has its own class."""
 
     @property
     def log_id(self) -> bytes:
-        """16 random bytes, the same for ever; for a format that keeps none, while this process lives."""
+        """16 random bytes, constant; if the format stores none, only while this process lives."""
 
     @property
     def base_seq(self) -> int:
@@ -39,7 +39,7 @@ class Header(Protocol):
 
 
 class Position(Protocol):
-    """A place in a log, after a whole number of batches. Each format has its own."""
+    """A place between two batches of a log. Each format has its own class."""
 
     @property
     def offset(self) -> int:
@@ -51,20 +51,23 @@ class Position(Protocol):
 
     @property
     def synced_seq(self) -> int:
-        """The last batch that the file itself tells was synced; 0 if it tells none."""
+        """The last batch that was synced according to the file itself; 0 if it does not say."""
 
 
 class Verdict(enum.Enum):
     """What the bytes after the last valid one are."""
 
     TORN = "torn"
-    """A writer that was stopped left them: they are cut."""
+    """The remains of a stopped writer's last write: they are cut."""
     CORRUPT = "corrupt"
-    """Something that was written is damaged: the log is refused."""
+    """Damage to written data: the log is refused."""
 
 
 class BadBytes(Exception):
-    """The bytes at `offset` are not what must come next. `final`: no torn write explains them."""
+    """The bytes at `offset` are not what must come next.
+
+    `final`: no torn write explains them. `unsupported`: a newer foldlog wrote them.
+    """
 
     def __init__(self, offset: int, reason: str, *, final: bool, unsupported: bool = False) -> None:
         super().__init__(offset, reason)
@@ -72,24 +75,24 @@ class BadBytes(Exception):
 
 
 class LogFile(NamedTuple):
-    """An open log file, as opening or a rewrite hands it to its `Log`."""
+    """An open log file, as an open or a rewrite hands it to its `Log`."""
 
     format: LogFormat
     header: Header
     fd: int
-    """To write; locked, so that a hard link to the file finds it taken."""
+    """For writing; locked, so that the file cannot be opened for writing through a hard link."""
     handle: ReadHandle
-    """To read, shared with the snapshots."""
+    """For reading; shared with the snapshots."""
     position: Position
     """After its last write."""
     base_end: int
     """The offset after its base."""
     session: bool
-    """It holds what this writer's session begins with."""
+    """True if this writer's session has begun in it."""
 
 
 class Known(NamedTuple):
-    """What a writer that is opened again remembers of a file: where its base ends, and who it is."""
+    """What a writer that is opened again remembers of a file that does not record it."""
 
     header: Header
     base_end: int
@@ -97,25 +100,27 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was read from a log file, up to its end or its first bad bytes. A format may add to it."""
+    """What was read from a log file, up to its end or first bad bytes. A format may add fields."""
 
     format: LogFormat
     header: Header
     fold: FoldSnapshot
     position: Position
     size: int
-    """Of the file, when reading began: a writer may have appended since."""
+    """Of the file in bytes, when reading began: a writer may have appended since."""
     base_end: int
-    """The offset after the base; 0 if the base is not whole."""
+    """The offset after the base; 0 if the base is incomplete."""
     base_entries: int
     parts: int
     """Frames or records: whatever the format checks one by one."""
     sealed: bool
+    """True if the last writer closed the log cleanly, and the format records that."""
     bad: BadBytes | None
+    """The first bad bytes; None if the file is valid to its end."""
 
 
 class FileFacts(NamedTuple):
-    """What a file tells of itself; None for what its format does not have."""
+    """What a file records about itself; None for what its format does not have."""
 
     log_id: str | None
     generation: str | None
@@ -125,46 +130,46 @@ class FileFacts(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Something in a log that must not be."""
+    """A fault in a log."""
 
     offset: int
     """Where the frame, or the stretch of bytes, begins."""
     size: int
-    """Bytes of it."""
+    """Of the frame or stretch, in bytes; 0 if something is missing there."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What a verification found. `ok` is the short answer."""
+    """What a verification found; `ok` sums it up."""
 
     path: Path
     size: int
-    """Bytes looked at."""
+    """Bytes checked."""
     frames: int
-    """Sound ones, and so with the next five."""
+    """Valid frames or records. The next five fields count only what is valid, too."""
     leaves: int
     entries: int
     """Of the base."""
     batches: int
-    """Behind the base."""
+    """After the base."""
     seq: int
     cursor: WatchCursor
     sealed: bool
     torn_bytes: int
-    """Of a tail that a stopped writer left: legal, and cut when the log is next opened for writing."""
+    """Of the torn tail: legal, and cut when the log is next opened for writing."""
     torn_reason: str
     problems: tuple[Problem, ...]
-    """All that is wrong, by offset."""
+    """All faults, by offset."""
 
     @property
     def ok(self) -> bool:
-        """Nothing is wrong. A torn tail is not wrong."""
+        """True if there are no problems. A torn tail is not a problem."""
         return not self.problems
 
 
 class Stretch(Protocol):
-    """A stretch of a file, as a walk over all of it yields it. Each format has its own."""
+    """A stretch of a file, as `LogFormat.walk` yields it. Each format has its own class."""
 
     @property
     def offset(self) -> int:
@@ -176,21 +181,21 @@ class Stretch(Protocol):
 
 
 class Codec(Protocol):
-    """How one log's appends look in its file: the bytes, and the position after them. No I/O.
+    """Encodes what is appended to one log: the bytes, and the position after them. No I/O.
 
-    A position that it is given is one that it, or its format, has made.
+    A `position` comes from this codec or its format.
     """
 
     def group(
         self, items: Sequence[bytes], position: Any, synced_seq: int
     ) -> tuple[bytes, Position]:
-        """A commit group: the encoded batches `items`."""
+        """A commit group of the encoded batches `items`. Batches up to `synced_seq` are synced."""
 
     def opening(self, position: Any, synced_seq: int) -> tuple[bytes, Position] | None:
-        """What a session writes before its first group, if anything."""
+        """What a session begins with, before its first group; None if nothing."""
 
     def seal(self, position: Any, synced_seq: int) -> tuple[bytes, Position] | None:
-        """What a clean close writes, if anything, when all before it is synced."""
+        """What a clean close writes once all before it is synced; None if nothing."""
 
 
 class NewFile(ABC):
@@ -205,54 +210,57 @@ class NewFile(ABC):
         position: Position,
         mode: int = PRIVATE,
     ) -> None:
-        """`first`: the bytes of the file's header, written with what follows; `position` is
-        after them.
+        """Create the file. FileExistsError if `path` exists.
 
-        `mode`: of the file. Whoever makes it lets in others, before anything is written.
+        `first`: the file header, written with what follows; `position` is after it. `mode`: of the
+        file; the caller may widen it before anything is written.
         """
         self.files, self.path, self.header, self.position = files, path, header, position
         self.fd = files.create(path, exclusive=True, mode=mode)
         self.base_end = 0
-        """The offset behind the fold that was written."""
+        """The offset after the fold that was written."""
         self.session = False
-        """Something was carried over, after whatever a session begins with."""
+        """True if a session has begun: something was carried over."""
         self._buffer: list[bytes] = [first]
         self._buffered = len(first)
         self._written = 0
 
     @abstractmethod
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
-        """Write `fold`, as the first thing. Equal states give equal bytes, but for ids."""
+        """Write `fold`, before anything else. Equal states give equal bytes, except for ids."""
 
-    def keep_warm(self, fold: FoldSnapshot) -> None:  # noqa: B027 - a format that keeps all in memory has nothing to do
-        """Remember of `fold`, which was written, what was read of it: a compaction is not to make hot keys cold."""
+    def keep_warm(self, fold: FoldSnapshot) -> None:  # noqa: B027 - not abstract
+        """Take over what `fold`, which was written, has cached: hot keys stay hot in a compaction.
+
+        A format that keeps all entries in memory has nothing to do.
+        """
 
     @abstractmethod
     def carry(self, source: LogFile, start: Any, stop: int) -> Position:
         """Append what `source`, of the same format, holds from `start` to the offset `stop`.
 
-        Returns the position at `stop`.
+        Returns the position in `source` at `stop`.
         """
 
     @abstractmethod
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        """The fold that was written, with what was committed `since` on top of it."""
+        """The fold that was written, with what was committed `since` on top."""
 
     def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
-        """This file, as a log goes on in it. `handle` reads it; the fold that was written reads from there, too."""
+        """This file, for a `Log` to continue in. The written fold reads through `handle`, too."""
         return LogFile(
             format, self.header, self.fd, handle, self.position, self.base_end, self.session
         )
 
     def put(self, data: bytes) -> None:
-        """Add to the buffer, and write it out when it is full."""
+        """Add to the buffer; write it out when it is full."""
         self._buffer.append(data)
         self._buffered += len(data)
         if self._buffered >= BUFFER_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what is buffered to the operating system."""
+        """Write the buffer out to the operating system."""
         data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
         if data:
             write_all(self.files, self.fd, data, self._written)
@@ -260,12 +268,12 @@ class NewFile(ABC):
         self._buffer, self._buffered = [], 0
 
     def sync(self) -> None:
-        """Flush, and make it survive a power loss."""
+        """Flush, and make all of it survive a power loss."""
         self.flush()
         self.files.sync(self.fd)
 
     def discard(self) -> None:
-        """Give the file up."""
+        """Close the file, and remove its temporary name."""
         try:
             self.files.close(self.fd)
         finally:
@@ -273,22 +281,24 @@ class NewFile(ABC):
 
 
 class LogFormat(ABC):
-    """One file format. It has no state; there is one object of each."""
+    """One file format. Stateless; there is one instance of each."""
 
     name: FormatName
     magic: bytes
     """What its files begin with."""
     backend: str
-    """How an artifact's manifest names it, with `backend_version`."""
+    """Its name in an artifact's manifest, with `backend_version`."""
     backend_version: str
     payload_path: str
-    """The file of its artifacts that holds the state."""
+    """The file in its artifacts that holds the state."""
     keeps_origin = True
-    """Its batches name the upstream of their cursor. If not, `storage/log/origins.py` does, beside the log."""
+    """True if batches record the upstream of their cursor. If not, `storage/log/origins.py` does,
+    beside the log."""
 
     @abstractmethod
     def codec(self, header: Any, *, sync_each: bool) -> Codec:
-        """For appends to the file with this header. `sync_each`: each is synced before the next is written."""
+        """A codec for the file with this header. `sync_each`: each append is synced before the
+        next."""
 
     @abstractmethod
     def new_file(
@@ -301,20 +311,27 @@ class LogFormat(ABC):
         sync_each: bool = False,
         mode: int = PRIVATE,
     ) -> NewFile:
-        """Begin a file at `path` whose base stands at batch `seq`; of the log `log_id`, or of a new one."""
+        """Create a file at `path` whose base is at batch `seq`. `log_id` None: of a new log.
+
+        FileExistsError if `path` exists.
+        """
 
     @abstractmethod
     def load(
         self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None
     ) -> Loaded:
-        """Read a file of this format to its end, or to the first bad bytes, which are returned and not judged.
+        """Read a file to its end, or to its first bad bytes, which are returned and not judged.
 
-        InvalidFormatError if its header is not of this format. `known`: what this process knows of it from before.
+        `known`: what this process remembers of it. InvalidFormatError if its header is not of this
+        format; LogChangedError if it becomes shorter meanwhile; OSError.
         """
 
     @abstractmethod
     def diagnose(self, handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
-        """Whether what follows the last valid bytes of `loaded` is torn or corrupt, and the reason."""
+        """Judge what follows the last valid bytes of `loaded`. Returns the verdict and the reason.
+
+        LogChangedError if the file becomes shorter meanwhile.
+        """
 
     @abstractmethod
     def is_compact(self, file: LogFile, position: Any) -> bool:
@@ -322,11 +339,14 @@ class LogFormat(ABC):
 
     @abstractmethod
     def may_be_unsynced(self, loaded: Loaded) -> bool:
-        """Whether a file that was not sealed may hold something that is not on disk yet."""
+        """True if `loaded`, which is not sealed, may hold something that is not synced yet."""
 
     @abstractmethod
     def check_payload(self, loaded: Loaded) -> None:
-        """ValueError unless `loaded`, which has no bad bytes and is compact, verifies in full as an artifact's payload."""
+        """ValueError unless `loaded` is valid in full as an artifact's payload.
+
+        It is compact and has no bad bytes.
+        """
 
     @abstractmethod
     def check(
@@ -338,18 +358,22 @@ class LogFormat(ABC):
         known: Known | None = None,
         progress: Progress | None = None,
     ) -> VerifyReport:
-        """Check every invariant of a file up to `size`. `known`: what its writer, in this process, knows of it.
+        """Check every invariant of a file up to `size`.
 
-        InvalidFormatError if it is not of this format; LogChangedError if it ends before `size`.
+        `known`: what its writer, in this process, knows of it. InvalidFormatError if it is not of
+        this format; LogChangedError if it ends before `size`; OSError.
         """
 
     @abstractmethod
     def walk(self, handle: ReadHandle, size: int) -> Iterator[Stretch]:
-        """All of a file up to `size`, damaged or not, in stretches without a gap. Errors: as `check`."""
+        """All of a file up to `size`, damaged or not, as stretches without gaps.
+
+        Errors: those of `check`.
+        """
 
     @abstractmethod
     def facts(self, loaded: Loaded) -> FileFacts:
-        """What `loaded` tells of itself."""
+        """What the file of `loaded` records about itself."""
 
     def __repr__(self) -> str:
         return f"<LogFormat {self.name}>"

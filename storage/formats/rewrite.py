@@ -1,14 +1,14 @@
-"""A fold into a new file: how a log is created, compacted and exported.
+"""A fold into a new file: how a log is created and compacted.
 
-The new file is written beside the place where it shall stand, synced, and renamed; its descriptors stay open across the
-rename, so that no step after it can fail. Equal states give equal bodies; only ids, and the checksums that they seed, differ.
-Leaves that nothing touched are copied as they are.
+The new file is written under a temporary name beside the log, synced, and renamed. Its descriptors
+stay open across the rename, so that no later step can fail for want of one. Equal states give equal
+bodies; only ids, and the checksums that they seed, differ. Unchanged leaves are copied as they are.
 
-A compaction runs beside the writer: `Rewrite.write` works from an immutable fold, and `catch_up`
-carries over the frames that were appended meanwhile. Where these are more than all that is live,
-most of what they hold is overwritten by now, and the fold is written once more instead. Only
-`finish` (the last few frames, an fsync, the rename) needs the writer to stand still. `allowance`
-makes it come to an end: it says how far the writer may go on meanwhile.
+A compaction runs beside the writer. `Rewrite.write` works from an immutable fold, and `catch_up`
+carries over what was appended meanwhile. If that is more than all live data, most of it has been
+overwritten, and the newest fold is written instead. The writer pauses only for `finish`: the last
+few batches, an fsync, the rename. `allowance` bounds what the writer may append meanwhile, so that
+the rewrite finishes.
 """
 
 from __future__ import annotations
@@ -32,37 +32,38 @@ _ENTRY_OVERHEAD = 12  # bytes around a key, a value and a version
 
 
 SLACK_BYTES = 1024 * 1024
-"""What the writer may always append while a pass of a rewrite is under way, below the limit."""
+"""What the writer may always append during a pass of a rewrite, within the limit."""
 FINISH_BYTES = 3 * SLACK_BYTES
-"""What may be left to carry over while the writer stands still: 10 to 20 ms, with the fsync."""
+"""What may be left to carry over while the writer pauses: 10 to 20 ms, with the fsync."""
 MAX_PASSES = 20
+"""Then the rewrite finishes, whatever is left to carry over."""
 
 
 class Next(enum.Enum):
-    """What to do with a rewrite, after a pass of it."""
+    """What to do after a pass of a rewrite."""
 
     FINISH = enum.auto()
     CARRY = enum.auto()
-    """Carry over the frames that were appended meanwhile."""
+    """Carry over what was appended meanwhile."""
     AGAIN = enum.auto()
-    """Write the fold as it is by now: that is less."""
+    """Write the newest fold instead, which is smaller."""
 
 
 def next_pass(lag_bytes: int, live_bytes: int, passes: int) -> Next:
-    """How to go on, where `lag_bytes` of the log are not in the new file, of which `live_bytes` are the base."""
+    """What to do next, when `lag_bytes` of the log are not in the new file yet."""
     if lag_bytes <= FINISH_BYTES or passes >= MAX_PASSES:
         return Next.FINISH
     return Next.AGAIN if lag_bytes > live_bytes else Next.CARRY
 
 
 def allowance_bytes(limit: int, stage: int, lag: int, made: int, expected: int) -> int:
-    """How large the log may grow before the writer has to wait for the rewrite to get on.
+    """How large the log may grow before the writer must wait for the rewrite. All in bytes.
 
-    `limit`: of the log. `stage`: its size when this pass began. `lag`: what had been appended during
-    the pass before; 0 in the first. `made` of the `expected` bytes of this pass are written.
+    `limit`: of the log's size. `stage`: its size when this pass began. `lag`: appended during the
+    pass before; 0 in the first. `made` of the `expected` bytes of this pass are written.
 
-    In the first pass the writer has a third of what is left up to the limit at once, and another
-    third as the pass gets on, so that it is slowed down rather than stopped. In each later pass it
+    In the first pass the writer may use a third of the room up to the limit at once, and another
+    third as the pass advances, so that it is slowed down rather than stopped. In each later pass it
     may append about half as much as in the one before, so that the passes become short.
     """
     part = min(made / expected, 1.0) if expected > 0 else 0.0
@@ -71,49 +72,56 @@ def allowance_bytes(limit: int, stage: int, lag: int, made: int, expected: int) 
 
 
 class Rewrite:
-    """A compaction under way: the log's fold, on its way into a new file of the same format."""
+    """A compaction under way: the log's fold is written to a new file of the same format."""
 
     def __init__(self, log: Log, fold: FoldSnapshot) -> None:
-        """Start from `fold`, which holds all that is in the log (or, if the log is poisoned, all that was acknowledged)."""
+        """Start from `fold`, which holds all that is in the log; if it is poisoned, all that was
+        acknowledged.
+        """
         self._log = log
-        self._fold: FoldSnapshot | None = (
-            fold  # let go of once it is written: it holds the old base
-        )
+        # Dropped once it is written: it keeps the old base alive.
+        self._fold: FoldSnapshot | None = fold
         self.seq = fold.seq
-        """The last batch that the new base holds."""
+        """The last batch in the new base."""
         self._poisoned = log.poison is not None
         self._access = log.access()
-        self._carried = log.position  # where the new file has caught up to in the log
+        self._carried = log.position  # up to here the log is in the new file
         self._began = self._stage = log.position.offset
-        self._live = log.file.base_end  # bytes of the base, as far as they are known
+        self._live = log.file.base_end  # bytes of a compacted log, as far as they are known
         self._lag = self._stage_out = 0
         self._expected = self._began  # bytes that this pass writes, at most
         self._out: NewFile | None = None
         self._outdated: NewFile | None = None
         self._adopted = False
         self.passes = 0
-        """Those after the first, without what `finish` carries over."""
+        """Passes after the first, not counting `finish`."""
         self._landing: tuple[LogFile, tuple[int, int], FoldSnapshot] | None = None
-        """What takes the log's place, from just before the rename on."""
+        """What replaces the log's file, from just before the rename on."""
         self.cancelled = False
-        """Set by anyone to make `write` stop soon, with Cancelled."""
+        """Any thread may set it: `write` then stops soon and raises Cancelled."""
         self.outcome: object = None
-        """What whoever runs the passes tells of the last one; None while it is under way."""
+        """Set by whoever runs the passes: the result of the last one; None during a pass."""
 
     @property
     def lag_bytes(self) -> int:
-        """Bytes of the log that are not carried over yet. For the writer."""
+        """Bytes of the log that are not carried over yet. Writer's thread only."""
         return 0 if self._poisoned else self._log.position.offset - self._carried.offset
 
     def allowance(self, limit: Callable[[int], int]) -> int:
-        """How large the log may grow for now; `limit` gives the bound for so many live bytes. Any thread."""
+        """How large the log may grow for now, in bytes. Any thread may call it.
+
+        `limit` maps the log's live bytes to the limit of its size.
+        """
         out = self._out
         made = 0 if out is None else out.position.offset - self._stage_out
         live = max(self._live, made) if self._fold is not None else self._live
         return allowance_bytes(limit(live), self._stage, self._lag, made, self._expected)
 
     def write(self, progress: Progress | None = None) -> None:
-        """Write the fold, and sync it. The long part; any thread may run it while the log is appended to."""
+        """Write the fold, and sync it. Cancelled if `cancelled` was set; OSError.
+
+        This takes long. Any thread may run it while batches are appended to the log.
+        """
 
         def step(done: int, total: int) -> None:
             if self.cancelled:
@@ -149,11 +157,14 @@ class Rewrite:
 
     @property
     def live_bytes(self) -> int:
-        """The size of the log when it is compact, as far as that is known."""
+        """The size of a compacted log, as far as it is known."""
         return self._live
 
     def measure_live(self, progress: Progress | None = None) -> None:
-        """After a failure: find out what is live. Cost: reads the whole fold, 1 us an entry. All of it, if that fails."""
+        """After a failure: compute `live_bytes`; if that fails, it is the size of the log.
+
+        Cost: reads the whole fold, 1 us an entry.
+        """
         fold, self._fold = self._fold, None
         if fold is None:
             return
@@ -169,17 +180,20 @@ class Rewrite:
 
     @property
     def written(self) -> bool:
-        """The fold is written; what is left to do is to carry over, and to finish."""
+        """True if the fold is written: what is left is to catch up, and to finish."""
         return self._fold is None
 
     def begin_carry(self) -> None:
-        """Let the next pass be `catch_up`. For the writer, while nobody runs the rewrite."""
+        """Make `catch_up` the next pass. Writer's thread only, between passes."""
         assert self._out is not None
         self._begin_pass(expected=self.lag_bytes)
         self._stop, self._stage_out = self._log.position.offset, self._out.position.offset
 
     def begin_again(self, fold: FoldSnapshot) -> None:
-        """Let the next pass be `write`, of `fold`, which holds all that is in the log by now. For the writer, as before."""
+        """Make `write` the next pass, for `fold`, which holds all that is now in the log.
+
+        Writer's thread only, between passes.
+        """
         self._begin_pass(expected=self._live)
         self._outdated, self._out, self._stage_out = self._out, None, 0
         self._fold, self.seq, self._carried = fold, fold.seq, self._log.position
@@ -189,12 +203,15 @@ class Rewrite:
         self._stage, self._lag, self._expected = self._log.position.offset, self.lag_bytes, expected
 
     def catch_up(self) -> None:
-        """Carry over and sync what had been appended by `begin_carry`. Any thread may run it, beside the writer."""
+        """Carry over what had been appended when `begin_carry` was called, and sync it.
+
+        Any thread may run it while batches are appended to the log.
+        """
         self._carry(self._stop)
 
     def _carry(self, stop: int) -> None:
         if self._poisoned:
-            return  # what follows the acknowledged fold in the file is a lie
+            return  # what follows in the file was never acknowledged, and may not be on disk
         log, out = self._log, self._out
         assert out is not None
         start = self._carried.offset
@@ -203,10 +220,10 @@ class Rewrite:
             out.sync()
 
     def finish(self, since: FoldSnapshot) -> FoldSnapshot:
-        """Take the log's place. The writer stands still meanwhile. Returns the fold, with what was committed `since`.
+        """Replace the log's file. Returns the fold, with what was committed `since`.
 
-        Whatever the rename needs is at hand before it: no step after it can fail for want of a
-        descriptor. On an error, which comes before the rename, the log goes on as it was.
+        Called by the writer, which appends nothing meanwhile. All descriptors are opened before the
+        rename. Errors come before it, too: the log then continues as it was.
         """
         log, out = self._log, self._out
         assert out is not None
@@ -236,9 +253,9 @@ class Rewrite:
         return fold
 
     def settle(self) -> FoldSnapshot | None:
-        """After an exception: go by what is under the log's name. If it is the new file, finish, and return the fold.
+        """After an exception: if the log's name leads to the new file, finish, and return the fold.
 
-        None if it is not: the log goes on as it was.
+        None if it does not: the log continues as it was.
         """
         if self._landing is None:
             return None
@@ -264,14 +281,14 @@ class Rewrite:
         inode: tuple[int, int],
         directory: int | None = None,
     ) -> None:
-        """It stands under the log's name. Can be done again if it was interrupted."""
+        """Switch the log to the renamed file. Can be repeated if it was interrupted."""
         self._adopted = True
         if isinstance(file.handle, ReadHandle):
             file.handle.path = self._log.path
         self._log.adopt(file, inode, directory)
 
     def discard(self) -> None:
-        """Give it up, unless `finish` has renamed: the log goes on as it was."""
+        """Give up the rewrite, unless `finish` has renamed: the log continues as it was."""
         self._discard_outdated()
         if self._out is not None and not self._adopted:
             self._adopted = True
@@ -292,11 +309,10 @@ def write_new(
     *,
     source: Access | None = None,
 ) -> None:
-    """Make a log that holds `fold` at `path`, whole or not at all. FileExistsError if the name is
-    taken.
+    """Create a log that holds `fold` at `path`, atomically and durably.
 
-    `source`: of the file that the fold was read from; the new one is no wider. None: it is as any
-    new file is.
+    `source`: the access of the file that the fold was read from; the new one admits nobody else.
+    None: the defaults of a new file. FileExistsError if `path` exists; OSError.
     """
     out = format.new_file(
         files, temporary(path), seq=fold.seq, mode=0o666 if source is None else PRIVATE

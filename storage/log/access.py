@@ -1,14 +1,12 @@
-"""Who may use a file that foldlog makes: the rules for owner, group, mode and access list.
+"""Who may use a file that foldlog creates: owner, group, mode and access list.
 
-- A file that takes the log's place gets the log's owner, group, mode, access list and `user.*`
-  attributes, or it does not
-  take the place: `keep_access`.
-- The lock, the note and a torn copy belong to the log: they let in whom the log lets in, or fewer:
-  `share`.
-- A new log or artifact that is made from a log lets nobody in whom that keeps out: `narrow`. It
-  lets in fewer where the
-  umask says so, and where the log's group or access list cannot be given.
-- Both are done before anything is written to the file, which is made for its owner alone.
+- A file that replaces the log gets the log's owner, group, mode, access list and `user.*`
+  attributes. If it cannot, it does not replace the log: `keep_access`.
+- The lock, the note and a torn copy belong to the log. They admit those whom the log admits, or
+  fewer: `share`.
+- A new log or artifact made from a log admits nobody whom that log keeps out: `narrow`. It admits
+  fewer where the umask says so, or where the log's group or access list cannot be set.
+- A new file is created for its owner alone, and access is set before anything is written to it.
 """
 
 from __future__ import annotations
@@ -21,31 +19,32 @@ from foldlog.storage.log.files import Access, Files
 
 
 def keep_access(files: Files, fd: int, access: Access, path: Path) -> None:
-    """Give the new file `fd`, which is to take the place of `path`, what that has. LogAccessError
-    if that cannot be done.
+    """Give the new file `fd`, which is to replace `path`, the access that `path` has.
+
+    LogAccessError if that is not permitted.
     """
     try:
         files.set_access(fd, access)
     except PermissionError as error:
         reason = (
-            f"a new file in its place cannot be given owner {access.uid}, group {access.gid},"
+            f"its replacement cannot be given owner {access.uid}, group {access.gid},"
             f" mode {access.mode:04o} and its other attributes ({error.strerror})"
         )
         raise LogAccessError(path, reason) from error
 
 
 def side_mode(source: Access, *, same_group: bool, umask: int) -> int:
-    """The mode of a file that is to be no wider than `source`, for a file without an access list."""
+    """The widest mode, without an access list, that admits nobody whom `source` keeps out."""
     group, others = source.mode & 0o060 & ~umask, source.mode & 0o006 & ~umask
-    if source.acl is not None:  # the group's bits are a mask, and anyone may be denied by name
+    if source.acl is not None:  # the group bits are a mask, and the list may deny anyone by name
         return 0o600
-    if not same_group:  # who was in the group is among the others
+    if not same_group:  # members of the source's group now count as others
         return 0o600 | (others & source.mode >> 3)
     return 0o600 | group | others
 
 
 def narrow(files: Files, fd: int, source: Access, *, directory: bool = False) -> None:
-    """Make the new file or directory `fd`, which holds what `source` holds, no wider than it."""
+    """Let the new file or directory `fd`, a copy of what `source` protects, admit nobody else."""
     own = files.access(fd)
     umask = process_umask()
     wanted = []
@@ -58,10 +57,11 @@ def narrow(files: Files, fd: int, source: Access, *, directory: bool = False) ->
 
 
 def share(files: Files, fd: int, source: Access, *, writers_only: bool) -> None:
-    """Let in to the side file `fd` those who may use the log, or, with `writers_only`, those who
-    may write it.
+    """Let those who may use the log use the side file `fd`; with `writers_only`, those who may
+    write the log.
 
-    Whoever owns it: a log that root has opened once must stay one that its owner can open.
+    Its owner becomes the log's owner, if permitted: after root has opened a log once, the log's
+    owner must still be able to open it.
     """
     own = files.access(fd)
     mode = source.mode & 0o666
@@ -89,9 +89,7 @@ def _first_possible(files: Files, fd: int, own: Access, wanted: list[Access]) ->
 
 
 def process_umask() -> int:
-    """The umask of this process. Linux tells it; elsewhere it is exchanged for a stricter one for a
-    moment.
-    """
+    """The umask of this process. Linux reports it; elsewhere a stricter one is set for a moment."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             for line in status:

@@ -1,4 +1,4 @@
-"""What a log still tells of the past: its batches since a cursor, or after a number."""
+"""The batches that a log still holds after a cursor, or after a sequence."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 def batches_since(
     fold: FoldSnapshot, cursor: WatchCursor
 ) -> Iterator[tuple[int, DecodedBatch]] | None:
-    """The batches that lead from `cursor` to `fold`, with their sequences, from the file that `fold` has its base in.
+    """The batches from `cursor` to `fold`, with their sequences, read from the file of `fold`'s
+    base.
 
-    They begin behind the first batch that stands at `cursor`. None if neither a batch behind the base, nor the base, stands
-    there. Cost: reads the file, up to the cursor at once, and the rest step by step.
+    They start after the first batch whose cursor is `cursor`. None if neither the base nor a batch
+    after it has that cursor. CorruptLogError if the file is damaged. Cost: reads the file up to the
+    cursor at once, and the rest as the iterator is consumed.
     """
     handle = fold.source
     if handle is None:
@@ -36,18 +38,18 @@ def batches_since(
     try:
         head = read_own_head(handle)
     except InvalidFormatError:
-        return None  # the other format has no chain to go back by
+        return None  # only foldlog's own format has sequences to resume by
     size = handle.files.fstat(handle.fd).st_size
     chain = Chain.start(head)
     try:
         for frame, body in read_frames(handle, head, chain, size):
             if frame.kind == KIND_BASE_END and _base_cursor(frame, body) == cursor:
-                return _batches_behind(handle, head, chain.after(frame), size, frame.seq, fold.seq)
+                return _batches_after(handle, head, chain.after(frame), size, frame.seq, fold.seq)
             if frame.kind == KIND_BATCHES:
                 batches = decoded(frame, body)
                 for seq, batch in enumerate(batches, chain.seq + 1):
                     if batch.cursor == cursor and seq <= fold.seq:
-                        return _batches_behind(handle, head, chain, size, seq, fold.seq)
+                        return _batches_after(handle, head, chain, size, seq, fold.seq)
             chain = chain.after(frame)
             if frame.kind != KIND_LEAF and chain.seq >= fold.seq:
                 break
@@ -56,10 +58,10 @@ def batches_since(
     return None
 
 
-def _batches_behind(
+def _batches_after(
     handle: ReadHandle, head: FileHead, chain: Chain, size: int, seq: int, last_seq: int
 ) -> Iterator[tuple[int, DecodedBatch]]:
-    """The batches behind number `seq`, up to `last_seq`, from the frames behind `chain`."""
+    """The batches after batch `seq`, up to `last_seq`, from the frames after `chain`."""
     if chain.seq >= last_seq:
         return
     try:
@@ -82,7 +84,7 @@ def _base_cursor(frame: FrameHead, body: memoryview) -> WatchCursor:
 
 
 def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
-    """The batches of a BATCHES frame. BadFrame if they do not decode."""
+    """The batches of a BATCHES frame. BadFrame if they cannot be decoded."""
     try:
         return decode_batches(body, frame.batches)
     except Undecodable as error:
@@ -90,7 +92,10 @@ def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
 
 
 def batches_after_seq(fold: FoldSnapshot, seq: int) -> Iterator[tuple[int, DecodedBatch]] | None:
-    """The batches after number `seq` up to `fold`, as `batches_since`. None if the log was compacted past them."""
+    """The batches after batch `seq`, up to `fold`: see `batches_since`.
+
+    None if a compaction has removed some of them.
+    """
     handle = fold.source
     if seq == fold.seq:
         return iter(())
@@ -100,4 +105,4 @@ def batches_after_seq(fold: FoldSnapshot, seq: int) -> Iterator[tuple[int, Decod
     if seq < head.base_seq:
         return None
     size = handle.files.fstat(handle.fd).st_size
-    return _batches_behind(handle, head, Chain.start(head), size, seq, fold.seq)
+    return _batches_after(handle, head, Chain.start(head), size, seq, fold.seq)

@@ -1,6 +1,7 @@
-"""The one seam to the file system. Every file operation of foldlog crosses it, so that a fault can be put anywhere.
+"""The one seam to the file system. All file I/O crosses it, so that any call can be made to fail.
 
-`Files` is the real thing and the interface at once: `foldlog.testing` derives the doubles that fail, count and crash.
+`Files` is both the real implementation and the interface: `foldlog.testing` derives test doubles
+that fail, count and crash.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import NamedTuple
 
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
 ACL = "system.posix_acl_access"
-# The kernel's `struct flock` on 64-bit Linux: type, whence, start, length, pid. Only there can a
-# mark be looked at.
+# The kernel's `struct flock` on 64-bit Linux: type, whence, start, length, pid. Only there can
+# `marked` see a mark.
 _FLOCK = struct.Struct("@hhqqi4x")
 _MARKS = sys.platform == "linux" and sys.maxsize > 2**32 and hasattr(fcntl, "F_OFD_SETLK")
 
@@ -32,42 +33,45 @@ class Access(NamedTuple):
     mode: int
     """The permission bits, with set-user-id, set-group-id and sticky."""
     attributes: tuple[tuple[str, bytes], ...]
-    """By name: the access list, where there is one, and the attributes of users (`user.*`)."""
+    """(name, value) of the access list, if there is one, and of the user attributes (`user.*`)."""
 
     @property
     def acl(self) -> bytes | None:
-        """The access list, as the kernel gives it; None if the mode tells all."""
+        """The access list, in the kernel's encoding; None if there is only the mode."""
         return dict(self.attributes).get(ACL)
 
     def of_acl(self) -> Iterator[tuple[str, bytes]]:
-        """The attributes without those of users."""
+        """The access list as an attribute, without the user attributes."""
         return (item for item in self.attributes if item[0] == ACL)
 
 
 class Files:
-    """The operating system's files. OSError passes through, unless a method says otherwise."""
+    """The operating system's files. OSError passes through unless a method says otherwise."""
 
     def open_read(self, path: Path) -> int:
-        """A descriptor to read the regular file at `path`; OSError for a folder, pipe or device, without hanging on it."""
+        """Open the regular file at `path` for reading. Returns a descriptor.
+
+        OSError for a directory, pipe or device; never hangs on one.
+        """
         return self._regular(path, os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS))
 
     def open_write(self, path: Path) -> int:
-        """A descriptor to read and write the regular file at `path`. OSError for a link, too."""
+        """Open the regular file at `path` for reading and writing. OSError also for a link."""
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | _FLAGS
         return self._regular(path, os.open(path, flags))
 
     def open_side(self, path: Path, *, write: bool = False) -> int:
-        """A descriptor of the file at `path` that foldlog keeps beside a log, to read (and write).
+        """Open a file that foldlog keeps beside a log, for reading, or for both with `write`.
+
         OSError for a link.
         """
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NONBLOCK | os.O_NOFOLLOW | _FLAGS
         return self._regular(path, os.open(path, flags))
 
     def create(self, path: Path, *, exclusive: bool = False, mode: int = 0o666) -> int:
-        """A descriptor to read and write a file that is empty now. With `exclusive`, it must not
-        have existed.
+        """Create or empty a file, and open it for reading and writing.
 
-        A new file has `mode`, without what the umask takes.
+        With `exclusive`, FileExistsError if it exists. A new file has `mode`, less the umask.
         """
         flags = (
             os.O_RDWR
@@ -88,32 +92,31 @@ class Files:
         return fd
 
     def open_dir(self, name: str | Path, dir_fd: int | None = None) -> int:
-        """A descriptor of a folder, under `dir_fd` if given. OSError for a link."""
+        """Open a directory, relative to `dir_fd` if given. OSError for a link."""
         return os.open(
             name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd
         )
 
     def open_at(self, name: str, dir_fd: int) -> int:
-        """A descriptor to read `name` in the folder `dir_fd`, without following a link or hanging on a pipe."""
+        """Open `name` in the directory `dir_fd` for reading. Follows no link; hangs on no pipe."""
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | _FLAGS, dir_fd=dir_fd)
 
     def list_dir(self, fd: int) -> list[str]:
-        """The names in an open folder."""
+        """The names in an open directory."""
         return os.listdir(fd)
 
     def close(self, fd: int) -> None:
         os.close(fd)
 
     def read(self, fd: int, size: int, offset: int) -> bytes:
-        """Up to `size` bytes from `offset`: fewer only at the end of the file or by chance."""
+        """Up to `size` bytes from `offset`. A short read may happen before the end of the file."""
         return os.pread(fd, size, offset)
 
     def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
 
     def data_after(self, fd: int, offset: int) -> int | None:
-        """Where, from `offset` on, the file may hold anything but zeros: holes are passed over.
-        None: nowhere."""
+        """The first offset from `offset` on outside a hole; None if only a hole is left."""
         try:
             return os.lseek(fd, offset, os.SEEK_DATA)
         except AttributeError:
@@ -122,11 +125,11 @@ class Files:
             if error.errno == errno.ENXIO:
                 return None
             if error.errno in (errno.EINVAL, errno.ENOTSUP):
-                return offset  # a file system that knows of no holes
+                return offset  # a file system without holes
             raise
 
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
-        """Write at `offset`; returns how many bytes were taken, which may be fewer."""
+        """Write at `offset`. Returns the number of bytes written, which may be fewer than given."""
         return os.pwrite(fd, data, offset)
 
     def truncate(self, fd: int, size: int) -> None:
@@ -140,13 +143,13 @@ class Files:
         os.replace(source, dest)
 
     def rename_new(self, source: Path, dest: Path) -> None:
-        """Rename a folder to a name that is free. FileExistsError if it is not."""
+        """Rename a directory to a free name. FileExistsError if the name is taken."""
         if os.path.lexists(dest):
             raise FileExistsError(errno.EEXIST, "exists", str(dest))
-        os.rename(source, dest)  # a folder made there meanwhile is only replaced while it is empty
+        os.rename(source, dest)  # replaces a directory created meanwhile only if that is empty
 
     def link_new(self, source: Path, dest: Path) -> None:
-        """Give a file a second name that is free, atomically. FileExistsError if it is not."""
+        """Give a file a second name, atomically. FileExistsError if the name is taken."""
         os.link(source, dest)
 
     def unlink(self, path: Path) -> None:
@@ -156,9 +159,10 @@ class Files:
         os.mkdir(path, mode)
 
     def sync_dir(self, path: Path, opened: int | None = None) -> None:
-        """Make the names in a folder durable. A file system that cannot sync folders (EINVAL) is taken as it is.
+        """Make the names in a directory durable, if the file system can (no EINVAL).
 
-        `opened`: a descriptor of it, for where one must not be wanting. It stays open.
+        `opened`: a descriptor of it, for callers that cannot risk running out of descriptors; it
+        stays open.
         """
         fd = (
             os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if opened is None else opened
@@ -173,15 +177,16 @@ class Files:
                 os.close(fd)
 
     def stat(self, path: str | Path, *, follow: bool = True) -> os.stat_result:
-        """What has this name; without `follow`, of a link itself."""
+        """The status of the file at `path`; without `follow`, of a link itself."""
         return os.stat(path, follow_symlinks=follow)
 
     def fstat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 
     def lock(self, fd: int, *, shared: bool = False) -> bool:
-        """Take the exclusive (or a shared) lock of an open file, without waiting. False if another
-        descriptor is in the way.
+        """Take the exclusive (or a shared) lock of an open file, without waiting.
+
+        False if another descriptor holds a conflicting lock.
         """
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -192,12 +197,13 @@ class Files:
         return True
 
     def unlock(self, fd: int) -> None:
-        """Give the lock of an open file back."""
+        """Release the lock of an open file."""
         fcntl.flock(fd, fcntl.LOCK_UN)
 
     def mark(self, fd: int) -> None:
-        """Mark an open file as held by a writer, until the descriptor is closed. Best effort: a
-        help to `marked`.
+        """Mark an open file as held by a writer until the descriptor is closed, for `marked`.
+
+        Best effort.
         """
         if _MARKS:
             wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
@@ -205,8 +211,9 @@ class Files:
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
 
     def marked(self, fd: int) -> bool | None:
-        """Whether another descriptor's `mark` is on the file. Takes no lock. None where the system
-        cannot tell.
+        """True if another descriptor has put a `mark` on the file; None if the system cannot tell.
+
+        Takes no lock.
         """
         if not _MARKS:
             return None
@@ -229,7 +236,7 @@ class Files:
         return Access(info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode), kept)
 
     def set_access(self, fd: int, access: Access) -> None:
-        """Let `access` say who may use an open file. PermissionError if it cannot be had exactly."""
+        """Set who may use an open file. PermissionError unless the result is exactly `access`."""
         have = self.access(fd)
         try:
             if have[:2] != access[:2]:
@@ -238,16 +245,16 @@ class Files:
                 os.removexattr(fd, name)
             for name, value in set(access.attributes) - set(have.attributes):
                 os.setxattr(fd, name, value)
-            os.fchmod(fd, access.mode)  # last: a change of the owner takes bits away
+            os.fchmod(fd, access.mode)  # last: a change of owner clears mode bits
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES):
                 raise
             raise PermissionError(errno.EPERM, error.strerror) from error
         if self.access(fd) != access:
-            raise PermissionError(errno.EPERM, "the file system does not keep it")
+            raise PermissionError(errno.EPERM, "the file system does not store it")
 
     def exists(self, path: Path) -> bool:
-        """Whether anything, a dangling link included, has this name."""
+        """True if anything has this name, even a dangling link."""
         return os.path.lexists(path)
 
 
@@ -255,7 +262,7 @@ OS_FILES = Files()
 
 
 def write_all(files: Files, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`, through short writes."""
+    """Write all of `data` at `offset`, resuming after short writes."""
     done = files.write(fd, data, offset)  # type: ignore[arg-type]
     if done == len(data):
         return
@@ -268,7 +275,7 @@ def write_all(files: Files, fd: int, data: bytes | bytearray | memoryview, offse
 
 
 def read_all(files: Files, fd: int, size: int, offset: int) -> bytes:
-    """Exactly `size` bytes from `offset`. EOFError if the file ends before."""
+    """Exactly `size` bytes from `offset`. EOFError if the file is shorter."""
     data = files.read(fd, size, offset)
     if len(data) == size:
         return data
@@ -277,20 +284,23 @@ def read_all(files: Files, fd: int, size: int, offset: int) -> bytes:
     while have < size:
         data = files.read(fd, size - have, offset + have)
         if not data:
-            raise EOFError(f"the file ends {size - have} bytes before it should")
+            raise EOFError(f"the file ends {size - have} bytes too early")
         parts.append(data)
         have += len(data)
     return b"".join(parts)
 
 
 def remove_quietly(files: Files, path: Path) -> None:
-    """Remove a file that may be gone already, where failing to is harmless."""
+    """Remove a file that may be gone already, where a failure is harmless."""
     with contextlib.suppress(OSError):
         files.unlink(path)
 
 
 class Retiring:
-    """A descriptor that is closed once, whatever interrupts that: the number may be another's by the second try."""
+    """Closes a descriptor exactly once, even if `close` is interrupted and called again.
+
+    By the second call the number may belong to another file; it is closed only if it does not.
+    """
 
     def __init__(self, files: Files, fd: int) -> None:
         self._files, self._fd = files, fd
@@ -317,29 +327,29 @@ class Retiring:
 
 
 class ReadHandle:
-    """A file open for reading, shared by all who read from it, closed when the last of them is gone."""
+    """A file open for reading, shared by all its readers; closed when the last of them is gone."""
 
     __slots__ = ("__weakref__", "fd", "files", "path")
 
     def __init__(self, files: Files, path: Path) -> None:
-        self.fd = -1  # so that __del__ has one, should opening fail
+        self.fd = -1  # for __del__, if opening fails
         self.files, self.path = files, path
         self.fd = files.open_read(path)
 
     def read(self, size: int, offset: int) -> bytes:
-        """Exactly `size` bytes from `offset`. EOFError if the file ends before."""
+        """Exactly `size` bytes from `offset`. EOFError if the file is shorter."""
         return read_all(self.files, self.fd, size, offset)
 
     def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:  # an interrupt may come before it has one
+        if getattr(self, "fd", -1) >= 0:  # an interrupt may come before `fd` is set
             with contextlib.suppress(OSError):
                 self.files.close(self.fd)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a log, links followed. FileNotFoundError for a link that leads nowhere."""
+    """The absolute path of a log, with links followed. FileNotFoundError for a dangling link."""
     given = Path(os.fsdecode(path) if isinstance(path, bytes) else path)
     real = Path(os.path.realpath(given))
     if given.is_symlink() and not real.exists():
-        raise FileNotFoundError(2, "the link leads nowhere", str(given))
+        raise FileNotFoundError(errno.ENOENT, "a dangling link", str(given))
     return real

@@ -1,18 +1,16 @@
-"""One writer per log: a lock on a file beside it, and a note that remembers how far the log was
-known to be synced.
+"""One writer per log: a lock file beside it, and a note of how far the log is known to be synced.
 
-The lock is the operating system's (`flock`), on `LOG.foldlog-lock`, which is never renamed, and
-removed only by an open that made it and failed: a lock on the log itself would be lost when
-compaction replaces it. It goes with the process that holds it, however that ends. Only those who
+The lock is an `flock` on `LOG.foldlog-lock`. That file is never renamed, and is removed only by an
+open that created it and then failed. A lock on the log itself would be lost when a compaction
+replaces the log. The lock ends with the process that holds it, however that ends. Only those who
 may write the log can open the lock file, so that nobody else can lock a writer out.
 
-The note, `LOG.foldlog-note`, can be read by all who can read the log (`note.py` has its bytes). A
-log that ends before its watermark was cut at the boundary of a frame, which nothing inside the log
-could show.
+The note, `LOG.foldlog-note`, can be read by all who can read the log; its bytes are in `note.py`.
+A log that ends before the note's watermark was cut at a frame boundary, which nothing inside the
+log can show.
 
-A name is not a file: another program may have taken these names, with a file, a link or a pipe.
-Whatever is not foldlog's own is refused by name, with ForeignFileError, and not written to; no link
-is followed.
+Another program may have taken these names, with a file, a link or a pipe. What is not foldlog's own
+raises ForeignFileError and is not written to; no link is followed.
 """
 
 from __future__ import annotations
@@ -59,7 +57,7 @@ _PRIVATE = 0o600
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """The name of a companion of the log: LOG.suffix."""
+    """The path of a file beside the log: LOG.suffix."""
     return path.with_name(f"{path.name}.{suffix}")
 
 
@@ -74,16 +72,15 @@ def note_path(path: Path) -> Path:
 
 
 def temporary(path: Path) -> Path:
-    """A name for a new file that is to take the log's place, or to become it."""
+    """A name for a new file that is to become the log, or to replace it."""
     return beside(path, "tmp-" + secrets.token_hex(4))
 
 
 def sweep_temporaries(files: Files, path: Path, beginnings: tuple[bytes, ...]) -> None:
-    """Remove what rewrites of dead processes left. Only for the holder of the lock: nobody else may
-    have any under way.
+    """Remove temporary files that rewrites of dead processes left.
 
-    Only regular files go, and of these only what is empty or begins as a log does: with one of
-    `beginnings`, or with zeros.
+    Call it only with the lock held, so that no rewrite is under way. Removes only regular files
+    that are empty, or begin as a log does: with one of `beginnings`, or with zeros.
     """
     pattern = re.compile(re.escape(path.name) + r"\.tmp-[0-9a-f]{8}")
     fd = files.open_dir(path.parent)
@@ -107,11 +104,9 @@ def _begins_with(files: Files, path: Path, beginnings: tuple[bytes, ...]) -> boo
 
 
 def read_note(files: Files, path: Path) -> Note | None:
-    """The note of the log at `path`, for those who only read: None if there is none, or none that
-    is valid.
+    """The note of the log at `path`, for readers. None if there is none, or it is not valid.
 
-    A note that was copied with its directory tells where the original was, and not the copy: that
-    is None, too.
+    None also for a note that was copied with its directory: it describes the original log.
     """
     try:
         files.stat(note_path(path))  # most logs that are only read have none
@@ -128,21 +123,21 @@ def read_note(files: Files, path: Path) -> Note | None:
 
 
 class Writing(NamedTuple):
-    """Whether somebody writes a log."""
+    """Whether a log has a writer."""
 
     locked: bool | None
-    """None if it cannot be told."""
+    """None if that is not known."""
     pid: int | None
+    """Of the writer, if that is known and its pid means the same process here."""
     holder: str
-    """Who it is, if that is known and is no process of ours."""
+    """The writer in words, if it is known but `pid` is not; else ""."""
 
 
 def writer_of(files: Files, path: Path) -> Writing:
-    """Whether a writer has the log at `path` open, and who. Takes no lock on systems that can tell
-    without one.
+    """Whether a writer has the log at `path` open, and which.
 
-    Elsewhere a shared lock is taken and given back within microseconds, which an opening writer
-    waits for.
+    Takes no lock on systems that can tell without one. Elsewhere it takes a shared lock and
+    releases it within microseconds; a writer that opens the log meanwhile waits for that.
     """
     try:
         fd = files.open_side(note_path(path))
@@ -176,16 +171,16 @@ def _is_locked(files: Files, path: Path) -> bool | None:
 
 
 def lock_log(files: Files, fd: int) -> bool:
-    """Lock a log file itself, against writers that know it by another name. False if one has it.
+    """Lock a log file itself, against writers that open it by another name. False if one has it.
 
-    Whoever may read a log can hold a shared lock on it. That keeps no writer out, unless the file
-    does have another name.
+    Anyone who may read a log can hold a shared lock on it. That does not keep a writer out, unless
+    the file really has another name.
     """
     return files.lock(fd) or (files.fstat(fd).st_nlink == 1 and files.lock(fd, shared=True))
 
 
 class _Kept(NamedTuple):
-    """What the note says besides its holder."""
+    """The note's content besides its holder."""
 
     inode: int
     watermark: Watermark | None
@@ -196,29 +191,30 @@ class WriterLock:
     """The right to write the log at `path`, until `release` or the end of the process."""
 
     def __init__(self, files: Files, path: Path) -> None:
-        """Take the lock, at once. StoreLocked if a writer has it; ForeignFileError if a name beside
-        the log is taken.
+        """Take the lock without waiting for another writer.
+
+        StoreLocked if one has it; ForeignFileError if another program's file has the lock's or the
+        note's name.
         """
         self._files, self.path = files, path
         self._fd = self._note_fd = -1
         self._log_access: Access | None = None
         self._made: list[tuple[Path, int]] = []
-        """What this object made, and is to remove if the log is not opened after all."""
+        """(path, descriptor) of files created here, to be removed if the open fails."""
         self._retiring: list[Retiring] = []
         self._counter = itertools.count(1)
         self._holder = this_process()
-        self.folder = _identity(files.stat(path.parent))
-        """(device, inode) of the directory."""
+        self.directory = _identity(files.stat(path.parent))
+        """(device, inode) of the log's directory."""
         self.copied = False
-        """The note is a copy: somebody copied the directory, perhaps while the log was written."""
+        """True if the note is a copy: the directory was copied, perhaps during a write."""
         try:
             self._take()
             note = self._open_note()
             self.copied = note is not None and note.inode != self._note_inode
             if note is not None:
                 self._counter = itertools.count(note.counter + 1)
-            # Replaced whole, by any thread. Until `keep`, all of a copied note stays as it is, but
-            # for the holder.
+            # Replaced whole, by any thread. Until `keep`, only the holder of a copied note changes.
             self._kept = _Kept(
                 note.inode if note is not None else self._note_inode,
                 note.watermark if note is not None else None,
@@ -232,29 +228,27 @@ class WriterLock:
 
     @property
     def watermark(self) -> Watermark | None:
-        """What the note remembers: of this log, unless the note is `copied`."""
+        """The note's watermark: this log's, unless the note is `copied`."""
         return self._kept.watermark
 
     def is_poisoned(self, inode: int) -> bool:
-        """Whether an fsync of the log file with this inode failed in an earlier process."""
+        """True if an fsync of the log file with this inode failed in an earlier process."""
         return not self.copied and self._kept.poisoned == inode
 
     def write(self, watermark: Watermark | None) -> None:
-        """Note this process and the watermark. Best effort, not synced."""
+        """Write this process and `watermark` to the note. Not synced."""
         self._kept = self._kept._replace(watermark=watermark)
         self._write_note()
 
     def write_poison(self, inode: int | None) -> None:
-        """Note that an fsync of the log file with this inode failed. None: it matters no more."""
+        """Note that an fsync of the log file with this inode failed; None clears that."""
         self._kept = self._kept._replace(poisoned=inode)
         self._write_note()
 
     def keep(self, log_fd: int) -> None:
-        """The log is open: what was made beside it stays from now on, and a copied note becomes
-        this log's own.
+        """The log is open: keep the files created beside it, and adopt a copied note.
 
-        Lock and note let in who may use the log, as far as that can be had: nothing in them is as
-        secret as the log.
+        Gives those who may use the log access to the lock and the note, as far as permitted.
         """
         self._log_access = self._files.access(log_fd)
         self._share()
@@ -263,17 +257,16 @@ class WriterLock:
             self._write_note()
             self.copied = False
         elif self._kept.poisoned != self._files.fstat(log_fd).st_ino:
-            self._kept = self._kept._replace(poisoned=None)  # of a file that was replaced
+            self._kept = self._kept._replace(poisoned=None)  # that file was replaced
         self._made = []
 
     def confirm(self) -> None:
-        """Make sure that nobody else can hold this log's lock: if the lock file was deleted, it is
-        made and locked anew.
+        """Make sure that nobody else can take this log's lock; recreate a deleted lock file.
 
-        LogChangedError if another writer was faster, or if the directory is another by now. Cost:
-        three `stat`, 5 us.
+        LogChangedError if another writer was faster, or if the directory was replaced. Cost: three
+        `stat` calls, 5 us.
         """
-        self.check_folder()
+        self.check_directory()
         if self.is_in_place():
             return
         lost, self._fd = self._fd, -1
@@ -292,25 +285,24 @@ class WriterLock:
         self._restore_note()
 
     def is_in_place(self) -> bool:
-        """Whether the lock file's name leads to the file that is locked. One `stat`; any thread may
-        ask.
-        """
+        """True if the lock file still has its name. Any thread may call it. Cost: one `stat`."""
         return self._leads_to(lock_path(self.path), self._identity)
 
-    def check_folder(self) -> None:
+    def check_directory(self) -> None:
         """LogChangedError if the log's directory was moved, deleted, unmounted or mounted over."""
         try:
-            folder = _identity(self._files.stat(self.path.parent))
+            directory = _identity(self._files.stat(self.path.parent))
         except (FileNotFoundError, NotADirectoryError):
-            folder = None
-        if folder != self.folder:
+            directory = None
+        if directory != self.directory:
             raise LogChangedError(
                 self.path, "its directory was moved, deleted or unmounted while it was open"
             )
 
     def release(self) -> None:
-        """Give the lock back. What was made for a log that was not opened is removed first, while
-        the lock is held. Can be done again if it was interrupted.
+        """Release the lock. If the log was not opened, first remove the files created for it.
+
+        Call it again if it was interrupted.
         """
         for path, fd in self._made:
             with contextlib.suppress(OSError):
@@ -351,7 +343,7 @@ class WriterLock:
             except BaseException:
                 self._files.close(fd)
                 raise
-            self._files.close(fd)  # deleted between opening and locking: its lock is worth nothing
+            self._files.close(fd)  # deleted between opening and locking: its lock protects nothing
         self._fd, self._identity = fd, identity
         if made:
             self._made.append((path, fd))
@@ -362,7 +354,7 @@ class WriterLock:
         if self._files.lock(fd, shared=True):
             name = lock_path(self.path).name
             return StoreLocked(
-                self.path, None, f"a program that is no writer and has locked {name}"
+                self.path, None, f"a program that is not a writer and has locked {name}"
             )
         note = read_note(self._files, self.path)
         return StoreLocked(self.path, *describe_holder(note and note.holder, self._holder))
@@ -375,8 +367,9 @@ class WriterLock:
         return _identity(there) == identity
 
     def _open(self, path: Path, magic: bytes, size: int) -> tuple[int, bool]:
-        """Open or make a side file. Returns the descriptor, and whether it was made.
-        ForeignFileError for a stranger's.
+        """Open or create a side file. Returns its descriptor, and True if it was created.
+
+        ForeignFileError if it is not foldlog's own.
         """
         while True:
             with contextlib.suppress(FileExistsError):
@@ -391,9 +384,9 @@ class WriterLock:
                 raise
             try:
                 if self._files.fstat(fd).st_nlink > 1:
-                    raise ForeignFileError(path, _foreign("has a second name, a hard link"))
+                    raise ForeignFileError(path, _foreign("has another name, a hard link"))
                 if not is_own(self._files.read(fd, size + 1, 0), magic, size):
-                    raise ForeignFileError(path, _foreign("holds something else"))
+                    raise ForeignFileError(path, _foreign("was not written by foldlog"))
             except BaseException:
                 self._files.close(fd)
                 raise
@@ -412,7 +405,7 @@ class WriterLock:
         return parse_note(self._files.read(fd, NOTE_BYTES, 0))
 
     def _restore_note(self) -> None:
-        """Where the note went with the lock file, a new one goes on. Best effort: it is a help."""
+        """Create the note anew if it was deleted with the lock file. Best effort."""
         lost = self._note_fd
         if self._leads_to(note_path(self.path), _identity(self._files.fstat(lost))):
             return
@@ -436,17 +429,18 @@ class WriterLock:
             kept = self._kept
             note = Note(self._holder, *kept, next(self._counter))
             write_all(self._files, self._note_fd, pack_slot(note), note.counter % 2 * SLOT_BYTES)
-            if self._kept is kept:  # else another thread has changed it, and may have been faster
+            if self._kept is kept:  # else another thread changed it, and may have written first
                 return
 
 
 def _foreign(what: str) -> str:
-    return f"{what}, and foldlog needs this name for a file of its own: move it away"
+    return f"{what}, but foldlog needs this name for a file of its own: move it away"
 
 
 def _lock_alone(files: Files, fd: int) -> bool:
-    """Take the exclusive lock. False if another writer has it; a mere reader's lock is waited for,
-    shortly.
+    """Take the exclusive lock. False if another writer has it.
+
+    Waits up to `_READER_WAIT_S` for a reader to release a shared lock.
     """
     give_up = time.monotonic() + _READER_WAIT_S
     while True:

@@ -1,10 +1,11 @@
 """The writer's side of a log: append, sync, close; and what happens when one of them fails.
 
-One `write` a commit group, with no buffer in between. A write that fails or falls short is cut back to the last good byte, and
-the cut is synced, before the error is returned. If that cannot be done, or if an fsync fails, the log is poisoned: the
-kernel may have dropped the pages and call them clean, so that trying again, or replaying the file from the page cache, would
-believe a lie. Nothing is acknowledged through the file again. The fold in memory is whole, and writing it to a new file
-(`rewrite.py`) clears the poison.
+Each commit group is one `write`, unbuffered. A failed or short write is cut back to the last good
+byte, and the cut is synced, before the error is raised. If that fails, or an fsync fails, the log
+is poisoned: the kernel may have dropped the pages and marked them clean, so a retry, or a replay
+from the page cache, would report success for data that is not on disk. Nothing is acknowledged
+through that file again. The fold in memory is intact; writing it to a new file (`rewrite.py`)
+clears the poison.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.note import Watermark
 
 _getframe = sys._getframe
-_ARRAY_HEADER_BYTES = 5  # the most that the array around the items takes
+_ARRAY_HEADER_BYTES = 5  # at most: the header of the array around the items
 
 
 class Log:
-    """A log that this process writes, under its lock."""
+    """A log that this process writes, with the writer's lock held."""
 
     def __init__(
         self, files: Files, path: Path, lock: WriterLock, file: LogFile, *, sync_each: bool = False
@@ -50,47 +51,44 @@ class Log:
         self.poison: str | None = None
         self.synced_seq = file.position.synced_seq
         """The last batch that is known to survive a power loss."""
-        self._synced_offset = -1  # where the file ended at the last sync
+        self._synced_offset = -1  # the end of the file at the last sync
         self._lock = lock
         self._path = os.fspath(path)
         self._inode = self.identity(file.fd)
         self._access = files.access(file.fd)  # as it was last seen
         self._codec = file.format.codec(file.header, sync_each=sync_each)
         self._session = file.session
-        self._leftover_bytes = (
-            0  # what a failed write may have left at the end, where it could not be cut off
-        )
+        # Bytes that a failed write may have left at the end, if it could not be cut back.
+        self._leftover_bytes = 0
         self._successor: tuple[tuple[int, int], LogFile] | None = None
-        # Whose turn it is with the file: it is synced from any thread, and not exchanged or closed under the fsync.
+        # Any thread may sync the file. It is not replaced or closed during an fsync.
         self._turns = Turns()
         self.closed = False
         self._released = False
-        self._half_written = (
-            False  # there may be more in the file than the chain says: `_undo` mends it
-        )
+        self._half_written = False  # the file may be longer than `position`: `_undo` cuts it back
         self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
         self._retiring: list[Retiring] | None = None
         self._forked = False
         tell_after_fork(self, Rank.ENGINE)
 
     def identity(self, fd: int) -> tuple[int, int]:
-        """What tells a file from another under the same name."""
+        """(device, inode): tells apart files that have had the same name."""
         stat = self.files.fstat(fd)
         return stat.st_dev, stat.st_ino
 
     @property
     def appended_bytes(self) -> int:
-        """Bytes behind the base."""
+        """Bytes after the base."""
         return self.position.offset - self.file.base_end
 
     @property
     def is_compact(self) -> bool:
-        """Whether nothing of meaning stands behind the base, and the file may be relied on."""
+        """True if no batch follows the base, and the log is not poisoned."""
         file = self.file
         return self.poison is None and file.format.is_compact(file, self.position)
 
     def here(self) -> tuple[LogFile, int]:
-        """The file and where it ends, of one moment. Any thread may ask."""
+        """The file and its end, consistent with each other. Any thread may call it."""
         try:
             self._turns.enter(_getframe())
             return self.file, self.position.offset
@@ -98,7 +96,7 @@ class Log:
             self._turns.leave(_getframe())
 
     def check_usable(self) -> None:
-        """Raise unless the log can be written: StoreClosed, ForkedStore or LogPoisonedError."""
+        """StoreClosed, ForkedStore or LogPoisonedError unless the log can be written."""
         if self._forked:
             raise ForkedStore(
                 f"{self.path} was opened before this process was forked from its writer"
@@ -109,7 +107,10 @@ class Log:
             raise LogPoisonedError(self.path, self.poison)
 
     def check_unchanged(self) -> None:
-        """LogChangedError if the path leads to another file by now, or the file has another size. One `stat`, 1.5 us."""
+        """LogChangedError if the path leads to another file, or the file's size is not as expected.
+
+        Cost: one `stat`, 1.5 us.
+        """
         try:
             stat = self.files.stat(self._path)
         except (FileNotFoundError, NotADirectoryError):
@@ -123,36 +124,33 @@ class Log:
         if size != self.position.offset:
             raise LogChangedError(
                 self.path,
-                f"has {size} bytes, expected {self.position.offset}: someone else wrote to it",
+                f"has {size} bytes, expected {self.position.offset}: another program changed it",
             )
 
     def access(self) -> Access:
-        """Who may use the log's file: as it is, or as it was when the log was closed. For the
-        writer's thread.
-        """
+        """Who may use the log's file, now or when the log was closed. Writer's thread only."""
         if self.file.fd >= 0:
             self._access = self.files.access(self.file.fd)
         return self._access
 
     def was_deleted(self) -> bool:
-        """Whether nothing has the log's name, in the directory where it was. LogChangedError if
-        that is another by now.
-        """
-        self._lock.check_folder()
+        """True if nothing has the log's name. LogChangedError if its directory was replaced."""
+        self._lock.check_directory()
         return not self.files.exists(self.path)
 
     def confirm_lock(self) -> None:
-        """Make sure that the lock file is ours still, unless the log itself is not: see
-        `WriterLock.confirm`.
+        """Make sure that the lock file is still ours: see `WriterLock.confirm`.
 
-        LogChangedError if either is another's. For the writer's thread.
+        LogChangedError if it is not, or if the log's path leads to another file. Writer's thread
+        only.
         """
-        self._own_stat()  # or the lock file may be that of whoever came after us
+        self._own_stat()  # if the log was replaced, the lock file may be its writer's
         self._lock.confirm()
 
     def _own_stat(self) -> os.stat_result | None:
-        """What has the log's name, if that is the log's own file; None if nothing has.
-        LogChangedError for anything else.
+        """The status of the log's own file under its name; None if nothing has the name.
+
+        LogChangedError if another file has it.
         """
         try:
             there = self.files.stat(self._path, follow=False)
@@ -163,7 +161,7 @@ class Log:
         return there
 
     def has_its_lock_file(self) -> bool:
-        """Whether the lock file is still where it was locked. Any thread may ask."""
+        """True if the lock file still has its name. Any thread may call it."""
         return self._lock.is_in_place()
 
     def check_place(self, fd: int) -> bool:
@@ -197,8 +195,8 @@ class Log:
     def append(self, items: Sequence[bytes]) -> None:
         """Write encoded batches as one commit group, in one write.
 
-        On return they survive a killed process. On an error, nothing of them is in the log (or it is poisoned).
-        ValueError for what no reader of the log would take.
+        On return they survive a killed process. On an error none of them is in the log, or the log
+        is poisoned. ValueError for a group over the limits that readers enforce.
         """
         if self._forked or self.closed or self.poison is not None:
             self.check_usable()
@@ -209,7 +207,7 @@ class Log:
                 f"a commit group of {size} bytes is over the limit of {MAX_BODY_BYTES}"
             )
         if self.position.seq + len(items) > U64_MAX:
-            raise FoldlogError(f"{self.path}: the sequence is at its end")
+            raise FoldlogError(f"{self.path}: the sequence is exhausted")
         if self._half_written:
             self._undo("it was interrupted")
         self.check_unchanged()
@@ -218,7 +216,7 @@ class Log:
         self._write(*self._codec.group(items, self.position, self.synced_seq))
 
     def _begin_session(self) -> None:
-        """Say who writes from here on. Opening alone writes nothing: a log that is only read stays as it is."""
+        """Begin this writer's session, before its first group. Opening alone writes nothing."""
         opening = self._codec.opening(self.position, self.synced_seq)
         if opening is not None:
             self._write(*opening)
@@ -226,39 +224,39 @@ class Log:
         if opening is not None and self.sync_each:
             self.sync()
 
-    def _write(self, data: bytes, behind: Position) -> None:
+    def _write(self, data: bytes, end: Position) -> None:
         position = self.position
         self._half_written = True
         self._leftover_bytes = len(data)
         try:
             write_all(self.files, self.file.fd, data, position.offset)
-            self.position = behind
+            self.position = end
         except BaseException as error:
             if self.position is position:
                 self._undo(error)
             raise
         finally:
-            if self.position is behind:
+            if self.position is end:
                 self._half_written = False
                 self._leftover_bytes = 0
 
     def _undo(self, error: object) -> None:
-        """Cut a failed write off, for good: later frames must not mix with what it left."""
+        """Cut off a failed write, durably: later frames must not mix with its remains."""
         try:
             self.files.truncate(self.file.fd, self.position.offset)
             self.files.sync(self.file.fd)
         except OSError as second:
             if second.errno is None:
-                raise  # not the system's: a signal handler's TimeoutError, say; it is undone later
+                raise  # not from the system: a signal handler's TimeoutError, say; undone later
             self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
         else:
             self._leftover_bytes = 0
         self._half_written = False
 
     def sync(self) -> None:
-        """Make all that was appended survive a power loss. Any thread may call it beside the writer.
+        """Make all that was appended survive a power loss. Any thread may call it at any time.
 
-        LogPoisonedError if it fails: that is final for this file.
+        LogPoisonedError if it fails: nothing is acknowledged through this file again.
         """
         try:
             self._turns.enter(_getframe())
@@ -274,7 +272,7 @@ class Log:
             self.files.sync(self.file.fd)
         except OSError as error:
             if error.errno is None:
-                raise  # not the system's
+                raise  # not from the system
             self.poison_with(f"fsync failed: {error}")
             raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
         self._note_synced(position)
@@ -286,20 +284,24 @@ class Log:
             self._lock.write(Watermark(self.file.header.log_id, position.seq, position.offset))
 
     def poison_with(self, reason: str) -> None:
-        """Acknowledge nothing through this file any more. A rewrite of the fold into a new file clears it."""
+        """Acknowledge nothing more through this file. A rewrite into a new file clears that."""
         self.poison = reason
-        with contextlib.suppress(OSError):  # for the next process; this one remembers anyway
+        with contextlib.suppress(OSError):  # for the next process only
             self._lock.write_poison(self._inode[1])
 
     def announce(self, file: LogFile | None) -> None:
-        """`file`, complete and synced, is about to take the log's place; None: it did not.
+        """`file`, complete and synced, is about to replace the log's file. None: it did not.
 
-        Should the writer die in between, the file is known, and its descriptor, which has its lock, is closed with the log.
+        If the writer dies in between, `known` recognizes the file, and its descriptor, which is
+        locked, is closed with the log.
         """
         self._successor = None if file is None else (self.identity(file.fd), file)
 
     def known(self, identity: tuple[int, int]) -> Known | None:
-        """What this log knows of the file with this (device, inode), if it is its own. Also when it was abandoned."""
+        """What is known of the file with this (device, inode); None if it is not this log's.
+
+        Works for an abandoned log, too.
+        """
         if identity == self._inode:
             return Known(self.file.header, self.file.base_end)
         if self._successor is not None and identity == self._successor[0]:
@@ -307,9 +309,10 @@ class Log:
         return None
 
     def adopt(self, file: LogFile, inode: tuple[int, int], directory: int | None = None) -> None:
-        """Go on in a rewritten file, which is complete, synced, and is at `path` by now. Clears the poison.
+        """Continue in a rewritten file, which is complete, synced and now at `path`.
 
-        Makes the rename durable, through the open `directory` if there is one; if that fails, the log is poisoned again.
+        Clears the poison. Makes the rename durable, through the open `directory` if given; if that
+        fails, the log is poisoned again.
         """
         try:
             self._turns.enter(_getframe())
@@ -318,7 +321,7 @@ class Log:
             self._turns.leave(_getframe())
 
     def _adopt(self, file: LogFile, inode: tuple[int, int], directory: int | None) -> None:
-        """Each step may be done again: a rewrite that was interrupted after its rename is gone on with."""
+        """Each step can be repeated, for a rewrite that was interrupted after its rename."""
         if self.file is not file:
             self._replaced = self.file
             self.file, self.position = file, file.position
@@ -336,19 +339,22 @@ class Log:
         try:
             self.files.sync_dir(self.path.parent, directory)
         except OSError as error:
-            # The old name may come back after a power loss, and take what is acknowledged from now on with it.
-            self.poison_with(f"syncing the folder failed after a rewrite: {error}")
+            # After a power loss the old file may be back, without what is acknowledged from now on.
+            self.poison_with(f"syncing the directory failed after a rewrite: {error}")
         else:
             self._note_synced(file.position)
         self._successor = None
         if self._replaced is not None:
             retiring = Retiring(self.files, self._replaced.fd)
             self._replaced = None
-            with contextlib.suppress(OSError):  # of a file that has no name any more
+            with contextlib.suppress(OSError):  # the file no longer has a name
                 retiring.close()
 
     def close(self) -> None:
-        """Sync and seal what was appended, and release the lock. Closing twice is fine: the second finishes the first."""
+        """Sync and seal what was appended, and release the lock.
+
+        Closing twice is fine: the second call finishes the first.
+        """
         if self._released:
             return
         try:
@@ -370,14 +376,14 @@ class Log:
         try:
             self.check_unchanged()
         except LogChangedError:
-            return  # there is nothing left to seal; whoever writes next would have been told
+            return  # this is no longer the file at the path: nothing to seal
         seal = self._codec.seal(self.position, self.synced_seq)
         if seal is not None:
             self._write(*seal)
             self.sync()
 
     def release(self) -> None:
-        """Close the descriptors, without a word to the file: after a fork, or behind a crashed writer."""
+        """Close the descriptors and write nothing: after a fork, or after the writer crashed."""
         try:
             self._close_file()
         finally:
@@ -405,7 +411,10 @@ class Log:
                 self._close_file()
 
     def abandon(self, *, keep_lock: bool = False) -> None:
-        """Let go of the log as a killed process would: no sync, no seal. The lock may be kept, to open the log again."""
+        """Close the log as a killed process would: no sync, no seal.
+
+        `keep_lock`: the same process is going to open it again.
+        """
         try:
             self._turns.enter(_getframe())
             if not self._released:

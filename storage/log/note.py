@@ -1,18 +1,16 @@
-"""The note beside a log: who writes it, and how far it was known to be on disk. This module owns
-its bytes.
+"""The note beside a log: its writer, and how far it is known to be synced. Owns the note's bytes.
 
     note := slot slot                                                1,024 bytes
     slot := magic  body  checksum  zeros  magic                      512 bytes, one sector
     body := counter  pid  pid namespace  boot id  host  inode of the note  flags
             log id  sequence  size  inode of the poisoned log
 
-Little-endian; the checksum is CRC-32C over magic and body. A note is written into the slot whose
-turn it is, so that a torn write or damage to one slot leaves the note before it. The valid slot
-with the higher counter counts.
+Little-endian; the checksum is CRC-32C over magic and body. Notes go to the two slots in turn, so
+that a torn write or damage to one slot leaves the previous note. The valid slot with the higher
+counter wins.
 
-A note is a help, not a truth: nothing in it can make a log that is whole be refused, but for a
-watermark with a right checksum. A copy of the note, in a copied directory, is told from the note
-itself by its inode.
+Only a watermark with a valid checksum can make foldlog refuse an undamaged log. A copy of the note,
+in a copied directory, differs from the note itself by its inode.
 """
 
 from __future__ import annotations
@@ -31,9 +29,7 @@ SLOT_BYTES = 512
 NOTE_BYTES = 2 * SLOT_BYTES
 LOCK_MAGIC = b"foldlog lock 1\r\n"
 LOCK_BYTES = 64
-"""The lock file holds its magic four times, so that damage to a part of it does not make it a
-stranger's.
-"""
+"""The lock file holds its magic four times, so that it is recognized even if a part is damaged."""
 
 _BODY = struct.Struct("<16s Q I Q 16s 64s Q B 16s Q Q Q")  # as drawn above, with the magic
 _CRC = struct.Struct("<I")
@@ -42,7 +38,7 @@ _MAX_BOOT_CHARS = 64
 
 
 class Watermark(NamedTuple):
-    """What was on disk for certain, when the note was written."""
+    """What was known to be synced when the note was written."""
 
     log_id: bytes
     seq: int
@@ -50,27 +46,28 @@ class Watermark(NamedTuple):
 
 
 class Holder(NamedTuple):
-    """Who writes the log."""
+    """The process that writes the log."""
 
     pid: int
-    """As its own pid namespace counts."""
+    """In its own pid namespace."""
     pid_namespace: int
-    """Its inode; 0 if the system does not tell."""
+    """The inode of that namespace; 0 if unknown."""
     boot: bytes
-    """The boot id of its machine, 16 bytes; zeros if the system does not tell."""
+    """The boot id of its machine, 16 bytes; zeros if unknown."""
     host: str
 
 
 class Note(NamedTuple):
-    """One state of the note."""
+    """The content of a note."""
 
     holder: Holder
     inode: int
     """Of the file that the note was written to."""
     watermark: Watermark | None = None
     poisoned: int | None = None
-    """The inode of a log file of which an fsync failed."""
+    """The inode of a log file whose fsync failed."""
     counter: int = 0
+    """+1 each time the note is written."""
 
 
 def pack_slot(note: Note) -> bytes:
@@ -97,7 +94,7 @@ def pack_slot(note: Note) -> bytes:
 
 
 def parse_note(raw: bytes) -> Note | None:
-    """The newest note in `raw` that is valid; None if there is none."""
+    """The newest valid note in `raw`; None if there is none."""
     slots = (_parse_slot(raw[:SLOT_BYTES]), _parse_slot(raw[SLOT_BYTES:NOTE_BYTES]))
     return max((slot for slot in slots if slot), key=lambda note: note.counter, default=None)
 
@@ -121,10 +118,10 @@ def _parse_slot(slot: bytes) -> Note | None:
 
 
 def is_own(raw: bytes, magic: bytes, size: int) -> bool:
-    """Whether a side file that begins with `raw` was made by foldlog: it may be damaged, empty, or
-    zeros after a crash.
+    """True if a side file that begins with `raw` was created by foldlog, even if it is damaged, or
+    empty or zeros after a crash.
 
-    `magic`, `size`: of the lock file or of the note. `raw` has one byte more than `size` if the
+    `magic`, `size`: those of the lock file or the note. `raw` has one byte more than `size` if the
     file is longer.
     """
     if len(raw) > size:
@@ -133,18 +130,19 @@ def is_own(raw: bytes, magic: bytes, size: int) -> bool:
 
 
 def describe_holder(holder: Holder | None, here: Holder) -> tuple[int | None, str]:
-    """The pid of `holder` where `here` can use it, and otherwise who it is, in words."""
+    """The pid of `holder` if it means the same process to `here`; otherwise None, and `holder` in
+    words."""
     if holder is None:
         return None, ""
     if holder.boot != here.boot and any(holder.boot) and any(here.boot):
-        return None, f"a process of another machine ({holder.host}, pid {holder.pid} there)"
+        return None, f"a process on another machine ({holder.host}, pid {holder.pid} there)"
     if holder.pid_namespace != here.pid_namespace:
         return None, f"another process (pid {holder.pid} in its own pid namespace)"
     return holder.pid, ""
 
 
 def this_process() -> Holder:
-    """The holder that this process is."""
+    """This process as a holder."""
     boot, namespace = bytes(16), 0
     with contextlib.suppress(ValueError):
         boot = uuid.UUID(boot_id()).bytes
@@ -154,9 +152,7 @@ def this_process() -> Holder:
 
 
 def boot_id() -> str:
-    """What names this run of the machine; "" where the system does not tell, which reads as
-    "restarted since".
-    """
+    """The id of the machine's current boot; "" if unknown, which counts as restarted since."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):

@@ -1,7 +1,8 @@
 """Opening a log for writing: the lock, the replay, the repair.
 
-Opening never destroys. Damage is refused, with path, offset and reason, and the file stays as it was. A torn tail, which a
-stopped writer leaves, is set aside beside the log before it is cut. Only the holder of the writer's lock repairs.
+Opening never destroys. Damage is refused, with path, offset and reason, and the file is left as it
+was. A torn tail, which a stopped writer leaves, is copied to a file beside the log before it is
+cut. Only the holder of the writer's lock repairs.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from foldlog.protocol.errors import (
 from foldlog.protocol.options import FORMAT, ON_DAMAGE, OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.format import Loaded, LogFile, Progress
+from foldlog.storage.formats.format import Known, Loaded, LogFile, Progress
 from foldlog.storage.formats.registry import (
     MAGICS,
     damage_error,
     diagnose,
     format_named,
-    format_of,
     load,
 )
 from foldlog.storage.formats.rewrite import write_new
@@ -50,17 +50,18 @@ def open_log(
 ) -> tuple[Log, FoldSnapshot, OpenReport]:
     """Open or create the log at `path` (absolute, links resolved) for writing.
 
-    `format`: of a new log; one that exists must be of it. `lock`: held already, and kept on an error. `crashed`: the same
-    log as it was abandoned before, in this process; what a file does not tell of itself is taken from there.
+    `format`: of a new log; an existing log must have it. `lock`: held already; it stays held on an
+    error. `crashed`: this log, as its writer in this process abandoned it; it supplies what the
+    file does not record.
 
-    StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, with the file as it was.
+    StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError: the file is left
+    as it was.
     """
     FORMAT.check(format)
     ON_DAMAGE.check(on_damage)
     if files.exists(path):
-        files.close(
-            files.open_read(path)
-        )  # OSError for a device or a folder, before a lock file is made beside it
+        # OSError for a device or a directory, before a lock file is created beside it.
+        files.close(files.open_read(path))
     given_lock, lock = lock, lock or WriterLock(files, path)
     fd = -1
     try:
@@ -70,33 +71,20 @@ def open_log(
         if created:
             write_new(files, path, FoldSnapshot.empty(), format_named(format))
         handle = ReadHandle(files, path)
-        found = format_of(handle)
         fd = files.open_write(path)
         if not lock_log(files, fd):
             raise StoreLocked(path, None)  # under another name: a hard link
         stat = files.fstat(fd)
-        loaded = load(
-            handle, progress, None if crashed is None else crashed.known((stat.st_dev, stat.st_ino))
-        )
-        if (
-            format is not None and found.name != format
-        ):  # behind loading, which refuses what is no log at all
-            raise InvalidFormatError(
-                path, 0, f"is a {found.name} log, but format={format!r} was asked for"
-            )
-        cut_reason = ""
-        if loaded.bad is not None:
-            verdict, cut_reason = diagnose(handle, loaded)
-            if verdict is Verdict.CORRUPT and (
-                on_damage == "refuse" or not loaded.base_end or loaded.bad.unsupported
-            ):
-                raise damage_error(path, loaded, cut_reason)
+        known = None if crashed is None else crashed.known((stat.st_dev, stat.st_ino))
+        loaded, cut_reason = _load(handle, format, on_damage, known, progress)
         missing = _missing_batches(lock, loaded, refuse=on_damage == "refuse")
         sweep_temporaries(files, path, MAGICS)
         kept_at, cut_bytes = None, 0
         if loaded.bad is not None:
             kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)
-        file = LogFile(found, loaded.header, fd, handle, loaded.position, loaded.base_end, False)
+        file = LogFile(
+            loaded.format, loaded.header, fd, handle, loaded.position, loaded.base_end, False
+        )
         log = Log(files, path, lock, file, sync_each=sync_each)
         poisoned = lock.is_poisoned(stat.st_ino)
         lock.keep(fd)
@@ -111,14 +99,54 @@ def open_log(
     try:
         if poisoned:
             log.poison = "an fsync failed in an earlier process"
-        elif not loaded.sealed and found.may_be_unsynced(loaded):
-            log.sync()  # what a killed writer left may stand in the page cache only
+        elif not loaded.sealed and loaded.format.may_be_unsynced(loaded):
+            log.sync()  # what a killed writer left may be in the page cache only
     except BaseException:
         log.abandon(keep_lock=given_lock is not None)
         raise
-    if not found.keeps_origin:
+    if not loaded.format.keeps_origin:
         loaded.fold.origin = read_origin(files, path)
-    report = OpenReport(
+    report = _report(path, loaded, created, cut_bytes, cut_reason, kept_at, missing)
+    return log, loaded.fold, report
+
+
+def _load(
+    handle: ReadHandle,
+    format: FormatName | None,
+    on_damage: OnDamage,
+    known: Known | None,
+    progress: Progress | None,
+) -> tuple[Loaded, str]:
+    """Read the log, and refuse another format, or damage that is not to be cut.
+
+    Returns also why its tail is to be cut; "" if it has no bad bytes.
+    """
+    loaded = load(handle, progress, known)
+    found = loaded.format.name
+    if format is not None and found != format:  # after loading, which refuses what is not a log
+        raise InvalidFormatError(
+            handle.path, 0, f"is a {found} log, but format={format!r} was asked for"
+        )
+    if loaded.bad is None:
+        return loaded, ""
+    verdict, reason = diagnose(handle, loaded)
+    if verdict is Verdict.CORRUPT and (
+        on_damage == "refuse" or not loaded.base_end or loaded.bad.unsupported
+    ):
+        raise damage_error(handle.path, loaded, reason)
+    return loaded, reason
+
+
+def _report(
+    path: Path,
+    loaded: Loaded,
+    created: bool,
+    cut_bytes: int,
+    cut_reason: str,
+    kept_at: Path | None,
+    missing: int,
+) -> OpenReport:
+    return OpenReport(
         path,
         created,
         loaded.position.offset,
@@ -133,15 +161,14 @@ def open_log(
         kept_at,
         missing_batches=missing,
     )
-    return log, loaded.fold, report
 
 
 def _missing_batches(lock: WriterLock, loaded: Loaded, *, refuse: bool) -> int:
-    """How many batches that the note remembers as synced the log does not have, where that is told
-    and not refused.
+    """How many batches that were synced according to the note are missing from the log.
 
-    A log that lost them is refused, or accepted for good. A copy of a directory may lack them: each
-    file was copied at another moment, and the log before the note.
+    LogRegressedError if there are any; without `refuse`, the loss is accepted for good and 0
+    returned. They are counted only in a copied directory, where the log may have been copied before
+    the note.
     """
     mark = lock.watermark
     if mark is None or mark.log_id != loaded.header.log_id or mark.seq <= loaded.position.seq:
@@ -157,10 +184,10 @@ def _missing_batches(lock: WriterLock, loaded: Loaded, *, refuse: bool) -> int:
 def _set_aside(
     files: Files, path: Path, fd: int, handle: ReadHandle, loaded: Loaded
 ) -> tuple[Path | None, int]:
-    """Keep what follows the last good frame in a file of its own, durably, and only then cut it
-    off.
+    """Copy what follows the last good frame to a file beside the log, durably; then cut it off.
 
-    Holes stay holes, and nothing but zeros is not kept at all.
+    Holes stay holes. Nothing is copied if all of it is zeros. Returns the path of the copy, and the
+    number of bytes cut.
     """
     start = loaded.position.offset
     size = files.fstat(fd).st_size
@@ -171,7 +198,7 @@ def _set_aside(
         else _kept(files, path, loaded.position.seq, rest, files.access(fd))
     )
     files.truncate(fd, start)
-    files.sync(fd)  # or a later append could mix with what was cut, sector by sector
+    files.sync(fd)  # otherwise a later append could mix with what was cut, sector by sector
     return kept_at, size - start
 
 

@@ -1,8 +1,8 @@
-"""The origin of a log whose format has no place for it: in a file of its own, LOG.origin.
+"""The origin (the identity of the upstream) of a log whose format has no field for it: LOG.origin.
 
-The file holds the origin and nothing else. It is written after the batch that changes the origin,
-and before that batch it is cut to the upstream's name, so that a crash between the two leaves a
-name without an incarnation: an upstream that is known, and from whose cursor nobody resumes.
+The file holds the origin and nothing else. Before a batch that changes the origin, it is cut to the
+upstream's name; after that batch, the new origin is written. A crash in between leaves a name
+without an incarnation: the upstream is known, but nobody resumes from its cursor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from foldlog.storage.log.lock import beside, temporary
 
 
 def read_origin(files: Files, path: Path) -> bytes:
-    """The origin of the log at `path`; empty if nobody noted one, or if what was noted is none."""
+    """The origin of the log at `path`; empty if there is none, or it is not valid."""
     noted = beside(path, "origin")
     if not files.exists(noted):
         return b""
@@ -28,14 +28,14 @@ def read_origin(files: Files, path: Path) -> bytes:
 
 
 def drop_stale_origin(files: Files, path: Path) -> None:
-    """Remove what a log that was deleted left at `path`, before another takes the name."""
+    """Remove the origin that a deleted log left at `path`, before a new log takes the name."""
     stale = beside(path, "origin")
     if files.exists(stale) and not files.exists(path):
         remove_quietly(files, stale)
 
 
 def write_origin(files: Files, path: Path, origin: bytes) -> None:
-    """Note `origin` for the log at `path`, durably, whole or not at all. OSError if that fails."""
+    """Record `origin` for the log at `path`, atomically and durably. OSError if that fails."""
     new = temporary(path)
     fd = files.create(new)
     try:

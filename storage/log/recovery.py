@@ -1,12 +1,13 @@
-"""Torn or corrupt: what the bytes behind the last good frame mean.
+"""Torn or corrupt: what the bytes after the last good frame mean.
 
-A writer that was stopped leaves a torn tail, which is legal and is cut; damage to what was written is corruption, which is
-refused. `judge` tells them apart by a table over facts, first match wins; the facts come from the file (`gather`). Two
-simpler rules were measured and are wrong: "torn if no valid frame follows" drops the last acknowledged frame on a flipped
-bit, and refuses states that a power loss may leave when frames were not synced.
+A stopped writer leaves a torn tail, which is legal and is cut. Damage to written data is
+corruption, which is refused. `judge` tells them apart by a table over facts, first match wins;
+`gather` reads the facts from the file. The simpler rule "torn if no valid frame follows" was
+measured and is wrong twice: after a flipped bit it drops the last acknowledged frame, and it
+refuses states that a power loss may leave when frames were not synced.
 
-What a power loss can leave is modelled as in etcd's write-ahead log: sectors of 512 bytes that were not written back read as
-zeros. What a killed process can leave is a prefix of its last write.
+A power loss is modelled as in etcd's write-ahead log: sectors of 512 bytes that were not written
+back read as zeros. A killed process leaves a prefix of its last write.
 """
 
 from __future__ import annotations
@@ -30,50 +31,52 @@ from foldlog.storage.log.files import ReadHandle
 
 SECTOR = 512
 MAX_CANDIDATES = 65_536
-"""Frame heads tried as evidence. A file crafted of nothing but magic numbers must not cost more than a second."""
+"""Frame headers tried as evidence. A file crafted of nothing but magic numbers must not cost more
+than a second."""
 _CHUNK_BYTES = 1024 * 1024  # a multiple of SECTOR
 _MAX_BYTE_SEARCH = 16 * 1024
 _MAX_BIT_SEARCH = 1024 * 1024
-"""Bodies up to this size are tried for one byte, or one bit, that is wrong. By chance, a body with
-a lost sector looks like one with a wrong byte in 1 of 1,000 cases at this size, and like one with a
-wrong bit in 1 of 500."""
+"""Bodies up to this size are tested for a single wrong byte, or a single wrong bit. At this size a
+body with a lost sector passes by chance for one with a wrong byte in 1 of 1,000 cases, and for one
+with a wrong bit in 1 of 500."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The first frame head behind the bad frame that verifies and is not older than it."""
+    """The first valid frame header after the bad frame that is not older than it."""
 
     displaced: bool
     """It was written for another offset."""
     durable: bool
-    """It knows that the bad frame had been synced."""
+    """It shows that the bad frame had been synced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the table looks at."""
+    """The input of the table."""
 
     head_valid: bool
-    """The bad frame's own head verifies."""
+    """The bad frame's own header is valid."""
     cut_short: bool
-    """Its head verifies and it runs past the end of the file, or the rest is a beginning of a head."""
+    """Its header is valid and it runs past the end of the file; or the rest is the beginning of a
+    header."""
     all_zero: bool
     """All bytes from the bad frame on are zero."""
     evidence: Evidence | None
     same_boot: bool
     """The machine has not been restarted since the frames before were written."""
     sector_lost: bool
-    """Sectors that were not written back, or zeros to the end, explain what is wrong with the bad
-    frame: see `_is_explained`."""
+    """Sectors that were not written back, or zeros to the end, explain all that is wrong with the
+    bad frame: see `_is_explained`."""
     followed: bool
-    """The bad frame's writer synced each frame before the next, and bytes that are not zero follow it."""
+    """The bad frame's writer synced each frame before the next, and nonzero bytes follow it."""
 
 
 def judge(facts: Facts) -> tuple[Verdict, str]:
     """The verdict, and the reason in words."""
     if facts.evidence is not None:
         if facts.evidence.displaced:
-            return Verdict.CORRUPT, "a later frame stands at another place than it was written for"
+            return Verdict.CORRUPT, "a later frame is not at the offset it was written for"
         if facts.evidence.durable:
             return Verdict.CORRUPT, "a frame that was synced is damaged"
         if facts.same_boot:
@@ -102,29 +105,30 @@ def judge(facts: Facts) -> tuple[Verdict, str]:
     if facts.followed:
         return Verdict.CORRUPT, "a frame that was synced is damaged"
     if facts.sector_lost:
-        return Verdict.TORN, "the last frame misses a sector"
+        return Verdict.TORN, "a sector of the last frame is missing"
     return Verdict.CORRUPT, "the last frame is complete but wrong"
 
 
 class Rest:
-    """The bytes from the bad frame on, read in pieces: a tail may be as long as the disk, and
-    mostly a hole."""
+    """The bytes from the bad frame on, read in pieces.
+
+    A tail may be as long as the disk, and mostly a hole.
+    """
 
     def __init__(
         self, handle: ReadHandle | None, offset: int, size: int, held: bytes = b""
     ) -> None:
-        """`size` bytes of a file from `offset` on; or those of `held`, which stand there."""
+        """`size` bytes of a file from `offset` on; without a `handle`, they are `held`."""
         self._handle, self._held = handle, held
         self.offset, self.size = offset, size
 
     @classmethod
     def of(cls, held: bytes | memoryview, offset: int) -> Rest:
-        """Bytes that were read already."""
+        """Bytes that have been read already, from `offset` on."""
         return cls(None, offset, len(held), bytes(held))
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes from `start` to `stop`, or to the end. EOFError if the file ends before it
-        should."""
+        """The bytes from `start` to `stop`, or to the end. EOFError if the file became shorter."""
         stop = min(stop, self.size)
         if start >= stop:
             return b""
@@ -133,8 +137,8 @@ class Rest:
         return self._handle.read(stop - start, self.offset + start)
 
     def pieces(self, start: int, stop: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
-        """All between `start` and `stop` that may be anything but zeros, in pieces, each with
-        `overlap` bytes of the next."""
+        """All from `start` to `stop` but the holes, in pieces, each with `overlap` bytes of the
+        next."""
         at, stop = start, min(stop, self.size)
         while at < stop:
             if self._handle is not None:
@@ -150,21 +154,20 @@ class Rest:
             at = end
 
     def is_zero(self, start: int, stop: int) -> bool:
-        """Whether nothing but zeros stands from `start` to `stop`."""
+        """True if all bytes from `start` to `stop` are zero."""
         return not any(piece.strip(b"\0") for _, piece in self.pieces(start, stop))
 
     def sector(self, at: int) -> tuple[int, int]:
-        """The sector that holds `at`: its part in the rest."""
+        """(start, stop) of the sector that holds `at`, within the rest."""
         start = at - (self.offset + at) % SECTOR
         return max(start, 0), min(start + SECTOR, self.size)
 
     def is_lost(self, at: int) -> bool:
-        """Whether the sector that holds `at`, from the bad frame on, is all zero: the machine
-        writes a sector as a whole."""
+        """True if the sector that holds `at` is all zero, as far as it is within the rest."""
         return self.is_zero(*self.sector(at))
 
     def has_lost(self, start: int, stop: int) -> bool:
-        """Whether any sector between `start` and `stop`, or one that they cut through, is lost."""
+        """True if any sector that overlaps `start` to `stop` is lost."""
         first, last = self.sector(start), self.sector(max(stop - 1, start))
         if self.is_zero(*first) or self.is_zero(*last):
             return True
@@ -186,7 +189,7 @@ def gather(
 ) -> Facts:
     """The facts about `rest`, the bytes from the bad frame at `offset` to the end of the file.
 
-    Cost: linear in what of `rest` is no hole. Memory: a few MiB.
+    Cost: linear in `rest` without its holes. Memory: a few MiB.
     """
     if not isinstance(rest, Rest):
         rest = Rest.of(rest, offset)
@@ -200,9 +203,8 @@ def gather(
     if found is None:
         evidence = None
     elif found[1] is None:
-        evidence = Evidence(
-            displaced=True, durable=False
-        )  # too many candidates to try them all: refuse rather than guess
+        # Too many candidates to try them all: refuse rather than guess.
+        evidence = Evidence(displaced=True, durable=False)
     else:
         durable = found[1].synced_seq > last_seq or bool(found[1].flags & FLAG_SYNC_EACH)
         evidence = Evidence(found[1].offset != offset + found[0], durable)
@@ -226,14 +228,18 @@ def gather(
 def _evidence(
     rest: Rest, start: int, seed: int, last_seq: int
 ) -> tuple[int, FrameHead | None] | None:
-    """Where the first valid frame head from `start` on is that is no copy of the past; no head after too many tries."""
+    """The first valid frame header from `start` on that is not a copy of an older frame, with its
+    place.
+
+    None if there is none. Without a header, the place where the search was given up.
+    """
     tried = 0
     for base, chunk in rest.pieces(start, rest.size, len(FRAME_MAGIC) - 1):
         found = chunk.find(FRAME_MAGIC)
         while found >= 0:
             at = base + found
             head = parse_frame_head(rest.read(at, at + FRAME_HEAD.size), 0, seed)
-            # A value may hold a copy of older frames of this very log: those are older, or elsewhere.
+            # A value may hold a copy of frames of this very log: they are older, or displaced.
             if head is not None and (
                 head.seq > last_seq or (head.seq == last_seq and head.offset == rest.offset + at)
             ):
@@ -246,12 +252,11 @@ def _evidence(
 
 
 def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
-    """Whether lost sectors, or zeros to the end, can be all that is wrong with the bad frame.
+    """True if lost sectors, or zeros to the end, can explain all that is wrong with the bad frame.
 
-    A sector that was not written back reads as zeros from the bad frame on, to its aligned end, and
-    all other sectors are as they were written. So what does not verify must lie where nothing but
-    zeros stands: a frame whose own value holds a sector of zeros is not torn because a bit has
-    flipped elsewhere in it.
+    A sector that was not written back reads as zeros, from the bad frame to the sector's end; all
+    other sectors are as they were written. So every wrong byte must be in a sector of zeros. A
+    frame whose value holds a sector of zeros is not torn because a bit has flipped elsewhere.
     """
     if rest.size <= FRAME_HEAD.size:
         return rest.is_lost(0) or rest.is_lost(rest.size - 1)
@@ -276,7 +281,7 @@ def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
     if trailer != TRAILER:
         return True
     return all(
-        rest.is_lost(trailer_at - 1 - behind) for behind in _single_errors(wrong_by, head.body_len)
+        rest.is_lost(trailer_at - 1 - after) for after in _single_errors(wrong_by, head.body_len)
     )
 
 
@@ -289,12 +294,12 @@ def _body_crc(rest: Rest, stop: int) -> int:
 
 
 def _single_errors(wrong_by: int, length: int) -> Iterator[int]:
-    """How many bytes follow the one byte of `length` that, if it alone is wrong, puts a CRC-32C
-    wrong by so much.
+    """Where a single wrong byte among `length` would change a CRC-32C by `wrong_by`: for each such
+    place, the number of bytes after it.
 
-    The checksum is linear: what a wrong byte does to it depends on the error and on how many bytes
-    follow, and is undone byte by byte. Long bodies are tried for a wrong bit only, and very long
-    ones not at all.
+    The checksum is linear: the change depends on the error and on the number of bytes after it, and
+    is undone byte by byte. Long bodies are tested for a single wrong bit only, very long ones not
+    at all.
     """
     if length > _MAX_BIT_SEARCH:
         return
@@ -303,8 +308,8 @@ def _single_errors(wrong_by: int, length: int) -> Iterator[int]:
     errors = range(1, 256) if length <= _MAX_BYTE_SEARCH else [1 << bit for bit in range(8)]
     effects = {table[error] for error in errors}
     state = wrong_by
-    for behind in range(length):
+    for after in range(length):
         if state in effects:
-            yield behind
+            yield after
         byte = by_top[state >> 24]
         state = (state ^ table[byte]) << 8 & 0xFFFFFFFF | byte

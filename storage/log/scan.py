@@ -1,4 +1,7 @@
-"""Frames read in order, each checked: checksums, and the chain to the frame before. Nothing is decided here about damage."""
+"""Frames read in order, each checked: its checksums, and the chain to the frame before.
+
+What damage means is decided in `recovery.py`.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,19 @@ from foldlog.storage.formats.format import BadBytes
 from foldlog.storage.log.files import ReadHandle
 
 WINDOW_BYTES = 4 * 1024 * 1024
+NO_HEADER = "no valid frame header"
 
 
 class Chain(NamedTuple):
-    """Where a log stands: what the next frame must follow."""
+    """A position between two frames: what the next frame must follow."""
 
     offset: int
     link: int
-    """The head checksum of the frame before."""
+    """The header checksum of the frame before."""
     seq: int
+    """The sequence of the last batch before it."""
     synced_seq: int
+    """The last batch that the frame before knows to be synced."""
 
     @classmethod
     def start(cls, head: FileHead) -> Chain:
@@ -41,9 +47,9 @@ class Chain(NamedTuple):
         return cls(FILE_HEAD.size, head.link, head.base_seq, head.base_seq)
 
     def fault(self, frame: FrameHead) -> str | None:
-        """Why `frame`, whose checksum is right, cannot be the next one; None if it can."""
+        """Why `frame`, whose checksum is valid, cannot be the next one; None if it can."""
         if frame.offset != self.offset:
-            return f"the frame was written for byte {frame.offset}: frames were moved, inserted or removed"
+            return displaced(frame)
         if frame.link != self.link:
             return "the frame does not follow the one before it: frames were exchanged or removed"
         if frame.seq != self.seq + frame.batches or bool(frame.batches) != (
@@ -51,12 +57,17 @@ class Chain(NamedTuple):
         ):
             return f"the frame ends with batch {frame.seq}, expected {self.seq + frame.batches}"
         if frame.synced_seq > self.seq or frame.synced_seq < self.synced_seq:
-            return f"the frame knows batch {frame.synced_seq} as synced, which cannot be"
+            return f"the frame says that batch {frame.synced_seq} was synced, which is impossible"
         return None
 
     def after(self, frame: FrameHead) -> Chain:
-        """Where the log stands behind `frame`."""
+        """The position after `frame`."""
         return Chain(self.offset + frame.size, frame.crc, frame.seq, frame.synced_seq)
+
+
+def displaced(frame: FrameHead) -> str:
+    """What is wrong with `frame` where it was found: its offset is another."""
+    return f"the frame was written for byte {frame.offset}: frames were moved, inserted or removed"
 
 
 class BadFrame(BadBytes):
@@ -64,7 +75,10 @@ class BadFrame(BadBytes):
 
 
 def header_fault(frame: FrameHead, offset: int, rest: int) -> BadFrame | None:
-    """What is wrong with a frame at `offset`, whose header verifies; `rest` bytes of the file are left there."""
+    """What the valid header of `frame`, at `offset`, shows to be wrong with it; None if nothing.
+
+    `rest`: bytes from there to the end of the file.
+    """
     if frame.kind not in KINDS or frame.flags & ~KNOWN_FLAGS:
         reason = f"a frame of kind {frame.kind}, flags {frame.flags:#x}, from a newer foldlog"
         return BadFrame(offset, reason, final=True, unsupported=True)
@@ -87,11 +101,11 @@ def body_fault(frame: FrameHead, body: bytes | memoryview, trailer: bytes | memo
 def read_frames(
     handle: ReadHandle, head: FileHead, chain: Chain, size: int, *, window_bytes: int = WINDOW_BYTES
 ) -> Iterator[tuple[FrameHead, memoryview]]:
-    """The frames from `chain` to `size`, with their bodies. A body is valid until the next frame is asked for.
+    """The frames from `chain` to `size`, with their bodies. A body is valid until the next step.
 
-    Raises BadFrame at the first bytes that are not the next frame, LogChangedError if the file
-    ends before `size`, and OSError as it comes. Memory: one window, or the largest frame. Cost: 1-2 us a frame, and the
-    speed of memory.
+    BadFrame at the first bytes that are not the next frame; LogChangedError if the file ends before
+    `size`; OSError. Memory: one window, or the largest frame. Cost: 1-2 us a frame, plus the body
+    at memory speed.
     """
     seed = head.seed
     window = memoryview(bytearray(min(window_bytes, max(size - chain.offset, 0))))
@@ -101,14 +115,11 @@ def read_frames(
         at = chain.offset - base
         rest = size - chain.offset
         if filled - at < FRAME_HEAD.size and filled - at < rest:
-            base, filled, at = (
-                chain.offset,
-                _fill(handle, window, chain.offset, min(len(window), rest)),
-                0,
-            )
+            base, at = chain.offset, 0
+            filled = _fill(handle, window, base, min(len(window), rest))
         frame = parse_frame_head(window[:filled], at, seed)
         if frame is None:
-            raise BadFrame(chain.offset, "no frame head that verifies", final=False)
+            raise BadFrame(chain.offset, NO_HEADER, final=False)
         fault = chain.fault(frame)
         if fault is not None:
             raise BadFrame(chain.offset, fault, final=True)
@@ -117,11 +128,8 @@ def read_frames(
         if filled - at < frame.size:
             if len(window) < frame.size:
                 window = memoryview(bytearray(frame.size))
-            base, filled, at = (
-                chain.offset,
-                _fill(handle, window, chain.offset, min(len(window), rest)),
-                0,
-            )
+            base, at = chain.offset, 0
+            filled = _fill(handle, window, base, min(len(window), rest))
         body = window[at + FRAME_HEAD.size : at + FRAME_HEAD.size + frame.body_len]
         trailer = window[at + frame.size - len(TRAILER) : at + frame.size]
         if reason := body_fault(frame, body, trailer):
@@ -136,7 +144,7 @@ def _fill(handle: ReadHandle, window: memoryview, offset: int, size: int) -> int
         count = handle.files.read_into(handle.fd, window[filled:size], offset + filled)
         if count <= 0:
             raise LogChangedError(
-                handle.path, f"ends at byte {offset + filled}, but was longer when it was opened"
+                handle.path, f"ends at byte {offset + filled}, but was longer before"
             )
         filled += count
     return filled

@@ -1,9 +1,15 @@
-"""Following a log that another process writes: frame by frame, with the same checks and the same fold, and no right to repair.
+"""Following a log that another process writes: frame by frame, with the same checks and the same
+fold as its writer, but without repairing anything.
 
-The chain and the generation tell what happened to the file. A file that grew is read on. A new file under the name, with the
-same log id, is a compaction: the old one is read to its end first, and then no batch is seen twice or missed; had the follower
-fallen behind the new base, it takes the state as it stands there. Another log id, a lower sequence, a cut file, or other batches
-than were read are a rewind, which is told. Half a frame is a write under way, and is waited for.
+The chain and the generation tell what happened to the file:
+
+- It grew: the new frames are read.
+- A new file has its name, with the same log id: the log was compacted. The old file is first read
+  to its end, so that no batch is missed or seen twice. A follower that is older than the new base
+  takes the state from there.
+- Another log id, a lower sequence, a shorter file, or batches other than those read: the log was
+  rewound, which is reported.
+- Half a frame: a write under way, which is waited for.
 """
 
 from __future__ import annotations
@@ -39,26 +45,27 @@ from foldlog.storage.log.regression import lost_since
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
 STALLED_POLLS = 5
-"""Polls that half a frame may stay as it is before it is judged. A writer needs milliseconds."""
+"""Polls that find the same half a frame before it is judged. A writer needs milliseconds."""
 STEP_BYTES = 4 * 1024 * 1024
-"""What one step reads, or one frame: it bounds the memory of a follower that has much to catch up with."""
+"""One poll reads so much, or one frame: this bounds the memory of a follower that catches up."""
 NEWS_BYTES = 16 * 1024 * 1024
-"""Batches of a new file that are told one by one; if there are more, the follower jumps."""
+"""Batches of a new file that are reported one by one; if there are more, the follower jumps."""
 
 
 class Advance(NamedTuple):
-    """The log has grown; or, without batches, it was compacted, and `fold` is the same state from the new file."""
+    """The log has grown. Without batches, it was compacted: `fold` is the same state in the new
+    file."""
 
     fold: FoldSnapshot
-    """After all of the batches."""
+    """The state after `batches`."""
     first_seq: int
     batches: list[DecodedBatch]
     size: int
-    """Bytes that they take in the log."""
+    """Of the batches in the log, in bytes."""
 
 
 class Jump(NamedTuple):
-    """The state was read anew: the steps in between are not known."""
+    """The state was read anew; the batches in between are not known."""
 
     fold: FoldSnapshot
     rewound: str
@@ -66,21 +73,20 @@ class Jump(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What of which file has been read."""
+    """How far which file has been read."""
 
     handle: ReadHandle
     inode: tuple[int, int]
     head: FileHead
     chain: Chain
     batches_chain: Chain | None
-    """Where the chain stood behind the last BATCHES frame; None if there was none."""
+    """The chain after the last BATCHES frame; None if there was none."""
     batches_size: int
-    """Of the body of that frame, which a compaction keeps: it tells the batch from another of the
-    same sequence."""
+    """Size of that frame's body. A compaction copies the body: it identifies the batches."""
 
     def ends_with(self, body: memoryview) -> bool:
-        """Whether the last BATCHES frame has this body. It is looked at: a checksum can be made to
-        agree."""
+        """True if the last BATCHES frame has this body. Compares the bytes, since a checksum can be
+        forged."""
         if self.batches_chain is None or len(body) != self.batches_size:
             return False
         start = self.batches_chain.offset - len(TRAILER) - self.batches_size
@@ -91,50 +97,50 @@ class _Place(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A file as it was read from its start."""
+    """A file, read from its start."""
 
     place: _Place
     fold: FoldSnapshot
     joins: bool
-    """It holds, or may hold, what was read before: `news` goes on from there."""
+    """It continues what was read before: `news` follows that."""
     news: list[DecodedBatch] | None
-    """The batches behind those that were read before; None if they are too many."""
+    """The batches after those read before; None if they are too many."""
     news_bytes: int
 
 
 class Tail:
-    """A log that is followed. One thread polls it."""
+    """A log that is being followed. Not thread-safe: one thread polls it."""
 
     def __init__(self, files: Files, path: Path) -> None:
         self._files, self._path = files, path
         self._place: _Place | None = None
-        self._stalled = (0, 0)  # the offset and the file's size where half a frame was seen,
-        self._stalled_polls = 0  # how often,
-        self._patience = STALLED_POLLS  # and how often it may be before it is judged
-        # A file that was refused, by inode, size and time: it is not read again until it changes.
+        self._stalled = (0, 0)  # offset of half a frame, and the file's size when it was seen
+        self._stalled_polls = 0  # how often it was seen
+        self._patience = STALLED_POLLS  # how often it may be seen before it is judged
+        # A file that was refused, by inode, size and time: not read again until it changes.
         self._refused: tuple[tuple[int, ...], FoldlogError] | None = None
         self.fold = FoldSnapshot.empty()
         self.missing = False
-        """There is no file under the name just now."""
+        """True if the last poll found no file at the path."""
         self.behind = False
-        """There is more to be had at once."""
+        """True if there is more to read at once."""
 
     @property
     def started(self) -> bool:
-        """Whether a log was found and read."""
+        """True if a log has been found and read."""
         return self._place is not None
 
     def poll(self) -> Advance | Jump | None:
-        """The next thing that happened since the last call; None if nothing did.
+        """The next change since the last call; None if there is none.
 
-        OSError, CorruptLogError, InvalidFormatError or LogRegressedError as they come; call again
-        later, nothing is lost by them. Cost: two calls to the system if nothing happened.
+        OSError, CorruptLogError, InvalidFormatError or LogRegressedError: call again later, no
+        batch is lost. Cost: two system calls if nothing changed.
         """
         self.behind = False
         try:
             return self._poll()
         except FileNotFoundError:
-            self.missing = True  # it went between two calls
+            self.missing = True  # removed between two system calls
             return None
 
     def _poll(self) -> Advance | Jump | None:
@@ -149,11 +155,11 @@ class Tail:
         if self._place is not None:
             if (stat.st_dev, stat.st_ino) == self._place.inode:
                 return None
-            # Its writer may have appended between our reading and its rename; now the old file has its end.
+            # Its writer may have appended after our read, before the rename. Nothing follows now.
             if step := self._read_on(self._place):
                 self.behind = True
                 return step
-        return self._go_over("")
+        return self._read_anew("")
 
     def _read_on(self, place: _Place) -> Advance | Jump | None:
         handle, _, head, chain, batches_chain, batches_size = place
@@ -162,7 +168,7 @@ class Tail:
         if size == start:
             return None
         if size < start:
-            return self._go_over("the log was cut")
+            return self._read_anew("the log was cut")
         batches: list[DecodedBatch] = []
         bad: BadFrame | None = None
         try:
@@ -176,13 +182,13 @@ class Tail:
         except BadFrame as error:
             bad = error
         except LogChangedError:
-            self.behind = True  # it was cut meanwhile: the next poll will see that
+            self.behind = True  # cut meanwhile: the next poll will see that
         if chain.offset > start:
             self.behind = self.behind or chain.offset < size
             self._patience, self._stalled_polls = STALLED_POLLS, 0
             first_seq = self.fold.seq + 1
             fold = _folded(self.fold, batches) if batches else self.fold
-            # Only now, and both: what fails half-way (for want of memory, say) is read again.
+            # Only now, and both: after a failure (no memory, say) the frames are read again.
             self.fold, self._place = (
                 fold,
                 place._replace(chain=chain, batches_chain=batches_chain, batches_size=batches_size),
@@ -193,9 +199,11 @@ class Tail:
         return None if bad is None else self._wait_or_judge(place, bad, size)
 
     def _wait_or_judge(self, place: _Place, bad: BadFrame, size: int) -> Advance | Jump | None:
-        """Half a frame is waited for. If it stays, or cannot be half a frame, the file is read as opening would.
+        """Wait for the rest of half a frame. If it does not come, or the bytes cannot be half a
+        frame, read the file anew, as opening would.
 
-        Each judgement that changes nothing doubles the polls until the next: a torn tail may stay for days.
+        Each time that changes nothing, the polls until the next double: a torn tail may stay for
+        days.
         """
         if self._stalled != (bad.offset, size) and _is_growing(place, size):
             self._stalled_polls = 0
@@ -204,10 +212,10 @@ class Tail:
         if not bad.final and self._stalled_polls < self._patience:
             return None
         self._stalled_polls, self._patience = 0, self._patience * 2
-        return self._go_over(f"the log is another from byte {bad.offset} on: {bad.reason}")
+        return self._read_anew(f"the log was changed from byte {bad.offset} on: {bad.reason}")
 
-    def _go_over(self, why: str) -> Advance | Jump | None:
-        """Read the file that stands under the name from its start, and go on there."""
+    def _read_anew(self, why: str) -> Advance | Jump | None:
+        """Read the file at the path from its start, and continue there."""
         old, fold = self._place, self.fold
         opened = self._open()
         place = opened.place
@@ -216,7 +224,7 @@ class Tail:
             and opened.joins
             and (place.inode, place.head, place.chain) == (old.inode, old.head, old.chain)
         ):
-            return None  # a torn tail that was waited for in vain: nothing has changed
+            return None  # a torn tail: nothing has changed
         self._place, self.fold = place, opened.fold
         self.missing = False
         if old is None:
@@ -232,7 +240,8 @@ class Tail:
             return Jump(opened.fold, "")
         if not opened.joins:
             return Jump(
-                opened.fold, why or f"the log holds other batches than were read, up to {fold.seq}"
+                opened.fold,
+                why or f"the log's batches up to {fold.seq} are not those that were read",
             )
         if opened.news is None:
             return Jump(opened.fold, "")
@@ -273,13 +282,13 @@ class Tail:
             if not replay.base_end:
                 raise LogChangedError(self._path, "changed while it was read")
         elif self._place is None and lost_since(handle, head.log_id, chain.seq, size) is not None:
-            load_intact(handle)  # to say so
+            load_intact(handle)  # raises LogRegressedError
         place = _Place(handle, inode, head, chain, batches_chain, batches_size)
         return _Opened(place, replay.fold(), joint.found, joint.news, joint.news_bytes)
 
 
 class _Joint:
-    """Finds, in a file that is read from its start, the place up to which the log was read before."""
+    """Finds, in a file read from its start, the place up to which the log was read before."""
 
     def __init__(self, place: _Place | None, fold: FoldSnapshot, head: FileHead) -> None:
         self._place, self._seq, self._cursor = place, fold.seq, bytes(fold.cursor())
@@ -292,20 +301,19 @@ class _Joint:
         self.news_bytes = 0
 
     def feed(
-        self, frame: FrameHead, body: memoryview, behind: Chain, batches: list[DecodedBatch]
+        self, frame: FrameHead, body: memoryview, end: Chain, batches: list[DecodedBatch]
     ) -> None:
-        """The next frame, where it left the chain, and its batches."""
+        """Take the next frame, the chain after it, and its batches."""
         if not self._possible:
             return
         assert self._place is not None
         if self._same_file:
-            self.found = self.found or behind in (self._place.chain, self._place.batches_chain)
+            self.found = self.found or end in (self._place.chain, self._place.batches_chain)
         elif frame.seq == self._seq and batches:
             self.found = self._place.ends_with(body)
         elif frame.seq == self._seq and frame.kind == KIND_BASE_END:
-            self.found = (
-                parse_base_end(body)[0] == self._cursor
-            )  # the batches themselves are not there any more
+            # The batches themselves are gone.
+            self.found = parse_base_end(body)[0] == self._cursor
         if batches and frame.seq > self._seq and self.news is not None:
             self.news += batches
             self.news_bytes += frame.size
@@ -323,7 +331,7 @@ def _folded(fold: FoldSnapshot, batches: list[DecodedBatch]) -> FoldSnapshot:
 
 
 def _is_growing(place: _Place, size: int) -> bool:
-    """Whether the rest of the file, `size` bytes long by now, can be a frame that is being written."""
+    """True if the rest of the file, `size` bytes long, can be a frame that is being written."""
     rest = size - place.chain.offset
     if rest < FRAME_HEAD.size:
         return True

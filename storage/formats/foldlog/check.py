@@ -1,15 +1,17 @@
-"""Every invariant of a log, in code. Opening stops at the first thing that is wrong; this finds all of them, and changes nothing.
+"""Every invariant of a log, in code. Opening stops at the first fault; this finds all of them, and
+changes nothing.
 
-What must hold, beyond the checksums of heads, bodies and trailers:
+What must hold, beyond the checksums of headers, bodies and trailers:
 
-    the chain      offset, link, sequence and synced sequence of each frame follow from the frame before
-    order          LEAF* BASE_END (OPEN | BATCHES | SEAL)*; a session begins with OPEN and nothing of it follows its SEAL
-    leaves         hold what `encode_leaf` writes for their entries, every value verifies, keys ascend from leaf to leaf, and
-                   each ends where `leaf_end` says
-    the base's end counts its leaves and entries, has the digest of their bodies, and a cursor that is a token
-    batches        decode, and are as many as the head says
-    the tail       what follows the last good frame is nothing, or what a stopped writer may leave (`recovery.py`)
-    the note       remembers no batch as synced that the log does not have (`regression.py`)
+    chain      offset, link, sequence and synced sequence of each frame follow from the frame before
+    order      LEAF* BASE_END (OPEN | BATCHES | SEAL)*; a session begins with OPEN, and nothing of
+               it follows its SEAL
+    leaves     each has the bytes that `encode_leaf` writes for its entries, and ends where
+               `leaf_end` says; every value's checksum is right; keys ascend across leaves
+    base end   has the right counts of leaves and entries, the digest of the leaves, a valid cursor
+    batches    can be decoded, and are as many as the header says
+    tail       after the last good frame there is nothing, or a torn tail (`recovery.py`)
+    note       no batch that was synced according to it is missing (`regression.py`)
 """
 
 from __future__ import annotations
@@ -38,13 +40,18 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import decode_batches
 from foldlog.storage.fold import leaf
+from foldlog.storage.formats.foldlog.replay import (
+    FRAME_AFTER_BASE,
+    FRAME_BEFORE_BASE_END,
+    wrong_counts,
+)
 from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_head, seed_of_frames
 from foldlog.storage.formats.format import Problem, Progress, Verdict, VerifyReport
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.note import boot_id
 from foldlog.storage.log.recovery import Rest, gather, judge
 from foldlog.storage.log.regression import lost_since, regression_text
-from foldlog.storage.log.scan import Chain
+from foldlog.storage.log.scan import Chain, displaced
 
 NO_CURSOR = WatchCursor.none()
 
@@ -52,7 +59,7 @@ NO_CURSOR = WatchCursor.none()
 def check_frames(
     handle: ReadHandle, size: int, *, tail_may_be_torn: bool, progress: Progress | None = None
 ) -> VerifyReport:
-    """See `LogFormat.check`. A whole file, whose tail may be torn, is also held against the note beside it."""
+    """See `LogFormat.check`. With `tail_may_be_torn`, also compare the file with the note."""
     try:
         report = _Check(handle, size, tail_may_be_torn=tail_may_be_torn).run(progress)
     except EOFError as error:
@@ -70,9 +77,10 @@ def _with_regression(handle: ReadHandle, report: VerifyReport) -> VerifyReport:
 
 
 def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int, str]:
-    """The file head, the seed of the frames, and why the head is bad ("" if it is not).
+    """The file header, the seed of the frames, and why the header is bad ("" if it is not).
 
-    InvalidFormatError if nothing shows that this is a log of the format that is read here.
+    A bad header is reconstructed if possible, else None. InvalidFormatError if nothing shows that
+    this is a log of this format and version.
     """
     raw = handle.files.read(handle.fd, min(FILE_HEAD.size, size), 0)
     try:
@@ -83,7 +91,7 @@ def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int, 
         return head, head.seed, ""
     if raw.startswith(FILE_MAGIC) and len(raw) == FILE_HEAD.size:
         version, flags = FILE_HEAD.unpack(raw)[1:3]
-        if reason.startswith("format version"):  # its checksum is right
+        if reason.startswith("format version"):  # the header's checksum is right
             raise InvalidFormatError(
                 handle.path, 0, f"format version {version}, flags {flags:#x}: not {FORMAT_VERSION}"
             )
@@ -95,7 +103,7 @@ def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int, 
 
 
 class _Check:
-    """One verification. See `verify_log`."""
+    """One verification. See the module."""
 
     def __init__(self, handle: ReadHandle, size: int, *, tail_may_be_torn: bool) -> None:
         self._handle, self._size = handle, size
@@ -105,19 +113,18 @@ class _Check:
         self._cursor = NO_CURSOR
         self._sealed = False
         self._torn = (0, "")
-        self._chain: Chain | None = None  # None: unknown, behind damage
+        self._chain: Chain | None = None  # None: unknown, after damage
         self._seq = 0
-        self._position = 0  # of the end of the last frame, as the frames count it
+        self._shift = 0  # how far the last frame was from the offset it was written for
         # The base.
         self._leaves = self._entries = 0
         self._digest = blake3()
         self._last_key: str | None = None
-        self._open_end: Problem | None = (
-            None  # the last leaf ends where only the last of a base may
-        )
+        # Set if the last leaf read ends where only the last leaf of a base may.
+        self._open_end: Problem | None = None
         self._base_ended = False
-        self._base_complete = True  # no leaf was lost, so that counts and digest can be compared
-        # The session under way.
+        self._base_complete = True  # no leaf was lost: counts and digest can be compared
+        # The current session.
         self._in_session = False
         self._boot = ""
 
@@ -157,7 +164,8 @@ class _Check:
         self._problems.append(Problem(offset, size, reason))
 
     def _is_torn(self, piece: Piece, seed: int) -> bool:
-        """Whether all from `piece` on is a torn tail. Asked only of the first thing that is wrong, as opening does."""
+        """True if all from `piece` on is a torn tail. Only the first fault can be one, as in an
+        open."""
         chain = self._chain
         if not self._tail_may_be_torn or self._problems or not self._base_ended or chain is None:
             return False
@@ -179,7 +187,7 @@ class _Check:
             self._base_complete = False
         self._chain = None
         self._sealed = False
-        self._in_session = True  # its OPEN may be among what is bad
+        self._in_session = True  # its OPEN may be among the damage
 
     def _good(self, piece: Piece) -> None:
         head = piece.head
@@ -187,12 +195,12 @@ class _Check:
         fault = (
             self._chain.fault(head)
             if self._chain is not None
-            else self._fault_behind_damage(piece, head)
+            else self._fault_after_damage(piece, head)
         )
         if fault is not None:
             self._say(piece.offset, piece.size, fault)
         self._chain = Chain(head.offset + head.size, head.crc, head.seq, head.synced_seq)
-        self._position = piece.end - self._chain.offset
+        self._shift = piece.end - self._chain.offset
         self._frames += 1
         try:
             self._take(head, piece)
@@ -202,10 +210,10 @@ class _Check:
         self._seq = head.seq
         self._sealed = head.kind not in (KIND_LEAF, KIND_BASE_END, KIND_OPEN, KIND_BATCHES)
 
-    def _fault_behind_damage(self, piece: Piece, head: FrameHead) -> str | None:
-        """What can be said of the first sound frame behind bytes that are not."""
-        if head.offset + self._position != piece.offset:
-            return f"the frame was written for byte {head.offset}: frames were moved, inserted or removed"
+    def _fault_after_damage(self, piece: Piece, head: FrameHead) -> str | None:
+        """What is wrong with the first valid frame after damage, as far as that can be known."""
+        if head.offset + self._shift != piece.offset:
+            return displaced(head)
         first = head.seq - head.batches
         if self._frames and first > self._seq:
             missing = (
@@ -222,18 +230,18 @@ class _Check:
         kind, body = head.kind, piece.body
         if kind in (KIND_LEAF, KIND_BASE_END):
             if self._base_ended:
-                raise Undecodable("a frame of the base behind its end")
+                raise Undecodable(FRAME_AFTER_BASE)
             self._take_leaf(piece) if kind == KIND_LEAF else self._take_base_end(body)
             return
         if not self._base_ended:
-            self._base_ended = True  # said once: what follows is taken as if the end had been there
-            if self._base_complete:  # else it may be among what is bad
-                raise Undecodable("a frame before the end of the base")
+            self._base_ended = True  # reported once: the end is assumed to be here
+            if self._base_complete:  # otherwise it may be among the damage
+                raise Undecodable(FRAME_BEFORE_BASE_END)
         if kind == KIND_OPEN:
             self._boot, self._in_session = parse_open(body), True
             return
         if not self._in_session:
-            raise Undecodable("a frame that no OPEN frame precedes")
+            raise Undecodable("a frame before the session's OPEN frame")
         if kind == KIND_BATCHES:
             batches = decode_batches(body, head.batches)
             self._batches += len(batches)
@@ -244,7 +252,7 @@ class _Check:
                 raise Undecodable("a SEAL frame with a body")
             if head.synced_seq != head.seq:
                 raise Undecodable(
-                    f"a SEAL frame that knows batch {head.synced_seq} as synced, not {head.seq}"
+                    f"a SEAL frame at batch {head.seq}, but synced only up to {head.synced_seq}"
                 )
 
     def _take_leaf(self, piece: Piece) -> None:
@@ -265,7 +273,7 @@ class _Check:
         if last_key is not None and columns.keys[0] <= last_key:
             raise Undecodable("leaves are not in key order")
         if end is not None and end != len(columns.keys):
-            raise Undecodable(f"a leaf has {len(columns.keys)} entries, and should end after {end}")
+            raise Undecodable(f"a leaf has {len(columns.keys)} entries, but must end after {end}")
 
     def _take_base_end(self, body: bytes) -> None:
         self._base_ended = True
@@ -274,15 +282,13 @@ class _Check:
         if not self._base_complete:
             return
         if (leaves, entries) != (self._leaves, self._entries):
-            raise Undecodable(
-                f"the base has {self._leaves} leaves and {self._entries} entries, but its end says {leaves} and {entries}"
-            )
+            raise Undecodable(wrong_counts(self._leaves, self._entries, leaves, entries))
         if digest != self._digest.digest():
-            raise Undecodable("the leaves of the base have another digest than its end says")
+            raise Undecodable("the digest of the leaves is not the one at the end of the base")
 
 
 def base_end_of(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
-    """`parse_base_end`, with a digest of 32 bytes. Undecodable for anything else."""
+    """`parse_base_end`, which also checks the digest's size and the origin. Undecodable if bad."""
     cursor, leaves, entries, digest = parse_base_end(body)
     if len(digest) != 32:
         raise Undecodable("the end of the base has a bad field")

@@ -1,4 +1,7 @@
-"""What a writer appends to one of foldlog's own logs: commit groups, and what begins and ends a session."""
+"""Encodes what a writer appends to a log in foldlog's own format.
+
+These are commit groups, and the frames that begin and end a session.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ WRITER = "foldlog 1"
 
 
 class FrameCodec:
-    """Appends as frames. See `formats.format.Codec`."""
+    """Encodes appends as frames. See `formats.format.Codec`."""
 
     def __init__(self, head: FileHead, *, sync_each: bool) -> None:
         self._seed = head.seed
@@ -72,7 +75,10 @@ class FrameCodec:
 
 
 def open_body() -> bytes:
-    """The body of an OPEN frame. The nonce makes the chain of each session its own, also in copies of one log."""
+    """The body of an OPEN frame.
+
+    Its nonce makes the chain of each session unique, even in copies of one log.
+    """
     packed: bytes = msgpack.packb(
         {"boot": boot_id(), "nonce": secrets.token_bytes(8), "writer": WRITER}
     )

@@ -1,4 +1,4 @@
-"""foldlog's own format, `protocol/frames.py`, on the seam that all formats share."""
+"""foldlog's own format, `protocol/frames.py`, behind the seam that all formats share."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class FrameFormat(LogFormat):
         return FrameWriter(files, path, FileHead.new(log_id, seq), sync_each=sync_each, mode=mode)
 
     def is_compact(self, file: LogFile, position: Chain) -> bool:
-        # What opens and seals a session takes bytes, and means nothing.
+        # OPEN and SEAL frames take space, but hold no batches.
         return position.seq == file.header.base_seq
 
     def may_be_unsynced(self, loaded: Loaded) -> bool:
@@ -120,10 +120,8 @@ class FrameFormat(LogFormat):
         if bad.final:
             return Verdict.CORRUPT, bad.reason
         if not loaded.base_end:
-            return (
-                Verdict.CORRUPT,
-                f"the base is damaged: {bad.reason}",
-            )  # it was synced before it got its name
+            # Not torn: a base is synced before its file is renamed.
+            return Verdict.CORRUPT, f"the base is damaged: {bad.reason}"
         rest = Rest(handle, bad.offset, loaded.size - bad.offset)
         same_boot = bool(loaded.boot) and loaded.boot == boot_id()
         try:
@@ -146,7 +144,7 @@ class FrameFormat(LogFormat):
             last_key = keys[-1]
             digest.update(body)
         if digest.digest() != base.digest:
-            raise Undecodable("the digest of the leaves is not what the end of the base says")
+            raise Undecodable("the digest of the leaves is not the one at the end of the base")
 
     def check(
         self,

@@ -1,4 +1,4 @@
-"""One of foldlog's own logs into a fold: its header, and frame after frame."""
+"""Builds the fold from a log in foldlog's own format, frame by frame."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from foldlog.storage.fold.delta import Collected
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.files import ReadHandle
 
+FRAME_AFTER_BASE = "a frame of the base after its end"
+FRAME_BEFORE_BASE_END = "a frame before the end of the base"
+
 
 def read_head(handle: ReadHandle) -> FileHead:
-    """The head of a log file. InvalidFormatError if it is none, or of a newer format."""
+    """The header of a log file. InvalidFormatError if it is not valid, or of a newer format."""
     raw = handle.files.read(handle.fd, FILE_HEAD.size, 0)
     try:
         return parse_file_head(raw)
@@ -37,7 +40,7 @@ def read_head(handle: ReadHandle) -> FileHead:
 
 
 class Replay:
-    """Frames on their way into a fold: the base first, then batch by batch."""
+    """Builds a fold from frames: the base first, then batch by batch."""
 
     def __init__(self, handle: ReadHandle, head: FileHead) -> None:
         self._handle = handle
@@ -52,15 +55,10 @@ class Replay:
         self._origin = b""
 
     def feed(self, frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
-        """Take the next frame; returns its batches. Undecodable if its body is not what its kind
-        says."""
+        """Take the next frame. Returns its batches. Undecodable if its body is not valid."""
         batches: list[DecodedBatch] = []
         if (frame.kind in (KIND_LEAF, KIND_BASE_END)) == bool(self.base_end):
-            raise Undecodable(
-                "a frame of the base behind its end"
-                if self.base_end
-                else "a frame before the end of the base"
-            )
+            raise Undecodable(FRAME_AFTER_BASE if self.base_end else FRAME_BEFORE_BASE_END)
         if frame.kind == KIND_LEAF:
             self.base.add_leaf(frame.offset + FRAME_HEAD.size, body, frame.body_crc)
         elif frame.kind == KIND_BASE_END:
@@ -81,7 +79,7 @@ class Replay:
         return batches
 
     def fold(self) -> FoldSnapshot:
-        """The state after all frames so far."""
+        """The state after all frames so far. Cost: see `Collected.settled`."""
         collected = self._collected.settled()
         return FoldSnapshot(self.base, *collected, self._seq, self._cursor, self._origin)
 
@@ -89,8 +87,14 @@ class Replay:
 def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
     cursor, leaves, entries, digest = parse_base_end(body)
     if leaves != len(base) or entries != base.entries:
-        raise Undecodable(
-            f"the base has {len(base)} leaves and {base.entries} entries, but its end says {leaves} and {entries}"
-        )
+        raise Undecodable(wrong_counts(len(base), base.entries, leaves, entries))
     base.digest = digest
     return cursor
+
+
+def wrong_counts(leaves: int, entries: int, told_leaves: int, told_entries: int) -> str:
+    """What is wrong with a base that has other counts than its end says."""
+    return (
+        f"the base has {leaves} leaves and {entries} entries,"
+        f" but its end says {told_leaves} and {told_entries}"
+    )

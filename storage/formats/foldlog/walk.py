@@ -1,7 +1,7 @@
-"""All of a damaged log: what stands where, up to the end of the file, however much of it is bad.
+"""Reads all of a damaged log: what is at which offset, to the end of the file.
 
-`scan.py` stops at the first bytes that are not the next frame; this goes on after them. Nothing is decided here: `check.py`
-says what is wrong, `salvage.py` keeps what is right.
+`scan.py` stops at the first bytes that are not the next frame; this goes on after them. Nothing is
+decided here: `check.py` reports what is wrong, `salvage.py` keeps what is valid.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.scan import body_fault, header_fault
+from foldlog.storage.log.scan import NO_HEADER, body_fault, header_fault
 
-NO_HEAD = "no frame head that verifies"
-_FIRST_CHUNK_BYTES = 512  # mostly the next frame is near: then more each time, up to:
+_FIRST_CHUNK_BYTES = 512  # usually the next frame is near; doubled each time, up to:
 _CHUNK_BYTES = 1024 * 1024
 _SPARE_BYTES = 64 * 1024 * 1024
 _SPARE_FACTOR = 4
-"""Bodies that turn out bad, or to stand elsewhere, are read up to so many times the file's size and `_SPARE_BYTES` in all: a
-file crafted of heads that claim long bodies must not cost the square of its size."""
+"""Bad or displaced bodies are read up to `_SPARE_FACTOR` times the file's size plus `_SPARE_BYTES`
+in all: a file crafted of headers that claim long bodies must not cost the square of its size."""
 
 
 class Piece(NamedTuple):
@@ -43,20 +42,20 @@ class Piece(NamedTuple):
     head: FrameHead | None
     """None: no frame begins here."""
     body: bytes
-    """Empty unless the frame is sound; of a frame whose body does not verify, what is there in its place."""
+    """Of the frame. If its checksum is wrong, the bytes in its place; else empty for bad pieces."""
     reason: str
-    """Why it is no sound frame; "" if it is one. Soundness is about checksums, not about what precedes it."""
+    """Why it is not a valid frame; "" if it is one. What precedes the frame does not matter."""
     final: bool = False
-    """No torn write explains it."""
+    """True if no torn write explains it."""
 
     @property
     def end(self) -> int:
-        """The offset behind it."""
+        """The offset after it."""
         return self.offset + self.size
 
     @property
     def is_damage(self) -> bool:
-        """True unless it is a sound frame: a torn tail is not told apart here."""
+        """True unless it is a valid frame. A torn tail counts as damage here."""
         return bool(self.reason)
 
 
@@ -65,17 +64,17 @@ class HeaderPiece(NamedTuple):
 
     head: FileHead | None
     reason: str
-    """Why it is bad; "" if it is not."""
+    """Why it is bad; "" if it is valid."""
     offset: int = 0
 
     @property
     def is_damage(self) -> bool:
-        """True if it does not verify."""
+        """True if it is not valid."""
         return bool(self.reason)
 
 
 class Walker:
-    """Walks over the frames of a file, the first `size` bytes of it, with the seed of their checksums."""
+    """Reads the first `size` bytes of a file as frames, whose checksums have this seed."""
 
     def __init__(self, handle: ReadHandle, seed: int, size: int) -> None:
         self._handle, self._seed, self._size = handle, seed, size
@@ -84,27 +83,25 @@ class Walker:
     def pieces(
         self, start: int = FILE_HEAD.size, progress: Progress | None = None
     ) -> Iterator[Piece]:
-        """The file from `start` on, in pieces without a gap. Memory: a frame. Cost: as reading the file once, if it is sound."""
+        """The file from `start` on, as pieces without gaps.
+
+        EOFError if the file is shorter than `size`. Memory: one frame. Cost: reads an undamaged
+        file once.
+        """
         at = start
         while at < self._size:
             if self._spare < 0:
-                yield Piece(
-                    at,
-                    self._size - at,
-                    None,
-                    b"",
-                    "so much before this is bad that the rest was not searched",
-                )
+                reason = "scan abandoned: too much damage"
+                yield Piece(at, self._size - at, None, b"", reason)
                 return
             piece = self.frame(at)
             if piece is None:
                 stop = self._next_frame(at + 1)
-                piece = Piece(at, stop - at, None, b"", NO_HEAD)
+                piece = Piece(at, stop - at, None, b"", NO_HEADER)
             elif piece.reason:
                 stop = min(piece.end, self._size)
-                if (
-                    stop == self._size or self._head(stop) is None
-                ):  # its length may be right, and bytes of it missing
+                if stop == self._size or self._head(stop) is None:
+                    # Its length may be right, and some of its bytes missing.
                     stop = min(stop, self._next_frame(at + FRAME_HEAD.size))
                 piece = piece._replace(size=stop - at)
             yield piece
@@ -113,7 +110,7 @@ class Walker:
                 progress(at, self._size)
 
     def frame(self, at: int) -> Piece | None:
-        """The frame at `at`, sound or not; None if no frame head there verifies."""
+        """The frame at `at`, valid or not; None if there is no valid frame header."""
         head = self._head(at)
         if head is None:
             return None
@@ -133,9 +130,10 @@ class Walker:
         return parse_frame_head(self._handle.read(FRAME_HEAD.size, at), 0, self._seed)
 
     def _next_frame(self, start: int) -> int:
-        """Where the next frame begins, at `start` or behind it: the end of the file if none does.
+        """The offset of the next frame, from `start` on; the end of the file if there is none.
 
-        A head that was written for another offset counts only with a sound body: a value may hold bytes that look like one.
+        A displaced header counts only with a valid body, since a value may hold bytes that look
+        like a header.
         """
         for at, head in _heads(self._handle, self._seed, start, self._size):
             if head.offset == at:
@@ -150,7 +148,7 @@ class Walker:
 
 
 def _heads(handle: ReadHandle, seed: int, start: int, size: int) -> Iterator[tuple[int, FrameHead]]:
-    """The frame heads that verify from `start` on, wherever they stand."""
+    """The valid frame headers from `start` on, displaced or not, with their places."""
     for at, raw in _magics(handle, start, size):
         head = parse_frame_head(raw, 0, seed)
         if head is not None:
@@ -158,7 +156,7 @@ def _heads(handle: ReadHandle, seed: int, start: int, size: int) -> Iterator[tup
 
 
 def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, bytes]]:
-    """Where the magic of a frame stands, with room for a head; and the bytes of that head."""
+    """The places of frame magics with room for a header, and the bytes of that header."""
     overlap = FRAME_HEAD.size - 1
     base, step = start, _FIRST_CHUNK_BYTES
     while base < size - overlap:
@@ -176,14 +174,14 @@ def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, by
         base, step = base + step, min(2 * step, _CHUNK_BYTES)
 
 
-# A file head that does not verify. It seeds the checksums of all frames, so nothing is found without it.
+# A file header that is damaged. It seeds the checksums of all frames: nothing is found without it.
 
 _SEED_FRAMES = 4096
 """Frames tried for their seed."""
 
 
 def mended_head(raw: bytes) -> FileHead | None:
-    """The file head that differs from `raw` in one bit and verifies; None if there is none."""
+    """The valid file header that differs from `raw` in one bit; None if there is none."""
     for bit in range(8 * min(len(raw), FILE_HEAD.size)):
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -195,7 +193,9 @@ def mended_head(raw: bytes) -> FileHead | None:
 
 
 def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
-    """The seed that two sound frames agree on (or the only one has), worked out from their checksums; None if there is none."""
+    """The seed of the frames, reconstructed from their checksums: two frames must agree on it, or
+    there is only one. None if there is none.
+    """
     seen: set[int] = set()
     read = 0
     for tried, (at, raw) in enumerate(_magics(handle, 0, size)):

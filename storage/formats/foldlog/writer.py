@@ -1,8 +1,4 @@
-"""A fold as a new file of foldlog's own format.
-
-Equal states give equal bodies; only ids, and the checksums that they seed, differ. Leaves that
-nothing touched are copied as they are.
-"""
+"""Writes a fold to a new file in foldlog's own format. `formats/rewrite.py` tells its promises."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.scan import Chain, read_frames
 
 PATCHED_CHANGES = 32
-"""Up to so many changes, patching a leaf beats decoding it."""
+"""Up to this many changes, patching a leaf is faster than decoding it."""
 
 
 class FrameWriter(NewFile):
@@ -126,10 +122,10 @@ class FrameWriter(NewFile):
 def write_base(
     out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None
 ) -> tuple[Base, dict[int, int]]:
-    """Write `fold` as leaves and a BASE_END frame. Returns the base as it stands there, without a handle yet, and which
-    of its leaves (by number) are copies of which of the old base's.
+    """Write `fold` as leaves and a BASE_END frame.
 
-    Cost: a copy for leaves without changes, about 1 us an entry for the others.
+    Returns the new base, without a handle yet, and the leaves that are copies: new number -> old
+    number. Cost: a copy for unchanged leaves, about 1 us an entry for the others.
     """
     base = Base(None)
     copies: dict[int, int] = {}
@@ -184,7 +180,10 @@ def write_base(
 
 
 def _copied_leaf(fold: FoldSnapshot, span: Span) -> tuple[bytes, int | None] | None:
-    """The body of a leaf, and its checksum if it is as it was; None if it has to be made from its entries."""
+    """The body of a leaf, copied or patched, with its checksum if it is unchanged.
+
+    None if it must be encoded from its entries.
+    """
     if len(span.changes) > PATCHED_CHANGES:
         return None
     body = fold.base.body(span.leaf)

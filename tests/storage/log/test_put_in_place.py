@@ -208,7 +208,7 @@ def test_a_copy_onto_a_poisoned_log_is_not_replaced(path, content):
     poisoned_by_a_failed_fsync(snap, path, files)
     files.disarm()
     path.write_bytes(content)
-    with pytest.raises(LogChangedError, match="someone else wrote"):
+    with pytest.raises(LogChangedError, match="another program changed it"):
         snap.compact()
     assert path.read_bytes() == content
     snap.close()
