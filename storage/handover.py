@@ -1,14 +1,15 @@
-"""How threads hand over to each other when an exception may come at any bytecode of one of them.
+"""Thread synchronization that survives an exception at any bytecode.
 
-A signal handler may raise, or call the store again, between any two steps of the main thread. So nobody here waits for a lock
-that a caller's frame could leave held. Whatever changes state is one call into C (`deque.append`, `deque.remove`,
-`SimpleQueue.put`), which happens whole or not at all; whoever waits does so on a queue of its own, and looks again now and
-then, since the one who was to ring may have been interrupted just before.
+A signal handler may raise, or call the store again, between any two bytecodes of the main thread.
+So nothing here waits for a lock that an interrupted frame could leave held. Each change of state is
+one call into C (`deque.append`, `deque.remove`, `SimpleQueue.put`), which happens completely or not
+at all. A waiter sleeps on a queue of its own, and rechecks its condition now and then, since the
+thread that should notify it may have been interrupted just before.
 
-    Bell      wakes all who wait for a condition
+    Bell      wakes all threads that wait for a condition
     Latch     set once, for good
     Wakeup    wakes one thread that sleeps between polls
-    Turns     one frame at a time, first come first served; a frame that is gone holds nothing
+    Turns     one owner at a time, first come, first served; a frame that is over holds nothing
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import Any, Protocol
 from foldlog.protocol.errors import ReentrantCall
 
 RECHECK_S = 0.2
-"""How long a waiter may sleep through a bell that was not rung, since its ringer was interrupted."""
+"""Seconds between two checks of a condition, in case the notifying thread was interrupted."""
 _getframe = sys._getframe
 
 
 def is_over(frame: object) -> bool:
-    """True if `frame` has returned or was unwound. One that runs, or is suspended in a greenlet, is not."""
+    """True if `frame` has returned or was unwound; False if it runs, or a greenlet suspends it."""
     if not isinstance(frame, FrameType):
         return False
     try:
@@ -41,7 +42,7 @@ def is_over(frame: object) -> bool:
 
 
 def is_below(frame: object) -> bool:
-    """True if `frame` is one that called the present one: it cannot go on before this returns."""
+    """True if `frame` is a caller, direct or not, of this call: it cannot continue before us."""
     below: FrameType | None = _getframe(1)
     while below is not None:
         if below is frame:
@@ -65,12 +66,15 @@ class Bell:
         self._spots: deque[SimpleQueue[None]] = deque()
 
     def ring(self) -> None:
-        """Let those who wait look at their condition. Any thread; never blocks."""
+        """Wake all waiters to check their conditions. Any thread may call it. Never blocks."""
         for spot in tuple(self._spots):
             spot.put(None)
 
     def wait_for(self, condition: Callable[[], object], timeout_s: float | None) -> bool:
-        """Wait until `condition()`, up to `timeout_s` (None: for ever). Returns whether it came true."""
+        """Wait until `condition()` is true, up to `timeout_s` (None: no limit).
+
+        Returns False on a timeout.
+        """
         if condition():
             return True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -107,11 +111,11 @@ class Latch:
         return self._is_set
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Returns whether it is set by then."""
+        """Wait until it is set, up to `timeout_s` (None: no limit). Returns False on a timeout."""
         return self._bell.wait_for(self.is_set, timeout_s)
 
     def wait_with(self, other: Endable, timeout_s: float | None = None) -> bool:
-        """`wait`, also for `other` to be done: that is seen within `RECHECK_S`."""
+        """`wait`, or until `other` is done, which is noticed within `RECHECK_S`."""
         return self._bell.wait_for(lambda: other.done() or self._is_set, timeout_s)
 
 
@@ -124,12 +128,12 @@ class Wakeup:
         self._notes: SimpleQueue[None] = SimpleQueue()
 
     def set(self) -> None:
-        """Any thread; never blocks."""
+        """Wake the thread. Any thread may call it. Never blocks."""
         if self._notes.empty():
             self._notes.put(None)
 
     def wait(self, timeout_s: float | None) -> bool:
-        """Sleep until `set`, or `timeout_s`. Returns whether it was set."""
+        """Sleep until `set` is called, up to `timeout_s` (None: no limit). False on a timeout."""
         try:
             self._notes.get(timeout=timeout_s)
         except Empty:
@@ -138,29 +142,31 @@ class Wakeup:
         return True
 
     def clear(self) -> None:
-        """Forget the calls so far."""
+        """Forget the calls of `set` so far."""
         with contextlib.suppress(Empty):
             while True:
                 self._notes.get_nowait()
 
 
 class Turns:
-    """One owner at a time, first come first served. An owner is a frame, or what stands for a thread.
+    """One owner at a time, first come, first served. An owner is a frame, or an object that
+    represents a thread.
 
-    A frame enters and leaves in one function: `turns.enter(_getframe())` within `try`, `turns.leave(_getframe())` within its
-    `finally`, both without a local name for the frame, which would be a cycle. If an interrupt comes even there, the next in
-    line finds that the frame is over, and passes it.
+    A frame enters and leaves in one function: `turns.enter(_getframe())` within `try`,
+    `turns.leave(_getframe())` within its `finally`. Neither keeps the frame in a local variable,
+    which would be a reference cycle. If an interrupt prevents even that, the next owner in line
+    finds that the frame is over, and skips it.
     """
 
     __slots__ = ("_bell", "line")
 
     def __init__(self) -> None:
-        # Whoever is first has the turn. Appending and removing are one step each, and removing names whom.
+        # The first has the turn. Appending is atomic; so is removing, which names the owner.
         self.line: deque[object] = deque()
         self._bell = Bell()
 
     def enter(self, owner: object) -> None:
-        """Wait for the turn. ReentrantCall if this very thread has it, further down its stack."""
+        """Wait for the turn. ReentrantCall if a caller of this function has it."""
         line = self.line
         line.append(owner)
         while line[0] is not owner:
@@ -174,13 +180,13 @@ class Turns:
                 self._bell.wait_for(lambda: line[0] is not first, RECHECK_S)  # noqa: B023
 
     def leave(self, owner: object) -> None:
-        """Give the turn back, or the place in the line. Leaving twice is fine."""
+        """Give up the turn, or the place in line. Leaving twice is fine."""
         discard(self.line, owner)
         if self.line:
             self._bell.ring()
 
 
 def discard(line: deque[Any], what: object) -> None:
-    """Take `what` out of a line; if it has left before, that is as well. One step."""
+    """Remove `what` from a line, if it is in it. Atomic."""
     with contextlib.suppress(ValueError):
         line.remove(what)

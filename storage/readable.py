@@ -1,4 +1,4 @@
-"""Reading: what every open store offers, on the caller's thread, from the snapshot that is published."""
+"""Reads that every open store offers: on the caller's thread, from the published snapshot."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ D = TypeVar("D")
 
 
 class Publisher(Protocol):
-    """Holds the snapshot that is to be read, and replaces it whole."""
+    """Holds the published snapshot, and replaces it whole."""
 
     snapshot: FoldSnapshot | ClosedFold
 
 
 class Reads:
-    """What can be read, through the snapshot that is published when a method is called. Nothing here waits."""
+    """Reads of the snapshot that is published when a method is called. None of them waits.
 
-    _published: Publisher  # not the store: one that is dropped is freed at once, and can be noticed
+    StoreClosed if the store is closed; ValueError or TypeError for bad arguments.
+    """
+
+    _published: Publisher  # not the store: a dropped store is freed at once, which is noticed
 
     @overload
     def get(self, key: str) -> KvEntry | None: ...
@@ -32,14 +35,15 @@ class Reads:
     def get(self, key: str, default: object = None) -> object:
         """The live entry of `key`, or `default` if it is absent or deleted.
 
-        Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read of one from disk. No message, no lock.
+        Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read from disk. No
+        message, no lock.
         """
         return self._published.snapshot.get(key, default)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
-        """The live entries among `keys`, by key, in the order of `keys`: those that are absent are left out.
+        """The live entries among `keys`, by key, in the order of `keys`. Absent keys are left out.
 
-        All of them are of one state, which a `get` of each would not promise.
+        All are read from one state; separate calls of `get` may not be.
         """
         return self._published.snapshot.get_many(keys)
 
@@ -52,10 +56,11 @@ class Reads:
         limit: int | None = None,
         reverse: bool = False,
     ) -> list[KvEntry]:
-        """The live entries under `prefix`, ascending by key. Cost: 0.3-0.5 us an entry.
+        """The live entries under `prefix`, ascending by key.
 
-        Of these, only keys with `start` <= key < `stop`, and no more than the first `limit`. With `reverse`, descending by
-        key: the bounds stay the same, and `limit` counts from the last key.
+        Of these, only keys with `start` <= key < `stop`, and at most the first `limit`. With
+        `reverse`, descending by key: the bounds stay the same, and `limit` counts from the last
+        key. Cost: 0.3-0.5 us an entry.
         """
         return self._published.snapshot.range(
             prefix, start=start, stop=stop, limit=limit, reverse=reverse
@@ -70,7 +75,7 @@ class Reads:
         limit: int | None = None,
         reverse: bool = False,
     ) -> Iterator[KvEntry]:
-        """`range`, entry by entry, from the state at the call: reads and holds a leaf at a time."""
+        """`range`, entry by entry, from the state at the call. Memory: one leaf."""
         return self._published.snapshot.iter_range(
             prefix, start=start, stop=stop, limit=limit, reverse=reverse
         )
@@ -88,28 +93,31 @@ class Reads:
         return self._published.snapshot.items(prefix)
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """`range`, streamed from one snapshot: holds a leaf at a time. An error of `f` stops the scan and propagates."""
+        """Call `f` with each live entry under `prefix`, ascending by key, from one state.
+
+        An exception from `f` stops the scan and propagates. Memory: one leaf.
+        """
         self._published.snapshot.for_each_in_range(prefix, f)
 
     def snapshot(self) -> FoldSnapshot:
-        """The state that reads see now: immutable, safe to hold and to share among threads; later batches do not show in it."""
+        """The current state: immutable, safe to hold and to share among threads."""
         snapshot = self._published.snapshot
-        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
+        snapshot.seq  # noqa: B018 - raises StoreClosed here, not at the first read
         return cast(FoldSnapshot, snapshot)
 
     def cursor(self) -> WatchCursor:
-        """The position up to which every update is folded in and written; the none-cursor where nothing was applied."""
+        """Every update up to this position is folded in and written; the none-cursor if none is."""
         return self._published.snapshot.cursor()
 
     def __len__(self) -> int:
-        """Live entries."""
+        """The number of live entries."""
         return len(self.snapshot())
 
     def __bool__(self) -> bool:
         return True
 
     def __contains__(self, key: object) -> bool:
-        """Whether `key` is live."""
+        """True if `key` is live."""
         return key in self.snapshot()
 
     def __reduce__(self) -> NoReturn:
@@ -117,11 +125,11 @@ class Reads:
 
 
 class Readable(Reads, ABC):
-    """A store that is open."""
+    """An open store."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the store. Closing twice is fine."""
+        """Close the store. Closing twice is fine."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,5 @@
-"""Artifacts: a state as a directory with a manifest and digests, to be sent elsewhere.
+"""Artifacts: a state as a directory with a manifest and digests, for transfer.
 
 artifact.py     export and import
-strict_json.py  JSON from outside: manifests, change streams
+strict_json.py  parses untrusted JSON: manifests, change streams
 """

@@ -1,11 +1,13 @@
-"""Artifacts: a fold as a folder that can be sent elsewhere, and back.
+"""Artifacts: export of a fold as a directory that can be sent elsewhere, and import.
 
-    DEST/MANIFEST.json     schema_version, backend, backend_version, cursor_hex, created_at_unix, files[path, size, blake3]
-    DEST/data/fold.log     a compacted log, or fold.snap: one of the Rust crate's format
+    DEST/MANIFEST.json     schema_version, backend, backend_version, cursor_hex, created_at_unix,
+                           files[path, size, blake3]
+    DEST/data/fold.log     a compacted log; data/fold.snap if it is in the Rust crate's format
 
-An export appears under its name complete or not at all. An import trusts nothing: the manifest is read with a limit and checked
-field by field, the folder must hold exactly what it declares, no link is followed, and the payload is verified as it is
-copied: the copy becomes the store, not a second reading of the original.
+An export appears under its name complete or not at all. An import trusts nothing: the manifest is
+limited in size and checked field by field, the directory must hold exactly what it declares, and no
+link is followed. The payload is verified while it is copied, and the copy becomes the store: the
+original is not read twice.
 """
 
 from __future__ import annotations
@@ -67,20 +69,20 @@ class ArtifactFile(NamedTuple):
 
 
 class ExportManifest(NamedTuple):
-    """What an artifact says of itself."""
+    """The manifest of an artifact."""
 
     backend: str
     backend_version: str
-    """The generation of the payload's format."""
+    """The version of the payload's format."""
     cursor: WatchCursor
-    """What the payload is exactly consistent with."""
+    """The cursor of the payload."""
     created_at_unix: int
-    """Seconds."""
+    """In seconds since the epoch."""
     files: tuple[ArtifactFile, ...]
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> bytes:
-        """The text of MANIFEST.json."""
+        """The content of MANIFEST.json."""
         fields = {
             "schema_version": self.schema_version,
             "backend": self.backend,
@@ -101,20 +103,18 @@ def export_fold(
     files: Files = OS_FILES,
     progress: Progress | None = None,
 ) -> ExportManifest:
-    """Write `fold` as an artifact at `dest_dir`. FileExistsError if that exists; OSError leaves
-    nothing there.
+    """Write `fold` as an artifact at `dest_dir`, durably.
 
-    `source`: of the log that the fold is of; the artifact is no wider. None: it is as any new file
-    is.
+    `source`: the access of the fold's log; the artifact admits nobody else. None: the defaults of
+    new files. FileExistsError if `dest_dir` exists. OSError: nothing is there, unless only the last
+    step failed, which makes its name durable.
     """
     FORMAT.check(format)
     kind = format_named(format)
     dest = Path(os.path.abspath(dest_dir))
     if files.exists(dest):
         raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
-    stage = dest.with_name(
-        f"{dest.name}.partial-{secrets.token_hex(4)}"
-    )  # a name that nobody else's folder has
+    stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")  # a unique name
     mode = 0o666 if source is None else PRIVATE
     _make_dir(files, stage, source)
     try:
@@ -128,12 +128,7 @@ def export_fold(
             out.sync()
         finally:
             files.close(out.fd)
-        handle = ReadHandle(files, payload)
-        size = files.fstat(handle.fd).st_size
-        digest = blake3()
-        for at in range(0, size, _COPY_BYTES):
-            digest.update(handle.read(min(_COPY_BYTES, size - at), at))
-        declared = ArtifactFile(kind.payload_path, size, digest.hexdigest())
+        declared = _declare(files, payload, kind.payload_path)
         manifest = ExportManifest(
             kind.backend, kind.backend_version, fold.cursor(), int(time.time()), (declared,)
         )
@@ -155,6 +150,16 @@ def export_fold(
     return manifest
 
 
+def _declare(files: Files, path: Path, name: str) -> ArtifactFile:
+    """The manifest's entry for the file at `path`, which is `name` in the artifact."""
+    handle = ReadHandle(files, path)
+    size = files.fstat(handle.fd).st_size
+    digest = blake3()
+    for at in range(0, size, _COPY_BYTES):
+        digest.update(handle.read(min(_COPY_BYTES, size - at), at))
+    return ArtifactFile(name, size, digest.hexdigest())
+
+
 def _make_dir(files: Files, path: Path, source: Access | None) -> None:
     files.make_dir(path, 0o777 if source is None else 0o700)
     if source is None:
@@ -171,7 +176,7 @@ def _make_dir(files: Files, path: Path, source: Access | None) -> None:
 
 
 def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:
-    """The manifest of an artifact, every field checked. ArtifactInvalidError names the one at fault."""
+    """The manifest of an artifact. ArtifactInvalidError names a field that is not valid."""
     root = Path(os.path.abspath(artifact_dir))
     fd = _open_dir(files, root, root, None)
     try:
@@ -188,10 +193,12 @@ def import_artifact(
     files: Files = OS_FILES,
     progress: Progress | None = None,
 ) -> ExportManifest:
-    """Verify an artifact in full and land its log at `dest_path`, which must not exist, in `format` ("foldlog" if None).
+    """Verify an artifact in full, then create its log at `dest_path`.
 
-    The manifest tells which format the artifact itself is of.
-    ArtifactInvalidError, FileExistsError, StoreLocked or OSError: nothing is at `dest_path` that was not there before.
+    `format`: of that log; None for foldlog's own.
+
+    The manifest names the format of the artifact itself. ArtifactInvalidError, FileExistsError if
+    `dest_path` exists, StoreLocked or OSError: nothing has been created at `dest_path`.
     """
     FORMAT.check(format)
     given = Path(os.path.abspath(dest_path))
@@ -199,17 +206,15 @@ def import_artifact(
         raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
     dest = resolve(given)
     if not files.exists(dest.parent):
-        raise FileNotFoundError(errno.ENOENT, "no such folder to import into", str(dest.parent))
-    read_manifest(
-        artifact_dir, files
-    )  # so that most of what is refused leaves not even a lock file
-    lock = WriterLock(files, dest)  # a writer that opens here meanwhile would sweep what is staged
+        raise FileNotFoundError(errno.ENOENT, "no such directory to import to", str(dest.parent))
+    read_manifest(artifact_dir, files)  # most bad artifacts are refused before a lock file exists
+    lock = WriterLock(files, dest)  # or a writer that opens here would remove the staged copy
     staged = temporary(dest)
     try:
         manifest, kind = stage_payload(files, artifact_dir, staged, progress)
         landing = format_named(format)
         loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
-        lock.write(None)  # a watermark of a log that stood here before says nothing of this one
+        lock.write(None)  # the watermark of an earlier log at this path does not apply to this one
         reader = ReadHandle(files, staged)
         if landing is kind:
             drop_stale_origin(files, dest)
@@ -228,7 +233,7 @@ def import_artifact(
 def _check_payload(
     files: Files, root: Path, staged: Path, kind: LogFormat, cursor: WatchCursor
 ) -> Loaded:
-    """The staged log. ArtifactInvalidError unless it is clean, compact, and at the manifest's cursor."""
+    """The staged log. ArtifactInvalidError unless it is valid, compact, and at the given cursor."""
     payload = root / kind.payload_path
     try:
         loaded = kind.load(ReadHandle(files, staged))
@@ -244,7 +249,7 @@ def _check_payload(
     if loaded.fold.cursor() != cursor:
         raise ArtifactInvalidError(
             root / MANIFEST_NAME,
-            f"cursor_hex is {cursor.hex()!r}, the payload stands at {loaded.fold.cursor().hex()!r}",
+            f"cursor_hex is {cursor.hex()!r}, the payload is at {loaded.fold.cursor().hex()!r}",
         )
     return loaded
 
@@ -262,20 +267,20 @@ def stage_payload(
     staged: Path,
     progress: Progress | None = None,
 ) -> tuple[ExportManifest, LogFormat]:
-    """Check the manifest and the folder, copy the payload to `staged`, and compare what was copied with its digest.
+    """Check the manifest and the directory, copy the payload to `staged`, and verify its digest.
 
-    The copy is synced. On an error it is removed. Returns the manifest, and the format that it names.
+    The copy is synced; on an error it is removed. Returns the manifest, and the format it names.
     """
     root = Path(os.path.abspath(artifact_dir))
     root_fd = _open_dir(files, root, root, None)
     try:
         manifest = _read_manifest(files, root, root_fd)
         kind = _identify(root, manifest)
-        folder, name = kind.payload_path.split("/")
-        _check_listing(files, root, root_fd, {MANIFEST_NAME, folder})
-        data_fd = _open_dir(files, root / folder, Path(folder), root_fd)
+        directory, name = kind.payload_path.split("/")
+        _check_listing(files, root, root_fd, {MANIFEST_NAME, directory})
+        data_fd = _open_dir(files, root / directory, Path(directory), root_fd)
         try:
-            _check_listing(files, root / folder, data_fd, {name})
+            _check_listing(files, root / directory, data_fd, {name})
             source = _open_file(files, root / kind.payload_path, name, data_fd)
             try:
                 _copy_verified(
@@ -300,7 +305,8 @@ def _identify(root: Path, manifest: ExportManifest) -> LogFormat:
     if manifest.backend_version != kind.backend_version:
         raise ArtifactInvalidError(
             where,
-            f"backend_version is {manifest.backend_version!r}, expected {kind.backend_version!r} of {kind.backend!r}",
+            f"backend_version is {manifest.backend_version!r},"
+            f" expected {kind.backend_version!r} for {kind.backend!r}",
         )
     if [file.path for file in manifest.files] != [kind.payload_path]:
         raise ArtifactInvalidError(where, f"files: expected exactly {kind.payload_path!r}")
@@ -317,7 +323,7 @@ def _copy_verified(
 ) -> None:
     size = files.fstat(source).st_size
     if size != declared.size:
-        raise ArtifactInvalidError(source_path, f"has {size} bytes, declared are {declared.size}")
+        raise ArtifactInvalidError(source_path, f"has {size} bytes, but {declared.size} declared")
     space = os.statvfs(staged.parent)
     if space.f_bavail * space.f_frsize < size:
         raise OSError(errno.ENOSPC, f"the import needs {size} bytes", str(staged.parent))
@@ -341,7 +347,7 @@ def _copy_verified(
         if not hmac.compare_digest(digest.hexdigest(), declared.blake3):
             raise ArtifactInvalidError(
                 source_path,
-                f"its BLAKE3 digest is {digest.hexdigest()}, declared is {declared.blake3}",
+                f"its BLAKE3 digest is {digest.hexdigest()}, but {declared.blake3} is declared",
             )
         files.sync(out)
     except BaseException:
@@ -358,7 +364,9 @@ def _open_dir(files: Files, path: Path, name: Path, dir_fd: int | None) -> int:
         raise ArtifactInvalidError(path, "is missing") from None
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise ArtifactInvalidError(path, "is not a folder (links are not followed)") from None
+            raise ArtifactInvalidError(
+                path, "is not a directory (links are not followed)"
+            ) from None
         raise
 
 
@@ -405,8 +413,8 @@ def _read_manifest(files: Files, root: Path, root_fd: int) -> ExportManifest:
 
 
 def parse_manifest(raw: bytes) -> ExportManifest:
-    """The manifest in `raw`. ValueError names the field at fault."""
-    fields = parse_object(raw, "is not JSON as it should be: {}".format)
+    """The manifest in `raw`. ValueError names a field that is not valid."""
+    fields = parse_object(raw, "is not valid JSON: {}".format)
     _check_fields("", fields, _FIELDS)
     if fields["schema_version"] != SCHEMA_VERSION or type(fields["schema_version"]) is not int:
         raise ValueError(
@@ -426,7 +434,7 @@ def parse_manifest(raw: bytes) -> ExportManifest:
         _parse_file(f"files[{index}]", file) for index, file in enumerate(fields["files"])
     )
     if len({file.path.casefold() for file in declared}) != len(declared):
-        raise ValueError("files: a path occurs twice")
+        raise ValueError("files: a path is declared twice")
     return ExportManifest(
         fields["backend"],
         fields["backend_version"],
@@ -446,9 +454,8 @@ def _parse_file(where: str, file: Any) -> ArtifactFile:
         or len(path) > 255
         or not re.fullmatch(r"data/[A-Za-z0-9_][A-Za-z0-9._-]*", path)
     ):
-        raise ValueError(
-            f"{where}.path is not a file name under data/: {path if type(path) is not str else ascii(path[:80])}"
-        )
+        shown = ascii(path[:80]) if type(path) is str else path
+        raise ValueError(f"{where}.path is not a file name under data/: {shown}")
     if type(size) is not int or not 0 <= size < 2**63:
         raise ValueError(f"{where}.size is not a size in bytes")
     if type(digest) is not str or not re.fullmatch("[0-9a-f]{64}", digest):

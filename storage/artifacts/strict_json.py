@@ -1,8 +1,10 @@
-"""JSON from outside, read strictly: one object, in UTF-8, that says one thing.
+"""Strict parsing of untrusted JSON: one object, in UTF-8.
 
-Refused, beyond what `json` refuses: a field that occurs twice, of which `json` would silently keep the last; NaN and the
-infinities, which are not JSON, though Python writes and reads them; and nesting so deep that it exhausts the stack, which would
-pass every `except ValueError` as a RecursionError.
+Refused, beyond what `json` refuses:
+
+- a duplicate field, of which `json` silently keeps the last;
+- NaN and the infinities, which are not JSON, though Python writes and reads them;
+- nesting that exhausts the stack: its RecursionError would escape every `except ValueError`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from typing import Any
 
 
 def parse_object(raw: bytes, reason: Callable[[ValueError], str]) -> dict[str, Any]:
-    """The JSON object in `raw`. ValueError says what is wrong with it; `reason` puts an error of the parsing into words."""
+    """The JSON object in `raw`. ValueError says what is wrong.
+
+    `reason` words the message for a parse error.
+    """
     try:
         fields = json.loads(
             raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant

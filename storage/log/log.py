@@ -165,10 +165,11 @@ class Log:
         return self._lock.is_in_place()
 
     def check_place(self, fd: int) -> bool:
-        """Whether the complete file `fd`, which is to have the log's name, takes a name that is free.
+        """True if the log's name, which the complete file `fd` is to get, is free.
 
-        False if it replaces the log's own file. Nothing else is ever replaced: LogChangedError,
-        LogAccessError or OSError. A rename cannot ask what it replaces, so call this right before.
+        False if the log's own file has it. LogChangedError for any other file, which is never
+        replaced; LogAccessError or OSError. A rename cannot check what it replaces, so call this
+        right before.
         """
         keep_access(self.files, fd, self.access(), self.path)
         self.confirm_lock()
@@ -182,7 +183,7 @@ class Log:
         return False
 
     def put_in_place(self, new: Path, *, free: bool) -> None:
-        """Give the file `new` the log's name, which is `free` or the log's own file's."""
+        """Give the file `new` the log's name, which is `free`, or that of the log's own file."""
         if not free:
             self.files.replace(new, self.path)
             return

@@ -1,11 +1,12 @@
-"""What can still be read of a damaged log, as a new log; and a list of what was lost. The damaged file is only read.
+"""Salvage: writes what is readable in a damaged log to a new log, and lists what was lost.
 
-Frames are found wherever they stand, also behind damage; batches count in the order of their sequences. Of a leaf whose body does
-not verify, the entries are kept that verify one by one. A file head that does not verify is worked out from the frames.
+The damaged file is only read. Frames are found wherever they are, also after damage; batches are
+applied in the order of their sequences. From a leaf with a damaged body, the entries whose own
+checksum is right are kept. A damaged file header is reconstructed from the frames.
 
-What comes out is a state that the store may never have been in: where a batch was lost, later ones were folded without it.
-So its cursor stands before the first loss (`cursor="safe"`): an upstream that replays from there makes the state right, for
-the last write of each key wins, however often it is written.
+The store may never have been in the resulting state: if a batch was lost, the later ones are folded
+without it. So the new log's cursor is before the first loss (`cursor="safe"`). An upstream that
+replays from there corrects the state, since the last write of each key wins.
 """
 
 from __future__ import annotations
@@ -47,23 +48,24 @@ NO_CURSOR = WatchCursor.none()
 
 
 class Loss(NamedTuple):
-    """A stretch of a log that could not be kept, and what is known to have been in it."""
+    """A stretch of a log that could not be kept, and what is known of its content."""
 
     offset: int
     size: int
-    """Bytes; 0 where frames are missing altogether."""
+    """In bytes; 0 where whole frames are missing."""
     reason: str
     first_seq: int | None = None
-    """The batches lost, first and last; None: none of them, or (the last) not known."""
+    """The first batch lost; None if none was."""
     last_seq: int | None = None
+    """The last batch lost; None if none was, or it is not known."""
     after_cursor: WatchCursor | None = None
-    """Of the last batch that was kept before it."""
+    """The cursor of the last batch kept before it."""
     before_cursor: WatchCursor | None = None
-    """Of the first batch that was kept behind it; None if there is none."""
+    """The cursor of the first batch kept after it; None if there is none."""
     entries: int | None = None
     """Entries of the base lost; None: none, or not known."""
     keys: tuple[str, ...] = ()
-    """Their keys, where these are known."""
+    """The keys of those entries, if known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,17 @@ class SalvageReport:
     last_cursor: WatchCursor
     """The cursor of the last batch kept."""
     entries: int
-    """Live in the new log."""
+    """Live entries in the new log."""
     leaves: int
+    """Leaves kept, in whole or in part."""
     batches: int
-    """Kept, and so with the leaves."""
+    """Batches kept."""
     losses: tuple[Loss, ...]
     """By offset."""
 
 
 class _Found(NamedTuple):
-    """A sound frame of batches."""
+    """A valid frame of batches."""
 
     first_seq: int
     last_seq: int
@@ -104,11 +107,13 @@ def salvage_log(
     files: Files = OS_FILES,
     progress: Progress | None = None,
 ) -> SalvageReport:
-    """Write what can be read of the log `source` as a new, compacted log at `output`, which must not exist.
+    """Write what is readable in the log `source` to a new, compacted log at `output`.
 
-    `cursor="last"` gives it the cursor of the last batch kept, for an upstream that cannot replay: what was lost stays lost.
-    Raises FileExistsError, InvalidFormatError if nothing in the file is recognized, or OSError; then nothing is at `output`.
-    Cost: as `verify_log` and a compaction. Memory: the changes since the last compaction, and the largest frame.
+    `cursor="last"` gives it the cursor of the last batch kept, for an upstream that cannot replay:
+    what was lost stays lost. FileExistsError if `output` exists; InvalidFormatError if nothing in
+    the file is recognized; OSError. After an error nothing is at `output`. Cost: that of
+    `verify_log` and a compaction. Memory: the changes since the last compaction, and the largest
+    frame.
     """
     if cursor not in ("safe", "last"):
         raise ValueError(f'cursor is "safe" or "last", not {cursor!r}')
@@ -142,7 +147,7 @@ def salvage_log(
 
 
 class _Salvage:
-    """One salvage: `find` what is there, then make a `fold` of it."""
+    """One salvage: `find` what is there, then build a `fold` from it."""
 
     def __init__(self, handle: ReadHandle) -> None:
         self._handle = handle
@@ -151,7 +156,7 @@ class _Salvage:
         self.rescued_leaves = 0
         self.batches = 0
         self.safe_cursor = self.last_cursor = NO_CURSOR
-        self._rescued = Run()  # entries of leaves that cannot be taken whole
+        self._rescued = Run()  # entries of leaves that cannot be used as they are
         self._last_key: str | None = None
         self._found: list[_Found] = []
         self._bad: list[Piece] = []
@@ -160,14 +165,14 @@ class _Salvage:
         self._base_end_offset: int | None = None
 
     def find(self, progress: Progress | None) -> None:
-        """Walk the file, note what is sound, and what is not."""
+        """Read the file; note what is valid, and what is not."""
         size = self._handle.files.fstat(self._handle.fd).st_size
         head, seed, reason = head_and_seed(self._handle, size)
         if head is not None:
             self._base_seq = head.base_seq
         if reason:
             self.losses.append(
-                Loss(0, FILE_HEAD.size, f"{reason}; worked out again, nothing is lost by it")
+                Loss(0, FILE_HEAD.size, f"{reason}; reconstructed from the frames; no data lost")
             )
         for piece in Walker(self._handle, seed, size).pieces(progress=progress):
             frame = piece.head
@@ -201,7 +206,7 @@ class _Salvage:
             self.rescued_leaves += 1
 
     def _take_bad(self, piece: Piece) -> None:
-        """Keep what verifies of a leaf that does not; the rest is told as lost when all is known."""
+        """Keep the valid entries of a damaged leaf. Other damage is reported when all is known."""
         if piece.head is None or piece.head.kind != KIND_LEAF:
             self._bad.append(piece._replace(body=b""))
             return
@@ -214,16 +219,16 @@ class _Salvage:
         )
 
     def fold(self) -> FoldSnapshot:
-        """The state of what was found; `losses`, `safe_cursor` and `last_cursor` are complete then."""
+        """The state from what was found. Completes `losses`, `safe_cursor` and `last_cursor`."""
         base_seq = self._base_seq or 0
         base_cursor = self._base_end[0] if self._base_end is not None else NO_CURSOR
         runs = (self._rescued,) if self._rescued else ()
         fold = FoldSnapshot(self.base, EMPTY_DELTA, runs, base_seq, base_cursor)
-        whole = self._tell_lost_base()
+        whole = self._report_lost_base()
         self.last_cursor = base_cursor
         self.safe_cursor = base_cursor if whole else NO_CURSOR
         kept: set[tuple[int, int]] = set()
-        steps: list[tuple[_Found, WatchCursor]] = []  # what was kept, with the cursor behind it
+        taken: list[tuple[_Found, WatchCursor]] = []  # what was kept, with the cursor after it
         for found in sorted(self._found):
             if found.first_seq <= fold.seq:
                 if found.last_seq > base_seq and found[:2] not in kept:
@@ -243,17 +248,17 @@ class _Salvage:
             self.last_cursor = batches[-1].cursor
             if whole:
                 self.safe_cursor = self.last_cursor
-            steps.append((found, self.last_cursor))
+            taken.append((found, self.last_cursor))
             kept.add(found[:2])
-        self._tell_lost_batches(base_seq, base_cursor, steps)
+        self._report_lost_batches(base_seq, base_cursor, taken)
         return fold
 
     def _batches_at(self, found: _Found) -> list[DecodedBatch]:
         body = self._handle.read(found.size, found.offset + FRAME_HEAD.size)
         return decode_batches(body, found.last_seq - found.first_seq + 1)
 
-    def _tell_lost_base(self) -> bool:
-        """Tell what the base lost. Returns whether it is whole, and its cursor known."""
+    def _report_lost_base(self) -> bool:
+        """Report what the base lost. Returns True if it is complete, and its cursor known."""
         stop = self._base_end_offset
         if stop is None:
             stop = min(
@@ -278,15 +283,15 @@ class _Salvage:
             self.losses.append(Loss(stop, 0, "the end of the base is missing"))
         return self._base_end is not None and not missing
 
-    def _tell_lost_batches(
-        self, base_seq: int, base_cursor: WatchCursor, steps: list[tuple[_Found, WatchCursor]]
+    def _report_lost_batches(
+        self, base_seq: int, base_cursor: WatchCursor, taken: list[tuple[_Found, WatchCursor]]
     ) -> None:
-        """Tell what lies in bad stretches behind the base, and the holes in the sequence that no bad stretch explains."""
+        """Report the bad stretches after the base, and gaps in the sequence that none explains."""
         last_seq, cursor = base_seq, base_cursor
         position = self._base_end_offset or 0
         bad = sorted(self._bad, key=lambda piece: piece.offset)
         offsets = [piece.offset for piece in bad]
-        for found, cursor_behind in [*steps, (None, None)]:
+        for found, cursor_after in [*taken, (None, None)]:
             stop = None if found is None else found.offset
             start = bisect_left(offsets, position)
             end = len(offsets) if stop is None else max(bisect_left(offsets, stop), start)
@@ -298,25 +303,26 @@ class _Salvage:
                 inside, _lost_ranges(inside, last_seq, next_seq), strict=True
             ):
                 self.losses.append(
-                    Loss(piece.offset, piece.size, piece.reason, first, last, cursor, cursor_behind)
+                    Loss(piece.offset, piece.size, piece.reason, first, last, cursor, cursor_after)
                 )
-            if found is None or cursor_behind is None:
+            if found is None or cursor_after is None:
                 break
             if found.first_seq > last_seq + 1 and not inside:
                 lost = last_seq + 1, found.first_seq - 1
                 self.losses.append(
-                    Loss(found.offset, 0, "frames are missing here", *lost, cursor, cursor_behind)
+                    Loss(found.offset, 0, "frames are missing here", *lost, cursor, cursor_after)
                 )
-            last_seq, cursor, position = found.last_seq, cursor_behind, found.offset
+            last_seq, cursor, position = found.last_seq, cursor_after, found.offset
         self.losses += [Loss(piece.offset, piece.size, piece.reason) for piece in bad]
 
 
 def _lost_ranges(
     pieces: list[Piece], last_seq: int, next_seq: int | None
 ) -> list[tuple[int | None, int | None]]:
-    """The batches that bad stretches held, between batch `last_seq` and `next_seq`, which were kept (None: there is none).
+    """The first and last batch in each bad stretch between two kept batches.
 
-    The first and the last of each; None where it held none, or where the last is not known.
+    Those are `last_seq` and `next_seq`, None if no batch follows. None for both if the stretch held
+    no batch; for the last if it is not known.
     """
     ranges: list[tuple[int | None, int | None]] = []
     first = last_seq + 1
@@ -336,7 +342,7 @@ def _lost_ranges(
 
 
 def _first_later(pieces: list[Piece]) -> list[int | None]:
-    """Of each piece, the first batch that one after it says to hold; None if none does."""
+    """For each piece, the first batch that a later piece holds by its header; None if none does."""
     firsts: list[int | None] = []
     first: int | None = None
     for piece in reversed(pieces):
@@ -348,7 +354,10 @@ def _first_later(pieces: list[Piece]) -> list[int | None]:
 
 
 def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:
-    """Of a leaf whose body does not verify: the entries that do, if its index does, and the keys of the others."""
+    """From the body of a damaged leaf: the valid entries, and the keys of the others.
+
+    Nothing if its index is damaged.
+    """
     kept: dict[str, Change] = {}
     lost: list[str] = []
     if len(body) < leaf.HEAD.size:
@@ -368,6 +377,6 @@ def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:
 
 
 def _count_of(body: bytes) -> int | None:
-    """The entries of a leaf by its own count, which nothing vouches for: None if it cannot be."""
+    """The number of entries of a damaged leaf by its own count; None if that is impossible."""
     count: int = leaf.HEAD.unpack_from(body)[0] if len(body) >= leaf.HEAD.size else 0
     return count if 0 < count <= leaf.MAX_ENTRIES else None

@@ -1,4 +1,4 @@
-"""Verifying a log, whatever its format: from a path, or one that this process writes."""
+"""Verifying a log of any format: at a path, or one that this process writes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def verify_log(
     files: Files = OS_FILES,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check every invariant of a log, from a path or an open handle; up to the offset `end`, where its last frame must end.
+    """Check every invariant of a log, given as a path or an open handle.
 
-    Without `end`, the whole file, whose tail may be torn. Needs no lock, and works beside a writer. InvalidFormatError if it
-    is no log, or one of a newer format; OSError. Cost: about 1 us an entry, and the reading of the file.
+    Up to the offset `end`, where its last frame must end; by default the whole file, whose tail may
+    be torn. Takes no lock, and works beside a writer. InvalidFormatError if the file is not a log,
+    or of a newer format; OSError. Cost: about 1 us an entry, and reading the file.
     """
     handle = source if isinstance(source, ReadHandle) else ReadHandle(files, resolve(source))
     size = handle.files.fstat(handle.fd).st_size if end is None else end
@@ -29,9 +30,10 @@ def verify_log(
 
 
 def verify_live(log: Log, seq: int, progress: Progress | None = None) -> VerifyReport:
-    """`verify_log` of a log that this process writes, up to its end as it is now, which is at batch `seq` or later.
+    """`verify_log` for a log that this process writes, up to its current end.
 
-    Any thread may call it while batches are appended and the log is compacted.
+    Batch `seq` has been published: a log that ends before it has a problem. Any thread may call it
+    while batches are appended and the log is compacted.
     """
     file, size = log.here()
     known = Known(file.header, file.base_end)

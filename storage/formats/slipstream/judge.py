@@ -1,4 +1,4 @@
-"""What the records of a file amount to: where its base ends, and whether what follows the last one is torn or corrupt."""
+"""Judges a file by its records: where its base ends, and whether its tail is torn or corrupt."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _REPORT_BYTES = 1024 * 1024
 
 
 class Count:
-    """Where a file's base ends, and how many batches follow: told by its records, in order.
+    """Finds where a file's base ends, and counts the batches after it, from its records in order.
 
-    The base is what a compaction would have written, if the file begins with that; else it is empty.
+    The base is what a compaction would have written, if the file begins so; otherwise it is empty.
     """
 
     def __init__(self, known: Known | None = None) -> None:
@@ -38,11 +38,11 @@ class Count:
         """Of the base."""
         self.base_end = HEAD.size if known is None else known.base_end
         self.batches = 0
-        """Cursor records behind the base."""
+        """Cursor records after the base."""
         self.base_seq = 0 if known is None else known.header.base_seq
-        """The sequence of the base. Where it is not known, 1 for a base with a cursor."""
+        """The sequence of the base. If it is not known, 1 for a base with a cursor, else 0."""
         self._known = known is not None
-        self._in_base = True  # only puts so far, ascending
+        self._in_base = True  # so far only puts, in key order
         self._last_key: str | None = None
 
     @property
@@ -69,11 +69,11 @@ class Count:
                 self._in_base = False
 
     def may_be_in_base(self, offset: int) -> bool:
-        """True if what comes at `offset`, after the records so far, may belong to the base."""
+        """True if what is at `offset`, after the records so far, may belong to the base."""
         return offset < self.base_end if self._known else self._in_base
 
     def end(self, offset: int) -> None:
-        """The records end there."""
+        """Tell that the records end at `offset`."""
         if self._in_base and not self._known:
             self.base_end = offset
         if self.base_end == HEAD.size:
@@ -81,9 +81,10 @@ class Count:
 
 
 def judge(handle: ReadHandle, bad: BadRecord, size: int) -> tuple[Verdict, str]:
-    """Whether the bytes from the bad record to `size` are torn or corrupt, and the reason. `docs/interchange.md` has the rule.
+    """Judge the bytes from the bad record to `size`. Returns the verdict and the reason.
 
-    LogChangedError if the file ends before `size`. Memory: one record. Cost: see `slipstream_search`.
+    `docs/interchange.md` has the rule. LogChangedError if the file ends before `size`. Memory: one
+    record. Cost: see `search.py`.
     """
     if bad.final:
         return Verdict.CORRUPT, bad.reason
@@ -98,21 +99,21 @@ def judge(handle: ReadHandle, bad: BadRecord, size: int) -> tuple[Verdict, str]:
     else:
         return Verdict.CORRUPT, bad.reason
     if lost_sector and bad.in_base and written > HEAD.size:
-        return Verdict.CORRUPT, f"zeros in what may be the base, which was synced ({reason})"
+        return Verdict.CORRUPT, f"zeros where the base, which was synced, may be ({reason})"
     if written > bad.offset and (damage := _damaged_length(handle, bad, size)):
         return Verdict.CORRUPT, f"a damaged length: {damage} ({bad.reason})"
     return Verdict.TORN, reason
 
 
 def _damaged_length(handle: ReadHandle, bad: BadRecord, size: int) -> str:
-    """What shows that the bad record, which seems to be torn, has a damaged length; "" if nothing does.
+    """Evidence that the bad record, which looks torn, has a damaged length; "" if there is none.
 
-    A batch that was written whole ends with a cursor record: if none follows, no answered batch does. A base may end without
-    one, so a put is evidence there, too.
+    A complete batch ends with a cursor record: if none follows, no acknowledged batch follows. A
+    base may end without one, so there a put is evidence, too.
     """
     rest = read_rest(handle, bad.offset, min(size, bad.offset + MAX_RECORD_BYTES))
     if one_bit_fixes(rest):
-        return "one bit makes a whole record of it"
+        return "flipping one bit makes the record whole"
     at = find_cursor_record(rest, 1)
     follows = None if at is None else bad.offset + at
     if follows is None and bad.in_base:
@@ -121,7 +122,7 @@ def _damaged_length(handle: ReadHandle, bad: BadRecord, size: int) -> str:
 
 
 def _end_of_data(handle: ReadHandle, start: int, size: int) -> int:
-    """Where the last byte from `start` to `size` that is not zero ends; `start` if there is none."""
+    """The offset after the last nonzero byte from `start` to `size`; `start` if there is none."""
     while size > start:
         low = max(start, size - _REPORT_BYTES)
         if data := read_rest(handle, low, size).rstrip(b"\0"):
@@ -131,7 +132,7 @@ def _end_of_data(handle: ReadHandle, start: int, size: int) -> int:
 
 
 def read_rest(handle: ReadHandle, offset: int, size: int) -> bytes:
-    """The bytes from `offset` to `size`. LogChangedError if the file ends before."""
+    """The bytes from `offset` to `size`. LogChangedError if the file is shorter."""
     try:
         return handle.read(size - offset, offset)
     except EOFError as error:

@@ -1,12 +1,13 @@
-"""The format "slipstream-v2" as a log: reading it into a fold, telling torn from corrupt, appending, rewriting.
+"""The format "slipstream-v2" behind the seam of the formats: loading, appending, rewriting.
 
-The format has no ids and no sequence numbers. What the rest of foldlog needs of them is made up in memory, for as long as the
-process lives: a random log id, and a count of the cursor records behind the base (one to a batch), which goes on across
-rewrites, and across a writer's restart, by what `Log.known` remembers. A new process begins to count anew.
+The format stores no ids and no sequences. What the rest of foldlog needs of them is kept in memory
+while the process lives: a random log id, and the number of cursor records after the base, one for
+each batch. They survive rewrites, and a restart of the writer through `Log.known`. A new process
+starts counting anew.
 
-All entries are kept in memory, as the origin does: as a delta over an empty base.
+All entries are kept in memory, as in the Rust crate: as a delta over an empty base.
 
-Where it is not sure, the origin drops the end of a file; this refuses. See `diagnose`.
+When in doubt, the Rust crate drops the end of a file; foldlog refuses the log. See `judge.py`.
 """
 
 from __future__ import annotations
@@ -57,14 +58,14 @@ _REPORT_BYTES = 1024 * 1024
 
 
 class RecordHeader(NamedTuple):
-    """What this process knows of a file: nothing of it is written."""
+    """What this process knows of a file. None of it is written."""
 
     log_id: bytes
     base_seq: int
 
     @classmethod
     def new(cls, base_seq: int, log_id: bytes | None = None) -> RecordHeader:
-        """Of a random log, unless its id is kept."""
+        """With a new random log id, unless one is given."""
         return cls(log_id or secrets.token_bytes(16), base_seq)
 
 
@@ -77,7 +78,7 @@ class RecordPosition(NamedTuple):
 
 
 class RecordCodec:
-    """Appends as records. A session begins and ends without a trace. See `formats.format.Codec`."""
+    """Encodes appends as records. Sessions leave no trace. See `formats.format.Codec`."""
 
     def group(
         self, items: Sequence[bytes], position: RecordPosition, synced_seq: int
@@ -93,7 +94,7 @@ class RecordCodec:
 
 
 class RecordFile(NewFile):
-    """A new file of this format."""
+    """A new file in this format."""
 
     position: RecordPosition
 
@@ -103,7 +104,7 @@ class RecordFile(NewFile):
         self._delta = EMPTY_DELTA
 
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
-        # What is in memory already is kept, in its compacted form, for the log that goes on in this file.
+        # If all entries are in memory already, keep them, compacted, for `fold_with`.
         pieces = _Pieces() if fold.base is EMPTY_BASE else None
         done, total = 0, fold.base.entries
         for span in fold.spans("", None):
@@ -162,7 +163,7 @@ class RecordFile(NewFile):
 
 
 class _Pieces:
-    """Live entries, which come in key order, as the pieces of a delta."""
+    """Collects live entries, in key order, as the pieces of a delta."""
 
     def __init__(self) -> None:
         self._firsts: list[str] = []
@@ -179,7 +180,7 @@ class _Pieces:
 
 
 class _Replay(Count):
-    """Records on their way into a fold."""
+    """Builds a fold from records."""
 
     def __init__(self, known: Known | None) -> None:
         super().__init__(known)
@@ -195,7 +196,7 @@ class _Replay(Count):
             self._collected.add({key: (key, value, token)})
 
     def delta(self) -> Delta:
-        """The live entries: what was removed needs no memory, for there is nothing below that it hides."""
+        """The live entries. Tombstones are dropped: the base is empty, so they hide nothing."""
         delta, runs = self._collected.settled()
         pieces = _Pieces()
         for piece in (*delta, *runs):
@@ -238,19 +239,22 @@ class SlipstreamFormat(LogFormat):
         return position.offset == file.base_end
 
     def may_be_unsynced(self, loaded: Loaded) -> bool:
-        return True  # nothing in the file tells
+        return True  # the file does not say
 
     def load(
         self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None
     ) -> Loaded:
-        """See `LogFormat`. Records behind the last cursor record are applied, as the origin does. Cost: 2 us a record."""
+        """See `LogFormat`. Records after the last cursor record are applied, as in the Rust crate.
+
+        Cost: 2 us a record.
+        """
         try:
             check_head(handle.files.read(handle.fd, HEAD.size, 0))
         except ValueError as error:
             raise InvalidFormatError(handle.path, 0, str(error)) from None
         size = handle.files.fstat(handle.fd).st_size
         if known is not None and known.base_end > size:
-            known = None  # it was cut, or is another: its writer finds the log id changed
+            known = None  # the file was cut or replaced: the changed log id tells the writer
         replay = _Replay(known)
         offset = reported = HEAD.size
         bad: BadRecord | None = None
@@ -288,7 +292,7 @@ class SlipstreamFormat(LogFormat):
         return judge(handle, bad, loaded.size)
 
     def check_payload(self, loaded: Loaded) -> None:
-        """Every record was checked when it was read, and a base is in key order."""
+        """Nothing is left to check: loading checked every record, and the base's key order."""
 
     def check(
         self,

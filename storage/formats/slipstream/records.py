@@ -1,17 +1,18 @@
-"""The bytes of the origin's log, version 2: the format "slipstream-v2". `docs/interchange.md` tells it; no I/O here.
+"""The bytes of the Rust crate's log, version 2: the format "slipstream-v2".
 
-    file   := head record*                 little-endian throughout
-    head   := magic 4s "PGSS" | version u16 = 2
-    record := crc u32 | type u8 | payload  the checksum is CRC-32 as in zlib (not CRC-32C), over type and payload
+    file   := header record*               little-endian throughout
+    header := magic 4s "PGSS" | version u16 = 2
+    record := crc u32 | type u8 | payload  CRC-32 as in zlib (not CRC-32C), over type and payload
     put    := 01 | key length u16 | key | value length u32 | value | version length u8 | version
     delete := 02 | key length u16 | key | version length u8 | version
     cursor := 03 | cursor length u8 | cursor
 
-A batch is its records in order and then one cursor record, which may be empty. A purge is a delete. A compacted file holds one
-put for each live key, ascending, and then one cursor record; none if there is no cursor.
+A batch is its records in order, then one cursor record, whose cursor may be empty. A purge is
+written as a delete. A compacted file holds one put for each live key, in key order, then one cursor
+record, or none if there is no cursor. `docs/interchange.md` has more.
 
-No checksum covers a length alone: one that was damaged upwards looks like a record that the end of the file cuts short.
-`search.py` looks for the evidence that tells the two apart.
+Lengths have no checksum of their own. A length that damage has increased looks like a record that
+the end of the file cuts short; `search.py` finds the evidence that tells the two apart.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HEAD = struct.Struct("<4sH")
 HEAD_BYTES = HEAD.pack(MAGIC, VERSION)
 
 PUT, DELETE, CURSOR = 1, 2, 3
-MIN_RECORD_BYTES = 6  # a cursor record of no bytes
+MIN_RECORD_BYTES = 6  # a cursor record with an empty cursor
 MAX_CURSOR_BYTES = MIN_RECORD_BYTES + MAX_TOKEN_BYTES
 _MIN_PUT_BYTES, _MIN_DELETE_BYTES = 12, 8
 _KEY = struct.Struct("<H")
@@ -53,7 +54,7 @@ def check_head(raw: bytes) -> None:
     if raw[: len(MAGIC)] != MAGIC:
         raise ValueError("not a slipstream log: wrong magic")
     if len(raw) < HEAD.size:
-        raise ValueError("not a slipstream log: shorter than its head")
+        raise ValueError("not a slipstream log: shorter than its header")
     version = HEAD.unpack_from(raw)[1]
     if version != VERSION:
         raise ValueError(
@@ -83,22 +84,24 @@ def encode_put(key: bytes, value: bytes, version: bytes) -> bytes:
 
 
 def encode_delete(key: bytes, version: bytes) -> bytes:
-    """A delete record, of a delete or a purge."""
+    """A delete record, for a delete or a purge."""
     return _sealed(
         b"".join((_DELETE_BYTE, _KEY.pack(len(key)), key, _TOKEN_LENGTHS[len(version)], version))
     )
 
 
 def encode_cursor(cursor: bytes) -> bytes:
-    """A cursor record; of the none-cursor, too."""
+    """A cursor record, also for the none-cursor."""
     return _sealed(_CURSOR_BYTE + _TOKEN_LENGTHS[len(cursor)] + cursor)
 
 
 def encode_item(item: bytes) -> bytes:
-    """A batch, from its form as an item of a BATCHES body (`protocol/updates.py`). Cost: about 1 us a record."""
-    cursor, keys, values, versions = msgpack.unpackb(item, raw=True)[
-        :4
-    ]  # an origin has no place here
+    """The records of a batch, given as an item of a BATCHES body (`protocol/updates.py`).
+
+    Cost: about 1 us a record.
+    """
+    # The format has no field for the origin.
+    cursor, keys, values, versions = msgpack.unpackb(item, raw=True)[:4]
     records = [
         encode_put(key, value, version) if type(value) is bytes else encode_delete(key, version)
         for key, value, version in zip(keys, values, versions, strict=True)
@@ -108,7 +111,7 @@ def encode_item(item: bytes) -> bytes:
 
 
 class Record(NamedTuple):
-    """A record whose checksum was right."""
+    """A record whose checksum is valid."""
 
     kind: int
     """PUT, DELETE or CURSOR."""
@@ -117,7 +120,7 @@ class Record(NamedTuple):
     token: bytes
     """The version, or the cursor."""
     end: int
-    """The offset behind it."""
+    """The offset after it."""
 
 
 class BadRecord(BadBytes):
@@ -128,15 +131,18 @@ class BadRecord(BadBytes):
     ) -> None:
         super().__init__(offset, reason, final=final)
         self.end = end
-        """Where it ends, as far as its lengths were read."""
+        """Where it ends, as far as its lengths could be read."""
         self.cut_short = cut_short
-        """It is a record's beginning, by all that can be seen, and the file ends."""
+        """True if it is a valid beginning of a record, which the end of the file cuts short."""
         self.in_base = False
-        """Only what a compacted file begins with comes before it, so it may be inside a base. Set by who counts."""
+        """True if it may be inside the base. Set by the caller of `read_records`: see `Count`."""
 
 
 def record_end(data: bytes | bytearray, at: int) -> int:
-    """Where the record at `data[at:]` ends; beyond `data`, the least that it can be. ValueError if what is there is none."""
+    """Where the record at `data[at:]` ends; if that is beyond `data`, the earliest possible end.
+
+    ValueError if there is no record.
+    """
     have = len(data)
     if at + 4 >= have:
         return at + MIN_RECORD_BYTES
@@ -146,7 +152,7 @@ def record_end(data: bytes | bytearray, at: int) -> int:
             return at + MIN_RECORD_BYTES
         return at + MIN_RECORD_BYTES + _token_length(data[at + 5], "cursor")
     if kind != PUT and kind != DELETE:
-        raise ValueError(f"a record of type {kind}, which there is none of")
+        raise ValueError(f"unknown record type {kind}")
     if at + 7 > have:
         return at + (_MIN_PUT_BYTES if kind == PUT else _MIN_DELETE_BYTES)
     version_at = at + 7 + _KEY.unpack_from(data, at + 5)[0]
@@ -171,9 +177,10 @@ def _token_length(length: int, what: str) -> int:
 def read_records(
     handle: ReadHandle, start: int, size: int, *, window_bytes: int = WINDOW_BYTES
 ) -> Iterator[Record]:
-    """The records from `start` to `size`. Memory: one window, or the largest record. Cost: about 1.3 us a record.
+    """The records from `start` to `size`.
 
-    Raises BadRecord at the first bytes that are no record, LogChangedError if the file ends before `size`, and OSError.
+    BadRecord at the first bytes that are not a record; LogChangedError if the file ends before
+    `size`; OSError. Memory: one window, or the largest record. Cost: about 1.3 us a record.
     """
     data = b""
     base, at = start, 0  # the offset of data[0]; the next record is data[at:]
@@ -186,9 +193,12 @@ def read_records(
         if end > len(data):
             if base + end > size:
                 if base + len(data) == size:
-                    reason = f"the record needs {end - at} bytes or more, the file ends after {size - offset}"
+                    reason = (
+                        f"the record needs {end - at} bytes or more,"
+                        f" the file ends after {size - offset}"
+                    )
                     raise BadRecord(offset, reason, end=base + end, cut_short=True)
-                end = at + size - offset  # see all there is first: a bad length may stand in it
+                end = at + size - offset  # first read all there is: it may hold a bad length
             data = _read(handle, min(max(window_bytes, end - at), size - offset), offset)
             view = memoryview(data)
             base, at = offset, 0

@@ -1,8 +1,9 @@
-"""Whole records of the format "slipstream-v2" in bytes that do not parse: evidence that a bad record is damaged, not torn.
+"""Finds whole records of the format "slipstream-v2" in damaged bytes: evidence that a bad record is
+damaged, not torn.
 
-The search is exhaustive: it looks at every offset, so no damage hides behind a limit. Its time is linear in the bytes searched,
-and its memory is bounded. A checksum costs the same however long the record is: that of a long one is computed from
-the checksums of two prefixes (CRC-32 is linear).
+The search tries every offset. Its time is linear in the bytes searched, and its memory is bounded.
+Checking a record costs the same whatever its length: the checksum of a long one is computed from
+the checksums of two prefixes, since CRC-32 is linear.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from foldlog.storage.formats.slipstream.records import (
 from foldlog.storage.log.files import ReadHandle
 
 BLOCK_BYTES = 64 * 1024
-"""Offsets that are searched in one step, to begin with; the blocks grow to `MAX_BLOCK_BYTES`."""
+"""Bytes searched at a time, at first; the blocks grow to `MAX_BLOCK_BYTES`."""
 MAX_BLOCK_BYTES = 4 * 1024 * 1024
 _SHORT_BYTES = 4096
-"""A record up to this is checked directly: it costs no more than two prefixes."""
+"""Up to this size a record is checked directly, which costs no more than two prefixes."""
 _STRIDE = 256
-"""Between two prefixes whose checksum is kept."""
+"""Bytes between two prefixes whose checksums are kept."""
 _RUN_BYTES = 1024
-"""More than the records that a run of one byte, of value 1 or 2, can begin: 264 bytes, 524 bytes."""
+"""Longer than any record that lies within a run of bytes of value 1 or 2: 264 or 524 bytes."""
 
 _CURSORS = re.compile(
     rb"(?s)(?=(.{4}\x03(?:%s)))"
@@ -45,9 +46,9 @@ _TYPES = re.compile(rb"\x01{%d,}|\x02{%d,}|[\x01\x02]" % (_RUN_BYTES, _RUN_BYTES
 
 
 def one_bit_fixes(data: bytes) -> bool:
-    """True if one other bit in the type or the lengths of the record at `data[0:]` makes it whole.
+    """True if flipping one bit in the type or lengths of the record at `data[0:]` makes it whole.
 
-    Cost: at most 72 checksums. Bytes that are no damaged record pass for one once in 60 million times.
+    Cost: at most 72 checksums. Other bytes pass by chance once in 60 million times.
     """
     fields = [4, 5, 6]
     if len(data) > 6:
@@ -78,14 +79,14 @@ def _is_whole(data: bytearray) -> bool:
 
 
 def find_cursor_record(data: bytes, start: int = 0, stop: int | None = None) -> int | None:
-    """The offset of a whole cursor record in `data` that begins in `start` to `stop`, or None.
+    """The offset of the first whole cursor record in `data` that begins from `start` to `stop`.
 
-    Cost: 20 ns a byte; up to 0.5 us a byte that could be its type.
+    None if there is none. Cost: 20 ns a byte; up to 0.5 us a byte that could be its type.
     """
     stop = len(data) if stop is None else stop
     for low in range(start, stop, BLOCK_BYTES):
         high = min(low + BLOCK_BYTES, stop)
-        # Equal candidates are checked once: values of few distinct bytes consist of them.
+        # Check equal candidates once: a value of few distinct bytes is full of them.
         block = data[low : high + MAX_CURSOR_BYTES - 1]
         found = [
             data.find(record, low)
@@ -98,10 +99,10 @@ def find_cursor_record(data: bytes, start: int = 0, stop: int | None = None) -> 
 
 
 def find_record(handle: ReadHandle, start: int, size: int) -> int | None:
-    """The offset of the first whole record, of any type, that begins in `start` to `size`; None if there is none.
+    """The offset of the first whole record, of any type, that begins from `start` to `size`.
 
-    LogChangedError if the file ends before `size`. Memory: about 24 MiB at most. Cost: 30 ns a byte, and up to 5 us a byte
-    in bytes made for it.
+    None if there is none. LogChangedError if the file ends before `size`. Memory: about 24 MiB at
+    most. Cost: 30 ns a byte; up to 5 us a byte in crafted bytes.
     """
     block = BLOCK_BYTES
     while start + MIN_RECORD_BYTES <= size:
@@ -116,7 +117,7 @@ def find_record(handle: ReadHandle, start: int, size: int) -> int | None:
 
 
 class _Window:
-    """The bytes of a file from `start` on, in which records that begin before `stop` are looked for."""
+    """The bytes of a file from `start` on, to search for records that begin before `stop`."""
 
     def __init__(self, handle: ReadHandle, start: int, stop: int, size: int) -> None:
         self._handle, self._start, self._size = handle, start, size
@@ -137,7 +138,7 @@ class _Window:
         """Where whole puts and deletes begin."""
         for match in _TYPES.finditer(self._data, 4, self._count + 4):
             places: Sequence[int] = range(*match.span())
-            if len(places) > _RUN_BYTES:  # what begins in the middle of a run is all the same
+            if len(places) > _RUN_BYTES:  # all candidates in the middle of a run are equal
                 places = (*places[:8], *places[-_RUN_BYTES:])
             for place in places:
                 if self._is_whole(place - 4):
@@ -171,7 +172,7 @@ class _Window:
         return self._prefixes.crc(at + 4, end) == crc
 
     def _long(self) -> bytes:
-        """All that a record can need which begins in this window."""
+        """The data, extended to the longest record that begins in this window."""
         need = min(self._start + self._count + MAX_RECORD_BYTES, self._size)
         if len(self._data) < need - self._start:
             self._data = self._read(need)
@@ -179,7 +180,7 @@ class _Window:
 
 
 class _Prefixes:
-    """CRC-32 of any part of `data` at the cost of two short ones."""
+    """The CRC-32 of any part of `data`, at the cost of two short ones."""
 
     def __init__(self, data: bytes) -> None:
         self._view = memoryview(data)
@@ -199,8 +200,10 @@ class _Prefixes:
 _Table = list[int]
 
 
-class _Step(NamedTuple):
-    """What a number of zero bytes does to a CRC-32 register: a linear map, as a table for each byte of the register."""
+class _ZeroBytes(NamedTuple):
+    """What a number of zero bytes does to a CRC-32 register: a linear map, as a table for each byte
+    of the register.
+    """
 
     tables: tuple[_Table, _Table, _Table, _Table]
 
@@ -212,15 +215,16 @@ class _Step(NamedTuple):
 
 
 @functools.cache
-def _steps() -> tuple[_Step, ...]:
-    """For 1, 2, 4, ... zero bytes, enough for any record. Cost: 20 ms, once."""
+def _powers() -> tuple[_ZeroBytes, ...]:
+    """The maps for 1, 2, 4, ... zero bytes, enough for any record. Cost: 20 ms, once."""
     columns = [_one_zero_byte(1 << bit) for bit in range(32)]
-    steps = []
+    powers = []
     for _ in range(MAX_RECORD_BYTES.bit_length()):
-        step = _Step(tuple(_table(columns[8 * n : 8 * n + 8]) for n in range(4)))  # type: ignore[arg-type]
-        steps.append(step)
-        columns = [step.apply(column) for column in columns]
-    return tuple(steps)
+        tables = tuple(_table(columns[8 * n : 8 * n + 8]) for n in range(4))
+        power = _ZeroBytes(tables)  # type: ignore[arg-type]
+        powers.append(power)
+        columns = [power.apply(column) for column in columns]
+    return tuple(powers)
 
 
 def _table(columns: list[int]) -> _Table:
@@ -237,10 +241,10 @@ def _one_zero_byte(register: int) -> int:
 
 
 def _append_zeros(register: int, count: int) -> int:
-    for step in _steps():
+    for power in _powers():
         if not count:
             break
         if count & 1:
-            register = step.apply(register)
+            register = power.apply(register)
         count >>= 1
     return register

@@ -1,4 +1,4 @@
-"""All of a log of the format "slipstream-v2", damaged or not, piece by piece; and what is wrong with it."""
+"""Reads all of a log in the format "slipstream-v2", damaged or not, and reports what is wrong."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _REPORT_RECORDS = 4096
 
 
 class RecordPiece(NamedTuple):
-    """A record, or a stretch of bytes that is none."""
+    """A record, or a stretch of bytes that is not one."""
 
     offset: int
     size: int
     record: Record | None
     reason: str
-    """Why it is no record; "" for a record."""
+    """Why it is not a record; "" for a record."""
     torn: bool
-    """It is what a stopped writer may leave at the end."""
+    """True if it is a torn tail."""
 
     @property
     def is_damage(self) -> bool:
@@ -41,10 +41,10 @@ class RecordPiece(NamedTuple):
 def walk_records(
     handle: ReadHandle, size: int, *, tail_may_be_torn: bool = True, count: Count | None = None
 ) -> Iterator[RecordPiece]:
-    """The pieces of a file from behind its head to `size`. Behind damage, it goes on with the next whole record.
+    """The pieces of a file, from its header to `size`, without gaps. `count` is fed the records.
 
-    `count` is fed the records.
-    InvalidFormatError if the head is not of this format. Cost: 2 us a record; for each damage, a search.
+    After damage, it continues with the next whole record. InvalidFormatError if the header is not
+    of this format. Cost: 2 us a record; a search for each damaged piece.
     """
     try:
         check_head(handle.files.read(handle.fd, HEAD.size, 0))
@@ -78,7 +78,10 @@ def check_records(
     known: Known | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check every record of a file up to `size`: checksums and limits, and nothing else that could be checked."""
+    """Check the checksum and the limits of every record of a file up to `size`.
+
+    The format has nothing else to check.
+    """
     count = Count(known)
     torn, bad = None, []
     end = HEAD.size

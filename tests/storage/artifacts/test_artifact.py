@@ -131,7 +131,7 @@ def test_a_cursor_that_is_no_lower_case_hex_of_a_token_is_refused(artifact, dest
 @pytest.mark.parametrize("value", ["", "0000000000000008", "09", "000000000000000900"])
 def test_a_cursor_that_is_not_the_payloads_is_refused(artifact, dest, value):
     write_manifest(artifact, manifest_of(artifact) | {"cursor_hex": value})
-    refused(artifact, dest, "cursor_hex is .* the payload stands at '0000000000000009'")
+    refused(artifact, dest, "cursor_hex is .* the payload is at '0000000000000009'")
 
 
 @pytest.mark.parametrize(

@@ -386,8 +386,8 @@ def test_a_record_that_no_writer_writes_is_refused(
 @pytest.mark.parametrize(
     ("raw", "reason"),
     [
-        (b"PGSS", "shorter than its head"),
-        (b"PGSS\x02", "shorter than its head"),
+        (b"PGSS", "shorter than its header"),
+        (b"PGSS\x02", "shorter than its header"),
         (b"PGSS\x01\x00", "version 1"),
         (b"PGSS\x03\x00" + slipref.cursor(b"c"), "version 3"),
     ],
