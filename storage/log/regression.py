@@ -1,5 +1,4 @@
-"""Whether a log ends before what was synced to it. Nothing inside a log shows that; the note beside
-it does."""
+"""Whether a log ends before what was synced to it. Only the note beside the log can show that."""
 
 from __future__ import annotations
 
@@ -12,19 +11,19 @@ from foldlog.storage.log.note import Watermark
 
 
 def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Watermark | None:
-    """What the note remembers as synced, if the log, which was read up to `size` and ends with
-    batch `seq`, lost some of it.
+    """The note's watermark, if it is ahead of the log, which was read up to `size` and ends with
+    batch `seq`.
 
-    None if it lost nothing, or if that cannot be told. Every reader asks this: a log that has
-    regressed is not served as if its last batches had never been. Cost: a read of the note; two
-    calls to the system more if it is ahead.
+    None if nothing is missing, or if that is not known. Every reader checks this, so that nobody
+    serves a log whose last batches were lost. Cost: reads the note; two more system calls if it is
+    ahead.
     """
     note = read_note(handle.files, handle.path)
     mark = None if note is None else note.watermark
     if mark is None or mark.log_id != log_id or mark.seq <= seq:
         return None
-    # The note is read last, and may be newer: a writer has appended meanwhile, or goes on in
-    # another file.
+    # The note was read last, and may be newer: the writer may have appended meanwhile, or moved on
+    # to another file.
     here = handle.files.fstat(handle.fd)
     try:
         there = handle.files.stat(handle.path)
@@ -35,16 +34,16 @@ def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Waterm
 
 
 def regression_text(seq: int, mark: Watermark) -> str:
-    """What is wrong with a log that ends with batch `seq`, in words."""
+    """What is wrong with a log that ends with batch `seq`, without its path."""
     return f"ends with batch {seq}, but batch {mark.seq} was synced to it"
 
 
 def regression_error(path: Path, seq: int, mark: Watermark) -> LogRegressedError:
-    """The error for it, with what to do about it."""
+    """The error for a log that ends with batch `seq`, with the remedy."""
     note = note_path(path).name
     return LogRegressedError(
         path,
-        f"{regression_text(seq, mark)}, as {note} remembers. If an older copy was put there on"
+        f"{regression_text(seq, mark)}, according to {note}. If an older copy was put there on"
         ' purpose, accept it: open it with on_damage="cut" (--on-damage cut), or move'
         f" {note} away",
     )

@@ -7,7 +7,7 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.formats.format import Known, Verdict
 from foldlog.storage.formats.slipstream.records import (
     CURSOR,
-    HEAD,
+    HEADER,
     MAX_CURSOR_BYTES,
     MAX_RECORD_BYTES,
     PUT,
@@ -36,7 +36,7 @@ class Count:
         self.records = 0
         self.entries = 0
         """Of the base."""
-        self.base_end = HEAD.size if known is None else known.base_end
+        self.base_end = HEADER.size if known is None else known.base_end
         self.batches = 0
         """Cursor records after the base."""
         self.base_seq = 0 if known is None else known.header.base_seq
@@ -76,7 +76,7 @@ class Count:
         """Tell that the records end at `offset`."""
         if self._in_base and not self._known:
             self.base_end = offset
-        if self.base_end == HEAD.size:
+        if self.base_end == HEADER.size:
             self.entries = 0
 
 
@@ -98,7 +98,7 @@ def judge(handle: ReadHandle, bad: BadRecord, size: int) -> tuple[Verdict, str]:
         lost_sector, reason = True, f"a sector of the last record is missing ({bad.reason})"
     else:
         return Verdict.CORRUPT, bad.reason
-    if lost_sector and bad.in_base and written > HEAD.size:
+    if lost_sector and bad.in_base and written > HEADER.size:
         return Verdict.CORRUPT, f"zeros where the base, which was synced, may be ({reason})"
     if written > bad.offset and (damage := _damaged_length(handle, bad, size)):
         return Verdict.CORRUPT, f"a damaged length: {damage} ({bad.reason})"

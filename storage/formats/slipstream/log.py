@@ -40,12 +40,12 @@ from foldlog.storage.formats.format import (
 from foldlog.storage.formats.slipstream.judge import Count, judge
 from foldlog.storage.formats.slipstream.records import (
     CURSOR,
-    HEAD,
-    HEAD_BYTES,
+    HEADER,
+    HEADER_BYTES,
     MAGIC,
     BadRecord,
     Record,
-    check_head,
+    check_header,
     encode_cursor,
     encode_item,
     encode_put,
@@ -99,8 +99,8 @@ class RecordFile(NewFile):
     position: RecordPosition
 
     def __init__(self, files: Files, path: Path, header: Header, mode: int = PRIVATE) -> None:
-        start = RecordPosition(HEAD.size, header.base_seq, header.base_seq)
-        super().__init__(files, path, header, HEAD_BYTES, start, mode)
+        start = RecordPosition(HEADER.size, header.base_seq, header.base_seq)
+        super().__init__(files, path, header, HEADER_BYTES, start, mode)
         self._delta = EMPTY_DELTA
 
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
@@ -249,14 +249,14 @@ class SlipstreamFormat(LogFormat):
         Cost: 2 us a record.
         """
         try:
-            check_head(handle.files.read(handle.fd, HEAD.size, 0))
+            check_header(handle.files.read(handle.fd, HEADER.size, 0))
         except ValueError as error:
             raise InvalidFormatError(handle.path, 0, str(error)) from None
         size = handle.files.fstat(handle.fd).st_size
         if known is not None and known.base_end > size:
             known = None  # the file was cut or replaced: the changed log id tells the writer
         replay = _Replay(known)
-        offset = reported = HEAD.size
+        offset = reported = HEADER.size
         bad: BadRecord | None = None
         try:
             with no_full_collections():

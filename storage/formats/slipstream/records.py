@@ -32,8 +32,8 @@ from foldlog.storage.log.files import ReadHandle
 
 MAGIC = b"PGSS"
 VERSION = 2
-HEAD = struct.Struct("<4sH")
-HEAD_BYTES = HEAD.pack(MAGIC, VERSION)
+HEADER = struct.Struct("<4sH")
+HEADER_BYTES = HEADER.pack(MAGIC, VERSION)
 
 PUT, DELETE, CURSOR = 1, 2, 3
 MIN_RECORD_BYTES = 6  # a cursor record with an empty cursor
@@ -49,13 +49,13 @@ MAX_RECORD_BYTES = _MIN_PUT_BYTES + 0xFFFF + MAX_VALUE_BYTES + MAX_TOKEN_BYTES
 WINDOW_BYTES = 4 * 1024 * 1024
 
 
-def check_head(raw: bytes) -> None:
+def check_header(raw: bytes) -> None:
     """ValueError unless a file that starts with `raw` is of this format and version."""
     if raw[: len(MAGIC)] != MAGIC:
         raise ValueError("not a slipstream log: wrong magic")
-    if len(raw) < HEAD.size:
+    if len(raw) < HEADER.size:
         raise ValueError("not a slipstream log: shorter than its header")
-    version = HEAD.unpack_from(raw)[1]
+    version = HEADER.unpack_from(raw)[1]
     if version != VERSION:
         raise ValueError(
             f"a slipstream log of version {version}: this foldlog reads version {VERSION}"

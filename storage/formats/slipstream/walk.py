@@ -9,10 +9,10 @@ from foldlog.protocol.errors import InvalidFormatError
 from foldlog.storage.formats.format import Known, Problem, Progress, Verdict, VerifyReport
 from foldlog.storage.formats.slipstream.judge import Count, judge
 from foldlog.storage.formats.slipstream.records import (
-    HEAD,
+    HEADER,
     BadRecord,
     Record,
-    check_head,
+    check_header,
     read_records,
 )
 from foldlog.storage.formats.slipstream.search import find_record
@@ -47,10 +47,10 @@ def walk_records(
     of this format. Cost: 2 us a record; a search for each damaged piece.
     """
     try:
-        check_head(handle.files.read(handle.fd, HEAD.size, 0))
+        check_header(handle.files.read(handle.fd, HEADER.size, 0))
     except ValueError as error:
         raise InvalidFormatError(handle.path, 0, str(error)) from None
-    offset = HEAD.size
+    offset = HEADER.size
     count = count or Count()
     while offset < size:
         try:
@@ -84,7 +84,7 @@ def check_records(
     """
     count = Count(known)
     torn, bad = None, []
-    end = HEAD.size
+    end = HEADER.size
     for piece in walk_records(handle, size, tail_may_be_torn=tail_may_be_torn, count=count):
         if piece.record is not None:
             end = piece.offset + piece.size
