@@ -356,7 +356,7 @@ def test_an_unsynced_rename_poisons_the_new_file(path):
     snap = holding_a(path)
     snap._engine.log.files = Failing("sync_dir", 1, errno.EIO)
     snap.compact()
-    with pytest.raises(LogPoisonedError, match="folder"):
+    with pytest.raises(LogPoisonedError, match="directory"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     snap.compact()
     takes_b_and_keeps_both(snap, path)

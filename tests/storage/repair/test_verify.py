@@ -133,7 +133,7 @@ def base_end(bodies: list[bytes], count: int, **lies: object) -> tuple[int, byte
 ONE, TWO = leaf_of(("a", b"1"), ("b", b"2")), leaf_of(("c", b"3"))
 BOTH = leaf_of(("a", b"1"), ("b", b"2"), ("c", b"3"))
 BAD_BASES = [
-    ("another digest", [(KIND_LEAF, BOTH), base_end([BOTH], 3, digest=bytes(32))]),
+    ("digest of the leaves is not", [(KIND_LEAF, BOTH), base_end([BOTH], 3, digest=bytes(32))]),
     ("1 leaves and 3 entries", [(KIND_LEAF, BOTH), base_end([BOTH], 4)]),
     ("1 leaves and 3 entries", [(KIND_LEAF, BOTH), base_end([BOTH], 3, leaves=2)]),
     ("bad field", [(KIND_LEAF, BOTH), base_end([BOTH], 3, cursor=bytes(11))]),
@@ -145,9 +145,9 @@ BAD_BASES = [
     ),
     ("before the end of the base", [(KIND_OPEN, open_body()), base_end([], 0)]),
     ("the file ends before the base does", [(KIND_LEAF, BOTH)]),
-    ("no OPEN frame precedes", [base_end([], 0), (KIND_SEAL, b"")]),
+    ("before the session's OPEN frame", [base_end([], 0), (KIND_SEAL, b"")]),
     ("a SEAL frame with a body", [base_end([], 0), (KIND_OPEN, open_body()), (KIND_SEAL, b"x")]),
-    ("behind its end", [base_end([], 0), (KIND_LEAF, BOTH)]),
+    ("after its end", [base_end([], 0), (KIND_LEAF, BOTH)]),
 ]
 
 
@@ -175,7 +175,7 @@ def test_a_batch_that_does_not_decode_and_a_seal_that_lies_are_told(path):
     report = verify_log(path)
     assert len(report.problems) == 2
     assert "undecodable" in report.problems[0].reason or "not an array" in report.problems[0].reason
-    assert "a SEAL frame that knows" in report.problems[1].reason
+    assert "a SEAL frame at batch" in report.problems[1].reason
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"x" * 5000])
