@@ -200,7 +200,6 @@ def test_dump_shows_the_bytes_that_are_no_frame_and_the_frames_behind_them(damag
     damaged.write_bytes(image)
     lines = run("dump", damaged).stdout.splitlines()
     assert (
-        lines[-1]
-        == f"{frame.start:>12}  {frame.end - frame.start:,} bytes: no valid frame header"
+        lines[-1] == f"{frame.start:>12}  {frame.end - frame.start:,} bytes: no valid frame header"
     )
     assert sum("does not verify" in line for line in lines) == 1
