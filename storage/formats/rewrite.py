@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from foldlog.protocol.engine import Cancelled
-from foldlog.protocol.errors import FoldlogError, StoreClosed, StoreLocked
+from foldlog.protocol.errors import FoldlogError, LogChangedError, StoreClosed, StoreLocked
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
 from foldlog.storage.log.access import keep_access, narrow
@@ -245,7 +245,13 @@ class Rewrite:
                 log.announce(None)
                 raise
             self._landing = file, inode, fold
-            log.put_in_place(out.path, free=free)  # the last step that can fail
+            try:
+                log.put_in_place(out.path, free=free)  # the last step that can fail
+            except (OSError, LogChangedError) as error:
+                if not isinstance(error, OSError) or error.errno is not None:
+                    log.announce(None)  # the system says that it was not done
+                    self._landing = None
+                raise  # else a signal handler's TimeoutError, say: `settle` looks
             self._land(file, inode, directory)
         finally:
             with contextlib.suppress(OSError):  # nothing was written through it

@@ -400,8 +400,9 @@ class Log:
         if self._successor is not None:
             inode, successor = self._successor
             self._successor = inode, successor._replace(fd=-1)
-        for retiring in self._retiring:
-            retiring.close()
+        with contextlib.ExitStack() as stack:  # one that fails keeps no other open, and locked
+            for retiring in self._retiring:
+                stack.callback(retiring.close)
 
     def after_fork(self) -> None:
         """In a forked child: the log is the parent's."""
