@@ -1,4 +1,4 @@
-"""For the build of the site: examples in docstrings (`>>>`) become blocks of code. An extension of griffe."""
+"""A griffe extension for the build of the site: examples in docstrings (`>>>`) become code blocks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
-"""For the build of the site, called by mkdocs.
+"""Hooks for the build of the site, called by mkdocs.
 
-The reference is read from the source, whose packages lie side by side in a checkout: a copy of them is put together as the
-installed package has them. And links that lead out of `docs/`, to a file of the source, become plain text.
+- The reference is read from a copy of the package whose links are followed.
+- The page of public names is filled in.
+- Links out of `docs/`, to files of the source, become plain text.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,13 @@ _copies: list[str] = []
 
 @event_priority(100)  # before mkdocstrings looks where to read
 def on_config(config: Any) -> Any:
-    """Put the package together, and have it read there."""
+    """Copy the package, and have it read there."""
     root = Path(config.config_file_path).parent
-    folder = tempfile.mkdtemp(prefix="foldlog-site-")
-    _copies.append(folder)
+    directory = tempfile.mkdtemp(prefix="foldlog-site-")
+    _copies.append(directory)
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(root / "foldlog", Path(folder) / "foldlog", ignore=ignore)
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [folder]
+    shutil.copytree(root / "foldlog", Path(directory) / "foldlog", ignore=ignore)
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [directory]
     return config
 
 
@@ -37,7 +39,7 @@ def on_post_build(config: Any) -> None:
 
 
 def without_links_outside(markdown: str, depth: int) -> str:
-    """`markdown` of a page that lies `depth` folders below `docs/`, with the targets of links to the source written out."""
+    """`markdown`, with links to the source written out. Its page is `depth` directories below `docs/`."""
 
     def plain(match: re.Match[str]) -> str:
         if match.group(0).count("../") != depth + 1:
@@ -49,5 +51,11 @@ def without_links_outside(markdown: str, depth: int) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Write links out of `docs/` out."""
+    """Fill in the page of public names, and write links to the source out."""
+    if page.file.src_uri == "api.md":
+        docs = Path(page.file.abs_src_path).parent
+        sys.path.insert(0, str(docs))
+        from public_names import filled_in
+
+        markdown = filled_in(markdown, docs)
     return without_links_outside(markdown, page.file.src_uri.count("/"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -212,11 +213,20 @@ def test_every_package_of_the_ladder_was_looked_at() -> None:
     assert {rung_of(package_of(file)) for file in FILES} == set(range(len(LADDER)))
 
 
-def test_the_public_names_are_those_that_the_page_lists() -> None:
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^- `(\w+)`: \S", page, flags=re.MULTILINE)
-    assert len(listed) == len(set(listed))
+def test_every_public_name_is_in_the_page_of_names_with_a_link_to_its_entry_and_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    names = importlib.import_module("public_names")
+    source = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert source.count(names.MARK) == 1
+    page = names.filled_in(source, ROOT / "docs")
+    listed = re.findall(r"^- \[?`(\w+)`(?:\]\(\S+\))?: \S.*\.$", page, flags=re.MULTILINE)
     assert sorted(listed) == sorted(foldlog.__all__)
+    assert names.UNDOCUMENTED.keys() == set(re.findall(r"^- `(\w+)`", page, flags=re.MULTILINE))
+
+
+def test_the_public_names_are_sorted_and_exist() -> None:
     assert list(foldlog.__all__) == sorted(foldlog.__all__)
     assert all(hasattr(foldlog, name) for name in foldlog.__all__)
 
