@@ -8,13 +8,16 @@ from typing import Any
 import griffe
 
 _EXAMPLE = re.compile(
-    r"^>>> .*(?:\n(?!\s*$).*)*(?:\n\n>>> .*(?:\n(?!\s*$).*)*)*", flags=re.MULTILINE
+    r"^>>> .*(?:\n(?!\s*$).*)*(?:\n\n>>> .*(?:\n(?!\s*$).*)*)*",
+    flags=re.MULTILINE,
 )
 
 
 def fenced(docstring: str) -> str:
     """`docstring` with each run of examples in a fence."""
-    return _EXAMPLE.sub(lambda match: f"```pycon\n{match.group(0)}\n```", docstring)
+    return _EXAMPLE.sub(
+        lambda match: f"```pycon\n{match.group(0)}\n```", docstring
+    )
 
 
 class DoctestFences(griffe.Extension):

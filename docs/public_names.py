@@ -29,14 +29,25 @@ def summary(name: str) -> str:
     """The first sentence of a name's docstring, on one line."""
     if name in UNDOCUMENTED:
         return UNDOCUMENTED[name]
-    paragraph = " ".join((inspect.getdoc(getattr(foldlog, name)) or "").split("\n\n")[0].split())
+    paragraph = " ".join(
+        (inspect.getdoc(getattr(foldlog, name)) or "")
+        .split("\n\n")[0]
+        .split()
+    )
     return re.split(r"(?<=\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
 
 
 def entries(page: Path) -> dict[str, str]:
     """The public names that a page of the reference documents, with their full names."""
-    found = {match[2]: match[1] for match in _ENTRY.finditer(page.read_text(encoding="utf-8"))}
-    return {name: full for name, full in found.items() if name in foldlog.__all__}
+    found = {
+        match[2]: match[1]
+        for match in _ENTRY.finditer(page.read_text(encoding="utf-8"))
+    }
+    return {
+        name: full
+        for name, full in found.items()
+        if name in foldlog.__all__
+    }
 
 
 def lines(docs: Path) -> Iterator[str]:

@@ -16,7 +16,9 @@ from typing import Any
 
 from mkdocs.plugins import event_priority
 
-_OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)([^)#\s]+)(?:#[^)\s]*)?\)")
+_OUTSIDE = re.compile(
+    r"\[([^\]]+)\]\((?:\.\./)+(?!docs/)([^)#\s]+)(?:#[^)\s]*)?\)"
+)
 _copies: list[str] = []
 
 
@@ -27,8 +29,12 @@ def on_config(config: Any) -> Any:
     directory = tempfile.mkdtemp(prefix="foldlog-site-")
     _copies.append(directory)
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(root / "foldlog", Path(directory) / "foldlog", ignore=ignore)
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [directory]
+    shutil.copytree(
+        root / "foldlog", Path(directory) / "foldlog", ignore=ignore
+    )
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [
+        directory
+    ]
     return config
 
 
@@ -45,7 +51,9 @@ def without_links_outside(markdown: str, depth: int) -> str:
         if match.group(0).count("../") != depth + 1:
             return match.group(0)
         text, target = match.group(1), match.group(2)
-        return text if target.rstrip("/") in text else f"{text} (`{target}`)"
+        return (
+            text if target.rstrip("/") in text else f"{text} (`{target}`)"
+        )
 
     return _OUTSIDE.sub(plain, markdown)
 
