@@ -203,3 +203,20 @@ def test_the_navigation_names_only_pages_that_exist() -> None:
         r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE
     ):
         assert (DOCS / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_prose_fits_100_columns_and_code_76(page: Path) -> None:
+    language = None
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            language = None if language is not None else line
+            continue
+        if language is None and not line.startswith("|"):  # a row of a table is one line
+            assert len(line) <= 100, f"{page.name}:{number}"
+        elif language not in (None, "```hex"):  # 16 bytes a line
+            assert len(line) <= 76, f"{page.name}:{number}"
