@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,32 @@ def test_every_public_name_is_in_the_page_of_names_with_a_link_to_its_entry_and_
 def test_the_public_names_are_sorted_and_exist() -> None:
     assert list(foldlog.__all__) == sorted(foldlog.__all__)
     assert all(hasattr(foldlog, name) for name in foldlog.__all__)
+
+
+def default_text(value: object) -> str:
+    """A default as a table of options shows it."""
+    if isinstance(value, str):
+        return f'`"{value}"`'
+    if isinstance(value, int) and value >= 2**20:
+        return f"{value // 2**20} MiB"
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+@pytest.mark.parametrize("function", [foldlog.open, foldlog.follow])
+def test_the_table_of_options_has_every_parameter_with_its_default(
+    function: Callable[..., object],
+) -> None:
+    page = (ROOT / "docs" / "reference" / "stores.md").read_text(encoding="utf-8")
+    table = page[: page.index(f"::: foldlog.{function.__name__}")].rpartition("|---|---|---|\n")[2]
+    rows = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()]
+    shown = {
+        name: cells[2] for cells in rows if len(cells) > 2 for name in re.findall(r"\w+", cells[1])
+    }
+    parameters = inspect.signature(function).parameters
+    assert list(shown) == list(parameters)
+    for name, parameter in parameters.items():
+        if name not in ("path", "files", "step"):
+            assert shown[name] == default_text(parameter.default), name
 
 
 def test_the_log_that_the_format_page_dumps_is_the_one_it_describes(tmp_path: Path) -> None:
