@@ -28,8 +28,6 @@ PAGES = [DOCS / "index.md", DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 KINDS = {"python", "sh", "text", "console"}
 BLOCK_TIMEOUT_S = 30
-COMING = {"failures.md"}
-"""Pages that are being written."""
 
 SESSION = """
 import json, os, sys
