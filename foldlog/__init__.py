@@ -1,6 +1,6 @@
 """foldlog: a local, always-hot, durable copy of shared state, fed by a stream of updates.
 
-protocol <- storage <- actors <- foldlog        imports never run back
+protocol <- storage <- actors <- foldlog        imports never run the other way
 """
 
 from typing import TYPE_CHECKING, Any
@@ -167,7 +167,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`foldlog.aio` and `foldlog.metrics`, imported when they are first asked for."""
+    """Import `foldlog.aio` and `foldlog.metrics` on first access."""
     if name in ("aio", "metrics"):
         from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""`python -m foldlog`: the command."""
+"""`python -m foldlog` runs the command line."""
 
 from foldlog.cli import main
 

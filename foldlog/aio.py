@@ -1,11 +1,13 @@
-"""The asynchronous faces: the same stores, for programs that run on an event loop.
+"""Asynchronous versions of the store, follower and mirror, for programs that run on an event loop.
 
-Reads are plain calls, for they wait for nothing. What waits for the writer is awaited: the request goes into the writer's
-mailbox, and the answer comes back through the loop's `call_soon_threadsafe`, one call for all that are answered together. What
-may read or decode for long (opening, closing, the start of a watch, its changes) runs on one thread that the store keeps for
-this. There is no second engine, and no thread for a call.
+Reads are plain calls, since they never wait. Calls that wait for the writer are awaited: the
+request goes into the writer's mailbox, and the answer comes back through the loop's
+`call_soon_threadsafe`, with one wake-up for answers that arrive together. Work that may read or
+decode for long (opening, closing, starting and reading a watch) runs on one thread kept for it by
+each store. There is no second engine, and no thread per call.
 
-A store may be used from several loops, in several threads; a watch belongs to the loop that first reads it.
+A store may be used from several loops in several threads. A watch belongs to the loop that first
+reads it.
 """
 
 from __future__ import annotations
@@ -75,31 +77,33 @@ R = TypeVar("R")
 Outcome: TypeAlias = Literal["withdrawn", "done", "unknown"]
 
 SETTLE_AT_ONCE = 256
-"""Answers that are handed over before the loop gets to do something else."""
+"""Answers delivered before the loop gets a turn."""
 CHUNK_EVENTS = 256
-"""Events of a watch that are decoded at a time, off the loop."""
+"""Events of a watch decoded at a time, off the loop."""
 SLICE_S = 0.002
-"""How long a watch goes on without letting the loop do something else."""
+"""How long a watch keeps the loop before it yields."""
 ENCODE_ON_LOOP = 4096
-"""Updates of a batch that are encoded on the loop's own thread: about 2 ms. More are encoded off it."""
+"""The largest batch, in updates, that is encoded on the loop's thread: about 2 ms. Larger ones are
+encoded off it."""
 ROOM_CHECK_S = 0.001
-"""Between two looks at whether the mailbox has room again."""
+"""Between two checks for room in the mailbox."""
 
 LINK_CHECK_S = 0.02
-"""Between two looks at whether a mirror's link is in step."""
+"""Between two checks of whether a mirror is synced."""
 
 
 class _Bridge:
-    """Lets any thread call something on a loop; many calls wake the loop once."""
+    """Lets any thread schedule calls on a loop; calls posted together wake it once."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = weakref.ref(loop)  # it is kept by loop
+        self._loop = weakref.ref(loop)  # the bridge is a value in `_bridges`, keyed by loop
         self._calls: deque[Callable[[], object]] = deque()
         self._due = False
 
     def post(self, call: Callable[[], object]) -> None:
-        """Call it on the loop, soon. Never blocks; does nothing for a loop that is closed, where nobody waits any more."""
-        self._calls.append(call)  # first: whoever clears `_due` empties the queue after that
+        """Schedule `call` on the loop. Never blocks. Does nothing if the loop is closed: nobody
+        waits there."""
+        self._calls.append(call)  # first: whoever clears `_due` then empties the queue
         if not self._due:
             self._due = True
             self._schedule()
@@ -138,7 +142,7 @@ def _bridge() -> _Bridge:
 
 
 class _WakingBuffer(Buffer):
-    """A buffer whose subscriber waits on a loop. Armed, it wakes it once."""
+    """A buffer whose subscriber waits on a loop. Once armed, it wakes the subscriber once."""
 
     def __init__(self, bridge: _Bridge, *, keep: bool) -> None:
         super().__init__()
@@ -147,7 +151,7 @@ class _WakingBuffer(Buffer):
         self._armed = False
 
     def arm(self) -> None:
-        """Wake the subscriber at what comes from now on. On the loop."""
+        """Wake the subscriber at the next push or end. Runs on the loop."""
         self.woken.clear()
         self._armed = True
 
@@ -170,10 +174,11 @@ class _WakingBuffer(Buffer):
 
 
 def outcome(error: BaseException) -> Outcome | None:
-    """What became of a call that was cancelled, or timed out by `asyncio.timeout`, as far as was known at that moment.
+    """What became of a call that was cancelled, or timed out by `asyncio.timeout`, as known at that
+    moment.
 
-    "withdrawn": it was not begun, and will not be. "done": it was carried out. "unknown": the writer has it in hand. None: the
-    error did not come out of a call of a store.
+    "withdrawn": it was not started, and never will be. "done": it was carried out. "unknown": the
+    writer is processing it. None: the error does not come from a call on a store.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -190,19 +195,20 @@ def _tell(error: asyncio.CancelledError, what: Outcome, note: str) -> None:
 
 
 def _withdraw(future: Future[Any], error: asyncio.CancelledError) -> None:
-    """The caller was cancelled: take its request back if it was not begun, and say what is known."""
+    """The caller was cancelled: withdraw its request if it has not started, and note the
+    outcome."""
     if future.cancel():
-        _tell(error, "withdrawn", "the request was withdrawn before it was begun")
+        _tell(error, "withdrawn", "the request was withdrawn before it started")
     elif future.done() and future.exception() is None:
-        _tell(error, "done", "the request had been carried out already")
+        _tell(error, "done", "the request had already been carried out")
     elif future.done():
-        _tell(error, "withdrawn", f"the request had failed already: {future.exception()}")
+        _tell(error, "withdrawn", f"the request had already failed: {future.exception()}")
     else:
-        _tell(error, "unknown", "the writer has the request in hand, and will carry it out")
+        _tell(error, "unknown", "the writer is processing the request and will carry it out")
 
 
 async def _answer(future: Future[Any], timeout_s: float) -> Any:
-    """The answer of the writer, awaited."""
+    """Await the writer's answer."""
     loop, bridge = asyncio.get_running_loop(), _bridge()
     waiter: asyncio.Future[None] = loop.create_future()
 
@@ -223,7 +229,7 @@ async def _answer(future: Future[Any], timeout_s: float) -> Any:
         return future.result()
     if future.cancel():
         raise RequestTimeout(f"no answer within {timeout_s} s; the request was withdrawn")
-    if future.done():  # it came in the last moment
+    if future.done():  # it arrived at the last moment
         return future.result()
     raise RequestTimeout(f"no answer within {timeout_s} s; its outcome is unknown")
 
@@ -232,7 +238,7 @@ async def _answer(future: Future[Any], timeout_s: float) -> Any:
 
 
 class Opening(Generic[F]):
-    """What `open` and `follow` return: `async with` it, or await it."""
+    """What `open`, `follow` and `mirror` return: use it with `async with`, or await it."""
 
     def __init__(
         self, run: Callable[[], Any], face: Callable[[Any, ThreadPoolExecutor], F]
@@ -271,7 +277,7 @@ class Opening(Generic[F]):
 
 
 def _close_opened(opening: Future[Any]) -> None:
-    """Whoever opened it was cancelled meanwhile."""
+    """Close what was opened after its caller had been cancelled."""
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()
 
@@ -287,7 +293,7 @@ def _opener(
 
 
 class _Face(Reads, Generic[S]):
-    """What the asynchronous faces share: the reads, watches, waiting."""
+    """What the asynchronous stores and followers share: reads, watches and waiting."""
 
     def __init__(self, opened: S, executor: ThreadPoolExecutor | None = None) -> None:
         self._opened: S = opened
@@ -300,13 +306,13 @@ class _Face(Reads, Generic[S]):
 
     @property
     def path(self) -> Path:
-        """The log, absolute, links resolved."""
+        """The log's absolute path, with symbolic links resolved."""
         return self._opened.path
 
     def watch(self, prefix: str = "", since: Since = None) -> AsyncWatch:
-        """An asynchronous iterator of events, as `Store.watch`: it begins when it is first awaited.
+        """An asynchronous iterator of events, like `Store.watch`. It starts when first awaited.
 
-        The bounds are the same, and so is Lagged. It is read by one task at a time.
+        The bounds on memory and Lagged are the same. Only one task at a time may read it.
         """
         self._enter()
         return AsyncWatch(self, prefix, since)
@@ -318,7 +324,8 @@ class _Face(Reads, Generic[S]):
         *,
         seq: SeqLike | None = None,
     ) -> None:
-        """Return once reads see everything up to `cursor`, or up to the batch `seq`: see `Follower.wait_for`."""
+        """Wait until reads see everything up to `cursor` or batch `seq`: see
+        `Follower.wait_for`."""
         position = Position(cursor, seq)
         timeout_s = check_timeout(timeout_s)
         self._enter()
@@ -341,11 +348,11 @@ class _Face(Reads, Generic[S]):
             self._feeds.remove(buffer)
 
     def _enter(self) -> None:
-        """Before something that is told by others."""
+        """Prepare for waiting on published changes."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Close it, off the loop, as the plain one closes. Closing twice is fine; cancelled, it closes all the same."""
+        """Close it, off the loop. Closing twice is fine. If cancelled, it still closes."""
         await self._close(self._opened.close)
 
     async def _close(self, close: Callable[[], None]) -> None:
@@ -377,7 +384,7 @@ class _Face(Reads, Generic[S]):
         return f"<foldlog.aio of {self._opened!r}>"
 
     async def _off_loop(self, run: Callable[[], R]) -> R:
-        """Run it on the store's own thread for such."""
+        """Run it on the thread kept for work off the loop."""
         try:
             running = self._executor.submit(run)
         except RuntimeError:
@@ -386,23 +393,23 @@ class _Face(Reads, Generic[S]):
 
 
 class _Line:
-    """The tasks of a loop that wait for room in the mailbox, in the order in which they came."""
+    """A loop's tasks that wait for room in the mailbox, in order of arrival."""
 
     def __init__(self) -> None:
         self.first = asyncio.Lock()
-        """Held by the one that looks for room."""
+        """Held by the task that polls for room."""
         self.length = 0
 
 
 class AsyncStore(_Face[Store]):
-    """A store for event loops. Reads are plain calls; what waits for the writer is awaited.
+    """A store for event loops. Reads are plain calls; calls that wait for the writer are awaited.
 
-    What an answered call means is what it means for `foldlog.Store`. A call that is cancelled withdraws its request if that was
-    not begun; `aio.outcome(error)` tells which.
+    An answered call means what it means for `foldlog.Store`. Cancelling a call withdraws its
+    request if it has not started; `aio.outcome(error)` says whether it was.
     """
 
     def __init__(self, store: Store, executor: ThreadPoolExecutor | None = None) -> None:
-        """The face of a store that is open already; `close` closes it. Or use `aio.open`."""
+        """Wrap an open store; `close` closes it. To open one, use `aio.open`."""
         super().__init__(store, executor)
         self._lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = (
             weakref.WeakKeyDictionary()
@@ -410,7 +417,7 @@ class AsyncStore(_Face[Store]):
 
     @property
     def store(self) -> Store:
-        """The plain store: any thread may use it, and what it offers beyond this."""
+        """The synchronous store, with everything it offers. Any thread may use it."""
         return self._opened
 
     @property
@@ -422,7 +429,7 @@ class AsyncStore(_Face[Store]):
 
     @property
     def state(self) -> State:
-        """What the store is doing."""
+        """The state of the store."""
         return self._opened.state
 
     @property
@@ -431,7 +438,8 @@ class AsyncStore(_Face[Store]):
         return self._opened.synced_cursor
 
     def stats(self) -> Stats:
-        """The figures. Cost: microseconds, and counting the entries the first time after a batch."""
+        """The store's statistics. Cost: microseconds, plus counting the entries on the first call
+        after a batch."""
         return self._opened.stats()
 
     async def apply(
@@ -442,11 +450,11 @@ class AsyncStore(_Face[Store]):
         *,
         forward_only: bool = False,
     ) -> int:
-        """`Store.apply`, awaited: returns the batch's sequence, once written and published.
+        """`Store.apply`, awaited. Returns the batch's sequence once it is written and published.
 
-        Many in flight make one commit group. A full mailbox is waited for, within `timeout_s`.
+        Calls in flight share commit groups. Waits for room in a full mailbox, within `timeout_s`.
         """
-        self._opened._core.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        self._opened._core.snapshot.seq  # noqa: B018 - StoreClosed before TypeError or ValueError
         timeout_s = check_timeout(timeout_s)
         if isinstance(updates, Sized) and len(updates) > ENCODE_ON_LOOP:
             request = await self._off_loop(lambda: write_of(updates, cursor, forward_only))
@@ -514,7 +522,7 @@ class AsyncStore(_Face[Store]):
         await self._off_loop(lambda: self._opened.reopen(timeout_s))
 
     async def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
-        """`Store.close`, off the loop. Closing twice is fine; cancelled, it closes all the same."""
+        """`Store.close`, off the loop. Closing twice is fine. If cancelled, it still closes."""
         await self._close(lambda: self._opened.close(timeout_s))
 
     async def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
@@ -536,7 +544,8 @@ class AsyncStore(_Face[Store]):
         return await _answer(request.future, max(deadline - loop.time(), 0.0))
 
     async def _wait_for_room(self, request: Request, line: _Line, deadline: float) -> None:
-        """Submit it as soon as the mailbox has room. Backpressure if it has none by the deadline."""
+        """Submit the request as soon as the mailbox has room. Backpressure if it has none by the
+        deadline."""
         full: Backpressure | None = None
         line.length += 1
         try:
@@ -549,27 +558,30 @@ class AsyncStore(_Face[Store]):
                         full = error
                     await asyncio.sleep(ROOM_CHECK_S)
         except asyncio.CancelledError as error:
-            _tell(error, "withdrawn", "the request had not entered the mailbox")
+            _tell(error, "withdrawn", "the request was not yet in the mailbox")
             raise
         except TimeoutError:
             if not waiting.expired():
                 raise
-            raise full or Backpressure("others wait for room in the mailbox already") from None
+            raise full or Backpressure(
+                "other tasks are already waiting for room in the mailbox"
+            ) from None
         finally:
             line.length -= 1
 
 
 class AsyncMirror(AsyncStore):
-    """A mirror for event loops: an `AsyncStore` that its upstream writes, and nobody else (MirrorReadOnly)."""
+    """A mirror for event loops: an `AsyncStore` that only its upstream writes. Other writes raise
+    MirrorReadOnly."""
 
     def __init__(self, mirror: Mirror, executor: ThreadPoolExecutor | None = None) -> None:
-        """The face of a mirror that is open already; `close` closes it. Or use `aio.mirror`."""
+        """Wrap an open mirror; `close` closes it. To open one, use `aio.mirror`."""
         super().__init__(mirror, executor)
         self._mirror = mirror
 
     @property
     def mirror(self) -> Mirror:
-        """The plain mirror: its link, and what else it tells."""
+        """The synchronous mirror, with its link and statistics."""
         return self._mirror
 
     async def wait_synced(self, timeout_s: float | None = WAIT_TIMEOUT_S) -> None:
@@ -590,12 +602,12 @@ class AsyncFollower(_Face[Follower]):
     """A follower for event loops. Reads are plain calls."""
 
     def __init__(self, follower: Follower, executor: ThreadPoolExecutor | None = None) -> None:
-        """The face of a follower that is open already; `close` closes it. Or use `aio.follow`."""
+        """Wrap an open follower; `close` closes it. To open one, use `aio.follow`."""
         super().__init__(follower, executor)
 
     @property
     def follower(self) -> Follower:
-        """The plain follower."""
+        """The synchronous follower."""
         return self._opened
 
     @property
@@ -604,20 +616,21 @@ class AsyncFollower(_Face[Follower]):
 
     @property
     def state(self) -> FollowerState:
-        """What the follower sees of the log."""
+        """The state of the log as the follower sees it."""
         return self._opened.state
 
     def stats(self) -> FollowerStats:
-        """The figures."""
+        """The follower's statistics. Cost: as `Follower.stats`."""
         return self._opened.stats()
 
     def _enter(self) -> None:
         self._opened._thread.wake()
-        self._opened._thread.woken.set()  # a look at the log, in case its event is late or lost
+        self._opened._thread.woken.set()  # check the log now: its file event may be late or lost
 
 
 class AsyncWatch(AsyncIterator[Event]):
-    """An asynchronous iterator of events: see `Store.watch`. One task reads it; `close` ends it."""
+    """An asynchronous iterator of events: see `Store.watch`. One task at a time reads it; `close`
+    ends it."""
 
     def __init__(self, face: _Face[Any], prefix: str, since: Since) -> None:
         """Not for callers: use `watch`."""
@@ -625,11 +638,11 @@ class AsyncWatch(AsyncIterator[Event]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._subscription: Subscription | None = None
         self._buffer: _WakingBuffer | None = None
-        # Decoded, and not told yet. Filled on the store's thread, emptied on the loop.
+        # Decoded, not delivered yet. Filled on the store's thread, emptied on the loop.
         self._events: deque[Event] = deque()
         self._slice_ends = 0.0
         self.ended: str | None = None
-        """Why it is over; None while there may be events."""
+        """Why the watch ended; None while it goes on."""
 
     async def __anext__(self) -> Event:
         event = await self.next()
@@ -638,9 +651,10 @@ class AsyncWatch(AsyncIterator[Event]):
         return event
 
     async def next(self, timeout_s: float | None = None) -> Event | None:
-        """The next event; None if there is none within `timeout_s`, or if it is over (`ended`).
+        """The next event; None if none comes within `timeout_s`, or the watch has ended (see
+        `ended`).
 
-        Cancelled, it loses nothing: the next call goes on.
+        Cancelling it loses no event: the next call continues.
         """
         if not self._events and self.ended is None:
             if timeout_s is None:
@@ -662,7 +676,7 @@ class AsyncWatch(AsyncIterator[Event]):
         return self._events.popleft()
 
     async def _fetch(self) -> None:
-        """Wait until there are events, or it is over."""
+        """Wait until there are events or the watch has ended."""
         if self._buffer is None:
             self._buffer = _WakingBuffer(_bridge(), keep=True)
             self._loop = asyncio.get_running_loop()
@@ -673,7 +687,7 @@ class AsyncWatch(AsyncIterator[Event]):
             try:
                 await self._face._off_loop(self._take)
             except StoreClosed:
-                self._take()  # what waited when it was closed is still told
+                self._take()  # what was buffered at the close is still delivered
             if not self._events and self.ended is None:
                 await self._buffer.woken.wait()
 
@@ -684,7 +698,8 @@ class AsyncWatch(AsyncIterator[Event]):
         return loop
 
     def _take(self) -> None:
-        """What waits, decoded, up to a chunk of it. Runs off the loop; what it takes is kept, whoever is cancelled."""
+        """Decode up to a chunk of what is buffered. Runs off the loop; the result is kept even if
+        the caller is cancelled."""
         face, buffer = self._face, self._buffer
         assert buffer is not None
         if self._subscription is None:
@@ -703,7 +718,7 @@ class AsyncWatch(AsyncIterator[Event]):
         self.ended = self.ended or subscription.ended
 
     def close(self) -> None:
-        """Listen no more. Events that wait are dropped; a task that waits for one is let go."""
+        """Stop watching. Buffered events are dropped, and a task that waits for one is woken."""
         self.ended = self.ended or "closed by its subscriber"
         self._events.clear()
         if self._buffer is not None:
@@ -725,24 +740,27 @@ class AsyncWatch(AsyncIterator[Event]):
 open = _opener(
     open_store,
     AsyncStore,
-    """`foldlog.open`, off the loop: `async with aio.open(path) as store`, or `store = await aio.open(path)`.
+    """`foldlog.open`, off the loop.
 
-    Cancelled, it leaves nothing open.
+    Use `async with aio.open(path) as store`, or `store = await aio.open(path)`.
+    If cancelled, it leaves nothing open.
     """,
 )
 follow = _opener(
     follow_log,
     AsyncFollower,
-    """`foldlog.follow`, off the loop: `async with aio.follow(path) as follower`, or await it.
+    """`foldlog.follow`, off the loop.
 
-    Cancelled, it leaves nothing open.
+    Use `async with aio.follow(path) as follower`, or await it.
+    If cancelled, it leaves nothing open.
     """,
 )
 mirror = _opener(
     open_mirror,
     AsyncMirror,
-    """`foldlog.mirror`, off the loop: `async with aio.mirror(path, upstream) as mirror`, or await it.
+    """`foldlog.mirror`, off the loop.
 
-    Cancelled, it leaves nothing open.
+    Use `async with aio.mirror(path, upstream) as mirror`, or await it.
+    If cancelled, it leaves nothing open.
     """,
 )

@@ -1,7 +1,7 @@
-"""Codecs: how values become bytes, and bytes values.
+"""Codecs convert between values and bytes.
 
-A view names one: "json", "msgpack", "raw" or "pickle"; a class of msgspec structs or pydantic models, whose values are then
-JSON; or anything with `encode` and `decode`.
+A view takes a name ("json", "msgpack", "raw" or "pickle"), a msgspec struct or pydantic model class
+(stored as JSON), or any object with `encode` and `decode`.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ CodecName: TypeAlias = Literal["json", "msgpack", "raw", "pickle"]
 
 
 class Codec(Protocol[T]):
-    """Anything with these two. Each may raise whatever it likes: a view tells it as EncodeError or DecodeError."""
+    """An object with these two methods. Either may raise any Exception: views wrap it in
+    EncodeError or DecodeError."""
 
     def encode(self, value: T, /) -> bytes:
-        """The bytes that stand for `value`."""
+        """`value` as bytes."""
 
     def decode(self, raw: bytes, /) -> T:
-        """The value that `raw` stands for. Must depend on `raw` alone: it is called once for each value that changed."""
+        """The value encoded in `raw`. Must depend only on `raw`: views call it once for each
+        changed value."""
 
 
 class Json:
-    """JSON as RFC 8259 has it: UTF-8, no NaN, no infinities."""
+    """JSON as defined by RFC 8259: UTF-8, no NaN, no infinities."""
 
     def encode(self, value: Any, /) -> bytes:
-        """TypeError or ValueError for what JSON cannot say."""
+        """`value` as JSON. TypeError or ValueError if JSON cannot represent it."""
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode()
 
     def decode(self, raw: bytes, /) -> Any:
-        """ValueError for what is not JSON."""
+        """The value of the JSON in `raw`. ValueError if it is not JSON."""
         return json.loads(raw, parse_constant=_refuse_constant)
 
 
@@ -46,15 +48,16 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 class Msgpack:
-    """MessagePack, with text and bytes apart."""
+    """MessagePack, which keeps text and bytes distinct."""
 
     def encode(self, value: Any, /) -> bytes:
-        """TypeError or ValueError for what MessagePack cannot say."""
+        """`value` as MessagePack. TypeError or ValueError if MessagePack cannot represent it."""
         packed: bytes = msgpack.packb(value)
         return packed
 
     def decode(self, raw: bytes, /) -> Any:
-        """An error of msgpack's for what is not MessagePack."""
+        """The value of the MessagePack in `raw`. One of msgpack's errors if it is not
+        MessagePack."""
         return msgpack.unpackb(raw, strict_map_key=False)
 
 
@@ -62,25 +65,26 @@ class Raw:
     """The bytes themselves."""
 
     def encode(self, value: bytes, /) -> bytes:
-        """TypeError unless `value` is bytes."""
+        """`value` itself. TypeError unless it is bytes."""
         if type(value) is not bytes:
             raise TypeError(f"a raw value is bytes, not {type(value).__name__}")
         return value
 
     def decode(self, raw: bytes, /) -> bytes:
-        """`raw`."""
+        """`raw` itself."""
         return raw
 
 
 class Pickle:
-    """Pickle, for those who ask for it by name: whoever can write the log can run code in its readers."""
+    """Pickle. Used only if named explicitly: anyone who can write the log can run code in its
+    readers."""
 
     def encode(self, value: Any, /) -> bytes:
-        """An error of pickle's for what it does not take."""
+        """`value` pickled. One of pickle's errors if it cannot be pickled."""
         return pickle.dumps(value, protocol=5)
 
     def decode(self, raw: bytes, /) -> Any:
-        """Whatever `raw` says, including running code."""
+        """The unpickled value. Runs any code that `raw` contains."""
         return pickle.loads(raw)
 
 
@@ -100,7 +104,7 @@ _BY_NAME: dict[str, type[Codec[Any]]] = {
 
 
 def codec_of(codec: object) -> Codec[Any]:
-    """The codec that `codec` is or names. TypeError or ValueError if there is none."""
+    """The codec that `codec` is, names or implies. TypeError or ValueError if there is none."""
     if isinstance(codec, str):
         if codec not in _BY_NAME:
             names = ", ".join(map(repr, _BY_NAME))
@@ -119,7 +123,7 @@ def codec_of(codec: object) -> Codec[Any]:
 
 
 def _of_struct(kind: type) -> Codec[Any] | None:
-    msgspec = sys.modules.get("msgspec")  # whoever has such a class has imported it
+    msgspec = sys.modules.get("msgspec")  # imported, if `kind` is one of its classes
     if msgspec is None or not issubclass(kind, msgspec.Struct):
         return None
     from msgspec.json import Decoder, Encoder

@@ -1,7 +1,9 @@
-"""Derived state: a structure of the user's own (a route trie, an inverted index), kept in step with a store.
+"""Derived state: your own data structure (a route trie, an inverted index), kept in step with a
+store.
 
-A thread takes each commit group that the store publishes, hands its batches to `update` one by one, and publishes the result
-together with the snapshot that it belongs to, as one immutable pair. Readers load that pair: no lock, no message.
+A thread takes each commit group that the store publishes, passes its batches to `update` one by
+one, and publishes the result with its snapshot as one immutable pair. Readers load that pair
+without a lock or a message.
 """
 
 from __future__ import annotations
@@ -30,19 +32,20 @@ ApplyUpdates: TypeAlias = Callable[[V, Sequence[Update]], V]
 
 
 class DerivedState(NamedTuple, Generic[V]):
-    """A derived value, and the snapshot that it was derived from."""
+    """A derived value and the snapshot it was derived from."""
 
     value: V
     snapshot: Snapshot
 
 
 class _Worker(Generic[V]):
-    """The thread's side. It does not hold the `Derived`, so that one that is dropped can be noticed."""
+    """The thread's side. It holds no reference to the `Derived`, so that a dropped one can be
+    detected."""
 
     def __init__(self, feeds: Feeds, build: Build[V], update: ApplyUpdates[V], prefix: str) -> None:
         self.feeds, self.build, self.update, self.prefix = feeds, build, update, prefix
         self.buffer = Buffer()
-        # Written by the thread alone, replaced whole. Invariant: `value` is what `build(snapshot)` would be.
+        # Written only by the thread, replaced whole. Invariant: `value` equals `build(snapshot)`.
         self.state: DerivedState[V]
         self.error: Exception | None = None
         self.rebuilds = 0
@@ -50,7 +53,7 @@ class _Worker(Generic[V]):
 
     def start(self, current: Callable[[], Snapshot]) -> None:
         """Build the first state, on the caller's thread, and start. Raises what `build` raises."""
-        self.feeds.add(self.buffer)  # first: what is published while it is built must not be missed
+        self.feeds.add(self.buffer)  # first: nothing published during the build may be missed
         try:
             at = current()
             self.state = DerivedState(self.build(at), at)
@@ -80,13 +83,13 @@ class _Worker(Generic[V]):
         if isinstance(taken, Lost) or taken.rewound or self.error is not None:
             self._rebuild(fold)
         elif fold.seq <= at.seq:
-            if fold.seq == at.seq:  # the same state in a newer file: let go of the older one
+            if fold.seq == at.seq:  # same state in a newer file: release the old one
                 self.state = DerivedState(self.state.value, fold)
         elif len(taken) and taken.first_seq <= at.seq + 1:
             try:
                 value = self._updated(taken, at.seq)
             except Exception:
-                log.exception("an update of derived state failed; it is built anew")
+                log.exception("an update of derived state failed; rebuilding it")
                 self._rebuild(fold)
             else:
                 self.state = DerivedState(value, fold)
@@ -106,9 +109,7 @@ class _Worker(Generic[V]):
         self.rebuilds += 1
         try:
             state = DerivedState(self.build(fold), fold)
-        except (
-            Exception
-        ) as error:  # what was derived last is served on, and the next change tries again
+        except Exception as error:  # keep serving the last value; the next change tries again
             log.exception("derived state could not be built")
             self.error = error
         else:
@@ -127,7 +128,8 @@ class _Worker(Generic[V]):
 
 
 class Derived(Generic[V]):
-    """Derived state that is kept in step. Any thread may read it, also after it was closed: it then stays as it is."""
+    """Derived state, kept in step with its source. Any thread may read it. After `close`, it keeps
+    its last value."""
 
     def __init__(self, worker: _Worker[V], source: Store | Follower) -> None:
         """Not for callers: use `foldlog.derive`."""
@@ -137,32 +139,34 @@ class Derived(Generic[V]):
 
     @property
     def state(self) -> DerivedState[V]:
-        """The newest value together with its snapshot: one load, so the two always belong together."""
+        """The newest value with its snapshot. Loaded at once, so the two always belong together."""
         return self._worker.state
 
     @property
     def value(self) -> V:
-        """The newest value. For the snapshot that it belongs to, load `state` once and take both from there."""
+        """The newest value. If you need its snapshot as well, load `state` once and take both from
+        it."""
         return self._worker.state.value
 
     @property
     def snapshot(self) -> Snapshot:
-        """The snapshot that the newest value was derived from."""
+        """The snapshot of the newest value."""
         return self._worker.state.snapshot
 
     @property
     def error(self) -> Exception | None:
-        """What `build` raised, if it failed; the last good value is served, and the next change tries again."""
+        """What `build` raised, if the last rebuild failed. The last good value is served, and the
+        next change tries again."""
         return self._worker.error
 
     @property
     def rebuilds(self) -> int:
-        """Times that the value was built anew: after a lag, a rewind, a restart of the writer, or a failed update."""
+        """Rebuilds so far: after a lag, a rewind, a restart of the writer, or a failed update."""
         return self._worker.rebuilds
 
     @property
     def ended(self) -> str | None:
-        """Why it is kept in step no longer; None while it is."""
+        """Why the value is no longer updated; None while it is."""
         return self._worker.buffer.ended
 
     def wait_for(
@@ -172,11 +176,12 @@ class Derived(Generic[V]):
         *,
         seq: SeqLike | None = None,
     ) -> None:
-        """Return once the value has everything up to `cursor`, or up to the batch `seq`: see `Follower.wait_for`."""
+        """Wait until the value includes everything up to `cursor` or batch `seq`: see
+        `Follower.wait_for`."""
         self._worker.wait_for(Position(cursor, seq), timeout_s)
 
     def close(self) -> None:
-        """Keep it in step no longer. Closing twice is fine."""
+        """Stop updating the value. Closing twice is fine."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -199,14 +204,17 @@ def _end(worker: _Worker[V]) -> None:
 def derive(
     store: Store | Follower, build: Build[V], update: ApplyUpdates[V], *, prefix: str = ""
 ) -> Derived[V]:
-    """Keep a structure of your own in step with `store`, batch by batch.
+    """Keep your own data structure in step with `store`, batch by batch.
 
-    `build(snapshot)` makes it from a state; what it raises on the first call is raised here. `update(value, updates)` makes the
-    next value from the last one and the updates of one batch that are under `prefix`, in upstream order: Put, Delete or Purge,
-    never none. It must not change `value` in place, for readers hold it: copy what changes. Both run on a thread of their own,
-    which publishes the value together with its snapshot after each commit group.
+    `build(snapshot)` creates the value from a state; an error from the first call is raised here.
+    `update(value, updates)` returns the next value, given the last one and the updates of one batch
+    under `prefix`, in upstream order: a non-empty sequence of Put, Delete and Purge. It must not
+    change `value` in place, because readers hold it: copy what changes. Except for the first
+    `build`, both run on a thread of their own, which publishes the value with its snapshot after
+    each commit group.
 
-    After a lag, a rewind, a restart of the writer, or an `update` that raised, the value is built anew from the state.
+    After a lag, a rewind, a restart of the writer, or an error in `update`, the value is rebuilt
+    from the state.
 
     >>> with foldlog.open("names.log") as names:
     ...     with foldlog.derive(

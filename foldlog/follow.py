@@ -1,4 +1,4 @@
-"""A follower: a read-only store in another process (or this one) that tails the log of a writer."""
+"""A follower: a read-only store, in another process or the same one, that tails a writer's log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
 @dataclass(frozen=True, slots=True)
 class FollowerStats:
-    """The books of a follower, at one moment."""
+    """Statistics of a follower at one moment."""
 
     state: FollowerState
     reason: str
@@ -36,23 +36,25 @@ class FollowerStats:
     cursor: WatchCursor
     entries: int
     reloads: int
-    """Times that the state was read anew: the log was compacted past it, cut, or replaced."""
+    """Times that the follower reloaded the log: it was compacted past the follower's position, cut,
+    or replaced."""
     snapshot_age_s: float
-    """Since the last batch was seen."""
+    """Seconds since the last batch was seen."""
     delay_s: float
-    """How long after it was written the last batch was seen here, to within some milliseconds."""
+    """Seconds from the write of the last batch until it was seen here, accurate to a few
+    milliseconds."""
 
 
 def follow(
     path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S.default, files: Files = OS_FILES
 ) -> Follower:
-    """Follow the log at `path`, which a writer in this or another process has open, or will create.
+    """Follow the log at `path`, which a writer in this or another process has open or will create.
 
-    What stands in the log is there on return; what is appended follows within milliseconds, woken by file events, and within
-    `poll_interval_s` where these fail. Takes no lock, writes nothing, repairs nothing. Memory: about 30 MB for 1,000,000
-    entries, and what was read since.
+    On return, reads see what is in the log. Appended batches appear within milliseconds, on file
+    events, or within `poll_interval_s` where those fail. Takes no lock, writes nothing, repairs
+    nothing. Memory: about 30 MB for 1,000,000 entries, plus what was read since.
 
-    Raises CorruptLogError, InvalidFormatError or OSError if there is a log that does not read.
+    Raises CorruptLogError, InvalidFormatError or OSError if there is a log that cannot be read.
 
     >>> with foldlog.open("routes.log") as routes, foldlog.follow("routes.log") as follower:
     ...     routes.put("a", b"10.0.0.1")
@@ -79,10 +81,10 @@ def follow(
 
 
 class Follower(Readable):
-    """A log that is followed. Any thread may call any method.
+    """A follower of one log. Any thread may call any method.
 
-    In a process that was forked from the follower's own, it goes on by itself: the first use there reads the log anew (as
-    `follow` does) and starts a thread. Watches and subscriptions from before the fork have ended there.
+    It works in a forked child, too: the first use there reloads the log, as `follow` does, and
+    starts a thread. Watches and subscriptions from before the fork have ended in the child.
     """
 
     def __init__(self, thread: FollowerThread) -> None:
@@ -98,42 +100,45 @@ class Follower(Readable):
         *,
         seq: SeqLike | None = None,
     ) -> None:
-        """Return once reads see everything up to `cursor`, or up to the batch `seq`. RequestTimeout if that takes longer.
+        """Wait until reads see everything up to `cursor` or batch `seq`. RequestTimeout after
+        `timeout_s`.
 
-        `seq` may be the version that `put`, `create`, `update` or `delete` returned, or its number, sent over from the process
-        that writes: a read after this sees that write. Cursors of one length are compared as bytes, which is the order of u64
-        tokens and of versionstamps; others must be equal.
+        `seq` may be the version that `put`, `create`, `update` or `delete` returned in the writing
+        process, or its number: a read after this sees that write. Cursors are ordered as
+        `protocol.tokens.has_reached` says.
         """
         position = Position(cursor, seq)
         self._thread.wake()
-        self._thread.woken.set()  # a look at the log, in case its event is late or lost
+        self._thread.woken.set()  # check the log now: its file event may be late or lost
         wait_until(self._thread.feeds, self.snapshot, position, timeout_s)
 
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
-        """An iterator of events, as `Store.watch`; and Rewound, then the difference, if the log went back or was replaced."""
+        """An iterator of events, like `Store.watch`. If the log went back or was replaced: Rewound,
+        then the difference."""
         self._thread.wake()
         return Watch(Subscription(self._thread.feeds, self.snapshot, prefix, since), self)
 
     def subscribe(
         self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
     ) -> Delivery:
-        """`watch`, told to an actor: each event is a message to it. See `Store.subscribe`."""
+        """`watch` for an actor: sends it each event as a message. See `Store.subscribe`."""
         self._thread.wake()
         return Delivery(actor_ref, Subscription(self._thread.feeds, self.snapshot, prefix, since))
 
     @property
     def path(self) -> Path:
-        """The log, absolute, links resolved."""
+        """The log's absolute path, with symbolic links resolved."""
         return self._thread.path
 
     @property
     def state(self) -> FollowerState:
-        """What the follower sees of the log."""
+        """The state of the log as the follower sees it."""
         self._thread.wake()
         return self._thread.state
 
     def stats(self) -> FollowerStats:
-        """The books."""
+        """The follower's statistics. Cost: microseconds, plus counting the entries on the first
+        call after a batch."""
         self._thread.wake()
         thread, snapshot = self._thread, self.snapshot()
         return FollowerStats(
@@ -148,18 +153,19 @@ class Follower(Readable):
         )
 
     def health(self) -> Health:
-        """Whether there is something to read, and how fresh it is: for a readiness probe. Cost: microseconds."""
+        """Ready, degraded or failed, with reasons: for a readiness probe. Cost: microseconds."""
         thread = self._thread
         thread.wake()
         return follower_health(thread.state, thread.reason, thread.delay_s)
 
     def close(self) -> None:
-        """Stop following. Closing twice is fine; snapshots that were taken stay usable."""
+        """Stop following. Closing twice is fine. Snapshots already taken stay usable."""
         self._thread.close()
         self._finalizer.detach()
 
     def snapshot(self) -> FoldSnapshot:
-        """The state that reads see now: immutable, safe to hold and to share among threads. See `Store.snapshot`."""
+        """The current state: immutable, safe to hold and to share among threads. See
+        `Store.snapshot`."""
         self._thread.wake()
         return super().snapshot()
 
@@ -172,7 +178,8 @@ class Follower(Readable):
 
 def _close_dropped(thread: FollowerThread) -> None:
     if os.getpid() == thread.pid and thread.state is not FollowerState.CLOSED:
-        # No more than that, since a collection of garbage calls this, on any thread; and first, since warnings may be errors.
+        # Only ask: the garbage collector may call this on any thread. First, since warnings may be
+        # errors.
         thread.ask_to_close()
         warnings.warn(
             "a foldlog follower was dropped without close()", ResourceWarning, stacklevel=2

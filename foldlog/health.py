@@ -1,4 +1,5 @@
-"""The health of a store or a follower, decided from its figures: for a readiness probe, and for whoever is called at night."""
+"""The health of a store or a follower, derived from its statistics: for readiness probes and
+whoever is on call."""
 
 from __future__ import annotations
 
@@ -9,46 +10,49 @@ from foldlog.actors.core import Config, State, Stats
 from foldlog.actors.follower import FollowerState
 
 UNSYNCED_S = 10.0
-"""How long batches may wait for the disk before the store is degraded; or five intervals, if that is longer."""
+"""How long batches may wait to be synced before the store is degraded; at least five sync
+intervals."""
 MAILBOX_PART = 0.8
-"""How full the mailbox may be."""
+"""How full the mailbox may be, as a fraction."""
 LOG_FACTOR = 4
-"""Times (base + compact_threshold) that may be appended: compaction starts at once that much."""
+"""Appended bytes may reach this many times (base + compact_threshold). Compaction starts at once
+times that."""
 DELAY_S = 10.0
-"""How far behind its log a follower may be."""
+"""How far behind its log a follower may be, in seconds."""
 
 
 class Status(enum.StrEnum):
-    """What a probe needs to know."""
+    """What a probe needs to know, from good to bad."""
 
     READY = "ready"
     DEGRADED = "degraded"
-    """It serves; somebody should look."""
+    """It serves, but somebody should look."""
     FAILED = "failed"
-    """It does not do its work: writes are refused, or there is nothing to read."""
+    """It does not do its job: writes are refused, or there is nothing to read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """A verdict, and why."""
+    """A verdict with its reasons."""
 
     status: Status
     reasons: tuple[str, ...] = ()
-    """In plain words; none if it is ready."""
+    """In plain words; empty if it is ready."""
 
     @property
     def is_ready(self) -> bool:
-        """True if there is nothing to complain of."""
+        """True if there is nothing to report."""
         return self.status is Status.READY
 
     @property
     def is_serving(self) -> bool:
-        """True unless it has failed: what a readiness probe should answer, so that a slow disk takes no instance away."""
+        """True unless it has failed. Answer a readiness probe with this, so that a slow disk does
+        not take an instance out of service."""
         return self.status is not Status.FAILED
 
 
 def store_health(stats: Stats, config: Config, now_unix_s: float) -> Health:
-    """The health of a store that has these figures."""
+    """The health of a store with these statistics at `now_unix_s`."""
     if stats.state in (State.FAILED, State.CLOSING, State.CLOSED, State.FORKED):
         reason = f": {stats.reason}" if stats.reason else ""
         return Health(Status.FAILED, (f"the store is {stats.state}{reason}",))
@@ -65,9 +69,9 @@ def store_health(stats: Stats, config: Config, now_unix_s: float) -> Health:
         )
     if config.sync != "never" and stats.unsynced_s > max(UNSYNCED_S, 5 * config.sync_interval_s):
         lag = stats.seq - stats.synced_seq
-        reasons.append(f"{lag} batches have waited {stats.unsynced_s:.0f} s to be synced")
+        reasons.append(f"{lag} batches have been waiting {stats.unsynced_s:.0f} s to be synced")
     if stats.mailbox_depth > MAILBOX_PART * config.mailbox_batches:
-        reasons.append(f"{stats.mailbox_depth} requests wait for the writer")
+        reasons.append(f"{stats.mailbox_depth} requests are waiting for the writer")
     if stats.compaction_error:
         reasons.append(f"the log cannot be compacted: {stats.compaction_error}")
     if stats.appended_bytes > LOG_FACTOR * (stats.base_bytes + config.compact_threshold):
@@ -76,11 +80,11 @@ def store_health(stats: Stats, config: Config, now_unix_s: float) -> Health:
 
 
 def follower_health(state: FollowerState, reason: str, delay_s: float) -> Health:
-    """The health of a follower in `state`, for `reason`, that is `delay_s` behind its log."""
+    """The health of a follower that is in `state`, for `reason`, and `delay_s` behind its log."""
     if state is FollowerState.CLOSED:
         return Health(Status.FAILED, ("the follower is closed",))
     if state is FollowerState.WAITING:
-        return Health(Status.FAILED, ("there is no log to follow yet, and so nothing to read",))
+        return Health(Status.FAILED, ("there is no log to follow yet, so nothing to read",))
     reasons = []
     if state in (FollowerState.MISSING, FollowerState.FAILED):
         reasons.append(f"the log is {state}" + (f": {reason}" if reason else ""))

@@ -1,10 +1,13 @@
-"""The statistics of stores and followers as OpenTelemetry instruments. Needs the extra `otel` (opentelemetry-api).
+"""The statistics of stores and followers as OpenTelemetry instruments. Needs the extra `otel`
+(opentelemetry-api).
 
-`observe` names a store; from then on each collection of the program's meter provider reads its figures. Nothing is counted on
-the writer's path for this: the instruments look at what `stats()` and the store's histograms hold anyway. A store that is
-closed or dropped is no longer told of.
+`observe` registers a store under a name; from then on, each collection by the program's meter
+provider reads its statistics. This adds no work to the write path: the instruments read what
+`stats()` and the store's histograms hold anyway. A store that is closed or dropped is no longer
+reported.
 
-Every measurement carries `foldlog.name`, the name given to `observe`. `docs/how-to/production.md` says what to watch.
+Every measurement carries `foldlog.name`, the name given to `observe`. `docs/how-to/production.md`
+says what to alert on.
 """
 
 from __future__ import annotations
@@ -27,21 +30,21 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
 
 NAME = "foldlog.name"
-"""The attribute that tells one store from another."""
+"""The attribute that tells stores apart."""
 
 Observed: TypeAlias = Store | Follower
 Reading: TypeAlias = Iterable[tuple[float, dict[str, str]]]
 
 
 class MetricNameTaken(FoldlogError, ValueError):
-    """`observe` was given a name under which another store is told of already."""
+    """`observe` was given a name that another open store is observed under."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
 
     def __str__(self) -> str:
-        return f"a store is observed under the name {self.name!r} already"
+        return f"a store is already observed under the name {self.name!r}"
 
 
 class _Instrument(NamedTuple):
@@ -50,7 +53,8 @@ class _Instrument(NamedTuple):
     unit: str
     description: str
     read: Callable[[Any, Any], Reading]
-    """(the store or follower, its stats) -> values, with their attributes beside the name."""
+    """(store or follower, its stats) -> measurements: values, with any attributes beyond the
+    name."""
 
 
 def _one(read: Callable[[Any], float]) -> Callable[[Any, Any], Reading]:
@@ -91,11 +95,15 @@ STORE_INSTRUMENTS = (
         "foldlog.store.state",
         "updown",
         "1",
-        "1 for the state that the store is in, 0 for the others.",
+        "1 for the state the store is in, 0 for the others.",
         _states(State),
     ),
     _Instrument(
-        "foldlog.store.health", "updown", "1", "1 for the health of the store, else 0.", _health
+        "foldlog.store.health",
+        "updown",
+        "1",
+        "1 for the store's health status, 0 for the others.",
+        _health,
     ),
     _Instrument(
         "foldlog.store.sequence",
@@ -108,35 +116,35 @@ STORE_INSTRUMENTS = (
         "foldlog.store.synced.lag",
         "gauge",
         "{batch}",
-        "Batches that a power loss may take.",
+        "Batches that a power loss could lose.",
         _one(lambda stats: max(stats.seq - stats.synced_seq, 0)),
     ),
     _Instrument(
         "foldlog.store.synced.delay",
         "gauge",
         "s",
-        "How long the oldest of these has waited to be synced.",
+        "Time that the oldest of these has waited to be synced.",
         _one(lambda stats: stats.unsynced_s),
     ),
     _Instrument(
         "foldlog.store.batches",
         "counter",
         "{batch}",
-        "Batches that were written.",
+        "Batches written.",
         _one(lambda stats: stats.batches),
     ),
     _Instrument(
         "foldlog.store.groups",
         "counter",
         "{group}",
-        "Commit groups that they made: writes to the log.",
+        "Commit groups written: one write to the log each.",
         _one(lambda stats: stats.groups),
     ),
     _Instrument(
         "foldlog.store.mailbox.depth",
         "updown",
         "{request}",
-        "Requests that wait for the writer.",
+        "Requests waiting for the writer.",
         _one(lambda stats: stats.mailbox_depth),
     ),
     _Instrument(
@@ -150,28 +158,29 @@ STORE_INSTRUMENTS = (
         "foldlog.store.compactions",
         "counter",
         "{compaction}",
-        "Compactions that were finished.",
+        "Compactions finished.",
         _one(lambda stats: stats.compactions),
     ),
     _Instrument(
         "foldlog.store.compaction.duration",
         "gauge",
         "s",
-        "How long the last compaction took; 0 before the first.",
+        "Duration of the last compaction; 0 before the first.",
         _one(lambda stats: stats.last_compaction_s or 0.0),
     ),
     _Instrument(
         "foldlog.store.throttled.time",
         "counter",
         "s",
-        "How long writes were held back to let a compaction get on.",
+        "Time that writes were slowed down to let a compaction catch up.",
         _one(lambda stats: stats.throttled_s),
     ),
     _Instrument(
         "foldlog.store.log.size",
         "updown",
         "By",
-        "Bytes of the log: the base, live at the last compaction, and what was appended since, which a compaction may free.",
+        "Size of the log: the base, live at the last compaction, and the bytes appended since, "
+        "which a compaction may free.",
         _log_size,
     ),
     _Instrument(
@@ -199,7 +208,7 @@ STORE_INSTRUMENTS = (
         "foldlog.store.subscription.backlog",
         "gauge",
         "{group}",
-        "Commit groups that wait for the slowest subscriber.",
+        "Commit groups waiting for the slowest subscriber.",
         _backlog,
     ),
 )
@@ -208,28 +217,28 @@ FOLLOWER_INSTRUMENTS = (
         "foldlog.follower.state",
         "updown",
         "1",
-        "1 for the state that the follower is in, 0 for the others.",
+        "1 for the state the follower is in, 0 for the others.",
         _states(FollowerState),
     ),
     _Instrument(
         "foldlog.follower.health",
         "updown",
         "1",
-        "1 for the health of the follower, else 0.",
+        "1 for the follower's health status, 0 for the others.",
         _health,
     ),
     _Instrument(
         "foldlog.follower.sequence",
         "gauge",
         "{batch}",
-        "The sequence of the last batch that was seen.",
+        "The sequence of the last batch seen.",
         _one(lambda stats: stats.seq),
     ),
     _Instrument(
         "foldlog.follower.delay",
         "gauge",
         "s",
-        "How long after it was written the last batch was seen.",
+        "Time from the write of the last batch until it was seen.",
         _one(lambda stats: stats.delay_s),
     ),
     _Instrument(
@@ -243,7 +252,7 @@ FOLLOWER_INSTRUMENTS = (
         "foldlog.follower.reloads",
         "counter",
         "{reload}",
-        "Times that the state was read anew.",
+        "Reloads of the log.",
         _one(lambda stats: stats.reloads),
     ),
     _Instrument(
@@ -257,21 +266,23 @@ FOLLOWER_INSTRUMENTS = (
         "foldlog.follower.subscription.backlog",
         "gauge",
         "{group}",
-        "Commit groups that wait for the slowest subscriber.",
+        "Commit groups waiting for the slowest subscriber.",
         _backlog,
     ),
 )
 
 
 class _Told:
-    """How much of a store's histogram was told to OpenTelemetry's, which takes values and no counts."""
+    """How much of a store's histogram has been reported. OpenTelemetry's histograms take values,
+    not counts."""
 
     def __init__(self, histogram: Histogram) -> None:
         self._histogram = histogram
         self._counts, self._sums = [0] * len(histogram.counts), [0.0] * len(histogram.counts)
 
     def news(self) -> Iterator[tuple[float, int]]:
-        """(mean, count) of what came since the last call, by bucket: bucket and sum are exact."""
+        """(mean, count) of each bucket's new values since the last call. Buckets and sums stay
+        exact."""
         counts, sums = list(self._histogram.counts), list(self._histogram.sums)
         for bucket, count in enumerate(counts):
             new = count - self._counts[bucket]
@@ -281,7 +292,7 @@ class _Told:
 
 
 class _Meters:
-    """The instruments of one meter provider, and the stores that they tell of."""
+    """The instruments of one meter provider, and the stores they report."""
 
     def __init__(self, provider: MeterProvider) -> None:
         meter = provider.get_meter("foldlog", __version__)
@@ -291,7 +302,7 @@ class _Meters:
         self._latency = meter.create_histogram(
             "foldlog.store.apply.duration",
             "s",
-            "From a call to its answer, of each batch.",
+            "Time from a call to its answer, for each batch.",
             explicit_bucket_boundaries_advisory=LATENCY_BOUNDS_S,
         )
         self._group_size = meter.create_histogram(
@@ -377,14 +388,14 @@ _meters_lock = threading.Lock()
 
 
 class Observing:
-    """What `observe` returns: `stop` it, or let it end with the store."""
+    """What `observe` returns. Observation ends with `stop`, or with the store."""
 
     def __init__(self, meters: _Meters, observed: Observed, name: str) -> None:
         """Not for callers: use `observe`."""
         self._meters, self._observed, self.name = meters, weakref.ref(observed), name
 
     def stop(self) -> None:
-        """Tell of it no more. Stopping twice is fine."""
+        """Stop reporting it. Stopping twice is fine."""
         observed = self._observed()
         if observed is not None:
             self._meters.remove(observed, self.name)
@@ -393,12 +404,14 @@ class Observing:
 def observe(
     store: Observed, name: str | None = None, *, meter_provider: MeterProvider | None = None
 ) -> Observing:
-    """Let OpenTelemetry's instruments tell of `store`, which may be a follower, under `name`; by default, that of its file.
+    """Report `store`, which may be a follower, to OpenTelemetry under `name`; the default is its
+    file name.
 
-    MetricNameTaken if another open store has that name. It keeps nothing from being dropped.
+    MetricNameTaken if another open store has that name; ImportError without the extra `otel`. Does
+    not keep the store alive.
     """
     if not isinstance(store, (Store, Follower)):
-        raise TypeError(f"a store or a follower is observed, not a {type(store).__name__}")
+        raise TypeError(f"observe takes a store or a follower, not a {type(store).__name__}")
     if name is not None and not isinstance(name, str):
         raise TypeError(f"a name is a str, not {type(name).__name__}")
     if name is None:

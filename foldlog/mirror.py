@@ -1,4 +1,4 @@
-"""A mirror: a store that an upstream feeds, exact, and kept so by a link that heals itself."""
+"""A mirror: an exact copy of an upstream, kept in step by a link that recovers by itself."""
 
 from __future__ import annotations
 
@@ -49,22 +49,25 @@ def mirror(
     audit_interval_s: float = 60.0,
     **store_options: Any,
 ) -> Mirror:
-    """Keep a copy of `upstream` in the log at `path`. Served at once, as it was; fed from here on.
+    """Keep a copy of `upstream` in the log at `path`. The stored state is served at once, and
+    updated from then on.
 
-    `prefix`: one, or several: only keys that start with one of them. `parse`: drops (None), renames
-    or transforms each update; a pure function, and it keeps the version. What it drops still moves
-    the cursor. `on_applied`: called with the updates and the cursor of each batch that was written,
-    on the link's thread. If one of the two fails, the link fails.
+    `prefix`: one or several; only keys that start with one of them are copied. `parse`: drops (by
+    returning None), renames or transforms each update. It must be a pure function and keep the
+    version. Dropped updates still advance the cursor. `on_applied`: called on the link's thread
+    with the updates and the cursor of each batch written. An error in either fails the link.
 
-    `on_oversize="fail"`: an entry over foldlog's limits fails the link, and the reason names it;
-    "skip": the mirror goes without it, and counts it. `mass_delete`: a reset or an audit that
-    deletes a larger share of the keys than this (and at least 100) is held until `accept_reset()`.
-    `audit_interval_s`: the least time between audits; they take at most 1 % of a core.
+    `on_oversize`: with "fail", an entry over foldlog's limits fails the link, and the reason names
+    the key; with "skip", the mirror skips and counts it. `mass_delete`: a reset or an audit that
+    would delete more than this fraction of the keys (and at least 100) waits for `accept_reset()`.
+    `audit_interval_s`: the minimum time between audits, which use at most 1 % of a core.
 
-    `store_options`: those of `foldlog.open`, and its errors.
+    `store_options`: as for `foldlog.open`, whose errors are raised as well.
     """
     if not isinstance(upstream, Upstream):
-        raise TypeError(f"{type(upstream).__name__} is no upstream: it has no identify and changes")
+        raise TypeError(
+            f"{type(upstream).__name__} is not an upstream: it has no identify and changes"
+        )
     if on_oversize not in ("fail", "skip"):
         raise ValueError(f'on_oversize is "fail" or "skip", not {on_oversize!r}')
     if not 0 <= mass_delete <= 1:
@@ -75,7 +78,9 @@ def mirror(
     if not all(isinstance(each, str) for each in prefixes):
         raise TypeError("a prefix is a str, or a sequence of them")
     if not prefixes:
-        raise ValueError("no prefix at all selects nothing; leave it out to select everything")
+        raise ValueError(
+            "an empty sequence of prefixes selects nothing; leave prefix out to select everything"
+        )
     config = LinkConfig(
         prefixes=() if "" in prefixes else prefixes,
         parse=parse,
@@ -95,8 +100,8 @@ class MirrorStats(Stats):
 
 
 class _Sink:
-    """What the link has of the store: not the store itself, so that one that is dropped can be
-    noticed."""
+    """The link's access to the store. It does not hold the store itself, so that a dropped one can
+    be detected."""
 
     def __init__(self, core: Core, inbox: Inbox) -> None:
         self._core, self._inbox = core, inbox
@@ -108,7 +113,7 @@ class _Sink:
 
     def snapshot(self) -> FoldSnapshot:
         snapshot = self._core.snapshot
-        snapshot.seq  # noqa: B018 - StoreClosed, here and not later
+        snapshot.seq  # noqa: B018 - raises StoreClosed here, not later
         return cast(FoldSnapshot, snapshot)
 
     def feed(self, batch: Batch, rewound: str) -> Future[int]:
@@ -121,8 +126,8 @@ class _Sink:
 
 
 class Mirror(Store):
-    """A store that its upstream writes, and nobody else. Reads, watches and the rest are a store's.
-    Any thread may call it."""
+    """A store that only its upstream writes; otherwise used like any store. Any thread may call any
+    method."""
 
     def __init__(self, store: Store, upstream: Upstream, config: LinkConfig) -> None:
         """Not for callers: use `foldlog.mirror`."""
@@ -130,7 +135,7 @@ class Mirror(Store):
         super().__init__(store._core, store._supervisor)
         sink = _Sink(store._core, store._supervisor.writer.inbox)
         self.link = Link(str(store.path), sink, upstream, config)
-        """What feeds it: `link.state`, `link.reason`, `link.stats()`."""
+        """The connection to the upstream: see `link.state`, `link.reason`, `link.stats()`."""
         _links.add(self.link)
         self._link_finalizer = weakref.finalize(self, self.link.ask_to_stop)
         self._link_finalizer.atexit = False
@@ -141,11 +146,11 @@ class Mirror(Store):
             raise
 
     def wait_synced(self, timeout_s: float | None = SYNC_TIMEOUT_S) -> bool:
-        """Return True once the mirror is true to its upstream. From then on it is, as of
-        `staleness_s` ago.
+        """Wait until the mirror matches its upstream; returns True. From then on it matches the
+        upstream as of `staleness_s` ago.
 
-        RequestTimeout, with the link's state and reason, if that takes longer. Raises what the link
-        FAILED of.
+        RequestTimeout after `timeout_s`, with the link's state and reason. Raises the link's error
+        if it has FAILED.
         """
         if os.getpid() != self.link._pid:
             raise ForkedStore(f"{self.path} was opened before this process was forked")
@@ -167,19 +172,19 @@ class Mirror(Store):
         return True
 
     def lag(self) -> int | None:
-        """Updates that wait upstream, as it last told: 0 is in step; None if the link is not
-        attached, or it cannot tell."""
+        """Updates still waiting upstream, as last reported; 0 means in step. None if the link is
+        not attached or the upstream cannot tell."""
         return self.link.behind
 
     @property
     def staleness_s(self) -> float:
-        """Seconds since the upstream last confirmed that nothing waits; infinite if it has not
-        since the mirror was opened."""
+        """Seconds since the upstream last confirmed that the mirror is in step; infinite if it has
+        not since the mirror was opened."""
         return self.link.staleness_s
 
     def accept_reset(self) -> None:
-        """Let the link do what it holds: delete most of the keys, or take the state of another
-        upstream."""
+        """Allow the reset that the link is holding: to delete most of the keys, or to take over the
+        state of another upstream."""
         self.link.accept_reset()
 
     def stats(self) -> MirrorStats:
@@ -189,12 +194,12 @@ class Mirror(Store):
         return MirrorStats(**values, link=self.link.stats())
 
     def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
-        """Let go of the upstream, then as `Store.close`."""
+        """Disconnect from the upstream, then close as `Store.close` does."""
         self._link_finalizer.detach()
         self.link.stop()
         super().close(timeout_s)
 
-    # Writing: refused.
+    # Writes are refused.
 
     def apply(
         self,
@@ -243,7 +248,7 @@ _links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 @atexit.register
 def _stop_links_at_exit() -> None:
-    """Before the stores are closed, which would end the links with an error."""
+    """Stop links before stores are closed, which would end the links with an error."""
     for link in list(_links):
         if link.thread.is_alive():
             with contextlib.suppress(Exception):

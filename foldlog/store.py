@@ -1,7 +1,8 @@
-"""The store: the face of writer, readers and supervisor, for many threads.
+"""The store: what callers on any thread see of the writer, the readers and the supervisor.
 
-A read through the store needs no message: it loads the published snapshot on the caller's thread. A write becomes a request in
-the writer's mailbox, and its future is the caller's own: it ends, with the answer or a typed error, whatever dies meanwhile.
+A read sends no message: it loads the published snapshot on the caller's thread. A write puts a
+request into the writer's mailbox. The request's future belongs to the caller and always ends, with
+the answer or a typed error, whichever actors die meanwhile.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
 EXIT_TIMEOUT_S = 10.0
 TURN_TIMEOUT_S = 20.0
-"""A call that may take so long writes on its own thread, if the writer is idle: there, a disk that is stuck holds it past any
-deadline. One with a shorter deadline hands over to the writer's thread, and is free in time."""
+"""A call with at least this timeout writes on its own thread if the writer is idle; there, a stuck
+disk can hold it past its deadline. A call with a shorter timeout leaves the write to the writer's
+thread, so it returns on time."""
 UNOPENED_TIMEOUT_S = 5.0
-"""What an interrupted `open` waits for the log to be closed again."""
+"""How long an interrupted `open` waits for the log to be closed again."""
 
 
 def open(
@@ -95,34 +97,38 @@ def open(
 ) -> Store:
     """Open or create the store in the log at `path`.
 
-    What an answered `apply` means: every later snapshot in the process has it, and it survives a killed process, always. It
-    survives a power loss with `sync="always"`; with `sync="interval"` up to the last background sync, one each
-    `sync_interval_s` (`store.synced_cursor`); with `sync="never"` by luck.
+    An answered `apply` is in every later snapshot in the process, and survives a killed process. It
+    survives a power loss with `sync="always"`; with `sync="interval"`, once a background sync has
+    covered it (one every `sync_interval_s`; see `store.synced_cursor`); with `sync="never"`, only
+    by luck.
 
-    `backend`: "rocksdb" keeps the store in a RocksDB database, in a directory at `path`, for folds beyond memory; it needs the
-    extra `rocksdb`. Snapshots end with the store, in a forked child, and when it heals after an error of the disk; a cursor is
-    resumed from while its batches are in memory (`CursorExpired` else); no process follows it; `export_to` writes RocksDB's
-    files; `compact_threshold` and `files` are of no effect. See `docs/which-engine.md`.
+    `backend`: "rocksdb" keeps the store in a RocksDB database in the directory `path`, for folds
+    larger than memory. It needs the extra `rocksdb`. Snapshots end when the store closes or
+    recovers from a disk error, and do not work in a forked child. A watch can resume from a cursor
+    only while its batches are in memory, else CursorExpired. Other processes cannot follow the
+    store. `export_to` writes RocksDB's files. `compact_threshold` and `files` have no effect. See
+    `docs/which-engine.md`.
 
-    `format`: of a new log, "foldlog" if None. A log that exists is of the format that its head tells, and naming another is an
-    InvalidFormatError. "slipstream-v2" is the file of the Rust crate, worked on in place. It promises less: a crash may leave a
-    part of a batch in it (its cursor is then not moved), the sequences, and the versions of local writes, start anew in each
-    process, all entries are in memory, and a few kinds of damage at its very end cannot be told from a torn write. It cannot be
-    followed, and a watch cannot go on behind a cursor. See `docs/interchange.md`.
+    `format`: the format of a new log; None means "foldlog". An existing log keeps the format in its
+    header; InvalidFormatError if `format` names another. "slipstream-v2" is the file of the Rust
+    crate, used in place, with weaker guarantees (a crash may leave part of a batch, all entries are
+    kept in memory, it cannot be followed): see `docs/interchange.md`.
 
-    `readers`: actors that serve `store.reader`. `compact_threshold`: appended bytes (and no fewer
-    than the base has) after which the log is compacted, behind the readers; the log stays below `3
-    x (live + compact_threshold)` plus one batch, and writes are slowed down for that where they
-    must be. `on_damage="cut"`: keep what stands before the first damage and set the rest aside.
-    `mailbox_batches`, `mailbox_bytes`: what may wait for the writer. `max_restarts` within
-    `restart_window_s`: what one actor may need before the store is FAILED. `stuck_after_s`: when a
-    writer that does not come back is given up (until it does); time for which the process was
-    paused does not count. `files`, `step`: see `foldlog.testing`.
+    `readers`: the number of actors that serve `store.reader`. `compact_threshold`: the log is
+    compacted in the background once this many bytes were appended, and no fewer than the base has.
+    The log stays below `3 x (live + compact_threshold)` plus one batch; writes are slowed down if
+    necessary. `on_damage="cut"`: keep what precedes the first damage, and set the rest aside in a
+    file. `mailbox_batches`, `mailbox_bytes`: the most that may wait for the writer. `max_restarts`:
+    restarts of one actor allowed within `restart_window_s` before the store is FAILED.
+    `stuck_after_s`: how long the writer may be unresponsive before the store is FAILED until it
+    responds again; time while the process was paused does not count. `files`, `step`: see
+    `foldlog.testing`.
 
-    TypeError or ValueError at once for an option that makes no sense. A `timeout_s`, here and in every call, is a number of
-    seconds: 0 does not wait, None and infinity wait without end, nan and negative ones are a ValueError.
+    Invalid options raise TypeError or ValueError at once. In every call, `timeout_s` is in seconds:
+    0 does not wait, None and infinity wait forever, nan and negative numbers raise ValueError.
 
-    Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and nothing stays open.
+    Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError. On an
+    error, nothing stays open.
 
     >>> with foldlog.open("routes.log") as routes:
     ...     routes.apply([Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2")], WatchCursor.from_u64(1))
@@ -156,7 +162,7 @@ def open(
         supervisor.opened.result()
         return Store(core, supervisor)
     except BaseException:
-        supervisor.post(CloseNow(Answer()))  # also for a KeyboardInterrupt while the log is read
+        supervisor.post(CloseNow(Answer()))  # also after a KeyboardInterrupt
         core.ended.wait(UNOPENED_TIMEOUT_S)
         raise
 
@@ -168,24 +174,25 @@ def write_of(updates: Iterable[Update], cursor: CursorLike, forward_only: bool) 
 
 
 class Store(Readable):
-    """A store that is open. Any thread may call any method."""
+    """An open store. Any thread may call any method."""
 
     def __init__(self, core: Core, supervisor: Supervisor) -> None:
         """Not for callers: use `foldlog.open`."""
         self._core = self._published = core
         self._supervisor = supervisor
         self._offer = supervisor.writer.inbox.offer
-        # The actors hold the core and not the store, so a store that is dropped can be noticed.
+        # The actors hold the core, not the store, so that a dropped store can be detected.
         self._finalizer = weakref.finalize(self, _close_dropped, supervisor, os.getpid())
         self._finalizer.atexit = False
         _live[supervisor] = os.getpid()
 
     @property
     def synced_cursor(self) -> WatchCursor:
-        """The position up to which every update survives a power loss: what to acknowledge upstream, if that matters."""
+        """The position up to which every update survives a power loss. Acknowledge this one
+        upstream, if that matters."""
         return self._core.synced_cursor
 
-    # Writing: by the writer, in the order of its mailbox.
+    # Writes, carried out by the writer in the order of its mailbox.
 
     def apply(
         self,
@@ -195,17 +202,20 @@ class Store(Readable):
         *,
         forward_only: bool = False,
     ) -> int:
-        """Atomically fold the updates and move the cursor. Returns the batch's sequence, once written and published.
+        """Atomically fold the updates and advance the cursor. Returns the batch's sequence once it
+        is written and published.
 
-        Any cursor is taken, also one before the last: it is opaque, an upstream may have been restored or recreated, and only
-        its feeder knows. With `forward_only`, CursorRegressed unless the cursor is at or after the last one (compared as
-        bytes, for cursors of one length): nothing was written.
+        Any cursor is accepted, even one before the last: cursors are opaque, and only the caller
+        knows whether the upstream was restored or recreated. With `forward_only`, a cursor that is
+        not at or after the last one (as `protocol.tokens.has_reached` says) raises CursorRegressed,
+        and nothing is written.
 
-        TypeError or ValueError at once for updates that are not sound. Backpressure if the mailbox stays full, OSError if
-        the log cannot be written: nothing was stored. RequestTimeout if the answer does not come in time: the batch was
-        withdrawn, or (`outcome unknown`) the writer has it in hand. Else StoreFailed, StoreClosed, ForkedStore.
+        Invalid updates raise TypeError or ValueError at once. Backpressure if the mailbox stays
+        full, OSError if the log cannot be written: nothing was stored. RequestTimeout if no answer
+        comes in time: the batch was withdrawn or, if the message says `outcome is unknown`, the
+        writer is processing it. Also StoreFailed, StoreClosed, ForkedStore.
         """
-        self._core.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        self._core.snapshot.seq  # noqa: B018 - StoreClosed before TypeError or ValueError
         timeout_s = check_timeout(timeout_s)  # before the updates, which may be an iterator
         seq: int = self._send(write_of(updates, cursor, forward_only), timeout_s)
         return seq
@@ -218,10 +228,10 @@ class Store(Readable):
         *,
         forward_only: bool = False,
     ) -> Future[int]:
-        """`apply`, answered to the future that is returned; many in flight make one commit group.
+        """`apply`, answered through the future returned. Batches in flight share commit groups.
 
-        Batches of one thread are written in the order of its calls. `timeout_s` is how long to wait for room in the mailbox:
-        by default, not at all (Backpressure).
+        Batches from one thread are written in the order of its calls. `timeout_s`: how long to wait
+        for room in the mailbox before raising Backpressure; by default, not at all.
         """
         self._core.snapshot.seq  # noqa: B018
         timeout_s = check_timeout(timeout_s)
@@ -230,7 +240,8 @@ class Store(Readable):
     def put(
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
     ) -> VersionToken:
-        """Set `key`, for programs that are their own source. Returns the version: the batch's sequence as a u64 token.
+        """Set `key`, for programs without an upstream. Returns the version: the batch's sequence as
+        a u64 token. Errors as for `apply`.
 
         The cursor stays where it is.
         """
@@ -239,7 +250,7 @@ class Store(Readable):
     def create(
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
     ) -> VersionToken:
-        """`put`, for a key that must not exist: else KeyExists."""
+        """`put`, for a key that must not exist. KeyExists if it does."""
         return self._write(LocalWrite(key, value, must_be_new=True), timeout_s)
 
     def update(
@@ -250,7 +261,8 @@ class Store(Readable):
         expected: VersionToken,
         timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> VersionToken:
-        """`put`, for an entry that must be at version `expected`: else VersionMismatch. Check and write are one step."""
+        """`put`, for an entry that must be at version `expected`, else VersionMismatch. Atomic: no
+        write comes between check and write."""
         return self._write(LocalWrite(key, value, expected=expected), timeout_s)
 
     def delete(
@@ -260,9 +272,11 @@ class Store(Readable):
         expected: VersionToken | Unset = UNSET,
         timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> VersionToken:
-        """Remove `key`; with `expected`, only at that version: else VersionMismatch. Returns the version of the removal.
+        """Remove `key`; with `expected`, only at that version, else VersionMismatch. Returns the
+        version of the removal.
 
-        An `expected` of None is a TypeError, here and in `update`: it is what a missing entry turns into, and not an order.
+        `expected=None` raises TypeError, here and in `update`: it usually comes from a missing
+        entry.
         """
         return self._write(LocalWrite(key, UNSET, expected=expected), timeout_s)
 
@@ -270,7 +284,7 @@ class Store(Readable):
         return VersionToken.from_u64(self._send(request, timeout_s))
 
     def _submit(self, request: Request, timeout_s: float = 0.0) -> Future[Any]:
-        """Put a request into the writer's mailbox, and leave the waiting to the caller."""
+        """Put a request into the writer's mailbox. The caller waits for its future."""
         self._offer(Mail(request), timeout_s)
         return request.future
 
@@ -287,9 +301,7 @@ class Store(Readable):
             except BaseException as error:
                 if not writer.is_own_fault(error):
                     raise
-                in_hand = (
-                    True  # the writer died of it, and settles the request when it starts again
-                )
+                in_hand = True  # the writer died, and settles the request when it restarts
         if not in_hand:
             self._check_thread()
             self._offer(mail, timeout_s)
@@ -297,9 +309,8 @@ class Store(Readable):
             return request.future.result(max(deadline - time.monotonic(), 0.0))
         except TimeoutError:
             if request.future.done() and not request.future.cancelled():
-                return (
-                    request.future.result()
-                )  # it came in the last moment, or is itself an error of this kind
+                # It arrived at the last moment, or the answer is itself a TimeoutError.
+                return request.future.result()
             if request.future.cancel():
                 raise RequestTimeout(
                     f"no answer within {timeout_s} s; the request was withdrawn"
@@ -309,17 +320,18 @@ class Store(Readable):
             ) from None
 
     def sync(self, timeout_s: float | None = APPLY_TIMEOUT_S) -> None:
-        """Make every batch that was answered before the call survive a power loss, whatever `sync=` says.
+        """Make every batch answered before this call survive a power loss, whatever the option
+        `sync`.
 
-        Cost: an fsync, which applies wait for; nothing if the log is synced already. If the disk refuses, the store heals by
-        writing a new file, and this returns after that.
+        Cost: an fsync, during which applies wait; nothing if the log is already synced. If the
+        fsync fails, the store recovers by writing a new file, and this call returns after that.
         """
         self._send(SyncRequest(), check_timeout(timeout_s))
 
     def compact(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
-        """Rewrite the log as its fold, behind the readers and while applies go on.
+        """Compact the log: rewrite it as its fold. Reads and applies continue meanwhile.
 
-        Returns when a rewrite has ended that holds all batches before this call.
+        Returns once a rewrite that includes all batches before this call is done.
         """
         self._send(CompactRequest(), timeout_s)
 
@@ -330,12 +342,14 @@ class Store(Readable):
         *,
         format: FormatName | None = None,
     ) -> ExportManifest:
-        """Write the state, with all batches before this call, as an artifact at `dest_dir`, while applies go on.
+        """Write the state, including all batches before this call, as an artifact at `dest_dir`.
+        Applies continue meanwhile.
 
-        `format`: of the artifact; that of the log, if None. One of "slipstream-v2" is what the Rust crate imports.
+        `format`: the artifact's format; None means the log's. The Rust crate imports
+        "slipstream-v2".
 
-        FileExistsError if `dest_dir` exists. It appears complete or not at all. A store that is FAILED exports what its readers
-        see, on the caller's thread and without a deadline.
+        FileExistsError if `dest_dir` exists. The artifact appears complete or not at all. A FAILED
+        store exports what its readers see, on the caller's thread and without a deadline.
         """
         FORMAT.check(format)
         timeout_s = check_timeout(timeout_s)
@@ -358,9 +372,11 @@ class Store(Readable):
         return engine
 
     def verify(self) -> VerifyReport:
-        """Check every invariant of the log, up to its end as it is now. Tells all that is wrong, and changes nothing.
+        """Check every invariant of the log, up to its current end. Reports every problem and
+        changes nothing.
 
-        Runs on the caller's thread, while applies and compactions go on. Cost: reads the whole file; about 1 us an entry.
+        Runs on the caller's thread; applies and compactions continue. Cost: reads the whole file,
+        about 1 us an entry.
         """
         self.snapshot()
         report: VerifyReport = self._engine.verify()
@@ -370,23 +386,27 @@ class Store(Readable):
 
     @property
     def writer(self) -> pykka.ActorRef[Any]:
-        """The writer's reference, for actors: takes Apply, Compact, Export. It stays valid across restarts."""
+        """The writer's actor reference: takes Apply, Compact, Export. Stays valid across
+        restarts."""
         return self._supervisor.writer.actor_ref
 
     @property
     def reader(self) -> pykka.ActorRef[Any]:
-        """A reference that reaches all readers: takes Get, Range, RangePage. It stays valid across restarts."""
+        """An actor reference that reaches all readers: takes Get, Range, RangePage. Stays valid
+        across restarts."""
         return self._supervisor.readers[0].actor_ref
 
     # Changes.
 
     def watch(self, prefix: str = "", since: Since = None) -> Watch:
-        """An iterator of events under `prefix`: the state, one Synced, then changes as they come, in order.
+        """An iterator of events under `prefix`, in order: the state, one Synced, then changes as
+        they arrive.
 
-        With `since`, in place of the state: the changes behind a cursor (CursorExpired if it is from before the last
-        compaction), or the exact difference to a snapshot that the caller holds, deletes included. A cursor that local
-        writes left in place may tell those again. Cost for the writer: an append for each commit group. Memory: bounded; one
-        that falls behind is told Lagged, and then the difference.
+        With `since`, instead of the state: the changes after a cursor (CursorExpired if it is from
+        before the last compaction), or the exact difference from a snapshot that the caller holds,
+        deletes included. Local writes do not advance the cursor, so changes since a cursor may
+        repeat them. Cost for the writer: a list append per commit group. Memory: bounded; a slow
+        subscriber gets Lagged, then the difference.
         """
         self._check_process()
         return Watch(Subscription(self._core.feeds, self.snapshot, prefix, since), self)
@@ -394,10 +414,11 @@ class Store(Readable):
     def subscribe(
         self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
     ) -> Delivery:
-        """`watch`, told to an actor: each event is a message to it. Ends with the store, the actor, or `cancel()`.
+        """`watch` for an actor: sends it each event as a message. Ends with the store, the actor,
+        or `cancel()`.
 
-        The last message is Ended. An actor that is slow is told Lagged, as a slow iterator is; one that fails on three events
-        in a row is unsubscribed. It does not keep the store from being dropped.
+        The last message is Ended. A slow actor gets Lagged, as a slow iterator does; one that fails
+        on three events in a row is unsubscribed. Does not keep the store alive.
         """
         self._check_process()
         return Delivery(actor_ref, Subscription(self._core.feeds, self.snapshot, prefix, since))
@@ -409,31 +430,33 @@ class Store(Readable):
         *,
         seq: SeqLike | None = None,
     ) -> None:
-        """Return once reads see everything up to `cursor`, or up to the batch `seq`: see `Follower.wait_for`."""
+        """Wait until reads see everything up to `cursor` or batch `seq`: see
+        `Follower.wait_for`."""
         position = Position(cursor, seq)
         self._check_process()
         wait_until(self._core.feeds, self.snapshot, position, timeout_s)
 
-    # Watching over it.
+    # State, statistics and life cycle.
 
     @property
     def path(self) -> Path:
-        """The log, absolute, links resolved."""
+        """The log's absolute path, with symbolic links resolved."""
         return self._core.config.path
 
     @property
     def state(self) -> State:
-        """What the store is doing."""
+        """The state of the store."""
         return self._core.state
 
     @property
     def report(self) -> OpenReport:
-        """What the last opening or replay of the log found and did."""
+        """What the last open or replay of the log found and did."""
         assert self._core.report is not None
         return self._core.report
 
     def stats(self) -> Stats:
-        """The books. Cost: microseconds, and counting the entries the first time after a batch."""
+        """The store's statistics. Cost: microseconds, plus counting the entries on the first call
+        after a batch."""
         core = self._core
         snapshot, engine, books = self.snapshot(), core.engine, core.books
         sizes = Sizes(0, 0, 0) if engine is None else engine.sizes()
@@ -469,7 +492,8 @@ class Store(Readable):
         )
 
     def health(self) -> Health:
-        """Ready, degraded or failed, with reasons: for a readiness probe. Cost: that of `stats`. Never raises."""
+        """Ready, degraded or failed, with reasons: for a readiness probe. Cost: that of `stats`.
+        Never raises."""
         try:
             stats = self.stats()
         except StoreClosed:
@@ -477,9 +501,10 @@ class Store(Readable):
         return store_health(stats, self._core.config, time.time())
 
     def reopen(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
-        """Try again after FAILED: replay the log, and go on. StoreFailed if that fails, too; nothing to do in RUNNING.
+        """Try again after FAILED: replay the log and continue. StoreFailed if that fails, too. Does
+        nothing if RUNNING.
 
-        Where the store restarts or reopens already, it waits for how that ends.
+        If the store is already restarting or reopening, waits for the outcome.
         """
         timeout_s = check_timeout(timeout_s)
         self._check_process()
@@ -492,11 +517,12 @@ class Store(Readable):
             raise RequestTimeout(f"the store did not reopen within {timeout_s} s") from None
 
     def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
-        """Serve what waits, sync, seal the log, stop the actors, release the lock. Closing twice is fine.
+        """Serve waiting requests, sync and seal the log, stop the actors, release the lock. Closing
+        twice is fine.
 
-        Called from one of the store's own threads, or from a signal handler that came within a write of this very thread, it
-        returns at once, and the store closes when that is done. RequestTimeout if the writer does not come to an end. Raises
-        what sealing the log met.
+        Called on one of the store's own threads, or from a signal handler that interrupted a write
+        on this thread, it returns at once, and the store closes after that write. RequestTimeout if
+        the writer does not finish in time. Raises any error from sealing the log.
         """
         timeout_s = check_timeout(timeout_s)
         if self._core.state is State.FORKED:
@@ -512,8 +538,8 @@ class Store(Readable):
     def _check_thread(self) -> None:
         if _would_wait_for_itself(self._supervisor):
             raise ReentrantCall(
-                "called within a write of this thread, from a callback, or from a thread of the store's own, which would"
-                " wait for itself: use apply_async"
+                "called during a write on this thread, from a callback, or on one of the store's"
+                " own threads, and would wait for itself: use apply_async"
             )
 
     def _check_process(self) -> None:
@@ -524,7 +550,7 @@ class Store(Readable):
         return f"<foldlog.Store {str(self.path)!r} {self.state}>"
 
 
-# Life cycle beyond the with-statement: a store that was dropped, the end of the interpreter, a fork.
+# Life cycle beyond the with statement: dropped stores, interpreter exit, forks.
 
 _live: weakref.WeakKeyDictionary[Supervisor, int] = weakref.WeakKeyDictionary()
 
@@ -547,7 +573,7 @@ def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
         error = answer.result(timeout_s)
     except TimeoutError:
         return RequestTimeout(
-            f"the store did not close within {timeout_s} s; the writer still has the log"
+            f"the store did not close within {timeout_s} s; the writer still has the log open"
         )
     supervisor.thread.join(max(deadline - time.monotonic(), 0.1))
     return error
@@ -561,7 +587,8 @@ def _close_dropped(supervisor: Supervisor, pid: int) -> None:
 
 @atexit.register
 def _close_at_exit() -> None:
-    """A script that forgets to close ends promptly, with every answered batch on disk."""
+    """Close stores that a script forgot, so that it ends promptly with every answered batch on
+    disk."""
     for supervisor, pid in list(_live.items()):
         if pid == os.getpid():
             with contextlib.suppress(Exception):
@@ -569,7 +596,8 @@ def _close_at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # The threads are gone, and whatever lock they held is held for ever: replace what calls could wait on.
+    # The threads are gone, and any lock they held is held forever: replace what calls could wait
+    # on.
     for supervisor in list(_live):
         supervisor.after_fork()
     _live.clear()

@@ -1,3 +1,3 @@
-"""The version, on its own, so that building the package imports nothing else."""
+"""The version, in a module of its own so that building the package imports nothing else."""
 
 __version__ = "0.1.0"

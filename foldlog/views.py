@@ -1,11 +1,12 @@
-"""Views: a store, a follower or a snapshot as a mapping of typed values, in key order.
+"""Views: a store, follower or snapshot as a mapping of typed values, in key order.
 
-A value is decoded when it is first read, and kept for as long as the entry has these bytes; so each change is decoded once,
-however often it is read. Nothing needs to be invalidated: each read looks the entry up, and what was decoded is used only if
-it was decoded from the very bytes that the entry has now.
+A value is decoded when first read and cached while the entry keeps its bytes, so each change is
+decoded once, however often it is read. The cache needs no invalidation: each read looks the entry
+up, and uses the cached value only if it was decoded from the entry's current bytes.
 
-What was decoded is shared by all readers of the view. So prefer immutable values (frozen structs, tuples): whoever mutates a
-decoded dict changes what the others read, until the entry changes, and changes nothing in the store.
+All readers of a view share the decoded values. So prefer immutable ones (frozen structs, tuples):
+mutating a decoded dict changes what the others read, until the entry changes, and does not change
+the store.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from foldlog.store import Store
 
 T = TypeVar("T")
 _SWEEP_FROM = 256
-"""Decoded values that are kept without a look at whether their entries still live."""
+"""Cached values allowed before the view starts to check whether their entries are still live."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded(Generic[T]):
-    """A key has this value now; or, before the first `Synced`, has it in the state."""
+    """A key was set to this value. Before the first `Synced`: an entry of the state."""
 
     key: str
     value: T
@@ -61,7 +62,7 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Undecodable:
-    """A key was set to what the codec does not decode. The watch goes on."""
+    """A key was set to a value that the codec cannot decode. The watch continues."""
 
     key: str
     error: DecodeError
@@ -73,20 +74,23 @@ ViewEvent: TypeAlias = Decoded[T] | Removed | Undecodable | Synced | Lagged | Re
 
 
 class _Values(Generic[T]):
-    """What was decoded, by key, with the bytes that it was decoded from."""
+    """The decoded values by key, with the bytes they were decoded from."""
 
-    def __init__(self, codec: Codec[T], origin: dict[str, tuple[bytes, T]] | None = None) -> None:
+    def __init__(
+        self, codec: Codec[T], inherited: dict[str, tuple[bytes, T]] | None = None
+    ) -> None:
         self.codec = codec
         self.by_key: dict[str, tuple[bytes, T]] = {}
-        self._origin = origin or {}
-        """Of a view of a snapshot: what the view that it was made from had decoded."""
-        # Every key in `by_key`, once. Each new one brings two up for a look, so that what was removed does not pile up.
+        self._inherited = inherited or {}
+        """For a view's snapshot: the values that the view had decoded."""
+        # Every key in `by_key`, once. Each new key triggers a check of two, so that values of
+        # removed keys do not pile up.
         self._sweep: deque[str] = deque()
 
     def decode(self, entry: KvEntry, fold: FoldSnapshot, *, keep: bool = True) -> T:
-        """The value of `entry`, which has changed since it was last decoded, or never was."""
+        """The value of `entry`, which was never decoded or has changed since."""
         key, raw = entry.key, entry.value
-        known = self.by_key.get(key) or self._origin.get(key)
+        known = self.by_key.get(key) or self._inherited.get(key)
         if known is not None and known[0] == raw:
             value = known[1]
         else:
@@ -100,15 +104,15 @@ class _Values(Generic[T]):
             if is_new:
                 self._sweep.append(key)
                 if len(self.by_key) > _SWEEP_FROM:
-                    self._look(fold)
+                    self._sweep_two(fold)
         return value
 
-    def _look(self, fold: FoldSnapshot) -> None:
+    def _sweep_two(self, fold: FoldSnapshot) -> None:
         for _ in range(2):
             try:
                 key = self._sweep.popleft()
             except IndexError:
-                return  # another thread has them in hand
+                return  # another thread is checking the rest
             if key in fold:
                 self._sweep.append(key)
             else:
@@ -116,7 +120,7 @@ class _Values(Generic[T]):
 
 
 class _Pinned:
-    """Publishes one snapshot for ever."""
+    """Publishes one snapshot that never changes."""
 
     def __init__(self, snapshot: FoldSnapshot) -> None:
         self.snapshot = snapshot
@@ -125,7 +129,8 @@ class _Pinned:
 class View(Mapping[str, T]):
     """A mapping of the typed values under a prefix, in key order. Any thread may read it.
 
-    Keys are the store's, prefix included. Iterators, `items()` and `values()` read one state, that of the call.
+    Keys are the store's keys, prefix included. Iterators, `items()` and `values()` read the state
+    at the time of the call.
     """
 
     __slots__ = ("_known", "_length", "_published", "_source", "_values", "prefix")
@@ -138,23 +143,22 @@ class View(Mapping[str, T]):
         prefix: str,
     ) -> None:
         """Not for callers: use `foldlog.view`."""
-        self._source = source  # a view keeps its store from being dropped
+        self._source = source  # keeps the store alive
         self._published = published
         self._values, self._known = values, values.by_key
         self._length: tuple[FoldSnapshot, int] | None = None
         self.prefix = prefix
-        """What all keys of the view start with."""
+        """The prefix of all keys in the view."""
 
     def __getitem__(self, key: str) -> T:
-        """The value of `key`. KeyError if it is absent, DecodeError if it does not decode.
-
-        Cost, decoded before: 0.3 us, a `get` and a lookup.
+        """The value of `key`. KeyError if it is absent, DecodeError if it cannot be decoded. Cost,
+        if already decoded: 0.3 us, a `get` and a lookup.
         """
         try:
             raw, value = self._known[key]
         except (KeyError, TypeError):
             self._check_key(key)
-        else:  # and so the key is one under the prefix
+        else:  # cached, so the key is under the prefix
             entry = self._published.snapshot.get(key)
             if entry is not None and entry.value is raw:
                 return value
@@ -165,7 +169,7 @@ class View(Mapping[str, T]):
         return self._values.decode(entry, fold)
 
     def __contains__(self, key: object) -> bool:
-        """True if `key` is live, and under the prefix; its value need not decode."""
+        """True if `key` is live and under the prefix, whether or not its value can be decoded."""
         return (
             isinstance(key, str)
             and key.startswith(self.prefix)
@@ -180,7 +184,8 @@ class View(Mapping[str, T]):
         return (entry.key for entry in fold.iter_range(self.prefix, reverse=True))
 
     def __len__(self) -> int:
-        """Live keys under the prefix. Cost, with a prefix: a range over them, once for each state."""
+        """The number of live keys under the prefix. Cost, with a prefix: one range over them per
+        state."""
         fold = self._fold()
         if not self.prefix:
             return len(fold)
@@ -195,15 +200,17 @@ class View(Mapping[str, T]):
         return KeysView(self.snapshot())
 
     def items(self) -> ItemsView[str, T]:
-        """(key, value), ascending by key. An iterator that meets DecodeError goes on behind it, if asked."""
+        """(key, value) pairs, ascending by key. After a DecodeError, the iterator can go on with
+        the next pair."""
         return _Items(self.snapshot())
 
     def values(self) -> ValuesView[T]:
-        """The values, in the order of the keys. An iterator that meets DecodeError goes on behind it, if asked."""
+        """The values in key order. After a DecodeError, the iterator can go on with the next
+        value."""
         return _ValuesInOrder(self.snapshot())
 
     def snapshot(self) -> View[T]:
-        """The state that reads see now, as a view of its own: it never changes."""
+        """A view of the current state, which never changes."""
         fold = self._fold()
         return View(
             fold, _Pinned(fold), _Values(self._values.codec, self._values.by_key), self.prefix
@@ -211,18 +218,19 @@ class View(Mapping[str, T]):
 
     @property
     def source(self) -> Reads | FoldSnapshot:
-        """The store, follower or snapshot that this is a view of."""
+        """The store, follower or snapshot behind this view."""
         return self._source
 
     @property
     def fold(self) -> FoldSnapshot:
-        """The snapshot that reads see now."""
+        """The current snapshot."""
         return self._fold()
 
     def watch(self, since: Since = None) -> ViewWatch[T]:
-        """Decoded changes: the state, one `Synced`, then changes as they come, as `Store.watch` tells them."""
+        """`Store.watch` with decoded changes: the state, one `Synced`, then changes as they
+        arrive."""
         if not isinstance(self._source, (Store, Follower)):
-            raise TypeError(f"a {type(self._source).__name__} does not change as others watch it")
+            raise TypeError(f"a {type(self._source).__name__} cannot be watched")
         return ViewWatch(self._source.watch(self.prefix, since), self)
 
     def _decode_event(self, event: Changed) -> Decoded[T] | Removed | Undecodable:
@@ -233,7 +241,7 @@ class View(Mapping[str, T]):
         try:
             fold = self._fold()
             now = fold.get(update.key)
-        except StoreClosed:  # what waited when it was closed is still told
+        except StoreClosed:  # what was buffered at the close is still delivered
             fold, now = FoldSnapshot.empty(), None
         is_newest = now is not None and now.value == update.value
         try:
@@ -243,7 +251,8 @@ class View(Mapping[str, T]):
         return Decoded(update.key, value, update.version, event.cursor, event.seq)
 
     def _fold(self) -> FoldSnapshot:
-        self._published.snapshot.seq  # noqa: B018 - StoreClosed, here and not later; wakes a follower after a fork
+        # Raises StoreClosed; wakes a follower after a fork.
+        self._published.snapshot.seq  # noqa: B018
         return self._published.snapshot  # type: ignore[return-value]
 
     def _check_key(self, key: object) -> None:
@@ -257,13 +266,13 @@ class View(Mapping[str, T]):
 
 
 class MutableView(View[T], MutableMapping[str, T]):
-    """A view of a store, which can be written through. Each assignment is a `put`, and survives as one does."""
+    """A writable view of a store. Each assignment is a `put`, as durable as any other."""
 
     __slots__ = ()
     _source: Store
 
     def __setitem__(self, key: str, value: T) -> None:
-        """`put` the encoded value. EncodeError if the codec raises: nothing is stored."""
+        """`put` the encoded value. EncodeError if the codec raises; then nothing is stored."""
         self._check_key(key)
         try:
             raw = self._values.codec.encode(value)
@@ -281,7 +290,7 @@ class MutableView(View[T], MutableMapping[str, T]):
                 self._source.delete(key, expected=entry.version)
                 return
             except VersionMismatch:
-                continue  # it was written meanwhile
+                continue  # someone wrote it meanwhile
         raise KeyError(key)
 
 
@@ -304,7 +313,7 @@ class _ValuesInOrder(ValuesView[T]):
 
 
 class _Pairs(Iterator[tuple[str, T]]):
-    """Not a generator, which would be over after the first error."""
+    """Not a generator, because those end at the first error."""
 
     def __init__(self, view: View[T]) -> None:
         self._values, self._fold = view._values, view.fold
@@ -332,7 +341,7 @@ class ViewWatch(Iterator[ViewEvent[T]]):
 
     @property
     def ended(self) -> str | None:
-        """Why it is over; None while there may be events."""
+        """Why the watch ended; None while it goes on."""
         return self._watch.ended
 
     def __next__(self) -> ViewEvent[T]:
@@ -342,14 +351,15 @@ class ViewWatch(Iterator[ViewEvent[T]]):
         return event
 
     def next(self, timeout_s: float | None = None) -> ViewEvent[T] | None:
-        """The next event; None if there is none within `timeout_s`, or if it is over (`ended`)."""
+        """The next event; None if none comes within `timeout_s`, or the watch has ended (see
+        `ended`)."""
         event = self._watch.next(timeout_s)
         if isinstance(event, Changed):
             return self._view._decode_event(event)
         return event  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Listen no more. Any thread may call it."""
+        """Stop watching. Any thread may call it."""
         self._watch.close()
 
     def __enter__(self) -> Self:
@@ -385,13 +395,15 @@ def view(store: Reads | FoldSnapshot, codec: Codec[T], prefix: str = "") -> View
 @overload
 def view(store: Reads | FoldSnapshot, codec: type[T], prefix: str = "") -> View[T]: ...
 def view(store: Reads | FoldSnapshot, codec: Any, prefix: str = "") -> View[Any]:
-    """The entries of `store` under `prefix`, as a mapping from key to decoded value; one that can be written, over a Store.
+    """The entries of `store` under `prefix` as a mapping of decoded values; writable if `store` is
+    a Store.
 
-    `codec`: "json", "msgpack", "raw" or "pickle" (whoever can write such a log can run code in its readers); a class of
-    msgspec structs or pydantic models, kept as JSON; or anything with `encode` and `decode`. Each entry that changed is decoded
-    once, at its first read, and what was decoded is shared by all readers: prefer frozen values.
+    `codec`: "json", "msgpack", "raw" or "pickle" (unsafe: anyone who can write the log can run code
+    in its readers); a msgspec struct or pydantic model class, stored as JSON; or any object with
+    `encode` and `decode`. A changed entry is decoded once, when first read, and all readers share
+    the result: prefer immutable values.
 
-    A value that does not decode is a DecodeError for its key, and for that key alone.
+    A value that cannot be decoded raises DecodeError for its key only.
 
     >>> with foldlog.open("flags.log") as store:
     ...     flags = foldlog.view(store, "json", "flags/")

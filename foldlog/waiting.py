@@ -13,24 +13,24 @@ from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, VersionToken, as_cursor, has_reached
 
 SeqLike: TypeAlias = int | VersionToken
-"""A sequence, or the version that `put` returned, which is one."""
+"""A batch's sequence: a number, or the version that `put` returned."""
 Reached: TypeAlias = Callable[[Snapshot], bool]
 
 WAIT_TIMEOUT_S = 30.0
 
 
 class Position:
-    """What is waited for: a cursor, or a sequence."""
+    """A position to wait for: a cursor or a sequence."""
 
     def __init__(self, cursor: CursorLike | None, seq: SeqLike | None) -> None:
         """TypeError or ValueError unless exactly one of the two is given."""
         if (cursor is None) == (seq is None):
-            raise TypeError("wait_for takes a cursor or seq=, one of the two")
+            raise TypeError("wait_for takes either a cursor or seq=")
         self._cursor = None if cursor is None else as_cursor(cursor)
         self._seq = 0 if seq is None else _sequence(seq)
 
     def is_reached(self, fold: Snapshot) -> bool:
-        """True if `fold` has everything up to here."""
+        """True if `fold` includes everything up to this position."""
         if self._cursor is None:
             return fold.seq >= self._seq
         return has_reached(fold.cursor(), self._cursor)
@@ -39,7 +39,7 @@ class Position:
         return f"batch {self._seq}" if self._cursor is None else repr(self._cursor)
 
     def timeout(self, fold: Snapshot, timeout_s: float) -> RequestTimeout:
-        """The error of one who has waited for so long, and has seen no more than `fold`."""
+        """The error after waiting `timeout_s` and seeing no more than `fold`."""
         return RequestTimeout(
             f"{self} was not seen within {timeout_s} s; at batch {fold.seq}, {fold.cursor()!r}"
         )
@@ -60,12 +60,13 @@ def _sequence(seq: object) -> int:
 def wait_until(
     feeds: Feeds, current: Callable[[], Snapshot], position: Position, timeout_s: float | None
 ) -> None:
-    """Return once what is published has reached `position`. RequestTimeout, or StoreClosed."""
+    """Wait until the published snapshot has reached `position`. RequestTimeout after `timeout_s`;
+    StoreClosed if it closes."""
     timeout_s = check_timeout(timeout_s)
     if position.is_reached(current()):
         return
     buffer = Buffer()
-    feeds.add(buffer)  # before the look at the snapshot: what is published after it wakes us
+    feeds.add(buffer)  # before checking the snapshot: anything published later wakes us
     try:
         buffer.deadline = time.monotonic() + timeout_s
         while not position.is_reached(current()):

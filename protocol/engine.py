@@ -1,13 +1,12 @@
-"""The seam between a writer and an engine: what stores the fold, and publishes immutable
-snapshots of it.
+"""The seam between the writer and an engine, which stores the fold and publishes immutable
+snapshots.
 
-One thread writes; it is the caller who decides which. Snapshots may be read by any thread. The
-engines:
+One thread at a time writes; the caller decides which. Any thread may read a snapshot. The engines:
 
-    append log    storage/engines/append_log/    the base on disk, the changes since in memory
-    RocksDB       storage/engines/rocksdb/       all on disk
+    append log    storage/engines/append_log/    base on disk, later changes in memory
+    RocksDB       storage/engines/rocksdb/       everything on disk
 
-`storage/engines/registry.py` has the table of them.
+`storage/engines/registry.py` lists them.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from foldlog.protocol.updates import Batch, DecodedBatch, Delete, KvEntry, Put
 
 @runtime_checkable
 class Snapshot(Protocol):
-    """An immutable state of a store, at one batch. Any thread may read it."""
+    """The immutable state of a store after one batch. Any thread may read it."""
 
     seq: int
-    """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, for ever."""
+    """The sequence of the last batch in it: 0 for the empty store, then +1 per batch, never
+    reset."""
 
     def get(self, key: str) -> KvEntry | None:
         """The live entry of `key`, or None if it is absent or deleted."""
@@ -36,7 +36,8 @@ class Snapshot(Protocol):
         """All live entries under `prefix`, ascending by key: by code point."""
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """`range`, streamed. An error of `f` stops the scan and propagates."""
+        """`range`, streamed: calls `f` for each entry. An error from `f` stops the scan and
+        propagates."""
 
     def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
         """`range` in pieces, none empty; only keys after `after`, if given."""
@@ -51,14 +52,15 @@ class Snapshot(Protocol):
         """(key, value) of the live entries under `prefix`, ascending."""
 
     def cursor(self) -> WatchCursor:
-        """The position in the stream up to which every update is folded in."""
+        """The position in the upstream; every update up to it is folded in."""
 
     @property
     def origin(self) -> bytes:
-        """Whose position the cursor is; empty where nobody said."""
+        """The identity of the upstream that the cursor belongs to; empty if unknown."""
 
     def parts(self) -> list[object]:
-        """What it is made of, to be let go of piece by piece: freeing it at once may take long."""
+        """Its parts, to be released one by one, because freeing a large snapshot at once takes
+        long."""
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -78,10 +80,10 @@ class OpenReport:
     created: bool = False
     """There was no file; an empty log was made."""
     size: int = 0
-    """Bytes of the file that hold, after any cut."""
+    """Valid bytes of the file, after any cut."""
     frames: int = 0
     entries: int = 0
-    """Entries of the base."""
+    """Entries in the base."""
     batches: int = 0
     """Batches replayed on top of the base."""
     seq: int = 0
@@ -89,24 +91,24 @@ class OpenReport:
     sealed: bool = False
     """The last writer closed it cleanly."""
     cut_bytes: int = 0
-    """Bytes of a torn tail (or, with on_damage="cut", of damage) that were cut off."""
+    """Bytes cut off: a torn tail or, with on_damage="cut", damage."""
     cut_reason: str = ""
     kept_at: Path | None = None
     """Where the cut bytes are kept; None if nothing was cut, or nothing but zeros."""
     compacted: bool = False
     """Opening compacted the log."""
     compaction_error: str = ""
-    """Why it could not (no room, no right to write beside it), in `AppendLogSnapshot.open`. The log is served as it is."""
+    """Why `AppendLogSnapshot.open` could not compact (disk full, directory not writable). The log
+    is served as it is."""
     rewritten: bool = False
     """An earlier fsync had failed, so the fold was written to a new file."""
     missing_batches: int = 0
-    """Batches that were synced to the log of which this is a copy, and that the copy does not hold:
-    its directory was copied while it was written to. 0 also where the original's note was not
-    copied along."""
+    """Batches synced to the original log that this copy lacks, because the directory was copied
+    during writes. Also 0 if the original's note was not copied."""
 
 
 class Export(Protocol):
-    """An export that was made ready."""
+    """A prepared export."""
 
     def __call__(
         self, dest_dir: StrPath, progress: Callable[[int, int], None] | None = None
@@ -115,207 +117,212 @@ class Export(Protocol):
 
 
 class Sizes(NamedTuple):
-    """What a store takes on disk, in bytes."""
+    """Disk space used by a store, in bytes."""
 
     log_bytes: int
-    """All of it."""
+    """The total."""
     base_bytes: int
-    """Of it, what the last compaction wrote."""
+    """The part written by the last compaction."""
     appended_bytes: int
-    """Of it, what was written since."""
+    """The part written since."""
 
 
 class Held(NamedTuple):
-    """What readers hold beside the newest state, and what is kept on disk for them."""
+    """The older snapshots that readers still hold, and the files kept for them."""
 
     snapshots: int
-    """Older snapshots; of an append log, files of earlier compactions that snapshots are read from."""
+    """The number of older snapshots. For an append log: of files from earlier compactions that
+    snapshots still read."""
     oldest_s: float
-    """The age of the oldest, in seconds; 0 if there is none."""
+    """Age of the oldest, in seconds; 0 if there are none."""
 
 
 class Cancelled(Exception):
-    """A compaction was told to stop."""
+    """A compaction was cancelled."""
 
 
 class Compaction(Protocol):
-    """A compaction under way, in one or more passes. Any thread may run a pass; the writer's begins
-    the next one, and finishes.
+    """A running compaction of one or more passes. Any thread may run a pass; the writer's thread
+    starts the next one and finishes the compaction.
     """
 
     cancelled: bool
-    """Set by anyone to make the pass under way stop soon."""
+    """Any thread sets it to make the current pass stop soon."""
     outcome: object
-    """What whoever runs the passes tells of the last one; None while it is under way."""
+    """The outcome of the last pass, set by whoever runs it; None while it runs."""
 
     @property
     def seq(self) -> int:
-        """The last batch that it holds."""
+        """The sequence of the last batch in it."""
 
     @property
     def written(self) -> bool:
-        """True once the fold is written, and what is left is to follow what came meanwhile."""
+        """True once the fold is written, so that only batches committed meanwhile remain."""
 
     @property
     def live_bytes(self) -> int:
-        """The size of the store when it is compact, as far as that is known."""
+        """The size in bytes of the compacted store, as far as known."""
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """The pass that is due. The long part."""
+        """Run the current pass: the part that takes long."""
 
     def measure_live(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """After a failure: find out `live_bytes`."""
+        """Determine `live_bytes` after a failure."""
 
     def discard(self) -> None:
-        """Give it up, unless it is finished: the store goes on as it was."""
+        """Abandon it, unless it is finished; the store is unchanged."""
 
 
 class Engine(Protocol):
-    """A store that is open for writing, and its fold.
+    """A store that is open for writing, and its fold. Methods marked so may be called on any
+    thread, the others only on the writer's.
 
-    Invariant: `snapshot` holds all that was committed, or `failure` says why that cannot be told.
+    Invariant: `snapshot` holds everything committed, or `failure` says why that is unknown.
     """
 
     path: Path
     report: OpenReport
     """What opening found and did."""
     snapshot: Any
-    """The newest Snapshot; once the engine is closed, something that raises StoreClosed whatever
-    it is asked.
+    """The newest Snapshot. After `close`, a stand-in on which every call raises StoreClosed.
     """
 
     @property
     def failure(self) -> str | None:
-        """Why nothing may be written until `heal` has succeeded: an fsync failed, or a write could
-        not be undone. Else None.
+        """Why writes are refused until `heal` succeeds: an fsync failed, or a write could not be
+        undone. None if writes are allowed.
         """
 
     @property
     def closed(self) -> bool:
-        """True once it is closed or abandoned. Any thread may ask."""
+        """True once it is closed or abandoned. Any thread."""
 
     @property
     def keeps_origin(self) -> bool:
-        """True if a batch, its cursor and whose cursor it is are written as one."""
+        """True if a batch is stored with its cursor and the cursor's origin, atomically."""
 
     @property
     def is_compact(self) -> bool:
         """True if a compaction would free nothing."""
 
     def should_compact(self, threshold_bytes: int) -> bool:
-        """True if what was written since the last compaction justifies one."""
+        """True if the bytes written since the last compaction justify another."""
 
     @property
     def size_bytes(self) -> int:
-        """What `limit_bytes` is a limit of. Cost: nothing."""
+        """The size that `limit_bytes` bounds. Cost: constant."""
 
     def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> int | None:
-        """What a store with so many live bytes is kept below, but for one batch. None: it bounds itself."""
+        """The limit on `size_bytes`, exceeded by at most one batch. None if the engine limits
+        itself."""
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:
-        """The sequence and the cursor up to which every batch survives a power loss."""
+        """The sequence and cursor up to which every batch survives a power loss."""
 
     def stage(self, batches: Sequence[Batch], on: Any = None) -> Snapshot:
-        """The newest snapshot (or `on`, which was staged before) with `batches` on top, of which
-        nothing is written: for writes that depend on what they find.
+        """The newest snapshot (or `on`, staged earlier) with `batches` on top; nothing is written.
+        For writes whose outcome depends on the current state.
         """
 
     def commit(self, batches: Sequence[Batch], staged: Any = None) -> Snapshot:
         """Write the batches as one commit group: all or nothing.
 
-        Returns the new snapshot; `staged` is its content, if made already.
+        Returns the new snapshot, which is `staged` if the caller has already built it.
 
         On return they survive a killed process, and a power loss if the engine syncs each commit.
-        On an error none of them is in `snapshot`; if `failure` is then set, whether they are in
-        the store is open until `heal`.
+        On an error, `snapshot` contains none of them; if `failure` is set as well, `heal` decides
+        whether they are in the store.
         """
 
     def sync(self) -> None:
-        """Make all that was committed survive a power loss. An error sets `failure`.
+        """Make everything committed so far survive a power loss. An error sets `failure`.
 
-        Any thread may call it, beside the writer.
+        Any thread, concurrently with the writer.
         """
 
     def check_file(self) -> None:
-        """LogChangedError if somebody else replaced or removed what the store is in. Any thread."""
+        """Raise LogChangedError if someone else replaced or removed the store's files. Any
+        thread."""
 
     def confirm_file(self) -> None:
-        """`check_file`, for the writer's thread, which also puts right what can be."""
+        """`check_file` for the writer's thread; also repairs what can be repaired."""
 
     def mark_deleted(self, reason: str) -> bool:
-        """Where nothing has the store's name any more and `heal` can put it back: set `failure`, and return True."""
+        """If the store's file is gone and `heal` can restore it, set `failure` and return True."""
 
     def heal(self) -> Snapshot:
         """Make the store writable again after a `failure`.
 
-        Returns the snapshot, which may hold batches that were in doubt.
+        Returns the snapshot, which may include batches whose outcome was unknown.
         """
 
     def begin_compaction(self) -> Compaction:
-        """Start a compaction of the fold as it is now. `commit` may go on; then finish or drop it."""
+        """Start compacting the current fold. Commits may continue; then finish or drop it."""
 
     def next_pass(self, job: Any) -> bool:
-        """Begin another pass, if one is worth it before `finish_compaction`. False if none is."""
+        """Start another pass if one is worthwhile before `finish_compaction`. False if not."""
 
     def allowed_bytes(self, job: Any, threshold_bytes: int) -> float:
-        """What `size_bytes` may become before the writer has to wait for the pass under way. Any thread."""
+        """The `size_bytes` at which the writer has to wait for the current pass. Any thread."""
 
     def finish_compaction(self, job: Any) -> Snapshot:
-        """Let what the job wrote take the place of the old files.
+        """Replace the old files with what the job wrote.
 
-        The same state, at the same batch.
+        Returns the snapshot: same state, same batch.
         """
 
     def drop_compaction(self, job: Any) -> None:
-        """Give a compaction up: the store goes on as it was."""
+        """Abandon a compaction; the store is unchanged."""
 
     def begin_export(self, format: FormatName | None) -> Export:
-        """Make ready to export the state as it is now, or a newer one; any thread may call what is
-        returned. ValueError for a format that the engine does not write.
+        """Prepare to export the current state or a newer one. Any thread may call the export
+        returned. ValueError if the engine cannot write `format`.
         """
 
     def verify(self) -> Any:
-        """Check every invariant of what is stored. Tells all that is wrong, and changes nothing."""
+        """Check every invariant of the stored data. Reports every problem and changes nothing."""
 
     def sizes(self) -> Sizes:
-        """What the store takes on disk."""
+        """The store's size on disk."""
 
     def held(self) -> Held:
-        """Which snapshots readers hold."""
+        """The older snapshots that readers still hold, counted."""
 
     def batches_since(
         self, snapshot: Any, cursor: WatchCursor
     ) -> Iterator[tuple[int, DecodedBatch]] | None:
-        """The batches after the first one at `cursor`, up to `snapshot`, with their sequences. Any thread.
+        """The batches that follow the first one at `cursor`, up to `snapshot`, with their
+        sequences. Any thread.
 
-        None if they are gone.
+        None if they are no longer stored.
         """
 
     def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
-        """What leads from one snapshot to another: an update for each key under `prefix` that
-        differs, ascending.
+        """The updates that turn `old` into `new`: one for each key under `prefix` that differs,
+        ascending by key.
         """
 
     def close(self) -> None:
-        """Sync, release everything and end the snapshots that cannot outlive it.
+        """Sync, release everything, and end any snapshot that cannot outlive the engine.
 
         Closing twice is fine.
         """
 
     def abandon(self) -> None:
-        """Release everything as a killed process would: nothing more is written. Twice is fine."""
+        """Release everything without writing, as if the process had been killed. Calling it twice
+        is fine."""
 
 
 class Seat(Protocol):
-    """The right to open one store, which a writer keeps from start to start, so that nobody steps in between."""
+    """The exclusive right to open one store. A writer keeps it across restarts."""
 
     def open(self, crashed: Any = None) -> Engine:
-        """Open or create the store. `crashed`: the engine that was open here before; it is abandoned.
+        """Open or create the store. `crashed`: the engine opened here before; it is abandoned.
 
         StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError, LogChangedError or
-        OSError. What is opened holds all that `crashed` had published.
+        OSError. The new engine holds everything that `crashed` had published.
         """
 
     def release(self) -> None:
-        """Let others open it. Twice is fine."""
+        """Let others open the store. Releasing twice is fine."""

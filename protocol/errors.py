@@ -1,7 +1,8 @@
-"""One family of errors, which differ by what the caller does next.
+"""One family of errors, distinguished by what the caller does next.
 
-Bad arguments are the built-in TypeError and ValueError. Everything else that foldlog raises on purpose is a
-`FoldlogError`. Paths, offsets and reasons are attributes; the message is made from them; every error pickles.
+Bad arguments are the built-in TypeError and ValueError. Every other error that foldlog raises is a
+`FoldlogError`. Paths, offsets and reasons are attributes, and the message is built from them. Every
+error pickles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from foldlog.protocol.tokens import VersionToken, WatchCursor, has_reached
 
 
 class FoldlogError(Exception):
-    """Above all errors of foldlog."""
+    """The base class of foldlog's errors."""
 
 
 class _FileError(FoldlogError):
@@ -44,56 +45,59 @@ class _FrameError(FoldlogError):
 
 
 class CorruptLogError(_FrameError):
-    """Bytes that were written no longer verify. The file was left as it is.
+    """The log is damaged: bytes that were written no longer verify. The file was not modified.
 
-    Recover: replay from upstream into a new log, import an artifact, open with `on_damage="cut"` if upstream can
-    replay what follows the damage, or `foldlog salvage`.
+    Recover: replay from upstream into a new log; import an artifact; open with `on_damage="cut"` if
+    upstream can replay what follows the damage; or run `foldlog salvage`.
     """
 
 
 class InvalidFormatError(_FrameError):
-    """Not a foldlog log, or one of a format that this version does not read. The file was left as it is."""
+    """Not a foldlog log, or in a format this version cannot read. The file was not modified."""
 
 
 class LogChangedError(_FileError):
-    """The log's file was deleted, replaced, truncated or grown by someone else while it was open."""
+    """Something else deleted, replaced, truncated or extended the log file while it was open."""
 
 
 class LogRegressedError(_FileError):
-    """The log ends before a batch that its lock file remembers as synced: it was cut or restored from an older copy.
+    """The log ends before a batch that the note beside it records as synced: it was truncated, or
+    restored from an older copy.
 
-    Accept the older state with `on_damage="cut"`.
+    To accept the older state, open with `on_damage="cut"`.
     """
 
 
 class LogPoisonedError(_FileError):
-    """An fsync or the undoing of a failed write failed: nothing is acknowledged through this file again.
+    """An fsync failed, or a failed write could not be undone: no write to this file is acknowledged
+    again.
 
-    The fold in memory is whole. `compact()` writes it to a new file, and only that clears the poison.
+    The fold in memory is intact. `compact()` writes it to a new file; nothing else clears this
+    state.
     """
 
 
 class LogAccessError(_FileError):
-    """A new file could not be given the log's owner, group, mode or access list, and did not take
-    its place.
+    """A new file could not be given the log's owner, group, mode or ACL, so it did not replace the
+    log.
 
-    The log goes on as it was, not compacted. Recover: compact it as its owner, or as root.
+    The log stays in use, uncompacted. Recover: compact it as its owner or as root.
     """
 
 
 class ForeignFileError(_FileError):
-    """A name that foldlog needs beside the log is taken by something that is not foldlog's. It was
-    left as it is.
+    """A file name that foldlog needs next to the log is taken by a file that is not foldlog's. That
+    file was not modified.
 
-    Recover: look at what has the name `path`, and move it away.
+    Recover: inspect the file at `path`, and move it elsewhere.
     """
 
 
 class StoreLocked(FoldlogError):
-    """Another writer has the log open: `pid` is its process, or None where that cannot be told or
-    is no process of ours.
+    """Another writer has the log open. `pid` is its process ID, or None if that is unknown or means
+    nothing on this machine or in this PID namespace.
 
-    `holder` says then who it is, if that is known: a process of another pid namespace, or of
+    In that case `holder` describes the writer, if known: a process in another PID namespace or on
     another machine.
     """
 
@@ -103,23 +107,25 @@ class StoreLocked(FoldlogError):
 
     def __str__(self) -> str:
         known = f"process {self.pid}" if self.pid is not None else self.holder
-        return f"{self.path}: is open in {known or 'another writer'}"
+        return f"{self.path}: already open for writing in {known or 'another writer'}"
 
 
 class ArtifactInvalidError(_FileError):
-    """An exported artifact does not verify. Nothing was written at the destination; fetch the artifact again."""
+    """An artifact does not verify. Nothing was written to the destination. Fetch the artifact
+    again."""
 
 
 class StoreClosed(FoldlogError):
-    """The store, or the thing asked of it, was closed."""
+    """The store, watch or follower is closed."""
 
 
 class StoreFailed(FoldlogError):
-    """The supervisor gave up, for `reason`. Reads go on from the last snapshot; `store.reopen()` tries again.
+    """The supervisor gave up, for `reason`. Reads continue from the last snapshot; `store.reopen()`
+    tries again.
 
-    `applied` is False where the batch is known not to have been written: it was refused, or had not
-    been begun. It is None where that is unknown: the writer had the batch in hand. Then compare
-    `store.cursor()` after reopening.
+    `applied` is False if the batch was certainly not written: it was refused or never started. It
+    is None if that is unknown because the writer was processing the batch; compare `store.cursor()`
+    after reopening.
     """
 
     def __init__(self, reason: str, applied: Literal[False] | None = None) -> None:
@@ -131,35 +137,40 @@ class StoreFailed(FoldlogError):
 
 
 class ForkedStore(FoldlogError):
-    """A store that was opened before a fork was written to in the child. Open a follower there, or open after the fork."""
+    """A store opened before a fork was used in the child process. Open a follower in the child, or
+    open the store after the fork."""
 
 
 class CursorExpired(FoldlogError):
-    """Changes since this cursor are no longer in the log: it was compacted. Start again from the state."""
+    """The log no longer holds the changes since this cursor, because it was compacted. Start again
+    from the state."""
 
 
 class Backpressure(FoldlogError):
-    """The batch was not taken. Retry later, or pass `timeout_s` to wait for room.
+    """The batch was not accepted. Retry later, or pass `timeout_s` to wait for room.
 
-    The writer's mailbox is full; or the log is at its bound, `3 x (live + compact_threshold)`, and cannot
-    be compacted, for the reason told. The store tries again by itself.
+    Either the writer's mailbox is full; or the log has reached its size limit, `3 x (live +
+    compact_threshold)`, and cannot be compacted, for the reason in the message. The store keeps
+    trying to compact.
     """
 
 
 class RequestTimeout(FoldlogError, TimeoutError):
-    """No answer by the deadline. The request may still be carried out: its outcome is unknown."""
+    """No answer by the deadline. Unless the message says that it was withdrawn, the request may
+    still be carried out: its outcome is unknown."""
 
 
 class ReentrantCall(FoldlogError):
-    """Refused at once: called within a call of the same thread that it would have to wait for.
+    """Refused at once: the call would wait for another call further up the same thread's stack.
 
-    From a signal handler, a finalizer or a callback that came within a write, say. Nothing was written. `apply_async` works
-    there, and so do reads.
+    This happens in a signal handler, a finalizer or a callback that runs during a write. Nothing
+    was written. Reads and `apply_async` work there.
     """
 
 
 class WriterCrashed(FoldlogError):
-    """The writer died while it held this request, and the replayed log shows that it was **not** applied."""
+    """The writer died while processing this request, and the replayed log shows that it was **not**
+    applied."""
 
 
 def _shown(version: bytes) -> str:
@@ -167,26 +178,28 @@ def _shown(version: bytes) -> str:
 
 
 class CursorRegressed(FoldlogError):
-    """`apply(..., forward_only=True)` met a cursor that is not at or after the last one. Nothing was written."""
+    """`apply(..., forward_only=True)` was given a cursor before the store's, or not comparable with
+    it. Nothing was written."""
 
     def __init__(self, cursor: bytes, last: bytes) -> None:
         super().__init__(cursor, last)
         self.cursor, self.last = cursor, last
 
     def __str__(self) -> str:
-        return f"{self.cursor!r} is not at or after {self.last!r}, the cursor of the store"
+        return f"{self.cursor!r} is not at or after {self.last!r}, the store's cursor"
 
 
 def check_forward(cursor: WatchCursor, last: WatchCursor) -> None:
-    """CursorRegressed unless `cursor` is at or after `last`."""
+    """Raise CursorRegressed unless `cursor` is at or after `last`."""
     if not has_reached(cursor, last):
         raise CursorRegressed(cursor, last)
 
 
 class KeyExists(FoldlogError):
-    """`create` found the key taken. Nothing was written. `version` is that of the entry.
+    """`create` found an entry with this key, at `version`. Nothing was written.
 
-    It is decided by what is written and published: a read after it sees that entry, or a newer one.
+    Decided from what is written and published: a read after this error sees that entry or a newer
+    one.
     """
 
     def __init__(self, key: str, version: bytes) -> None:
@@ -194,13 +207,14 @@ class KeyExists(FoldlogError):
         self.key, self.version = key, version
 
     def __str__(self) -> str:
-        return f"key {self.key!r} exists, at version {_shown(self.version)}"
+        return f"key {self.key!r} already exists, at version {_shown(self.version)}"
 
 
 class VersionMismatch(FoldlogError):
-    """The entry is not at the expected version. Nothing was written. `actual` is None if there is no entry.
+    """The entry is not at the expected version. Nothing was written. `actual` is its version, or
+    None if there is no entry.
 
-    It is decided by what is written and published, as `KeyExists` is.
+    Decided from what is written and published, as for `KeyExists`.
     """
 
     def __init__(self, key: str, expected: bytes, actual: bytes | None) -> None:
@@ -213,25 +227,28 @@ class VersionMismatch(FoldlogError):
 
 
 class EncodeError(FoldlogError):
-    """A view's codec raised `cause` when it was to encode a value for `key`. Nothing was written."""
+    """A view's codec could not encode the value for `key`: it raised `cause`. Nothing was
+    written."""
 
     def __init__(self, key: str, cause: Exception) -> None:
         super().__init__(key, cause)
         self.key, self.cause = key, cause
 
     def __str__(self) -> str:
-        return f"key {self.key!r}: the value does not encode: {_told(self.cause)}"
+        return f"key {self.key!r}: cannot encode the value: {_describe(self.cause)}"
 
 
 class DecodeError(FoldlogError):
-    """The value of `key`, at `version`, is none that a view's codec decodes: it raised `cause`. Other keys are not affected."""
+    """A view's codec cannot decode the value of `key` at `version`: it raised `cause`. Other keys
+    are not affected."""
 
     def __init__(self, key: str, version: bytes, cause: Exception) -> None:
         super().__init__(key, version, cause)
         self.key, self.version, self.cause = key, version, cause
 
     def __str__(self) -> str:
-        return f"key {self.key!r}, version {_shown(self.version)}: does not decode: {_told(self.cause)}"
+        where = f"key {self.key!r}, version {_shown(self.version)}"
+        return f"{where}: cannot decode the value: {_describe(self.cause)}"
 
 
 class KeyOutsideView(FoldlogError, KeyError, ValueError):
@@ -242,8 +259,8 @@ class KeyOutsideView(FoldlogError, KeyError, ValueError):
         self.key, self.prefix = key, prefix
 
     def __str__(self) -> str:
-        return f"key {self.key!r} is outside of the view, which is of the prefix {self.prefix!r}"
+        return f"key {self.key!r} is outside the view: it does not start with {self.prefix!r}"
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,5 @@
-"""What subscribers are told: the state (or the changes since a cursor), one `Synced`, then changes as they come, in order."""
+"""What subscribers receive, in order: the state (or the changes since a cursor), one `Synced`, then
+changes as they arrive."""
 
 from __future__ import annotations
 
@@ -9,42 +10,45 @@ from foldlog.protocol.updates import Update
 
 
 class Changed(NamedTuple):
-    """A key was written or removed; or, before the first `Synced`, stands so in the state."""
+    """A key was written or removed. Before the first `Synced`: an entry of the state."""
 
     update: Update
     cursor: WatchCursor
-    """Of its batch: once all changes with this cursor are seen, everything up to it is. In the state: the state's own."""
+    """The cursor of its batch: once all changes with this cursor have been seen, so has everything
+    up to it. For an entry of the state, the state's cursor."""
     seq: int
-    """The sequence of its batch; in the state: the state's own."""
+    """The sequence of its batch. For an entry of the state, the state's sequence."""
 
 
 class Synced(NamedTuple):
-    """All up to `cursor` has been told. What follows is news. Comes once at the start, also when nothing matches."""
+    """Everything up to `cursor` has been delivered; live changes follow. Sent once at the start,
+    even if nothing matches."""
 
     cursor: WatchCursor
     seq: int
 
 
 class Lagged(NamedTuple):
-    """The subscriber fell behind its buffer, which was dropped.
+    """The subscriber was too slow: its buffer overflowed and was dropped.
 
-    What follows is the exact difference, deletes included, between what it has seen (up to `cursor`) and the present state,
-    then a `Synced`: nothing is lost but the steps in between.
+    Next come the exact differences, deletes included, between what it has seen (up to `cursor`) and
+    the current state, then a `Synced`. Only intermediate values are lost.
     """
 
     cursor: WatchCursor
     batches: int
-    """Batches that were dropped."""
+    """Batches dropped."""
 
 
 class Rewound(NamedTuple):
-    """To a follower's subscribers: the log went back, or was replaced by another. The difference follows, then a `Synced`."""
+    """Followers only: the log went back to an older state or was replaced. The difference follows,
+    then a `Synced`."""
 
     reason: str
 
 
 class Ended(NamedTuple):
-    """To an actor: the subscription is over; nothing follows."""
+    """Actors only: the subscription has ended; nothing follows."""
 
     reason: str
 

@@ -1,14 +1,18 @@
-"""The bytes of a log: the file head, the frame head, the kinds of frame. This module owns the layout; `docs/format.md` tells it.
+"""The bytes of a log: file header, frame headers, kinds of frame. This module owns the layout.
 
-    file  := head frame*                    little-endian throughout
-    head  := magic 8s | version u16 | flags u16 | head length u32 | log id 16s | generation u64 | base sequence u64 | crc u32
-    frame := frame head (48 bytes) | body | trailer A5 5A C3 3C
-    frame head := magic 4s | head crc u32 | body length u32 | body crc u32 | sequence u64 | synced sequence u64 |
-                  offset u64 | link u32 | kind u8 | flags u8 | batches u16
+    file         := header frame*             little-endian throughout
+    header       := magic 8s | version u16 | flags u16 | header length u32 | log id 16s
+                    | generation u64 | base sequence u64 | crc u32
+    frame        := frame header (48 bytes) | body | trailer A5 5A C3 3C
+    frame header := magic 4s | header crc u32 | body length u32 | body crc u32 | sequence u64
+                    | synced sequence u64 | offset u64 | link u32 | kind u8 | flags u8 | batches u16
 
-Every checksum is CRC-32C. The head checksum covers the fields after it and is seeded with the log id and the generation, so
-that a frame of another file is junk here. `offset` is where the frame stands, `link` the head checksum of the frame before
-(of the file head, for the first). Together they find frames that are missing, repeated, moved or foreign.
+`docs/format.md` describes it.
+
+Every checksum is CRC-32C. A header checksum covers the fields after it and is seeded with the log
+id and the generation, so a frame from another file never verifies here. `offset` is the frame's own
+position; `link` is the header checksum of the previous frame (of the file header, for the first).
+Together they detect frames that are missing, repeated, moved or foreign.
 """
 
 from __future__ import annotations
@@ -25,40 +29,39 @@ from foldlog.protocol.updates import MAX_BODY_BYTES
 from foldlog.protocol.updates import MAX_GROUP as MAX_GROUP
 
 FORMAT_VERSION = 1
-FILE_MAGIC = b"\x89FLG\r\n\x1a\n"  # as PNG's: a non-ASCII byte and both line ends catch a transfer that mangles text
+# As in PNG: a non-ASCII byte and both line endings reveal a transfer that mangled text.
+FILE_MAGIC = b"\x89FLG\r\n\x1a\n"
 FILE_HEAD = struct.Struct("<8sHHI16sQQI")
 
-FRAME_MAGIC = (
-    b"\xf5fr\xa7"  # no zero byte, so that a lost (zeroed) sector never looks like a frame's start
-)
+FRAME_MAGIC = b"\xf5fr\xa7"  # no zero byte: a lost (zeroed) sector never looks like a frame's start
 FRAME_HEAD = struct.Struct("<4sIIIQQQIBBH")
-_CHECKED = struct.Struct("<IIQQQIBBH")  # the frame head after its checksum
-TRAILER = (
-    b"\xa5\x5a\xc3\x3c"  # no zero byte, so that the last sector of a whole frame is never all zero
-)
+_CHECKED = struct.Struct("<IIQQQIBBH")  # the frame header after its checksum
+TRAILER = b"\xa5\x5a\xc3\x3c"  # no zero byte: the last sector of a whole frame is never all zero
 FRAME_OVERHEAD = FRAME_HEAD.size + len(TRAILER)
 
 KIND_OPEN = 1
-"""A writer's session begins, before its first append. Body: msgpack {"boot": boot id, "nonce": 8 bytes, "writer": version}."""
+"""A writer's session starts; precedes its first append. Body: msgpack {"boot": boot id, "nonce": 8
+bytes, "writer": version}."""
 KIND_BATCHES = 2
 """The batches of one commit group. Body: see `updates.py`."""
 KIND_LEAF = 3
 """Up to 512 entries of the base, in key order. Body: see `storage/fold/leaf.py`."""
 KIND_BASE_END = 4
-"""The base is whole. Body: msgpack {"cursor", "leaves", "entries", "digest"}, and "origin" if there is one."""
+"""End of the base, which is complete. Body: msgpack {"cursor", "leaves", "entries", "digest"}, and
+"origin" if there is one."""
 KIND_SEAL = 5
-"""The writer closed the log cleanly, and everything before was synced. No body."""
+"""The writer closed the log cleanly; everything before this frame is synced. No body."""
 KINDS = frozenset((KIND_OPEN, KIND_BATCHES, KIND_LEAF, KIND_BASE_END, KIND_SEAL))
 
 FLAG_SYNC_EACH = 1
 """The writer of this frame syncs each frame before it writes the next."""
 FLAG_ORIGIN = 2
-"""A batch of this frame names the origin of its cursor. Readers from before origins refuse the frame as a newer one."""
+"""A batch of this frame names the origin of its cursor. Older readers, which do not know origins,
+refuse the frame as too new."""
 KNOWN_FLAGS = FLAG_SYNC_EACH | FLAG_ORIGIN
 
 MAX_LEAF_BODY_BYTES = 32 * 1024 * 1024
-"""A leaf ends with the entry that brings it to 256 KiB, and one entry may have a value of 16
-MiB."""
+"""A leaf ends with the entry that brings it to 256 KiB, and one entry's value may take 16 MiB."""
 _BODY_LIMITS = {
     KIND_OPEN: MAX_MAP_BYTES,
     KIND_BATCHES: MAX_BODY_BYTES,
@@ -69,22 +72,22 @@ _BODY_LIMITS = {
 
 
 class FileHead(NamedTuple):
-    """The head of a log file."""
+    """The header of a log file."""
 
     log_id: bytes
-    """16 random bytes: the identity of a log, kept by compaction."""
+    """16 random bytes that identify the log; compaction keeps them."""
     generation: int
     """A random u64, new at every rewrite of the file."""
     base_seq: int
-    """The sequence that the base stands at."""
+    """The sequence of the base."""
 
     @classmethod
     def new(cls, log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
-        """A head with a random generation, and a random log id unless one is kept."""
+        """A header with a random generation, and a random log id unless `log_id` is given."""
         return cls(log_id or secrets.token_bytes(16), secrets.randbits(64), base_seq)
 
     def pack(self) -> bytes:
-        """The 52 bytes of the head."""
+        """The 52 bytes of the header."""
         body = FILE_HEAD.pack(
             FILE_MAGIC,
             FORMAT_VERSION,
@@ -99,20 +102,20 @@ class FileHead(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """The seed of the frame heads' checksums."""
+        """The seed of the frame headers' checksums."""
         return crc32c(self.log_id + self.generation.to_bytes(8, "little"))
 
     @property
     def link(self) -> int:
-        """The link of the first frame: the checksum in the head."""
+        """The link of the first frame: the checksum in the header."""
         return int.from_bytes(self.pack()[-4:], "little")
 
 
 def parse_file_head(raw: bytes) -> FileHead:
-    """The head of a log from its first bytes. ValueError says what is wrong with it."""
+    """The file header in the first bytes of a log. ValueError says what is wrong with it."""
     if len(raw) < FILE_HEAD.size:
         raise ValueError(
-            "not a foldlog log: shorter than a file head"
+            "not a foldlog log: shorter than a file header"
             if raw
             else "not a foldlog log: the file is empty"
         )
@@ -120,24 +123,25 @@ def parse_file_head(raw: bytes) -> FileHead:
     if magic != FILE_MAGIC:
         raise ValueError("not a foldlog log: wrong magic")
     if crc32c(raw[: FILE_HEAD.size - 4]) != crc:
-        raise ValueError("the file head does not verify")
+        raise ValueError("the file header does not verify")
     if version != FORMAT_VERSION or flags or length != FILE_HEAD.size:
         raise ValueError(
-            f"format version {version}, flags {flags:#x}: this foldlog reads version {FORMAT_VERSION}"
+            f"format version {version}, flags {flags:#x}: "
+            f"this foldlog reads version {FORMAT_VERSION}"
         )
     return FileHead(log_id, generation, base_seq)
 
 
 class FrameHead(NamedTuple):
-    """A frame's head whose checksum was right."""
+    """A frame header whose checksum is valid."""
 
     crc: int
     body_len: int
     body_crc: int
     seq: int
-    """The number of the last batch up to and with this frame."""
+    """The sequence of the last batch up to and including this frame."""
     synced_seq: int
-    """The last batch whose fsync had returned when this frame was built."""
+    """The sequence of the last batch whose fsync had returned when this frame was built."""
     offset: int
     link: int
     kind: int
@@ -147,14 +151,14 @@ class FrameHead(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the whole frame."""
+        """Size of the whole frame in bytes."""
         return FRAME_OVERHEAD + self.body_len
 
 
 def parse_frame_head(
     buffer: bytes | bytearray | memoryview, at: int, seed: int
 ) -> FrameHead | None:
-    """The frame head at `buffer[at:]`, or None if there is none whose checksum is right."""
+    """The frame header at `buffer[at:]`; None if there is none with a valid checksum."""
     if len(buffer) - at < FRAME_HEAD.size:
         return None
     magic, *fields = FRAME_HEAD.unpack_from(buffer, at)
@@ -164,12 +168,12 @@ def parse_frame_head(
 
 
 def oversize(frame: FrameHead) -> str | None:
-    """Why no body of `frame`'s kind is as long as its head says; None if one may be. Looked at
-    before the body is read."""
+    """Why the body length in `frame` is too long for its kind; None if it is not. Checked before
+    the body is read."""
     limit = _BODY_LIMITS.get(frame.kind, MAX_BODY_BYTES)
     if frame.body_len <= limit:
         return None
-    return f"a body of {frame.body_len} bytes is over the limit of {limit} for its kind"
+    return f"the body length of {frame.body_len} bytes is over the limit of {limit} for its kind"
 
 
 def parse_open(body: bytes | memoryview) -> str:
@@ -177,18 +181,17 @@ def parse_open(body: bytes | memoryview) -> str:
     try:
         boot = unpack_map(body)["boot"]
     except (Undecodable, KeyError) as error:
-        raise Undecodable(f"an undecodable OPEN frame: {type(error).__name__}") from None
+        raise Undecodable(f"undecodable OPEN frame: {type(error).__name__}") from None
     if type(boot) is not str:
-        raise Undecodable("an OPEN frame without a boot id")
+        raise Undecodable("OPEN frame without a boot id")
     return boot
 
 
 def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, int, int, bytes]:
-    """Cursor, leaves, entries and digest in the body of a BASE_END frame. Undecodable for anything
-    else.
+    """Cursor, leaf count, entry count and digest from the body of a BASE_END frame. Undecodable for
+    anything else.
 
-    The digest may have any length, and the counts any value: to be compared, or checked by
-    `verify.py`.
+    The digest may have any length and the counts any value: callers compare or check them.
     """
     try:
         end = unpack_map(body)
@@ -199,19 +202,20 @@ def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, int, int, byt
             end["digest"],
         )
     except (Undecodable, KeyError) as error:
-        raise Undecodable(f"an undecodable end of the base: {type(error).__name__}") from None
+        raise Undecodable(f"undecodable BASE_END frame: {type(error).__name__}") from None
     if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes:
-        raise Undecodable("the end of the base has a bad field")
+        raise Undecodable("BASE_END frame with an invalid field")
     if type(leaves) is not int or type(entries) is not int:
-        raise Undecodable("the end of the base has a bad count")
+        raise Undecodable("BASE_END frame with an invalid count")
     return WatchCursor(cursor), leaves, entries, digest
 
 
 def parse_base_origin(body: bytes | memoryview) -> bytes:
-    """The origin in the body of a BASE_END frame; empty if it has none. Undecodable for a bad one."""
+    """The origin in the body of a BASE_END frame; empty if there is none. Undecodable if it is
+    invalid."""
     origin = unpack_map(body).get("origin", b"")
     if type(origin) is not bytes or len(origin) > MAX_ORIGIN_BYTES:
-        raise Undecodable("the end of the base has an origin that is none")
+        raise Undecodable("BASE_END frame with an invalid origin")
     return origin
 
 
@@ -228,7 +232,7 @@ def build_frame(
     batches: int = 0,
     body_crc: int | None = None,
 ) -> tuple[bytes, int]:
-    """A whole frame, and its head checksum: the link of the frame after it."""
+    """A whole frame, and its header checksum, which is the link of the next frame."""
     checked = _CHECKED.pack(
         len(body),
         crc32c(body) if body_crc is None else body_crc,

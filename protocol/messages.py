@@ -1,4 +1,4 @@
-"""What actors are asked and told. Messages are frozen values; each says what its reply is.
+"""The messages of a store's actors. Each is an immutable value, and its docstring names the reply.
 
 `store.writer` takes Apply, Compact and Export; `store.reader` takes Get, Range and RangePage.
 """
@@ -14,25 +14,27 @@ from foldlog.protocol.updates import KvEntry, Update
 
 
 class Apply(NamedTuple):
-    """Ask the writer to fold `updates` and move the cursor, as one. Reply: the batch's sequence number."""
+    """Ask the writer to fold `updates` and advance the cursor, atomically. Reply: the batch's
+    sequence."""
 
     updates: Iterable[Update]
     """In upstream order; the last write of a key wins."""
     cursor: CursorLike
-    """The position that holds once all of `updates` are folded."""
+    """The position reached once all of `updates` are folded."""
 
 
 class Compact(NamedTuple):
-    """Ask the writer to rewrite the log as its fold, behind the readers and between applies. Reply: None, when it is done."""
+    """Ask the writer to compact the log while reads and applies continue. Reply: None, when
+    done."""
 
 
 class Export(NamedTuple):
-    """Ask the writer for an artifact of the state as it is when this is taken from the mailbox. Reply: the ExportManifest."""
+    """Ask the writer to export its state when it takes this message. Reply: the ExportManifest."""
 
     dest_dir: str
     """Must not exist."""
     format: FormatName | None = None
-    """Of the artifact; that of the log, if None."""
+    """The artifact's format; None means the log's."""
 
 
 class Get(NamedTuple):
@@ -42,30 +44,31 @@ class Get(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Ask a reader for all live entries under `prefix`. Reply: a list of KvEntry, ascending by key."""
+    """Ask a reader for all live entries under `prefix`. Reply: a list of KvEntry, ascending by
+    key."""
 
     prefix: str = ""
 
 
 class RangePage(NamedTuple):
-    """Ask a reader for a long range in pieces. Reply: a Page; ask again with its `next`.
+    """Ask a reader for one page of a long range. Reply: a Page; ask again with its `next`.
 
-    All pages of a range come from one snapshot, which travels in the message: readers keep nothing, and a consumer that
-    is slow or gone costs nothing.
+    All pages come from one snapshot, carried in the message. Readers keep no state, so a slow or
+    vanished consumer costs them nothing.
     """
 
     prefix: str = ""
     limit: int = 1000
-    """Entries in a page, at most."""
+    """The most entries in a page."""
     after: str | None = None
-    """Start behind this key."""
+    """Start after this key."""
     snapshot: Any = None
-    """The FoldSnapshot to read from; None is the newest."""
+    """The FoldSnapshot to read; None means the newest."""
 
 
 class Page(NamedTuple):
-    """A piece of a range."""
+    """One page of a range."""
 
     entries: list[KvEntry]
     next: RangePage | None
-    """What to ask for the following piece; None at the end."""
+    """The request for the next page; None at the end."""

@@ -1,7 +1,8 @@
-"""Every option of stores, engines, followers and commands: declared, defaulted and checked here, once.
+"""Options of stores, engines, followers and commands: declared, defaulted and checked here.
 
-An option is checked before anything is opened or sent. A wrong type is a TypeError, a value out of bounds a ValueError; both
-name the option. `bool` is no number, and `nan` is no order. Waiting without end is `None` or `math.inf`.
+Options are checked before anything is opened or sent. A wrong type raises TypeError, a value out of
+bounds ValueError; both name the option. A `bool` is not a number, and `nan` is refused. `None` or
+`math.inf` waits forever.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ Sync: TypeAlias = Literal["always", "interval", "never"]
 OnDamage: TypeAlias = Literal["refuse", "cut"]
 
 FOREVER_S = min(1e9, threading.TIMEOUT_MAX / 4)
-"""What waiting without end is cut to, over 30 years on most systems: no clock or lock takes infinity."""
+"""Seconds that stand for forever, over 30 years on most systems: no clock or lock accepts
+infinity."""
 
 
 class Unset(enum.Enum):
@@ -30,13 +32,14 @@ class Unset(enum.Enum):
 
 
 UNSET: Final = Unset.UNSET
-"""The default of an argument for which None would be a likely mistake."""
+"""The default of arguments where passing None is a likely mistake."""
 
 _Word = TypeVar("_Word", bound=str)
 
 
 def _real(name: str, value: object) -> float:
-    """`value` as a float. TypeError unless it is an int or a float, ValueError for nan and negative ones."""
+    """`value` as a float. TypeError unless it is an int or a float; ValueError if it is nan or
+    negative."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
     if not value >= 0:  # nan, too
@@ -47,9 +50,11 @@ def _real(name: str, value: object) -> float:
 
 
 def check_timeout(value: object, name: str = "timeout_s") -> float:
-    """A timeout in seconds, as a finite number that every wait takes. None and infinity wait without end (30 years).
+    """A timeout as a finite number of seconds, which every wait accepts. None and infinity mean
+    forever.
 
-    0 does not wait. TypeError for what is no number, ValueError for nan and negative ones. Cost: 0.1 us.
+    0 does not wait. TypeError unless it is a number; ValueError if it is nan or negative. Cost: 0.1
+    us.
     """
     if type(value) is float and 0.0 <= value <= FOREVER_S:
         return value
@@ -58,14 +63,15 @@ def check_timeout(value: object, name: str = "timeout_s") -> float:
 
 @dataclass(frozen=True, slots=True)
 class Words(Generic[_Word]):
-    """An option that is one of a few words."""
+    """An option whose value is one of a few words."""
 
     name: str
     words: tuple[_Word, ...]
     default: _Word | None
 
     def check(self, value: object) -> None:
-        """TypeError or ValueError unless it is one of the words, or None where that is the default."""
+        """Raise TypeError or ValueError unless `value` is one of the words, or None and that is the
+        default."""
         if value is None and self.default is None:
             return
         if not isinstance(value, str):
@@ -77,7 +83,7 @@ class Words(Generic[_Word]):
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """An option that is a whole number within bounds."""
+    """An option whose value is an integer within bounds."""
 
     name: str
     default: int
@@ -85,7 +91,7 @@ class Count:
     most: int | None = None
 
     def check(self, value: object) -> int:
-        """The number. TypeError unless it is an int, ValueError if it is out of bounds."""
+        """`value`. TypeError unless it is an int; ValueError if it is out of bounds."""
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{self.name} is an int, not {type(value).__name__}")
         if value < self.least or (self.most is not None and value > self.most):
@@ -98,16 +104,17 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """An option that is a span of time, longer than 0."""
+    """An option whose value is a duration in seconds, above 0."""
 
     name: str
     default: float
     may_be_infinite: bool = False
     least: float = 0.0
-    """If above 0, the shortest span that is taken."""
+    """The shortest duration accepted, if above 0."""
 
     def check(self, value: object) -> float:
-        """The span, at most `FOREVER_S`. TypeError unless it is a number, ValueError if it is out of bounds."""
+        """`value` as seconds, at most `FOREVER_S`. TypeError unless it is a number; ValueError if
+        it is out of bounds."""
         seconds = _real(self.name, value)
         if seconds < self.least:
             raise ValueError(f"{self.name} is at least {self.least}, got {value!r}")
@@ -134,9 +141,9 @@ RESTART_WINDOW_S = Seconds("restart_window_s", 60.0, may_be_infinite=True)
 STUCK_AFTER_S = Seconds("stuck_after_s", 120.0, may_be_infinite=True)
 POLL_INTERVAL_S = Seconds("poll_interval_s", 0.5)
 PICTURE_INTERVAL_S = Seconds("--interval", 1.0, least=0.05)
-"""Between two pictures of `foldlog top`."""
+"""Seconds between two refreshes of `foldlog top`."""
 
 APPLY_TIMEOUT_S = 30.0
 JOB_TIMEOUT_S = 600.0
-"""Of a compaction, an export, a reopening."""
+"""For a compaction, an export or a reopen."""
 CLOSE_TIMEOUT_S = 30.0

@@ -1,4 +1,5 @@
-"""The contract that every store keeps, as a typing protocol. Program against this, and take any of them."""
+"""The contract that every store keeps, as a typing protocol. Code written against it works with any
+store."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from foldlog.protocol.updates import KvEntry, Update
 
 StrPath: TypeAlias = str | os.PathLike[str]
 FormatName: TypeAlias = Literal["foldlog", "slipstream-v2"]
-"""The file formats: foldlog's own, and the one of the Rust crate `beyond-slipstream`."""
+"""The file formats: foldlog's own, and that of the Rust crate `beyond-slipstream`."""
 Backend: TypeAlias = Literal["append-log", "rocksdb"]
-"""The engines: a log with its fold in memory and in the log's file, and a RocksDB database."""
+"""The engines: an append-only log whose fold is in memory and in its file, and a RocksDB
+database."""
 
 
 @runtime_checkable
@@ -24,19 +26,21 @@ class SnapshotStore(Protocol):
         """Atomically fold the updates and advance the cursor. Returns the batch's sequence."""
 
     def get(self, key: str) -> KvEntry | None:
-        """The live entry of `key`, or None if it is absent or deleted."""
+        """The live entry of `key`; None if it is absent or deleted."""
 
     def range(self, prefix: str) -> list[KvEntry]:
         """All live entries under `prefix`, ascending by key."""
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """`range`, streamed without buffering the match set. An error of `f` stops the scan and propagates."""
+        """`range`, streamed without buffering the matches. An error from `f` stops the scan and
+        propagates."""
 
     def cursor(self) -> WatchCursor:
-        """The last applied, persisted cursor; the none-cursor where nothing was applied."""
+        """The last applied, persisted cursor; the none-cursor if nothing was applied yet."""
 
     def export_to(self, dest_dir: StrPath) -> Any:
-        """Write a transferable artifact at `dest_dir`, which must not exist. Returns its manifest."""
+        """Write a transferable artifact at `dest_dir`, which must not exist. Returns its
+        manifest."""
 
     def close(self) -> None:
-        """End the store. Closing twice is fine."""
+        """Close the store. Closing twice is fine."""

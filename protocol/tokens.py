@@ -1,10 +1,11 @@
 """Opaque tokens: the version of an entry, and a position in the stream that feeds a store.
 
-A token is at most 10 bytes that foldlog stores and returns unchanged. An 8-byte big-endian u64 (a stream revision) and
-a 10-byte FoundationDB versionstamp both fit. The empty token says "unknown" as a version and "none" as a cursor.
+A token is up to 10 bytes that foldlog stores and returns unchanged. An 8-byte big-endian u64 (a
+stream revision) and a 10-byte FoundationDB versionstamp both fit. The empty token means "unknown"
+as a version and "none" as a cursor.
 
-A token *is* its bytes (a `bytes` subclass without a dictionary), because one is made for every entry that is read:
-hashing, comparing and slicing stay at the speed of `bytes`.
+A token *is* its bytes (a `bytes` subclass without `__dict__`): one is created for every entry read,
+and hashing, comparing and slicing stay as fast as for `bytes`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from __future__ import annotations
 import re
 from typing import Self, TypeAlias
 
-MAX_TOKEN_BYTES = (
-    10  # a FoundationDB versionstamp; the writer and the readers of a log both refuse more
-)
+MAX_TOKEN_BYTES = 10  # a FoundationDB versionstamp; writers and readers both refuse more
 MAX_ORIGIN_BYTES = 32
-"""Of the identity of an upstream, which stands beside the cursor."""
+"""The longest origin: the identity of an upstream, stored next to the cursor."""
 NAME_BYTES = 16
-"""Of an origin: these name the upstream; what follows tells one incarnation of it (a recreated bucket, say) from another."""
+"""The part of an origin that names the upstream. The rest tells its incarnations apart, such as a
+recreated bucket."""
 U64_BYTES = 8
 U64_MAX = 2**64 - 1
 
@@ -72,13 +72,15 @@ class _Token(bytes):
 
     @property
     def shown(self) -> str:
-        """For a human, as the command line prints it: a u64 as a number, other bytes in hex, the empty token as "none"."""
+        """As the command line prints it: a u64 as a number, other bytes in hex, the empty token as
+        "none"."""
         number = self.as_u64()
         return (self.hex() or "none") if number is None else str(number)
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The token that the command line prints as `text`: a number, or hex, maybe after 0x; else ValueError."""
+        """The token that the command line prints as `text`: a number, or hex with an optional 0x;
+        else ValueError."""
         if _NUMBER.fullmatch(text) and int(text) <= U64_MAX:
             return cls.from_u64(int(text))
         found = _HEX.fullmatch(text)
@@ -90,7 +92,7 @@ class _Token(bytes):
 
 
 class VersionToken(_Token):
-    """The version of an entry, as its source names it: at most 10 bytes, else ValueError.
+    """The version of an entry, as its source names it: up to 10 bytes, else ValueError.
 
     >>> VersionToken.from_u64(7).as_u64()
     7
@@ -107,15 +109,15 @@ class VersionToken(_Token):
 
     @property
     def is_unknown(self) -> bool:
-        """Whether this is the empty token."""
+        """True for the empty token."""
         return not self
 
 
 class WatchCursor(_Token):
-    """A position in the stream of updates: at most 10 bytes, else ValueError.
+    """A position in the stream of updates: up to 10 bytes, else ValueError.
 
-    Wherever a cursor is taken, a plain int stands for `from_u64` of it; `int(cursor)` is the way back, and 0 for the
-    none-cursor, so that a stream that is numbered from 1 resumes after `int(store.cursor())`.
+    Wherever a cursor is accepted, a plain int means `from_u64` of it. `int(cursor)` converts back
+    and is 0 for the none-cursor, so a stream numbered from 1 resumes after `int(store.cursor())`.
 
     >>> int(WatchCursor.from_u64(7)), int(WatchCursor.none())
     (7, 0)
@@ -129,7 +131,7 @@ class WatchCursor(_Token):
 
     @classmethod
     def none(cls) -> WatchCursor:
-        """The empty cursor: nothing was applied yet."""
+        """The empty cursor: nothing has been applied yet."""
         return _NONE
 
     @classmethod
@@ -147,7 +149,7 @@ class WatchCursor(_Token):
 
     @property
     def is_none(self) -> bool:
-        """Whether this is the empty cursor."""
+        """True for the empty cursor."""
         return not self
 
 
@@ -159,7 +161,7 @@ CursorLike: TypeAlias = WatchCursor | int
 
 
 def as_cursor(cursor: object) -> WatchCursor:
-    """The WatchCursor that `cursor` is or, as a plain int, stands for. TypeError or ValueError for anything else."""
+    """`cursor` as a WatchCursor; an int is converted. TypeError or ValueError for anything else."""
     if type(cursor) is WatchCursor:
         return cursor
     if type(cursor) is int:
@@ -168,9 +170,10 @@ def as_cursor(cursor: object) -> WatchCursor:
 
 
 def has_reached(at: WatchCursor, wanted: WatchCursor) -> bool:
-    """True if the position `at` is `wanted` or a later one.
+    """True if the position `at` is `wanted` or later.
 
-    Cursors of one length are compared as bytes, which is the order of u64 tokens and of versionstamps. Those of different
-    lengths have no order, except that every position has reached the none-cursor.
+    Cursors of equal length are compared as bytes, which is the order of u64 tokens and of
+    versionstamps. Cursors of different lengths have no order, except that every position has
+    reached the none-cursor.
     """
     return wanted.is_none or (len(at) == len(wanted) and bytes(at) >= bytes(wanted))

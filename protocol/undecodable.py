@@ -1,9 +1,8 @@
-"""The verdict of a decoder: these bytes are what no writer makes, whatever their checksum says.
+"""The verdict of a decoder: no writer produces these bytes, whatever their checksum says.
 
-Only this verdict is evidence of damage. What else comes up while bytes are decoded (a MemoryError,
-an OSError, an interrupt, an exception that a signal handler raises) says something of the process
-or the machine and nothing of the bytes, so whoever calls a decoder catches `Undecodable` and lets
-everything else pass.
+Only this verdict is evidence of damage. Any other error during decoding (a MemoryError, an OSError,
+an interrupt, an exception raised by a signal handler) is about the process or the machine, not
+about the bytes. So callers of a decoder catch `Undecodable` and let everything else through.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any, NoReturn
 import msgpack
 
 MAX_MAP_BYTES = 4096
-"""A body that is a map, of an OPEN or a BASE_END frame. Writers need less than 200 bytes."""
+"""The longest body of an OPEN or BASE_END frame, which is a map. Writers need less than 200
+bytes."""
 _MAX_MAP_ENTRIES = 8
 
 MSGPACK_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, msgpack.UnpackException)
@@ -21,12 +21,12 @@ MSGPACK_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, msgpack.Un
 
 
 class Undecodable(ValueError):
-    """Bytes do not say what their place requires."""
+    """The bytes are not a valid encoding of what belongs here."""
 
 
 def refuse_nested(*_inner: Any) -> NoReturn:
-    """A hook for msgpack, where a plain value must stand: the first array, map or extension in its
-    place is refused."""
+    """A msgpack hook for places that allow only plain values: refuses the first array, map or
+    extension."""
     raise Undecodable("an array, a map or an extension where a plain value belongs")
 
 

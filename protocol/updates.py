@@ -1,12 +1,13 @@
 """Updates, entries, and one batch in its encoded form.
 
-A batch crosses the system once, already encoded: the caller's thread checks and packs it (`encode_batch`), the writer
-puts it into a frame, and replay unpacks it (`decode_batches`). The encoding is columnar, so that one `msgpack` call serves
-a whole batch:
+A batch is encoded once: the caller's thread checks and packs it (`encode_batch`), the writer puts
+it into a frame, and replay unpacks it (`decode_batches`). The encoding is columnar, so one
+`msgpack` call handles a whole batch:
 
     BATCHES body := msgpack [item, ...]
-    item         := [cursor, [key, ...], [value | nil = delete | false = purge, ...], [version, ...]]
-                    and, where the cursor's upstream is known, a fifth element: its origin
+    item         := [cursor, [key, ...], [value, ...], [version, ...]]
+    value        := bytes | nil = delete | false = purge
+                    plus a fifth element if the cursor's upstream is known: its origin
 """
 
 from __future__ import annotations
@@ -32,23 +33,25 @@ MAX_KEY_BYTES = 65_535
 MAX_VALUE_BYTES = 16 * 1024 * 1024
 MAX_BODY_BYTES = 1024 * 1024 * 1024
 MAX_GROUP = 65_535
-"""Batches in one frame: what its header can count."""
+"""The most batches in one frame: the header counts them in 16 bits."""
 MAX_ITEM_BYTES = MAX_BODY_BYTES - 5
-"""One encoded batch, with room for the array header of a body that holds it alone."""
+"""The longest encoded batch: leaves room for the array header of a body that holds only this
+batch."""
 SLICE = 8192
-"""Updates that one C call packs or collects: a longer call would hold the interpreter lock for over a millisecond."""
+"""Updates that one C call packs or collects. A longer call would hold the interpreter lock for over
+a millisecond."""
 
-_SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # no key of so many characters can be over-long in UTF-8
+_SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # a key of so few characters cannot be too long in UTF-8
 _SMALL_BATCH = 256
 _SMALL_BODY = 4096
-"""A body that is unpacked by one call. Arrays in arrays, each of a length that lies, take a
-thousand times as much."""
+"""The longest body unpacked by one call: nested arrays with false lengths can allocate a thousand
+times the body's size."""
 _READ_BYTES = 64 * 1024
-"""Of a longer body, what is copied at a time."""
+"""Bytes of a longer body copied at a time."""
 _MAX_KEPT_BYTES = 1024 * 1024
-"""A packer keeps the largest buffer that it ever needed; one that needed more is not kept."""
+"""A packer never shrinks its buffer; one that has grown beyond this is discarded."""
 _ITEM_WITH_ORIGIN = 0x95  # msgpack: an array of five
-NO_BATCH = "a batch is not [cursor, keys, values, versions] and perhaps an origin"
+NO_BATCH = "a batch is not [cursor, keys, values, versions] with an optional origin"
 
 
 class _Write(NamedTuple):
@@ -63,17 +66,18 @@ class _Removal(NamedTuple):
 
 
 class KvEntry(_Write):
-    """A live entry, as readers get it: key, value, version. Unpacks and compares as a tuple of the three.
+    """A live entry as readers get it. Unpacks and compares as the tuple (key, value, version).
 
-    It holds the version as plain bytes and makes the `VersionToken` when it is asked for: instances of classes are
-    tracked by the garbage collector, plain bytes are not, and a range may return a million of them.
+    It holds the version as plain bytes and creates the `VersionToken` on access: the garbage
+    collector tracks instances of classes but not plain bytes, and a range may return a million
+    entries.
     """
 
     __slots__ = ()
 
     @property
     def version(self) -> VersionToken:
-        """As the source gave it."""
+        """The version given by the source."""
         return VersionToken(tuple.__getitem__(self, 2))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Any]:
@@ -87,7 +91,7 @@ class KvEntry(_Write):
 
 
 class _ByKind(tuple[Any, ...]):
-    """Equal only to its own kind: a Delete is no Purge, though both are a key and a version."""
+    """Equal only to its own kind: a Delete never equals a Purge, though both are (key, version)."""
 
     __slots__ = ()
 
@@ -101,19 +105,19 @@ class _ByKind(tuple[Any, ...]):
 
 
 class Put(_ByKind, _Write):
-    """Set `key` (at most 65,535 bytes of UTF-8, may be empty) to `value` (at most 16 MiB, may be empty)."""
+    """Set `key` (up to 65,535 bytes of UTF-8) to `value` (up to 16 MiB). Both may be empty."""
 
     __slots__ = ()
 
 
 class Delete(_ByKind, _Removal):
-    """Remove `key`, as its source removed it."""
+    """Remove `key`."""
 
     __slots__ = ()
 
 
 class Purge(_ByKind, _Removal):
-    """Remove `key` with its history, as a source does that keeps one. It folds as a delete does.
+    """Remove `key` and its history, for sources that keep one. Folds like a delete.
 
     >>> Purge("a") == Delete("a"), Purge("a").version.is_unknown
     (False, True)
@@ -125,10 +129,11 @@ class Purge(_ByKind, _Removal):
 Update: TypeAlias = Put | Delete | Purge
 
 Change: TypeAlias = tuple[str, bytes | None, bytes]
-"""What a fold keeps of an update: (key, value, version), where the value None marks a removed key.
+"""What a fold keeps of an update: (key, value, version). The value None marks a removed key.
 
-A plain tuple of plain values, no class of its own: the garbage collector stops tracking those. Replaying 1,000,000 updates
-into tracked objects took 10 s instead of 1 s, nearly all of it in full collections.
+A plain tuple of plain values, because the garbage collector stops tracking those. Replaying
+1,000,000 updates into tracked objects took 10 s instead of 1 s, nearly all of it in full
+collections.
 """
 
 
@@ -139,11 +144,12 @@ class Batch(NamedTuple):
     item: bytes
     """The batch as an item of a BATCHES body."""
     changes: tuple[dict[str, Change], ...]
-    """The last change of each key; with over `SLICE` updates in several dicts, the oldest first."""
+    """The last change of each key. Batches of more than `SLICE` updates use several dicts, oldest
+    first."""
     length: int
     """Updates in the batch."""
     origin: bytes = b""
-    """Whose position the cursor is: the identity of an upstream; empty where nobody says."""
+    """The identity of the upstream that the cursor belongs to; empty if unknown."""
 
 
 class DecodedBatch(NamedTuple):
@@ -154,7 +160,7 @@ class DecodedBatch(NamedTuple):
     values: list[bytes | bool | None]
     versions: list[bytes]
     origin: bytes = b""
-    """As `Batch.origin`."""
+    """See `Batch.origin`."""
 
     def updates(self) -> list[Update]:
         """The updates, in upstream order."""
@@ -170,14 +176,13 @@ class DecodedBatch(NamedTuple):
         ]
 
     def changes(self) -> tuple[dict[str, Change], ...]:
-        """The last change of each key, as `Batch.changes`."""
+        """The last change of each key; see `Batch.changes`."""
         return _changes(self.keys, self.values, self.versions)
 
 
 class _Packers(threading.local):
-    # Taken out while it packs, and put back only once it has: whatever stops it half-way (a
-    # MemoryError, an interrupt), its buffer, and with it what it had packed of the batch that
-    # failed, is gone.
+    # Taken out during packing and put back only on success: if a MemoryError or an interrupt stops
+    # it half-way, the buffer with the partly packed batch is dropped.
     packer: msgpack.Packer | None = None
 
 
@@ -185,7 +190,7 @@ _packers = _Packers()
 
 
 def check_origin(origin: object) -> None:
-    """TypeError or ValueError unless `origin` is the identity of an upstream, or empty."""
+    """Raise TypeError or ValueError unless `origin` is up to 32 bytes."""
     if type(origin) is not bytes:
         raise TypeError(f"an origin is bytes, not {type(origin).__name__}")
     if len(origin) > MAX_ORIGIN_BYTES:
@@ -193,14 +198,15 @@ def check_origin(origin: object) -> None:
 
 
 def has_origin(item: bytes) -> bool:
-    """Whether an encoded batch names the upstream of its cursor."""
+    """True if an encoded batch names the upstream of its cursor."""
     return item[0] == _ITEM_WITH_ORIGIN
 
 
 def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = b"") -> Batch:
-    """Check and encode one batch, on the caller's thread. `origin`: whose position the cursor is.
+    """Check and encode one batch, on the caller's thread. `origin`: see `Batch.origin`.
 
-    TypeError or ValueError name the first update at fault. Cost: about 0.3 us an update, 1 us a batch.
+    TypeError or ValueError names the first invalid update. Cost: about 0.3 us an update plus 1 us a
+    batch.
     """
     cursor = as_cursor(cursor)
     if origin:
@@ -228,7 +234,8 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
 
 
 def _with_origin(item: bytes, origin: bytes) -> bytes:
-    """An item of four elements, with the origin as the fifth; as it is where there is none."""
+    """An item of four elements with the origin added as the fifth; unchanged if the origin is
+    empty."""
     if not origin:
         return item
     return b"".join((bytes((_ITEM_WITH_ORIGIN,)), memoryview(item)[1:], msgpack.packb(origin)))
@@ -253,7 +260,7 @@ def _in_order(updates: Iterable[Update]) -> Sequence[Update]:
 
 
 class RawUpdates(NamedTuple):
-    """The updates of one `apply` in columns, checked, for a store that keeps no log of its own."""
+    """The checked updates of one `apply` in columns, for an engine that keeps no log of its own."""
 
     keys: list[bytes]
     """In UTF-8, in upstream order; a key may occur more than once."""
@@ -263,7 +270,7 @@ class RawUpdates(NamedTuple):
 
 
 def raw_updates(updates: Iterable[Update]) -> RawUpdates:
-    """Check the updates of one batch. TypeError or ValueError name the first one at fault.
+    """Check the updates of one batch. TypeError or ValueError names the first invalid one.
 
     Cost: 0.2 us an update.
     """
@@ -284,7 +291,7 @@ def _columns(
     keys: Sequence[Any]
     values: Sequence[Any]
     versions: Sequence[Any]
-    if len(updates) == 1 and type(updates[0]) is Put:  # the general way below takes 1.5 us longer
+    if len(updates) == 1 and type(updates[0]) is Put:  # the general path below takes 1.5 us longer
         key, value, version = updates[0]
         typed = type(key) is str and type(value) is bytes and type(version) is VersionToken
         if typed and len(key) <= _SAFE_KEY_CHARS and len(value) <= MAX_VALUE_BYTES:
@@ -332,35 +339,38 @@ def _check(index: int, update: Update) -> None:
 
     if type(update.key) is not str:
         fail(TypeError, f"a key is a str, not {type(update.key).__name__}")
+    key = f"key {update.key[:40]!r}"
     try:
         size = len(update.key.encode())
     except UnicodeEncodeError as error:
-        fail(ValueError, f"key {update.key[:40]!r} has a lone surrogate at character {error.start}")
+        fail(ValueError, f"{key} has a lone surrogate at character {error.start}")
     if size > MAX_KEY_BYTES:
         fail(
             ValueError,
-            f"key {update.key[:40]!r}... takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}",
+            f"{key}... takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}",
         )
     if type(update) is Put:
         if type(update.value) is not bytes:
             fail(
                 TypeError,
-                f"the value of key {update.key[:40]!r} is bytes, not {type(update.value).__name__}",
+                f"the value of {key} is bytes, not {type(update.value).__name__}",
             )
         if len(update.value) > MAX_VALUE_BYTES:
             fail(
                 ValueError,
-                f"the value of key {update.key[:40]!r} takes {len(update.value)} bytes, over the limit of {MAX_VALUE_BYTES}",
+                f"the value of {key} takes {len(update.value)} bytes, "
+                f"over the limit of {MAX_VALUE_BYTES}",
             )
     if type(update.version) is not VersionToken:
         fail(
             TypeError,
-            f"the version of key {update.key[:40]!r} is a VersionToken, not {type(update.version).__name__}",
+            f"the version of {key} is a VersionToken, not {type(update.version).__name__}",
         )
 
 
 def _pack_columns(cursor: bytes, *columns: Sequence[Any]) -> bytes:
-    """[cursor, column, ...] in pieces, none of which holds the interpreter lock for long."""
+    """[cursor, column, ...], packed in pieces so that no call holds the interpreter lock for
+    long."""
     packer = msgpack.Packer()
     count = len(columns[0])
     parts = [packer.pack_array_header(1 + len(columns)), packer.pack(cursor)]
@@ -368,9 +378,8 @@ def _pack_columns(cursor: bytes, *columns: Sequence[Any]) -> bytes:
         parts.append(packer.pack_array_header(count))
         for start in range(0, count, SLICE):
             piece = column[start : start + SLICE]
-            parts.append(
-                packer.pack(piece)[1 if len(piece) < 16 else 3 :]
-            )  # without the array header of its own
+            array_header = 1 if len(piece) < 16 else 3  # bytes
+            parts.append(packer.pack(piece)[array_header:])
     return b"".join(parts)
 
 
@@ -395,23 +404,24 @@ def _changes(
 
 
 def batches_body(items: Sequence[bytes]) -> bytes:
-    """The body of the BATCHES frame that holds `items`, at least one."""
+    """The body of a BATCHES frame that holds `items`, of which there is at least one."""
     count = len(items)
     header = bytes((0x90 | count,)) if count < 16 else msgpack.Packer().pack_array_header(count)
     return b"".join((header, *items))
 
 
 def decode_batches(body: bytes | memoryview, count: int) -> list[DecodedBatch]:
-    """The batches of a BATCHES body, `count` of them. Undecodable for anything that `encode_batch`
-    would not have written.
+    """The batches in a BATCHES body. Undecodable unless there are `count` of them, each as
+    `encode_batch` writes it.
 
-    No array is made before its length is checked against what remains of the body, and none where
-    none belongs: what is refused has taken no more memory than a batch of as many bytes.
+    An array's length is checked against the rest of the body before anything is allocated, and
+    arrays are allowed only where they belong. So a refused body never takes more memory than a
+    valid one of the same size.
     """
     try:
         if len(body) > _SMALL_BODY:
             return _decoded_in_steps(body, count)
-        # A record takes at least three bytes of body, so a longer array is a lie.
+        # A record takes at least three bytes of body, so a longer array cannot be valid.
         items = msgpack.unpackb(
             body, max_array_len=max(5, len(body) // 3), max_map_len=0, max_ext_len=0
         )
@@ -433,7 +443,7 @@ def _check_count(found: int, count: int) -> None:
 
 
 def _decoded_in_steps(body: bytes | memoryview, count: int) -> list[DecodedBatch]:
-    """`decode_batches`, array by array. Cost: 60 ns an update more than in one call."""
+    """`decode_batches`, array by array. Cost: 60 ns an update more than a single call."""
     size = len(body)
     unpacker = msgpack.Unpacker(
         _Reader(body),
@@ -461,7 +471,7 @@ def _decoded_in_steps(body: bytes | memoryview, count: int) -> list[DecodedBatch
 
 
 class _Reader:
-    """A body as a file, so that not all of it is copied at once."""
+    """A body as a file object, so that it is not copied all at once."""
 
     def __init__(self, body: bytes | memoryview) -> None:
         self._body, self._at = memoryview(body), 0
@@ -488,8 +498,8 @@ def _column(unpacker: msgpack.Unpacker, size: int) -> list[Any]:
 
 
 def _decode_item(item: object, size: int) -> DecodedBatch:
-    """The batch in `item`, as it was unpacked from a body of `size` bytes, which bounds the length
-    of all that is in it."""
+    """The batch in `item`, unpacked from a body of `size` bytes. Nothing in it is longer than
+    that."""
     if type(item) is not list or len(item) not in (4, 5):
         raise Undecodable(NO_BATCH)
     cursor, keys, values, versions = item[:4]
@@ -507,7 +517,7 @@ def _decode_item(item: object, size: int) -> DecodedBatch:
             raise Undecodable("a key is not text")
         long_keys = size > MAX_KEY_BYTES and max(map(len, keys)) > _SAFE_KEY_CHARS
         if long_keys and any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
-            raise Undecodable("an over-long key")
+            raise Undecodable("a key over the limit")
         if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
             raise Undecodable("a version is not a token")
         kinds = set(map(type, values))
@@ -518,5 +528,5 @@ def _decode_item(item: object, size: int) -> DecodedBatch:
         if size > MAX_VALUE_BYTES and max(map(len, filter(None, values)), default=0) > (
             MAX_VALUE_BYTES
         ):
-            raise Undecodable("an over-long value")
+            raise Undecodable("a value over the limit")
     return DecodedBatch(WatchCursor(cursor), keys, values, versions, origin)

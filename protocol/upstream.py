@@ -1,18 +1,18 @@
-"""The seam to an upstream: what a mirror needs of the stream that feeds it. No I/O here, only the
-shape.
+"""The seam between a mirror and its upstream, the stream that feeds it. No I/O here, only the
+interface.
 
-A class of your own needs `identify` and `changes`. With `state` it can be mirrored from anywhere,
-also where it no longer reaches back; with `revisions` a mirror can find out that it was told wrong.
+Your own class needs `identify` and `changes`. With `state`, a mirror can start from any position,
+even one whose changes are gone. With `revisions`, a mirror can detect that it has diverged.
 
-    identify    who are you, and from where to where do you reach?
-    changes     what came after a position, in whole positions, and goes on coming
-    state       all that is live, in pieces                                             optional
-    revisions   the keys that are live, each with its version: cheaper than `state`     optional
-    recalls     did you tell this at that position?                                     optional
-    close       let go of connections; `identify` may be called again                   optional
+    identify    which upstream it is, and the positions it covers
+    changes     the changes after a position, in whole positions, without end
+    state       all live entries, in pieces                                  optional
+    revisions   the live keys and their versions: cheaper than `state`       optional
+    recalls     whether it sent a given mark at a given position             optional
+    close       release connections; `identify` may be called again          optional
 
-All are called on the event loop of the link, one attachment at a time; `state` and `revisions` may
-run beside `changes`.
+All are called on the link's event loop, for one attachment at a time; `state` and `revisions` may
+run concurrently with `changes`.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Update
 
 Prefixes = tuple[str, ...]
-"""The keys that are wanted start with one of these. An upstream may tell of more; the link drops
-the rest."""
+"""Only keys that start with one of these are wanted; empty means all. An upstream may send others;
+the link drops them."""
 
 
 class Identity(NamedTuple):
-    """Who an upstream is, and which positions it reaches. Positions of one upstream sort as
+    """Which upstream it is, and the positions it covers. Positions of one upstream sort as
     bytes."""
 
     origin: bytes
-    """1 to 32 bytes, 24 for one with marks. The first 16 name it; the rest tells one incarnation of
-    it from another."""
+    """1 to 32 bytes; up to 24 for an upstream with marks. The first 16 name it; the rest tells its
+    incarnations apart."""
     first: WatchCursor
-    """The oldest position after which it tells every change; the none-cursor if it does from the
+    """The oldest position after which it can send every change; the none-cursor if it can from the
     start."""
     last: WatchCursor
     """Its newest position."""
 
 
 class Changes(NamedTuple):
-    """What an upstream told. A position is told whole: all its updates are in one `Changes`."""
+    """What an upstream sends. All updates of a position are in one `Changes`."""
 
     updates: Sequence[Update]
-    """In upstream order. None at all is a sign of life."""
+    """In upstream order. An empty sequence is a heartbeat."""
     position: WatchCursor
-    """The position that holds once `updates` are folded. In a `state`, that of the state, and the
+    """The position reached once `updates` are folded. In `state`, the position of the state; the
     last one counts."""
     behind: int | None = None
-    """Updates that wait upstream after these; 0: nothing more waits, so far; None: not known."""
+    """Updates still waiting upstream after these; None if unknown."""
     mark: bytes = b""
-    """Of an upstream with marks: 8 bytes by which it knows what it told at `position`; none where
-    it cannot."""
+    """For an upstream with marks: 8 bytes by which it recognizes what it sent at `position`; empty
+    if it cannot."""
 
 
 class Revisions(NamedTuple):
-    """The live keys of an upstream at a position, each with the version that its entry has."""
+    """The live keys of an upstream at a position, with the versions of their entries."""
 
     versions: Mapping[str, bytes]
     position: WatchCursor
@@ -67,60 +67,60 @@ class Revisions(NamedTuple):
 
 @runtime_checkable
 class Upstream(Protocol):
-    """Where the updates of a mirror come from. See the module.
+    """The source of a mirror's updates. See the module docstring.
 
-    Raise UpstreamLost for what may pass, UpstreamMissing while it does not exist, UpstreamRefused
-    for what will not pass.
+    Raise UpstreamLost for a temporary failure, UpstreamMissing while the source does not exist, and
+    UpstreamRefused for a failure that retrying cannot fix.
     """
 
     async def identify(self) -> Identity:
-        """Connect, and tell who is there now."""
+        """Connect, and return which upstream answers."""
 
     def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """All changes after a position, then those that come, for ever. A sign of life every few
-        seconds.
+        """All changes after a position, then new ones as they arrive, without end; a heartbeat
+        every few seconds.
 
-        Nothing is read ahead without a bound: what is not asked for waits upstream.
+        Reading ahead is bounded: what is not consumed waits upstream.
         """
 
 
 @runtime_checkable
 class HasState(Protocol):
-    """An upstream that can tell its whole state."""
+    """An upstream that can send its whole state."""
 
     def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """All live entries as Puts, in pieces, then the end. What a later piece says of a key
-        counts, a Delete too."""
+        """All live entries as Puts, in pieces. Later pieces override earlier ones, and may contain
+        Deletes."""
 
 
 @runtime_checkable
 class HasRevisions(Protocol):
-    """An upstream that can tell which keys it has."""
+    """An upstream that can list its keys."""
 
     async def revisions(self, prefixes: Prefixes) -> Revisions:
-        """All live keys with their versions."""
+        """All live keys, with their versions."""
 
 
 @runtime_checkable
 class HasMarks(Protocol):
-    """An upstream whose positions may be given twice: restored from a copy, it gives them to other
+    """An upstream that may reuse positions: once restored from a backup, it assigns them to other
     changes."""
 
     async def recalls(self, position: WatchCursor, mark: bytes) -> bool | None:
-        """Whether it told this mark at the position. None if it no longer knows: then values are
-        audited, not versions alone."""
+        """True if it sent this mark at the position. None if it no longer knows: then the audit
+        compares values, not only versions."""
 
 
 @runtime_checkable
 class Closable(Protocol):
-    """An upstream that holds something."""
+    """An upstream that holds resources."""
 
     async def close(self) -> None:
-        """Let go. What cannot be told any more is dropped."""
+        """Release them. Data that can no longer be sent is dropped."""
 
 
 class UpstreamError(FoldlogError):
-    """Something about the upstream of a mirror: `reason`, which holds no credentials."""
+    """A failure of a mirror's upstream, for `reason`, which contains no credentials."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -128,7 +128,7 @@ class UpstreamError(FoldlogError):
 
 
 class UpstreamLost(UpstreamError):
-    """The upstream is away, or what it told has a gap. The link attaches again."""
+    """The upstream is unreachable, or what it sent has a gap. The link reconnects."""
 
 
 class UpstreamMissing(UpstreamError):
@@ -136,13 +136,12 @@ class UpstreamMissing(UpstreamError):
 
 
 class UpstreamRefused(UpstreamError):
-    """The upstream refuses us: credentials, permissions, a wrong kind of stream. Trying again
-    cannot help."""
+    """The upstream refuses the link: bad credentials, missing permissions, wrong kind of stream.
+    Retrying cannot help."""
 
 
 class UpstreamOversize(UpstreamError):
-    """An update is over foldlog's limits. `key` names it. A mirror with `on_oversize="skip"` goes
-    without it."""
+    """The update of `key` is over foldlog's limits. A mirror with `on_oversize="skip"` skips it."""
 
     def __init__(self, reason: str, key: str) -> None:
         super().__init__(reason)
@@ -154,9 +153,9 @@ class UpstreamOversize(UpstreamError):
 
 
 class ResetHeld(UpstreamError):
-    """The mirror would lose most of its keys, or hold those of another upstream.
-    `mirror.accept_reset()` lets it."""
+    """The mirror would lose most of its keys, or take over those of another upstream.
+    `mirror.accept_reset()` allows it."""
 
 
 class MirrorReadOnly(FoldlogError):
-    """A mirror is written by its upstream alone. Nothing was written."""
+    """Only its upstream can write to a mirror. Nothing was written."""

@@ -1,22 +1,24 @@
-"""The command `foldlog`. Each module lists its commands in `COMMANDS`; a new module joins by adding a row to `_MODULES`.
+"""The command `foldlog`. Each module lists its commands in `COMMANDS`; add new modules to
+`_MODULES`.
 
-    stream.py   the change stream of `apply`: parsing, batching, resuming; pure
-    args.py     arguments that several commands take
+    stream.py   the change stream that `apply` reads: parsing, batching, resuming; pure
+    args.py     arguments shared by several commands
     show.py     text, JSON, sizes, progress bars
-    read.py     get, range, info, export       change nothing, lock nothing
+    read.py     get, range, info, export       read only, take no lock
     write.py    apply, compact, import         hold the writer's lock
-    keys.py     put, delete                    one key, by a store
-    convert.py  convert                        a log of one file format as a log of the other
-    inspect.py  verify, salvage                look at a log that may be damaged, and only look
-    dump.py     dump                           the same, part by part
+    keys.py     put, delete                    write one key, through a store
+    convert.py  convert                        write a log in the other file format
+    inspect.py  verify, salvage                inspect a log that may be damaged; read only
+    dump.py     dump                           the same, frame by frame
     top.py      top                            a live view, through a follower
-    follow.py   tail, get --follow             changes as they come, through a follower
-    mirror.py   mirror                         keep a log a copy of an upstream
+    follow.py   tail, get --follow             print changes as they arrive, through a follower
+    mirror.py   mirror                         keep a log in step with an upstream
     demo.py     demo                           the whole life of a log, on real data
 
-Errors end in one line on stderr. Exit codes: 0 fine; 1 the store says no (damage, no such key, a full or failing disk);
-2 misuse (bad arguments or input, a file that is missing, exists or may not be read, a log that another process writes);
-130 Ctrl-C. A reader of the output that leaves, as `head` does, is no error.
+An error prints one line on stderr. Exit codes: 0 success; 1 failure (damage, no such key, disk full
+or failing); 2 misuse (bad arguments or input, a file that is missing, already exists or is not
+readable, a log open in another writer); 130 Ctrl-C. A closed output pipe, as with `head`, is not an
+error.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ _MISUSE = {
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code for an error: 1 if the store or the disk says no, 2 if the command was called wrongly."""
+    """The exit code for an error: 2 for misuse, 1 for anything else."""
     if isinstance(error, StoreLocked):
         return 2
     if isinstance(error, FoldlogError):
@@ -72,14 +74,14 @@ def _message(error: BaseException) -> str:
     return printable(str(error) or type(error).__name__)
 
 
-_UNTOLD = logging.NullHandler()
+_SILENT = logging.NullHandler()
 
 
 class Cli(click.Group):
-    """The group of all commands, which turns their errors into exit codes."""
+    """The group of all commands. Turns their errors into messages and exit codes."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List each command with its whole first sentence, which click would cut short."""
+        """List each command with its whole first sentence; click would truncate it."""
         commands = [
             (name, command)
             for name in self.list_commands(ctx)
@@ -92,11 +94,13 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         _fill_closed_streams()
-        # Warnings are told by the commands, escaped; without a handler, logging would print them as they are.
-        logging.getLogger("foldlog").addHandler(_UNTOLD)
+        # Commands print warnings themselves, escaped. Without a handler, logging would print them
+        # raw.
+        logging.getLogger("foldlog").addHandler(_SILENT)
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()  # here, for the interpreter's own flush could only complain
+            # Here, because an error in the interpreter's own flush at exit cannot be handled.
+            sys.stdout.flush()
             return result
         except KeyboardInterrupt:
             raise click.exceptions.Exit(130) from None
@@ -113,12 +117,12 @@ class Cli(click.Group):
 
 
 def _fill_closed_streams() -> None:
-    """Let closed standard streams lead nowhere: else a log would get the descriptor of stderr, and what is written there."""
+    """Point closed standard streams at /dev/null. Otherwise a log could get the descriptor of
+    stderr, and messages would be written into it."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
-            null = os.open(
-                os.devnull, os.O_RDWR
-            )  # the lowest free one, which is `fd` itself, unless something took that
+            # The lowest free descriptor: `fd` itself, unless something else took it.
+            null = os.open(os.devnull, os.O_RDWR)
             if null != fd:
                 os.dup2(null, fd)
                 os.close(null)
@@ -126,7 +130,7 @@ def _fill_closed_streams() -> None:
 
 
 def _drop_stdout() -> None:
-    """Send what is still buffered for a reader that is gone (or a disk that is full) nowhere."""
+    """Discard buffered output: its reader is gone, or the disk is full."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -138,7 +142,7 @@ def _drop_stdout() -> None:
 @click.group(
     cls=Cli,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog='Completion of commands and files: eval "$(_FOLDLOG_COMPLETE=bash_source foldlog)" (or zsh_, fish_).',
+    epilog='Shell completion: eval "$(_FOLDLOG_COMPLETE=bash_source foldlog)" (or zsh_, fish_).',
 )
 @click.version_option(__version__, prog_name="foldlog")
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ def log_argument(command: _F) -> _F:
 def format_option(
     help: str, name: str = "--format", *, required: bool = False
 ) -> Callable[[_F], _F]:
-    """An option that takes the name of a file format, as the argument `format_name`."""
+    """An option whose value, the name of a file format, is passed as `format_name`."""
     return click.option(
         name, "format_name", type=click.Choice(FORMAT.words), required=required, help=help
     )
 
 
 def on_damage_option(command: _F) -> _F:
-    """The option --on-damage of commands that open a log for writing."""
+    """The option --on-damage, for commands that open a log for writing."""
     return click.option(
         "--on-damage",
         type=click.Choice(ON_DAMAGE.words),
         default=ON_DAMAGE.default,
         show_default=True,
-        help="What to do if LOG is damaged: refuse, or cut it at the first damage and keep the rest beside it.",
+        help="If LOG is damaged: refuse it, or cut it at the first damage and keep the rest in a "
+        "file "
+        "next to it.",
     )(command)
 
 
 def utf8(_context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """Refuse a key that no log can hold, before anything is opened."""
+    """Refuse a key that cannot be stored, before anything is opened."""
     try:
         value.encode()
     except UnicodeEncodeError:

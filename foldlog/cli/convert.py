@@ -1,4 +1,4 @@
-"""The command `convert`: a log of one file format as a log of the other."""
+"""The command `convert`: writes a log in the other file format."""
 
 from __future__ import annotations
 
@@ -30,23 +30,22 @@ from foldlog.storage.log.lock import WriterLock
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> None:
-    """Write the state of LOG, of either format, as a new log at DEST, which must not exist.
+    """Write the state of LOG, in either format, as a new log at DEST, which must not exist.
 
-    LOG is only read, and may be open for writing: DEST then holds what was written when this began. DEST appears complete or
-    not at all. The state and the cursor are carried over exactly. What is no state (the history, and with --to slipstream-v2 the
-    identity of the log and the numbers of its batches) is not.
+    LOG is only read. It may be open for writing; DEST then holds the state from the start of the
+    conversion. DEST appears complete or not at all. The entries and the cursor are copied exactly;
+    the history is not, nor, with --to slipstream-v2, are the log id and the sequence.
     """
     given = Path(os.path.abspath(dest))
     if OS_FILES.exists(given):
-        raise FileExistsError(errno.EEXIST, "a conversion never overwrites", str(given))
+        raise FileExistsError(errno.EEXIST, "convert never overwrites", str(given))
     with progress_bar("converting", "entries", os.stat(log).st_size) as progress:
         handle, loaded = read_log(log, progress)
         fold, source = loaded.fold, OS_FILES.access(handle.fd)
         lock = WriterLock(OS_FILES, resolve(given))
         try:
-            lock.write(
-                None
-            )  # what a log that stood here before left as a note says nothing of this one
+            # A note left by an earlier log at this path does not apply to the new one.
+            lock.write(None)
             dest_path = resolve(given)
             write_new(OS_FILES, dest_path, fold, format_named(format_name), progress, source=source)
             lock.keep(handle.fd)

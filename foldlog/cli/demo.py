@@ -1,8 +1,8 @@
-"""The command `demo`: what the project is for, on real data, in some seconds.
+"""The command `demo`: what foldlog is for, shown on real data in a few seconds.
 
-Threads read at full speed while a feeder applies the history of the Unicode database. Meanwhile the writer crashes three times,
-the log is compacted and exported, and a follower in another process keeps up. In the end, everything is compared with a plain
-dict that took the same changes.
+Threads read at full speed while a feeder applies the history of the Unicode database. Meanwhile the
+writer crashes three times, the log is compacted and exported, and a follower in another process
+keeps up. At the end, everything is compared with a plain dict that received the same changes.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ __all__ = ["NEW", "OLD", "History", "differences", "run"]
 
 READERS = 3
 BATCH = 500
-"""Changes, or a 60th of all of them, if they are few."""
+"""Changes in a batch; a 60th of all changes, if that is less."""
 READ_FOR_S = 12.0
-"""Readers stop after that, so that the demo ends in time on a slow machine, too."""
+"""Readers stop after this, so that the demo ends in time even on a slow machine."""
 SWITCH_S = 0.000_5
-"""How often the interpreter changes threads meanwhile: its default of 5 ms is all that a pause would show."""
+"""The interpreter's thread switch interval during the demo. With the default of 5 ms, the pauses
+measured would show little else."""
 CRASHES = ((0.2, "writer.before_write"), (0.5, "writer.after_write"), (0.8, "writer.after_publish"))
-"""When the writer crashes, as a part of the changes, and at which step."""
+"""When the writer crashes, as a fraction of the changes, and at which step."""
 COMPACT_AT, EXPORT_AT = 0.35, 0.65
 SHOWN_KEYS = ("U+0041", "U+20AC", "U+FB50")
 FOLLOWER_TIMEOUT_S = 20.0
@@ -52,7 +53,7 @@ FOLLOWER = "import sys; from foldlog.cli.demo import follow_along; follow_along(
 
 
 class Crashes:
-    """The `step` of the demo's store: kills the writer at a step, once each time it is told to."""
+    """The `step` of the demo's store. Kills the writer once at the step that is due."""
 
     def __init__(self) -> None:
         self.due: str | None = None
@@ -66,7 +67,8 @@ class Crashes:
 
 
 class ReaderThread(threading.Thread):
-    """Reads at full speed, checks each answer against the history, and notes its longest pause."""
+    """Reads at full speed, checks each answer against the history, and records its longest
+    pause."""
 
     def __init__(
         self, store: Store, keys: Sequence[str], known: dict[str, set[tuple[bytes, bytes]]]
@@ -103,7 +105,8 @@ class ReaderThread(threading.Thread):
 
 
 class Show:
-    """What is printed: a line that is renewed on a terminal, a line each second in a pipe; events on lines of their own."""
+    """The demo's output: on a terminal, a status line that is redrawn; in a pipe, one each second.
+    Events get lines of their own."""
 
     def __init__(self) -> None:
         self._live = sys.stdout.isatty()
@@ -111,12 +114,12 @@ class Show:
         self._width = 0
 
     def event(self, text: str) -> None:
-        """Something happened."""
+        """Print an event."""
         self._clear()
         click.echo(f"{time.monotonic() - self._start:6.1f} s  {text}")
 
     def progress(self, text: Callable[[], str]) -> None:
-        """How it stands; `text` is asked for when it is time to show it."""
+        """Show the status line if it is due; only then is `text` called."""
         now = time.monotonic()
         if now - self._printed < (0.1 if self._live else 1.0):
             return
@@ -138,9 +141,9 @@ class Show:
 class Demo:
     """One run, in a directory of its own."""
 
-    def __init__(self, folder: Path, code_points: Sequence[int]) -> None:
-        self.log, self.copy = folder / "unicode.log", folder / "copy.log"
-        self.artifact = folder / "artifact"
+    def __init__(self, directory: Path, code_points: Sequence[int]) -> None:
+        self.log, self.copy = directory / "unicode.log", directory / "copy.log"
+        self.artifact = directory / "artifact"
         for path in (self.log, self.copy, self.artifact):
             if path.exists():
                 raise FileExistsError(errno.EEXIST, "the demo never overwrites", str(path))
@@ -152,9 +155,9 @@ class Demo:
         self._job_errors: list[BaseException] = []
 
     def run(self) -> bool:
-        """Whether nothing stopped, and nothing was wrong."""
+        """Run the demo. True if no reader stopped and nothing was wrong."""
         show, history = self.show, self.history
-        show.event(f"{len(history.lines):,} changes of the Unicode database, in four steps:")
+        show.event(f"{len(history.lines):,} changes to the Unicode database, in four steps:")
         for what, count in history.steps:
             click.echo(f"{'':10}{count:>9,}  {what}")
         with (
@@ -187,7 +190,9 @@ class Demo:
         readers = [ReaderThread(store, keys[n::READERS], known) for n in range(READERS)]
         for reader in readers:
             reader.start()
-        self.show.event(f"{READERS} threads read at full speed; a process follows; feeding begins")
+        self.show.event(
+            f"{READERS} threads read at full speed; another process follows; feeding starts"
+        )
         return readers
 
     def _feed(self, store: Store, readers: list[ReaderThread]) -> None:
@@ -218,7 +223,7 @@ class Demo:
             except BaseException as error:
                 self._job_errors.append(error)
             else:
-                self.show.event(f"{what} beside all that, in {time.monotonic() - start:.2f} s")
+                self.show.event(f"{what} meanwhile, in {time.monotonic() - start:.2f} s")
 
         thread = threading.Thread(target=run, name=f"demo-{what}", daemon=True)
         thread.start()
@@ -252,15 +257,16 @@ class Demo:
         )
 
     def _check_copy(self) -> bool:
-        """The artifact was made half-way: replaying the stream onto the copy must lead to the same state."""
+        """Import the artifact, made half-way, and apply the rest of the stream: the state must be
+        the same."""
         import_artifact(self.artifact, self.copy)
         with AppendLogSnapshot.open(self.copy)[1] as copy:
             start = copy.cursor().as_u64() or 0
             for batch in self.batches:
-                if batch[-1].cursor > copy.cursor():  # bytes of one length, and so in order
+                if batch[-1].cursor > copy.cursor():  # bytes of equal length, so they sort
                     copy.apply([change.update for change in batch], batch[-1].cursor)
             self.show.event(
-                f"the export, imported at cursor {start} and fed the rest: "
+                f"the export, imported at cursor {start} and then fed the rest: "
                 f"{size_text(self.copy.stat().st_size).split(' (')[0]}"
             )
             return self._check(copy, "the copy")
@@ -293,18 +299,19 @@ def _batches(lines: Sequence[bytes]) -> list[list[Change]]:
     return [batch for batch in (*batches, batcher.rest()) if batch]
 
 
-def run(folder: Path, code_points: Sequence[int] = ALL_CODE_POINTS) -> bool:
-    """Run the demo in `folder`, and print its report. Returns whether all went well. Cost: 5 to 15 s."""
+def run(directory: Path, code_points: Sequence[int] = ALL_CODE_POINTS) -> bool:
+    """Run the demo in the directory `directory`, and print its report. True if all went well. Cost: 5
+    to 15 s."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     try:
-        return Demo(folder, code_points).run()
+        return Demo(directory, code_points).run()
     finally:
         sys.setswitchinterval(before)
 
 
 def digest(store: Reads) -> str:
-    """What tells two states apart: a digest of all keys and values, in order."""
+    """A digest of all keys and values, in order."""
     total = hashlib.blake2b(digest_size=16)
     for key, value in store.items():
         total.update(key.encode() + b"\0" + value + b"\0")
@@ -312,7 +319,7 @@ def digest(store: Reads) -> str:
 
 
 def follow_along(log: str) -> None:
-    """The follower's process: is told a sequence, waits for it, and tells what it has."""
+    """The follower's process: reads a sequence from stdin, waits for it, and prints what it has."""
     with follow(log) as follower:
         print("following", flush=True)
         line = sys.stdin.readline()
@@ -347,7 +354,7 @@ def _ask(follower: subprocess.Popen[str], seq: int) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The supervisor's warnings about crashes that were made on purpose stay out of the picture."""
+    """Suppress the supervisor's warnings about the deliberate crashes."""
     logger = logging.getLogger("foldlog")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -378,22 +385,24 @@ def _equal(wrong: list[str], model: Model, what: str) -> bool:
 @click.command(epilog="Example: foldlog demo")
 @click.option(
     "--dir",
-    "folder",
+    "directory",
     type=click.Path(path_type=Path),
-    help="Work and leave the files here, instead of in a temporary directory.",
+    help="Work in this directory and keep the files, instead of in a temporary directory.",
 )
-def demo(folder: Path | None) -> None:
-    """Read at full speed while a feeder applies, the writer crashes, and the log is compacted and exported.
+def demo(directory: Path | None) -> None:
+    """Show reads at full speed while a feeder applies, the writer crashes, and the log is compacted
+    and exported.
 
-    On the history of the Unicode character database, with a follower in another process; within 20 s. Exit code 1 if a read
-    stopped or was wrong, or if the log differs from a plain dict that took the same changes.
+    Uses the history of the Unicode character database, and a follower in another process. Takes up
+    to 20 s. Exit code 1 if a reader stopped or read a wrong value, or if the log differs from a
+    plain dict that received the same changes.
     """
-    if folder is None:
+    if directory is None:
         with tempfile.TemporaryDirectory(prefix="foldlog-demo-") as temporary:
             well = run(Path(temporary))
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        well = run(folder)
+        directory.mkdir(parents=True, exist_ok=True)
+        well = run(directory)
     if not well:
         raise click.exceptions.Exit(1)
 

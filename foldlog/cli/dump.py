@@ -1,5 +1,5 @@
-"""`foldlog dump`: every part of a log, valid or damaged. Each format walks its file; how its parts
-look is registered here by their type. Only reads, as the commands of `inspect.py` do."""
+"""`foldlog dump` prints every part of a log, valid or damaged. Each format walks its own file; how
+to print the parts is registered here by type. Read only, like the commands in `inspect.py`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ KIND_NAMES = {
     KIND_SEAL: "SEAL",
 }
 RECORD_NAMES = {PUT: "PUT", DELETE: "DELETE", CURSOR: "CURSOR"}
-"""Of the records of the format "slipstream-v2"."""
+"""Names of the records of "slipstream-v2"."""
 _DAMAGED = 1
 
 
@@ -57,12 +57,13 @@ _DAMAGED = 1
 @log_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
 @click.option(
-    "--bodies", is_flag=True, help="Print what the frames hold, too: batches with their updates."
+    "--bodies", is_flag=True, help="Also print the contents of frames: batches with their updates."
 )
 def dump(log: Path, as_json: bool, bodies: bool) -> None:
-    """Print every frame of LOG: offset, size, kind, sequences and checksums; and where there is none, the bytes that are not.
+    """Print every frame of LOG: offset, size, kind, sequences and checksums. Bytes that belong to
+    no frame are listed too.
 
-    Exit code 1 if a frame does not verify.
+    Exit code 1 if anything does not verify.
     """
     handle = ReadHandle(OS_FILES, resolve(log))
     size = OS_FILES.fstat(handle.fd).st_size
@@ -80,13 +81,13 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
 
 @functools.singledispatch
 def as_fields(stretch: object, bodies: bool) -> dict[str, Any]:
-    """A stretch of a log as one JSON object. Each format registers its own."""
+    """A part of a log as one JSON object. Each format registers its types."""
     raise TypeError(f"{type(stretch).__name__} cannot be shown")
 
 
 @functools.singledispatch
 def as_lines(stretch: object, bodies: bool) -> Iterator[str]:
-    """A stretch of a log as lines of text. Each format registers its own."""
+    """A part of a log as lines of text. Each format registers its types."""
     raise TypeError(f"{type(stretch).__name__} cannot be shown")
 
 
@@ -168,7 +169,10 @@ def _piece_text(piece: Piece) -> str:
     checksums = f"head {head.crc:08x} link {head.link:08x} body {head.body_crc:08x}"
     moved = "" if head.offset == piece.offset else f"  written for byte {head.offset}"
     verdict = f"{piece.reason or 'ok'}{moved}"
-    return f"{piece.offset:>12}  {_kind(head):<8} {head.size} bytes{batches}  {sequences}  {checksums}  {verdict}"
+    return (
+        f"{piece.offset:>12}  {_kind(head):<8} {head.size} bytes{batches}  {sequences}  "
+        f"{checksums}  {verdict}"
+    )
 
 
 @as_fields.register
@@ -206,7 +210,10 @@ def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
             for number, batch in enumerate(
                 decode_batches(body, head.batches), head.seq - head.batches + 1
             ):
-                yield f"batch {number} at cursor {token_text(batch.cursor)}, {counted(len(batch.keys), 'update')}"
+                yield (
+                    f"batch {number} at cursor {token_text(batch.cursor)}, "
+                    f"{counted(len(batch.keys), 'update')}"
+                )
                 yield from map("  ".__add__, _update_lines(batch))
         elif head.kind == KIND_LEAF:
             keys = leaf.check_order(body)
@@ -214,7 +221,10 @@ def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
         elif head.kind == KIND_BASE_END:
             cursor, leaves, entries, digest = base_end_of(body)
             where = f"cursor {token_text(cursor)}"
-            yield f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest {digest.hex()}"
+            yield (
+                f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest "
+                f"{digest.hex()}"
+            )
         elif head.kind == KIND_OPEN:
             yield f"boot {printable(parse_open(body)) or 'unknown'}"
     except Undecodable as error:

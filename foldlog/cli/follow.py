@@ -1,4 +1,5 @@
-"""Commands that follow a log that another process writes: `tail`, and `get --follow`. They change nothing and take no lock."""
+"""Commands that follow a log while another process writes it: `tail` and `get --follow`. Read only;
+they take no lock."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.log.files import OS_FILES, resolve
 
 CHECK_S = 0.5
-"""How long a change of the follower's state may go unreported while nothing else happens."""
+"""How often to check the follower's state while no event arrives."""
 
 
 def _cursor(
@@ -52,31 +53,35 @@ Examples:
   foldlog tail routes.log --since 4711 --no-follow --json"""
 )
 @log_argument
-@click.option("--prefix", default="", callback=utf8, help="Only keys that start so.")
+@click.option("--prefix", default="", callback=utf8, help="Only keys that start with this.")
 @click.option(
     "--since",
     metavar="CURSOR",
     callback=_cursor,
-    help="The changes behind this cursor, in place of the state: a number, or hex (0x...).",
+    help="Start with the changes after this cursor instead of the state: a number, or hex (0x...).",
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object a line: changes as `foldlog apply` reads them, and marks.",
+    help="Print one JSON object per line: changes in the format that `foldlog apply` reads, and "
+    "marks.",
 )
 @click.option(
-    "--no-follow", is_flag=True, help="End where the log ends by now, in place of waiting for more."
+    "--no-follow",
+    is_flag=True,
+    help="Stop at the current end of the log instead of waiting for more.",
 )
 def tail(log: Path, prefix: str, since: WatchCursor | None, as_json: bool, no_follow: bool) -> None:
-    """Print the state of LOG, a mark once all of it is told, and then each change as it comes, until Ctrl-C.
+    """Print the state of LOG, a `# synced` line, then changes as they arrive, until Ctrl-C.
 
-    A line is `put`, the key and the value, or `delete` (or `purge`) and the key, with tabs between; marks start with `#`.
-    With --since: the changes behind a cursor, if the log still has them, else exit code 1. A log that is not there yet is waited
-    for; compactions, and writers that come and go, are followed through. What goes wrong meanwhile is told on stderr.
+    A line is `put`, the key and the value, or `delete` (or `purge`) and the key, separated by tabs.
+    Marks start with `#`. With --since, exit code 1 if the log no longer has the changes after that
+    cursor. Waits for a log that does not exist yet, and keeps following through compactions and
+    restarts of the writer. Problems are reported on stderr.
     """
     if no_follow:
-        OS_FILES.stat(resolve(log))  # FileNotFoundError, rather than the state of nothing
+        OS_FILES.stat(resolve(log))  # FileNotFoundError instead of an empty state
     with follow(log) as follower:
         for event in _events(follower, prefix, since):
             sys.stdout.write((_json_line(event) if as_json else _text_line(event)) + "\n")
@@ -85,7 +90,7 @@ def tail(log: Path, prefix: str, since: WatchCursor | None, as_json: bool, no_fo
 
 
 def follow_key(log: Path, key: str, as_json: bool) -> None:
-    """Print the value of a key, and again each time it changes, until Ctrl-C."""
+    """Print the value of a key, then again at each change, until Ctrl-C."""
     with follow(log) as follower:
         last: KvEntry | None = None
         for event in _events(follower, key, None):
@@ -113,7 +118,8 @@ def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> N
 
 
 def _events(follower: Follower, prefix: str, since: Since) -> Iterator[Event]:
-    """The events of a watch, for ever. Flushes the output when there is nothing to print; tells on stderr how the log fares."""
+    """The events of a watch, until it ends. When idle, flushes the output and reports changes of
+    the follower's state on stderr."""
     told = FollowerState.FOLLOWING
     with follower.watch(prefix, since) as watch:
         while True:
@@ -149,7 +155,10 @@ def _text_line(event: Event) -> str:
     if isinstance(event, Synced):
         return f"# synced at cursor {token_text(event.cursor)}, batch {event.seq}"
     if isinstance(event, Lagged):
-        return f"# lagged: {counted(event.batches, 'batch')} behind cursor {token_text(event.cursor)} told as their difference"
+        return (
+            f"# lagged: {counted(event.batches, 'batch')} after cursor "
+            f"{token_text(event.cursor)} reported as their difference"
+        )
     return f"# rewound: {printable(event.reason)}"
 
 

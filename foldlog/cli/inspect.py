@@ -1,6 +1,6 @@
-"""Commands for a log that may be damaged: `verify`, `salvage`; `dump` is in `dump.py`. They only
-read LOG: no byte of it changes, nothing is created beside it, and no lock is taken, so that they
-work while another process has it open for writing."""
+"""Commands for a log that may be damaged: `verify` and `salvage`; `dump` is in `dump.py`. They only
+read LOG, create nothing next to it and take no lock, so they work while another process has it open
+for writing."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ _SHOWN_KEYS = 5
 @log_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(log: Path, as_json: bool) -> None:
-    """Check everything that must hold in LOG, and print all that does not, with offsets.
+    """Check every invariant of LOG, and print each violation with its offset.
 
-    Exit code 0 if nothing is wrong, 1 for damage. A torn tail, as a stopped writer leaves it, is told and is no damage.
+    Exit code 0 if nothing is wrong, 1 if LOG is damaged. A torn tail, as a killed writer leaves it,
+    is reported but is not damage.
     """
     with progress_bar("verifying", "bytes") as progress:
         report = verify_log(log, progress=progress)
@@ -69,9 +70,11 @@ def _print_report(report: VerifyReport) -> None:
         click.echo(f"{_span(problem)}: {printable(problem.reason)}")
     if report.torn_bytes:
         click.echo(
-            f"torn tail of {size_text(report.torn_bytes)}, left by a stopped writer: {report.torn_reason}"
+            f"torn tail of {size_text(report.torn_bytes)}, left by a writer that stopped: "
+            f"{report.torn_reason}"
         )
-    held = f"{counted(report.frames, 'frame')}, {counted(report.leaves, 'leaf')}, {counted(report.batches, 'batch')}"
+    counts = ((report.frames, "frame"), (report.leaves, "leaf"), (report.batches, "batch"))
+    held = ", ".join(counted(count, noun) for count, noun in counts)
     where = f"up to batch {report.seq:,} at cursor {token_text(report.cursor)}"
     verdict = "ok" if report.ok else f"damaged, {counted(len(report.problems), 'problem')}"
     click.echo(
@@ -95,11 +98,12 @@ def _span(where: Problem | Loss) -> str:
     "--cursor",
     type=click.Choice(["safe", "last"]),
     default="safe",
-    help="Of the new log: `safe`, before the first loss, so that upstream replays what was lost; `last`, of the last batch kept.",
+    help="The cursor of the new log. `safe`: from before the first loss, so that upstream replays "
+    "what was lost. `last`: that of the last batch kept.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def salvage(log: Path, output: Path, cursor: Literal["safe", "last"], as_json: bool) -> None:
-    """Write what can still be read of LOG as a new log, and list what was lost.
+    """Write what can still be read of LOG to a new log, and list what was lost.
 
     Exit code 0 if nothing was lost, 1 if something was. LOG is not changed.
     """
@@ -121,12 +125,14 @@ def salvage(log: Path, output: Path, cursor: Literal["safe", "last"], as_json: b
     else:
         for loss in report.losses:
             click.echo(_loss_text(loss))
-        kept = f"{counted(report.entries, 'entry')} from {counted(report.leaves, 'leaf')} and {counted(report.batches, 'batch')}"
+        sources = f"{counted(report.leaves, 'leaf')} and {counted(report.batches, 'batch')}"
+        kept = f"{counted(report.entries, 'entry')} from {sources}"
         where = f"up to batch {report.seq:,}, cursor {token_text(report.cursor)}"
         if report.cursor != report.last_cursor:
             where += f" (the last batch kept has {token_text(report.last_cursor)})"
         click.echo(
-            f"{printable(str(report.output))}: {kept}, {where}; {counted(len(report.losses), 'loss')}"
+            f"{printable(str(report.output))}: {kept}, {where}; "
+            f"{counted(len(report.losses), 'loss')}"
         )
     if report.losses:
         raise click.exceptions.Exit(_DAMAGED)
@@ -145,7 +151,7 @@ def _loss_text(loss: Loss) -> str:
         until = "and up" if loss.last_seq is None else f"to {loss.last_seq}"
         text += f"; batches {loss.first_seq} {until} are lost"
         if loss.after_cursor is not None:
-            text += f", behind cursor {token_text(loss.after_cursor)}"
+            text += f", after cursor {token_text(loss.after_cursor)}"
         if loss.before_cursor is not None:
             text += f", before cursor {token_text(loss.before_cursor)}"
     if loss.entries:

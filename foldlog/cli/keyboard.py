@@ -1,4 +1,4 @@
-"""Single keys from a terminal, for live views."""
+"""Single key presses from a terminal, for live views."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Self
 
 
 class Keyboard:
-    """The terminal at stdin, without echo and key by key while the block runs. Where there is none, no key ever comes."""
+    """The terminal on stdin, unbuffered and without echo while the block runs. Without a terminal,
+    no key is ever pressed."""
 
     def __init__(self) -> None:
         self._fd: int | None = None
@@ -31,7 +32,7 @@ class Keyboard:
         return self
 
     def wait_for(self, key: str, timeout_s: float) -> bool:
-        """True once `key` is pressed; False after `timeout_s`. Other keys are dropped."""
+        """True once `key` is pressed; False after `timeout_s`. Other keys are ignored."""
         deadline = time.monotonic() + timeout_s
         while (rest := deadline - time.monotonic()) > 0:
             if self._fd is None:

@@ -1,4 +1,5 @@
-"""Commands that write one key: `put` and `delete`. They hold the writer's lock while they run, and sync what they wrote."""
+"""Commands that write one key: `put` and `delete`. They hold the writer's lock while they run, and
+sync what they write."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from foldlog.store import open as open_store
 def _version(
     _context: click.Context, parameter: click.Parameter, value: str | None
 ) -> VersionToken | Unset:
-    """A version as the other commands print it."""
+    """A version, in the notation of the other commands."""
     if value is None:
         return UNSET
     try:
@@ -36,7 +37,7 @@ _expected_option = click.option(
     "--expected",
     metavar="VERSION",
     callback=_version,
-    help="Only if KEY is at this version: a number, or hex (0x...). Else exit code 1.",
+    help="Only if KEY is at this version: a number, or hex (0x...). Otherwise exit code 1.",
 )
 _json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print key and version as one JSON object."
@@ -52,11 +53,11 @@ Examples:
 @log_argument
 @click.argument("key", callback=utf8)
 @click.argument("value", required=False)
-@click.option("--create", is_flag=True, help="Only if there is no KEY yet. Else exit code 1.")
+@click.option("--create", is_flag=True, help="Only if KEY does not exist. Otherwise exit code 1.")
 @_expected_option
 @on_damage_option
 @_json_option
-@format_option("The format of a new LOG; one that exists must be of it.")
+@format_option("The format of a new LOG. An existing LOG must have it.")
 def put(
     log: Path,
     key: str,
@@ -67,12 +68,14 @@ def put(
     as_json: bool,
     format_name: FormatName | None,
 ) -> None:
-    """Set KEY in LOG to VALUE, or to the bytes of stdin without VALUE. Creates LOG if there is none.
+    """Set KEY in LOG to VALUE, or to the bytes on stdin if VALUE is omitted. Creates LOG if it does
+    not exist.
 
-    The cursor stays where it is. On return, the value survives a power loss. Prints the version of the entry.
+    The cursor does not change. On return, the value survives a power loss. Prints the version of
+    the entry.
     """
     if create and expected is not UNSET:
-        raise click.UsageError("--create and --expected exclude each other.")
+        raise click.UsageError("--create and --expected are mutually exclusive.")
     given = (
         sys.stdin.buffer.read(MAX_VALUE_BYTES + 1)
         if value is None
@@ -97,11 +100,11 @@ def put(
 def delete(
     log: Path, key: str, expected: VersionToken | Unset, on_damage: OnDamage, as_json: bool
 ) -> None:
-    """Remove KEY from LOG. Exit code 1 if there is no such entry: then nothing is written.
+    """Remove KEY from LOG. If there is no such entry, exit code 1, and nothing is written.
 
-    The cursor stays where it is. On return, the removal survives a power loss. Prints its version.
+    The cursor does not change. On return, the removal survives a power loss. Prints its version.
     """
-    os.stat(resolve(log))  # refuses a log that is not there, which opening would create
+    os.stat(resolve(log))  # opening would create a missing log
     with _open(log, on_damage, None) as store:
         if key not in store:
             click.echo(

@@ -1,4 +1,4 @@
-"""`foldlog mirror`: keeps a log a copy of an upstream, until it is told to stop."""
+"""`foldlog mirror` keeps a log in step with an upstream until it is stopped."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ Examples:
 @click.argument("log", type=click.Path(path_type=Path))
 @click.argument("upstream")
 @click.option("--prefix", multiple=True, help="Only keys that start with this; may be repeated.")
-@click.option("--once", is_flag=True, help="End once the copy is true to the upstream: for cron.")
+@click.option("--once", is_flag=True, help="Exit once LOG matches the upstream: for cron.")
 @click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0),
     default=60.0,
     show_default=True,
-    help="With --once: seconds to wait at most.",
+    help="With --once: the longest time to wait, in seconds.",
 )
-@click.option("--user", help="Of the upstream.")
+@click.option("--user", help="User name for the upstream.")
 @click.option(
     "--password-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -49,11 +49,16 @@ Examples:
 @click.option(
     "--credentials", type=click.Path(exists=True, dir_okay=False), help="A NATS credentials file."
 )
-@click.option("--domain", help="Of the JetStream.")
-@click.option("--skip-oversize", is_flag=True, help="Go without entries that are over the limits.")
-@click.option("--accept-reset", is_flag=True, help="Let a reset delete most of the keys, once.")
-@click.option("--quiet", is_flag=True, help="No live line.")
-@click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout, one a line.")
+@click.option("--domain", help="The JetStream domain.")
+@click.option("--skip-oversize", is_flag=True, help="Skip entries that are over the limits.")
+@click.option("--accept-reset", is_flag=True, help="Allow one reset to delete most of the keys.")
+@click.option("--quiet", is_flag=True, help="Print no status.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the status to stdout, as one JSON object per line.",
+)
 def mirror(
     log: Path,
     upstream: str,
@@ -69,11 +74,11 @@ def mirror(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Keep LOG an exact copy of UPSTREAM, and say how it fares.
+    """Keep LOG an exact copy of UPSTREAM, and report the status on stderr.
 
     UPSTREAM is nats://HOST:PORT/BUCKET, etcd://HOST:PORT/PREFIX, or the path of another log.
-    Deletes are copied, too. Runs until it is interrupted or told to end (SIGTERM), and exits with 0
-    then; with 1 if the upstream refuses, or holds a reset.
+    Deletes are copied as well. Runs until Ctrl-C or SIGTERM. Exit code 1 if the upstream refuses
+    the connection, or if a reset needs --accept-reset.
     """
     options = {
         "user": user,
@@ -82,7 +87,7 @@ def mirror(
         "domain": domain,
     }
     source = from_url(upstream, **{name: v for name, v in options.items() if v is not None})
-    logging.getLogger("foldlog").addHandler(logging.NullHandler())  # told here, in one line each
+    logging.getLogger("foldlog").addHandler(logging.NullHandler())  # printed here, as single lines
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
@@ -112,7 +117,7 @@ def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> No
 def _watch(
     copy: foldlog.Mirror, stop: threading.Event, accept_reset: bool, quiet: bool, as_json: bool
 ) -> None:
-    """Print a line a second on a terminal; elsewhere one for each change of state."""
+    """Print the status: each second on a terminal, otherwise at each change of state."""
     live = sys.stderr.isatty() and not quiet and not as_json
     told, updates, at = "", 0, time.monotonic()
     while not stop.wait(LINE_S if live else LINE_S / 4):

@@ -1,5 +1,6 @@
-"""Commands that only read: `get`, `range`, `info`, and `export`. They change no byte of the log, create nothing beside it,
-take no lock that a writer would wait for, and so work while another process has the log open for writing."""
+"""Commands that only read: `get`, `range`, `info` and `export`. They do not change the log, create
+nothing next to it and take no lock that a writer would wait for, so they work while another process
+has the log open for writing."""
 
 from __future__ import annotations
 
@@ -38,14 +39,14 @@ _WRITE_BYTES = 64 * 1024
 
 
 class Opened(NamedTuple):
-    """A log as it was read."""
+    """A log that was read."""
 
     handle: ReadHandle
     loaded: Loaded
 
 
 def read_log(log: Path, progress: Progress | None = None) -> Opened:
-    """Read a log without touching it. A torn tail, which a writer may be writing just now, is left out.
+    """Read a log without changing it. A torn tail, which a writer may just be writing, is left out.
 
     FileNotFoundError, CorruptLogError or InvalidFormatError. Cost: as `replay.load`.
     """
@@ -54,21 +55,22 @@ def read_log(log: Path, progress: Progress | None = None) -> Opened:
 
 
 def read_state(log: Path) -> FoldSnapshot:
-    """The state of a log, read without touching it. A torn tail is left out, and told on stderr."""
+    """The state of a log, read without changing it. A torn tail is left out and reported on
+    stderr."""
     loaded = read_log(log).loaded
     tell_torn(loaded)
     return loaded.fold
 
 
 def tell_torn(loaded: Loaded) -> None:
-    """Say on stderr how much of a log was left out, if its last write is torn."""
+    """Report on stderr how much of a log was left out, if its tail is torn."""
     if loaded.bad is not None:
         size = size_text(loaded.size - loaded.position.offset)
         click.echo(f"left out a torn tail of {size}", err=True)
 
 
 def shown_value(value: bytes) -> bytes:
-    """A value as `get` writes it: as it is, or as text that a terminal may see if that is where it goes."""
+    """A value as `get` writes it: unchanged, or escaped if stdout is a terminal."""
     return terminal_text(value).encode() if sys.stdout.isatty() else value
 
 
@@ -89,15 +91,16 @@ Examples:
 @click.option(
     "--follow",
     is_flag=True,
-    help="Then print it again, each on a line, whenever it changes, until Ctrl-C.",
+    help="Then print it again at each change, each value on a line, until Ctrl-C.",
 )
 def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
-    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none, but with --follow it is waited for.
+    """Print the value of KEY in LOG, byte for byte. Exit code 1 if there is none; with --follow,
+    wait for it instead.
 
-    On a terminal, control characters are escaped, and the value ends with a line end.
+    On a terminal, control characters are escaped, and a newline is added if missing.
     """
     if follow:
-        from foldlog.cli.follow import follow_key  # imported here: it takes longer than a `get`
+        from foldlog.cli.follow import follow_key  # the import takes longer than a `get`
 
         follow_key(log, key, as_json)
         return
@@ -114,13 +117,14 @@ def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
 @click.command("range", epilog="Example: foldlog range routes.log tenants/ --keys --limit 10")
 @log_argument
 @click.argument("prefix", default="", callback=utf8)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
-@click.option("--keys", "keys_only", is_flag=True, help="Print the keys only.")
-@click.option("--limit", type=click.IntRange(min=0), help="Stop after so many entries.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@click.option("--keys", "keys_only", is_flag=True, help="Print only the keys.")
+@click.option("--limit", type=click.IntRange(min=0), help="Print at most this many entries.")
 def range_(log: Path, prefix: str, as_json: bool, keys_only: bool, limit: int | None) -> None:
-    """Print the entries of LOG whose keys start with PREFIX (all, without one), in key order.
+    """Print the entries of LOG whose keys start with PREFIX (by default, all), in key order.
 
-    A line is the key, a tab and the value; what is not UTF-8 or not printable is escaped as \\xNN, \\uNNNN or \\UNNNNNNNN.
+    A line is the key, a tab and the value. Anything not UTF-8 or not printable is escaped as \\xNN,
+    \\uNNNN or \\UNNNNNNNN.
     """
     entries: Iterator[KvEntry] = chain.from_iterable(read_state(log).blocks(prefix))
     out = sys.stdout.buffer
@@ -145,7 +149,7 @@ def _line(entry: KvEntry, as_json: bool, keys_only: bool) -> str:
 @log_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(log: Path, as_json: bool) -> None:
-    """Print what LOG is and where it stands: identity, cursor, sizes, and whether a writer has it open."""
+    """Print facts about LOG: identity, cursor, sizes, and whether a writer has it open."""
     with progress_bar("reading", "bytes") as progress:
         opened = read_log(log, progress)
     facts = describe(opened)
@@ -155,7 +159,7 @@ def info(log: Path, as_json: bool) -> None:
     fold = opened.loaded.fold
     writer = "none"
     if facts["locked"] is None:
-        writer = "unknown: the note beside the log cannot be read"
+        writer = "unknown: the note next to the log cannot be read"
     elif facts["writer_pid"] is not None:
         writer = f"process {facts['writer_pid']}"
     elif facts["locked"]:
@@ -174,7 +178,8 @@ def info(log: Path, as_json: bool) -> None:
         ("base", f"{base} in {counted(facts['leaves'], 'leaf')}" if own else base),
         (
             "appended",
-            f"{size_text(facts['appended_bytes'])}, {counted(facts['batches_since_base'], 'batch')}",
+            f"{size_text(facts['appended_bytes'])}, "
+            f"{counted(facts['batches_since_base'], 'batch')}",
         ),
         ("sealed", _sealed(facts) if own else None),
         ("writer", writer),
@@ -183,22 +188,24 @@ def info(log: Path, as_json: bool) -> None:
         rows.append(
             (
                 "torn tail",
-                f"{size_text(facts['torn_bytes'])}, left by a stopped writer or being written",
+                f"{size_text(facts['torn_bytes'])}, left by a writer that stopped, or being "
+                f"written",
             )
         )
     for name, value in rows:
-        if value is not None:  # else the format has no such thing
+        if value is not None:  # None: the format has no such field
             click.echo(f"{name:<11} {value}")
 
 
 def _sealed(facts: dict[str, Any]) -> str:
     if facts["sealed"]:
         return "yes: the last writer closed it cleanly"
-    return "no" if facts["appended_bytes"] else "nothing to seal behind the base"
+    return "no" if facts["appended_bytes"] else "nothing to seal after the base"
 
 
 def describe(opened: Opened) -> dict[str, Any]:
-    """What `info` tells, as JSON values; null for what the format has not. Cost: O(changes since the last compaction)."""
+    """What `info` prints, as JSON values; null for fields that the format does not have. Cost:
+    O(changes since the last compaction)."""
     handle, loaded = opened
     end = loaded.position.offset
     size = max(OS_FILES.fstat(handle.fd).st_size, end) if loaded.bad is not None else end
@@ -230,11 +237,12 @@ def describe(opened: Opened) -> dict[str, Any]:
 @log_argument
 @click.argument("dest_dir", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@format_option("The format of the artifact; without it, that of LOG.")
+@format_option("The format of the artifact. By default, that of LOG.")
 def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | None) -> None:
-    """Write the state of LOG as an artifact at DEST_DIR, which must not exist: a folder that `import` verifies.
+    """Write the state of LOG as an artifact to the new directory DEST_DIR; `import` verifies it.
 
-    Needs no lock: the log may be open for writing, and the artifact holds what was written when the export began.
+    Takes no lock: LOG may be open for writing. The artifact holds the state from the start of the
+    export.
     """
     with progress_bar("reading", "bytes") as progress:
         handle, loaded = read_log(log, progress)
@@ -257,17 +265,18 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
         return
     shown, size = printable(os.fspath(dest_dir)), size_text(payload_bytes(manifest))
     click.echo(
-        f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to {shown}, {size}"
+        f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to "
+        f"{shown}, {size}"
     )
 
 
 def payload_bytes(manifest: ExportManifest) -> int:
-    """What an artifact takes, but for its manifest."""
+    """The size of an artifact in bytes, without its manifest."""
     return sum(file.size for file in manifest.files)
 
 
 def manifest_json(manifest: ExportManifest) -> dict[str, Any]:
-    """What a manifest says, as JSON values."""
+    """A manifest as JSON values."""
     return {
         "cursor": token_json(manifest.cursor),
         "size_bytes": payload_bytes(manifest),

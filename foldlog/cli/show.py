@@ -1,6 +1,7 @@
-"""What the commands print: text that a terminal can take, JSON, sizes, and progress bars.
+"""What the commands print: text that is safe for a terminal, JSON, sizes, and progress bars.
 
-Results go to stdout, always in UTF-8; errors and progress go to stderr, progress only if that is a terminal.
+Results go to stdout, always in UTF-8. Errors and progress go to stderr; progress only if that is a
+terminal.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from foldlog.protocol.updates import KvEntry, Update
 from foldlog.storage.formats.format import Progress
 
 REFRESH_S = 0.1
-"""Between two updates of a progress bar, which cost about 20 us each."""
+"""Seconds between updates of a progress bar, which cost about 20 us each."""
 
 
 def printable(text: str) -> str:
-    """`text` with whatever a terminal should not see as \\xNN, \\uNNNN or \\UNNNNNNNN, as `backslashreplace` writes it."""
+    """`text` with unprintable characters escaped as \\xNN, \\uNNNN or \\UNNNNNNNN, like
+    `backslashreplace`."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _escaped(ord(char)) for char in text)
@@ -39,7 +41,8 @@ def value_text(value: bytes) -> str:
 
 
 def terminal_text(value: bytes) -> str:
-    """A value as lines of text that a terminal can take: tabs and line ends stay, all else that is not printable is escaped."""
+    """A value as text that is safe for a terminal: tabs and newlines stay, other unprintable
+    characters are escaped."""
     text = value.decode("utf-8", "backslashreplace")
     shown = "".join(
         char if char.isprintable() or char in "\n\t" else _escaped(ord(char)) for char in text
@@ -48,23 +51,24 @@ def terminal_text(value: bytes) -> str:
 
 
 def token_json(token: VersionToken | WatchCursor) -> int | str | None:
-    """A token as the change stream spells it: a u64 as a number, other bytes in hex, the empty one as None."""
+    """A token as in the change stream: a u64 as a number, other bytes in hex, the empty token as
+    None."""
     number = token.as_u64()
     return number if number is not None else token.hex() or None
 
 
 def token_text(token: VersionToken | WatchCursor) -> str:
-    """A token for a human."""
+    """A token for humans."""
     return token.shown
 
 
 def op_text(update: Update) -> str:
-    """What an update does, as the change stream spells it: put, delete or purge."""
+    """The `op` of an update in the change stream: put, delete or purge."""
     return type(update).__name__.lower()
 
 
 def entry_json(entry: KvEntry) -> dict[str, Any]:
-    """An entry as the change stream spells a put: `value` if it is UTF-8, else `value_base64`."""
+    """An entry as a put in the change stream: `value` if it is UTF-8, else `value_base64`."""
     fields: dict[str, Any] = {"key": entry.key}
     try:
         fields["value"] = entry.value.decode()
@@ -75,7 +79,7 @@ def entry_json(entry: KvEntry) -> dict[str, Any]:
 
 
 def size_text(size: int) -> str:
-    """A size in bytes for a human: exact, and rounded in binary units from 1 MiB on."""
+    """A size in bytes for humans: exact, and from 1 MiB on also in MiB."""
     if size < 1024 * 1024:
         return f"{size:,} bytes"
     return f"{size:,} bytes ({size / 1024 / 1024:,.1f} MiB)"
@@ -90,7 +94,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def rate_text(per_s: float | None, unit: str) -> str:
-    """A rate for a human: 3.4 MB/s, 12,000 entries/s; "" for one that is not known yet."""
+    """A rate for humans: 3.4 MB/s, 12,000 entries/s; "" if not known yet."""
     if per_s is None:
         return ""
     if unit == "bytes":
@@ -102,15 +106,17 @@ def rate_text(per_s: float | None, unit: str) -> str:
 def progress_bar(
     label: str, unit: str = "", file_size: int | None = None
 ) -> Iterator[Progress | None]:
-    """A progress bar on stderr while the block runs, with rate and time left, as a callback (done, total).
+    """Show a progress bar on stderr, with rate and time left, while the block runs. Yields its
+    callback (done, total).
 
-    None if stderr is no terminal. A total of 0 is unknown. The total may change: each step of a longer job fills the bar
-    again. `unit`: what is counted. `file_size`: a step with this total counts bytes, whatever the unit.
+    Yields None if stderr is not a terminal. A total of 0 means unknown. The total may change: each
+    step of a longer job fills the bar again. `unit`: what is counted. `file_size`: a step with this
+    total counts bytes, whatever the unit.
     """
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console  # imported here: it takes longer than a `get`
+    from rich.console import Console  # imported here: the import takes longer than a `get`
     from rich.progress import (
         BarColumn,
         ProgressColumn,

@@ -1,4 +1,5 @@
-"""The command `top`: a live view of a log, through a follower. It changes nothing, and works beside a writer or without one."""
+"""The command `top`: a live view of a log, through a follower. Read only; works with or without a
+writer."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 RATE_WINDOW_S = 10.0
-"""Rates are of the last so many seconds."""
+"""Rates are averages over this many seconds."""
 
 
 class Picture(NamedTuple):
@@ -44,26 +45,28 @@ class Picture(NamedTuple):
     cursor: int | str | None
     entries: int
     batches_per_s: float | None
-    """Over the last `RATE_WINDOW_S`; None before there are two moments to compare."""
+    """Average over the last `RATE_WINDOW_S`; None until there are two moments to compare."""
     size_bytes: int | None
-    """None, as the four below, if there is no file or it does not read."""
+    """None, like the next three, if there is no file or it cannot be read."""
     base_bytes: int | None
-    """Of these: live at the last compaction."""
+    """The part written by the last compaction."""
     appended_bytes: int | None
-    """And what was appended since: a compaction frees what is dead of it."""
+    """The part appended since, some of which a compaction may free."""
     written_unix_s: float | None
     """When the file was last written."""
     last_change: str | None
-    """A key that the newest batches changed, and how; None if nothing changed while we looked."""
+    """A key that changed between the last two refreshes that differ, and how; None if nothing has
+    changed yet."""
     snapshot_age_s: float
-    """Since a batch was last seen, or since `top` began."""
+    """Seconds since a batch was last seen, or since `top` started."""
     locked: bool | None
-    """Whether a writer has it open; None if that cannot be told."""
+    """True if a writer has it open; None if unknown."""
     writer_pid: int | None
 
 
 def base_end(handle: ReadHandle) -> int | None:
-    """Where the base of a log ends; None if its frames do not lead there. Cost: a read of 48 bytes for each leaf."""
+    """The offset of the end of a log's base; None if the frames do not lead there. Cost: a read of
+    48 bytes per leaf."""
     seed, offset = read_own_head(handle).seed, FILE_HEAD.size
     while True:
         head = parse_frame_head(OS_FILES.read(handle.fd, FRAME_HEAD.size, offset), 0, seed)
@@ -75,21 +78,20 @@ def base_end(handle: ReadHandle) -> int | None:
 
 
 class Watcher:
-    """Makes pictures of a log that is followed."""
+    """Takes pictures of a log through a follower."""
 
     def __init__(self, follower: Follower) -> None:
         self._follower = follower
-        self._seen: deque[tuple[float, int]] = (
-            deque()
-        )  # (moment, sequence), the oldest about RATE_WINDOW_S ago
+        # (moment, sequence), the oldest about RATE_WINDOW_S ago
+        self._seen: deque[tuple[float, int]] = deque()
         self._snapshot = follower.snapshot()
         self._last_change: str | None = None
-        self._base: tuple[int, int | None] | None = (
-            None  # the inode of a file, and where its base ends
-        )
+        # (inode of the file, end of its base)
+        self._base: tuple[int, int | None] | None = None
 
     def look(self, now: float) -> Picture:
-        """The log as it is at `now`, of a monotonic clock. Cost: the difference to the last look."""
+        """The log at `now`, in seconds of a monotonic clock. Cost: the difference from the last
+        picture."""
         stats, path = self._follower.stats(), self._follower.path
         size, base, written = self._file()
         writing = writer_of(OS_FILES, path)
@@ -130,7 +132,8 @@ class Watcher:
         return self._last_change
 
     def _file(self) -> tuple[int | None, int | None, float | None]:
-        """Bytes of the file, bytes of its base, and when it was written. Only a file that was not seen before is read."""
+        """The file's size, the end of its base, and when it was last written. Reads the file only
+        if it is new."""
         try:
             handle = ReadHandle(OS_FILES, self._follower.path)
             status = OS_FILES.fstat(handle.fd)
@@ -142,7 +145,7 @@ class Watcher:
 
 
 def rows_of(picture: Picture, unix_s: float) -> list[tuple[str, str]]:
-    """What a human is shown at `unix_s`."""
+    """The (name, text) rows to show at `unix_s`."""
     writer = "unknown" if picture.locked is None else "none"
     if picture.locked:
         writer = "yes" if picture.writer_pid is None else f"process {picture.writer_pid}"
@@ -177,7 +180,7 @@ def _size(size: int | None) -> str:
 
 
 def _age(seconds: float) -> str:
-    """A span of time for a human: 0.4 s, 12 s, 3 min, 5 h, 2 d."""
+    """A duration for humans: 0.4 s, 12 s, 3 min, 5 h, 2 d."""
     seconds = max(seconds, 0.0)
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -187,7 +190,7 @@ def _age(seconds: float) -> str:
 
 
 def _pictures(watcher: Watcher, wait: Callable[[], bool]) -> Iterator[Picture]:
-    """Pictures until `wait`, which is called between two of them, returns True."""
+    """Pictures, until `wait`, called between them, returns True."""
     while True:
         yield watcher.look(time.monotonic())
         if wait():
@@ -234,11 +237,9 @@ def _interval(_context: click.Context, parameter: click.Parameter, value: float)
 )
 @log_argument
 @click.option(
-    "--once", is_flag=True, help="Print one picture and end. Exit code 2 if there is no log."
+    "--once", is_flag=True, help="Print one picture and exit. Exit code 2 if LOG does not exist."
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object a picture, each on a line."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print each picture as one line of JSON.")
 @click.option(
     "--interval",
     "interval_s",
@@ -249,13 +250,14 @@ def _interval(_context: click.Context, parameter: click.Parameter, value: float)
     help="Seconds between pictures.",
 )
 def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
-    """Show what happens in LOG, live, until `q` or Ctrl-C: state, writer, sequence, cursor, sizes, rate of batches, changes.
+    """Show LOG live until `q` or Ctrl-C: state, writer, sequence, batches per second, cursor,
+    sizes, last change.
 
-    Only follows: changes nothing, takes no lock, and waits for a log that is not there yet. Into a pipe, a file or a dumb
-    terminal it prints one picture after the other, without colours.
+    Read only; takes no lock. Waits for a log that does not exist yet. To a pipe, a file or a dumb
+    terminal, it prints one picture after another, without colours.
     """
     if once:
-        OS_FILES.stat(resolve(log))  # FileNotFoundError, rather than a picture of nothing
+        OS_FILES.stat(resolve(log))  # FileNotFoundError instead of an empty picture
     with follow(log) as follower:
         live = not (once or as_json) and sys.stdout.isatty() and not _is_dumb()
         with Keyboard() if live else nullcontext() as keyboard:
@@ -272,7 +274,7 @@ def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
 
 
 def _is_dumb() -> bool:
-    """True if the terminal cannot move its cursor: then pictures follow each other, as in a pipe."""
+    """True if the terminal cannot move its cursor."""
     return os.environ.get("TERM", "dumb").lower() in ("dumb", "unknown")
 
 

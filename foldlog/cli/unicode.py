@@ -1,11 +1,11 @@
-"""A real change stream that every Python has: the history of the Unicode character database.
+"""A real change stream included with every Python: the history of the Unicode character database.
 
-`unicodedata` holds two versions of it, 3.2.0 and a current one, so there is a real history to fold:
+`unicodedata` contains two versions of it, 3.2.0 and a current one. The stream has four steps:
 
-    1  every named character of 3.2.0                                   puts
-    2  what changed or came since                                       puts
-    3  the compatibility ideographs and presentation forms go           deletes
-    4  they are purged, and the ideographs of the basic plane return    a purge and a put at one cursor
+    1  every named character of 3.2.0                                  puts
+    2  what was changed or added since                                 puts
+    3  compatibility ideographs and presentation forms are removed     deletes
+    4  they are purged; ideographs of the basic plane come back        purge and put at one cursor
 
 Each change has a version (30200 is 3.2.0) and a cursor.
 """
@@ -25,26 +25,26 @@ IDEOGRAPHS = (range(0xF900, 0xFB00),)
 LEAVING = (*IDEOGRAPHS, range(0xFB50, 0xFE00), range(0x2F800, 0x2FA20))
 
 Model = dict[str, tuple[str, int]]
-"""key -> (value, version): what the log must hold in the end."""
+"""key -> (value, version): what the log must hold at the end."""
 
 
 class Database:
     """One version of the Unicode character database."""
 
     def __init__(self, source: Any) -> None:
-        self._source = (
-            source  # the module, or its older version: an object with the functions of the module
-        )
+        self._source = source  # the module, or its `ucd_3_2_0`, which has the same functions
         major, minor, update = source.unidata_version.split(".")
         self.version = int(major) * 10_000 + int(minor) * 100 + int(update)
 
     def describe(self, code: int) -> str | None:
-        """The value for a code point: name;category;direction;decomposition. None if it has no name."""
+        """The value for a code point: name;category;direction;decomposition. None if it has no
+        name."""
         char, source = chr(code), self._source
         name = source.name(char, "")
         if not name:
             return None
-        return f"{name};{source.category(char)};{source.bidirectional(char)};{source.decomposition(char)}"
+        fields = (source.category(char), source.bidirectional(char), source.decomposition(char))
+        return ";".join((name, *fields))
 
 
 OLD, NEW = Database(unicodedata.ucd_3_2_0), Database(unicodedata)
@@ -56,13 +56,14 @@ def key_of(code: int) -> str:
 
 
 class History:
-    """The change stream as lines of JSON, and the state that it leads to in a plain dict. Cost: about 1 s."""
+    """The change stream as lines of JSON, and the resulting state as a plain dict. Cost: about 1
+    s."""
 
     def __init__(self, code_points: Sequence[int] = ALL_CODE_POINTS) -> None:
         self.lines: list[bytes] = []
         self.model: Model = {}
         self.steps: list[tuple[str, int]] = []
-        """What each step does, and its changes."""
+        """(description, number of changes) of each step."""
         self._cursor = 0
         leaving = [code for part in LEAVING for code in part if code in code_points]
         self._step("the characters of Unicode 3.2.0", code_points, self._add_old)
@@ -119,7 +120,8 @@ class History:
 
 
 def differences(fold: FoldSnapshot, model: Model) -> Iterator[str]:
-    """The keys at which the log and the dict differ, in the log's order and then the dict's; also if the order is wrong."""
+    """The keys whose entries differ or are out of order: first in the log's order, then those that
+    only the dict has."""
     expected = dict(model)
     last = ""
     for block in fold.blocks():

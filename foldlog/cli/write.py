@@ -1,4 +1,5 @@
-"""Commands that write a log: `apply`, `compact`, `import`. They hold the writer's lock while they run."""
+"""Commands that write a log: `apply`, `compact` and `import`. They hold the writer's lock while
+they run."""
 
 from __future__ import annotations
 
@@ -37,15 +38,15 @@ from foldlog.storage.log.files import resolve
 
 DEFAULT_BATCH = 1000
 PAUSE_S = 0.1
-"""How long the input may be silent before what is pending is applied."""
+"""How long the input may pause before pending changes are applied."""
 
 
 def tell_of_a_copy(report: OpenReport) -> None:
-    """Say on standard error what a copy of a log lacks that was taken while the log was written to."""
+    """Report on stderr what is missing from a copy of a log that was taken during writes."""
     if report.missing_batches:
         lacks = f"the last {counted(report.missing_batches, 'batch')}"
         click.echo(
-            f"{printable(str(report.path))} is a copy, taken while the log was written to:"
+            f"{printable(str(report.path))} is a copy, taken while the log was being written:"
             f" it lacks {lacks}; its cursor is {token_text(report.cursor)}",
             err=True,
         )
@@ -53,19 +54,20 @@ def tell_of_a_copy(report: OpenReport) -> None:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of a change stream."""
+    """The outcome of applying a change stream."""
 
     applied: int = 0
-    """Changes."""
+    """Changes applied."""
     skipped: int = 0
-    """Changes that the log held already."""
+    """Changes that the log already held."""
     batches: int = 0
     interrupted: bool = False
-    """Ctrl-C ended it."""
+    """Ended by Ctrl-C."""
 
 
 class BadStreamError(ValueError):
-    """A stream that ended in a line that is not a change, or that cannot be resumed. `tally` was applied before."""
+    """A stream with an invalid line, or one that cannot be resumed. `tally` says what was applied
+    before."""
 
     def __init__(self, reason: str, tally: Tally, cursor: str) -> None:
         super().__init__(reason, tally, cursor)
@@ -75,7 +77,7 @@ class BadStreamError(ValueError):
         if not self.tally.batches:
             return f"{self.reason}; nothing was applied"
         done = f"{counted(self.tally.applied, 'change')} in {counted(self.tally.batches, 'batch')}"
-        return f"{self.reason}; applied before it, and kept: {done}, up to cursor {self.cursor}"
+        return f"{self.reason}; already applied: {done}, up to cursor {self.cursor}"
 
 
 def fold_stream(
@@ -84,13 +86,15 @@ def fold_stream(
     name: str,
     batch_size: int = DEFAULT_BATCH,
 ) -> Tally:
-    """Apply `changes`, which come from `name`, after the cursor of `snap`. Cost: about 8 us a change, parsing included.
+    """Apply those of `changes`, read from `name`, that are after the cursor of `snap`. Cost: about
+    8 us a change, including parsing.
 
-    None among the changes is a pause: what is pending is applied. The last position may not be complete then, so the cursor
-    stays before it until another one, or the end, follows.
+    None among the changes means a pause: pending changes are applied. The last position may still
+    be incomplete, so the cursor stays before it until another position or the end follows.
 
-    Ctrl-C applies what is pending, except for the last position, whose lines may not all have come, and is told in the tally.
-    BadStreamError for a line that is no change: the batches before it stay applied, what is pending is not.
+    Ctrl-C applies pending changes except those of the last position, whose lines may not all have
+    arrived, and sets `interrupted`. An invalid line raises BadStreamError: batches before it stay
+    applied, pending changes are dropped.
     """
     tally, resume, batcher = Tally(), Resume(snap.cursor()), Batcher(batch_size)
 
@@ -114,7 +118,7 @@ def fold_stream(
         if resume.lost:
             cursor = token_text(snap.cursor())
             raise BadStreamError(
-                f"{name}: cannot resume: the log stands at cursor {cursor}, which no line has",
+                f"{name}: cannot resume: no line has cursor {cursor}, which the log is at",
                 tally,
                 cursor,
             )
@@ -131,7 +135,8 @@ def fold_stream(
 
 
 @click.command(
-    epilog="""Example: echo '{"op": "put", "key": "a", "value": "1", "cursor": 1}' | foldlog apply routes.log""",
+    epilog="""Example: echo '{"op": "put", "key": "a", "value": "1", "cursor": 1}' | """
+    "foldlog apply routes.log",
 )
 @log_argument
 @click.argument("file", type=click.File("rb"), default="-")
@@ -141,12 +146,13 @@ def fold_stream(
     type=click.IntRange(min=1),
     default=DEFAULT_BATCH,
     show_default=True,
-    help="Changes a batch.",
+    help="Changes per batch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 @on_damage_option
 @format_option(
-    "The format of a new LOG; one that exists must be of it. Without it: foldlog's own, or that of LOG."
+    "The format of a new LOG; an existing LOG must have it. By default: foldlog's own, or "
+    "that of LOG."
 )
 def apply(
     log: Path,
@@ -156,16 +162,19 @@ def apply(
     on_damage: OnDamage,
     format_name: FormatName | None,
 ) -> None:
-    """Apply the change stream in FILE (or stdin) to LOG, from the cursor on that LOG stands at. Creates LOG if there is none.
+    """Apply the change stream in FILE (or stdin) to LOG, resuming from LOG's cursor. Creates LOG if
+    it does not exist.
 
-    A line is a JSON object: op (put, delete or purge), key, value or value_base64 (of a put), cursor, and maybe version. A cursor
-    or a version is a number or the hex of up to 10 bytes. Lines with the same cursor are never split into two batches.
+    Each line is a JSON object: op (put, delete or purge), key, value or value_base64 (for a put),
+    cursor, and optionally version. A cursor or version is a number, or the hex of up to 10 bytes.
+    Lines with the same cursor are never split into two batches.
 
-    Lines that LOG holds already are skipped: numbers up to its cursor, or all lines up to the one with its cursor. A bad
-    line ends it with exit code 2, and what was applied before stays. Ctrl-C applies what has come, and ends with 130.
+    Lines that LOG already holds are skipped: those numbered up to its cursor or, if cursors are not
+    numbers, all up to the last line with its cursor. An invalid line ends the run with exit code 2;
+    what was applied before stays. Ctrl-C applies what has arrived; exit code 130.
 
-    When a pipe pauses for 100 ms, what has come is applied. More lines with the last cursor may follow, so LOG's cursor moves to
-    it once a line with another one comes, or the end.
+    When a pipe pauses for 100 ms, what has arrived is applied. As more lines with the last cursor
+    may follow, LOG's cursor advances to it only at a line with another cursor, or at the end.
     """
     name = "stdin" if getattr(file, "name", "-") in ("-", "<stdin>") else printable(str(file.name))
     with progress_bar("applying", "bytes") as progress:
@@ -189,7 +198,8 @@ def apply(
         click.echo(json.dumps(facts))
     else:
         click.echo(
-            f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, skipped {tally.skipped:,}; "
+            f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, "
+            f"skipped {tally.skipped:,}; "
             f"cursor {token_text(cursor)}; {rate:,.0f} changes/s"
         )
     if tally.interrupted:
@@ -197,7 +207,8 @@ def apply(
 
 
 def _lines(file: BinaryIO, progress: Progress | None) -> Iterator[bytes | None]:
-    """The lines of a file; of a pipe or terminal also None, whenever nothing came for `PAUSE_S`."""
+    """The lines of a file. For a pipe or terminal, also None once per pause of at least
+    `PAUSE_S`."""
     size = _size(file)
     try:
         waits = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
@@ -211,7 +222,7 @@ def _lines(file: BinaryIO, progress: Progress | None) -> Iterator[bytes | None]:
 
 
 def _size(file: BinaryIO) -> int:
-    """The size of a regular file; 0, for unknown, of anything else."""
+    """The size of a regular file in bytes; 0, meaning unknown, for anything else."""
     try:
         status = os.fstat(file.fileno())
     except (OSError, ValueError):
@@ -224,11 +235,10 @@ def _size(file: BinaryIO) -> int:
 @on_damage_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
-    """Rewrite LOG as its state: one entry for each live key, and no history. Takes the space of both files meanwhile."""
+    """Compact LOG: rewrite it as one entry per live key, without history. Needs disk space for both
+    files meanwhile."""
     path = resolve(log)
-    before = os.stat(
-        path
-    ).st_size  # also refuses a log that is not there, which opening would create
+    before = os.stat(path).st_size  # fails if LOG is missing; opening would create it
     with progress_bar("compacting", "entries", before) as progress:
         _, snap = AppendLogSnapshot.open(path, on_damage=on_damage, progress=progress)
         tell_of_a_copy(snap.report)
@@ -244,7 +254,7 @@ def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
         }
         click.echo(json.dumps({"path": str(path), **facts}))
         return
-    done = "compacted" if compacted else "was compact already"
+    done = "compacted" if compacted else "already compact"
     click.echo(
         f"{done}: {size_text(before)} before, {size_text(after)} after, {counted(entries, 'entry')}"
     )
@@ -254,21 +264,24 @@ def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
 @click.argument("artifact_dir", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@format_option("The format of DEST; without it, foldlog's own.")
+@format_option("The format of DEST. By default, foldlog's own.")
 def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatName | None) -> None:
-    """Verify the artifact at ARTIFACT_DIR in full, and make a log of it at DEST, which must not exist.
+    """Verify the artifact at ARTIFACT_DIR in full, and write it as a log at DEST, which must not
+    exist.
 
-    The artifact is one of foldlog, or one of the append log of the Rust crate beyond-slipstream; its manifest tells.
+    The artifact is from foldlog or from the append log of the Rust crate beyond-slipstream; its
+    manifest says which.
     """
     if not artifact_dir.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "no such folder", str(artifact_dir))
+        raise NotADirectoryError(errno.ENOTDIR, "no such directory", str(artifact_dir))
     with progress_bar("importing", "bytes") as progress:
         manifest = import_artifact(artifact_dir, dest, format=format_name, progress=progress)
     if as_json:
         click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
         return
     click.echo(
-        f"imported {size_text(payload_bytes(manifest))} at cursor {token_text(manifest.cursor)} to {printable(str(dest))}"
+        f"imported {size_text(payload_bytes(manifest))} at cursor {token_text(manifest.cursor)} "
+        f"to {printable(str(dest))}"
     )
 
 
