@@ -1,13 +1,15 @@
-"""Faults on purpose: a disk that fails at the n-th call, what a power loss may leave, actors that die at a named step.
+"""Deliberate faults: a disk that fails at the n-th call, what a power loss may leave, actors that
+die at a named step.
 
-For the tests of programs that use foldlog, as foldlog's own are written. Nothing here is imported by the rest of the package.
+For the tests of foldlog and of programs that use it. The rest of the package imports nothing from
+here.
 
-    faults.py   FaultyFiles: calls that fail, fall short, or are told to a hook; counted
-    crashes.py  CrashFiles: which files a power loss now could leave, one image after the other
-    steps.py    crash_at and STEPS: an actor of a store dies between two lines
-    damage.py   flips, truncations, splices: bytes that rot
+    faults.py   FaultyFiles: calls that fail or are cut short, or call a hook first; all are counted
+    crashes.py  CrashFiles: the files that a power loss could leave now, one image at a time
+    steps.py    crash_at and STEPS: an actor of a store dies at a chosen step
+    damage.py   flips, truncations, splices: damaged copies of a file's bytes
 
-Files doubles go where `files=` is taken (`foldlog.open`, `AppendLogSnapshot.open`), steps where `step=` is:
+Pass file doubles as `files=` (to `foldlog.open` or `AppendLogSnapshot.open`) and steps as `step=`:
 
     files = FaultyFiles(Fault("sync", nth=3, error=errno.EIO))
     store = foldlog.open(path, files=files, step=crash_at("writer.after_write"))

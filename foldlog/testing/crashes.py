@@ -1,15 +1,18 @@
-"""What a power loss may leave: files that were written and not synced, names that were given and not synced.
+"""What a power loss may leave of unsynced writes to files and unsynced changes to directories.
 
 The model, after what journaling file systems promise and SQLite's and etcd's tests assume:
 
-- What `sync` was called for stays. Of what was written to a file since, each 512-byte sector may have reached the disk or
-  not, in any order, in any of the states that it had; a sector that never was on disk reads as zeros. The size may be any that
-  the file had, or any multiple of 512 bytes between two of them.
-- Behind a `sync` that failed, the sectors that it should have saved count as saved, and are not: a later `sync` saves only what
-  was written after it. (The kernel marks pages clean whether or not they could be written.)
-- Of what was done to the names in a folder since its last `sync_dir`, a beginning has happened, in order.
+- What was synced stays. Of later writes to a file, each 512-byte sector may or may not have reached
+  the disk, in any order and in any of the states it had; a sector that never reached the disk reads
+  as zeros. The size may be any that the file had, or any multiple of 512 bytes in between.
+- After a `sync` that failed, the sectors that it should have saved count as saved but are not: a
+  later `sync` saves only what was written after the failed one. (The kernel marks pages clean
+  whether or not they could be written.)
+- Of the changes to a directory's names since its last `sync_dir`, the first few have happened, in
+  order.
 
-`CrashFiles` is a `Files` that carries the calls out and keeps these books; `images` tells what could be there now.
+`CrashFiles` is a `Files` that carries out each call and records it; `images` lists what could be on
+disk now.
 """
 
 from __future__ import annotations
@@ -30,35 +33,34 @@ SECTOR = 512
 
 
 class Image(NamedTuple):
-    """The files that a power loss could leave, under the root."""
+    """The files that a power loss could leave under the root."""
 
     files: dict[str, bytes]
-    """Content by path, relative, with forward slashes."""
+    """Content by relative path, with forward slashes."""
     folders: tuple[str, ...]
-    """All folders but the root."""
+    """All directories except the root."""
 
-    def write_to(self, folder: Path) -> None:
-        """Put the files into `folder`, which exists and is empty."""
+    def write_to(self, directory: Path) -> None:
+        """Write the files into `directory`, an existing, empty directory."""
         for name in self.folders:
-            folder.joinpath(name).mkdir()
+            directory.joinpath(name).mkdir()
         for name, content in self.files.items():
-            folder.joinpath(name).write_bytes(content)
+            directory.joinpath(name).write_bytes(content)
 
 
 class _File:
-    """A file: what it holds, and all that it was since it was synced."""
+    """A file: its content, and every state since it was last synced."""
 
     def __init__(self, content: bytes = b"") -> None:
         self.content = bytearray(content)
         self.synced = content
         self.sizes: list[int] = [len(content)]
         self.history: list[bytes] = []  # after each change since the sync
-        self._lost: list[
-            tuple[int, int]
-        ] = []  # stretches that a failed sync did not save, nor will a later one
+        # Ranges that a failed sync did not save; a later sync will not, either.
+        self._lost: list[tuple[int, int]] = []
 
     def changed(self, start: int, stop: int) -> None:
-        """It was changed between two offsets."""
+        """Record a change between two offsets."""
         self.history.append(bytes(self.content))
         self.sizes.append(len(self.content))
         first, last = start // SECTOR * SECTOR, -(-stop // SECTOR) * SECTOR
@@ -70,7 +72,7 @@ class _File:
         self._lost = [(low, high) for low, high in self._lost if low < high]
 
     def settle(self) -> None:
-        """A sync was done."""
+        """Record a sync."""
         saved = bytearray(self.content)
         for low, high in self._lost:
             old = self.synced[low:high].ljust(max(min(high, len(saved)) - low, 0), b"\0")
@@ -82,7 +84,7 @@ class _File:
         )
 
     def lose(self) -> None:
-        """A sync has failed."""
+        """Record a failed sync."""
         for state in self.history:
             for at in range(0, max(len(state), len(self.synced)), SECTOR):
                 if (
@@ -92,7 +94,8 @@ class _File:
                     self._lost.append((at, at + SECTOR))
 
     def images(self, limit: int, chance: random.Random) -> list[bytes]:
-        """What it may hold after a power loss: all, or `limit` of them by chance, the plain ones first."""
+        """What it may hold after a power loss: everything possible, or up to about `limit` random
+        samples after the states it really had."""
         if not self.history:
             return [self.synced]
         plain = dict.fromkeys((self.synced, *self.history))
@@ -111,7 +114,7 @@ class _File:
                 break
             if number % 2:
                 image = b"".join(map(chance.choice, sectors))
-            else:  # an older state up to some sector, a newer one behind it, or the other way round
+            else:  # one state up to some sector, and another after it
                 low, high = (chance.choice(states).ljust(max(self.sizes), b"\0") for _ in range(2))
                 cut = chance.randrange(len(sectors) + 1) * SECTOR
                 image = low[:cut] + high[cut:]
@@ -119,28 +122,28 @@ class _File:
         return list(plain)
 
     def _versions(self, at: int) -> list[bytes]:
-        """The states that the sector at `at` had, padded with zeros to its size."""
+        """The states that the sector at `at` had, each padded with zeros to its full size."""
         states = (self.synced, *self.history)
         return list(dict.fromkeys(state[at : at + SECTOR].ljust(SECTOR, b"\0") for state in states))
 
 
-class _Folder:
-    """A folder: its names now, its names on disk, and what was done in between."""
+class _Directory:
+    """A directory: its names now, its names on disk, and the changes in between."""
 
     def __init__(self) -> None:
-        self.names: dict[str, _File | _Folder] = {}
-        self.synced: dict[str, _File | _Folder] = {}
-        self.pending: list[dict[str, _File | _Folder | None]] = []
+        self.names: dict[str, _File | _Directory] = {}
+        self.synced: dict[str, _File | _Directory] = {}
+        self.pending: list[dict[str, _File | _Directory | None]] = []
 
-    def set(self, changes: dict[str, _File | _Folder | None]) -> None:
+    def set(self, changes: dict[str, _File | _Directory | None]) -> None:
         _apply(self.names, changes)
         self.pending.append(changes)
 
     def settle(self) -> None:
         self.synced, self.pending = dict(self.names), []
 
-    def versions(self) -> list[dict[str, _File | _Folder]]:
-        """What it may be after a power loss, the oldest first."""
+    def versions(self) -> list[dict[str, _File | _Directory]]:
+        """What it may hold after a power loss, oldest first."""
         versions = [dict(self.synced)]
         for changes in self.pending:
             versions.append(dict(versions[-1]))
@@ -148,7 +151,9 @@ class _Folder:
         return versions
 
 
-def _apply(names: dict[str, _File | _Folder], changes: dict[str, _File | _Folder | None]) -> None:
+def _apply(
+    names: dict[str, _File | _Directory], changes: dict[str, _File | _Directory | None]
+) -> None:
     for name, node in changes.items():
         if node is None:
             names.pop(name, None)
@@ -160,7 +165,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _one_at_a_time(method: _Method) -> _Method:
-    """The call and the entry in the books are one step."""
+    """Make the call and its record atomic."""
 
     @functools.wraps(method)
     def locked(self: CrashFiles, *args: Any, **options: Any) -> Any:
@@ -171,42 +176,46 @@ def _one_at_a_time(method: _Method) -> _Method:
 
 
 class CrashFiles(Files):
-    """Files under `root` whose every change is carried out by `inner` and noted. What stands there now counts as synced.
+    """Files under `root`. Every change is carried out by `inner` and recorded. Existing files count
+    as synced.
 
-    Any thread may call it; an image is of one moment. What does not go through it (another process, `shutil`) is not noticed.
+    Any thread may call it; each image is of one moment. Changes made elsewhere (by another process,
+    by `shutil`) are not recorded.
     """
 
     def __init__(self, root: Path, inner: Files = OS_FILES) -> None:
         self.root, self.inner = Path(root).resolve(), inner
         self.changes = 0
-        """Changes and syncs so far: the places where a crash makes a difference."""
+        """The number of changes and syncs so far: the points where a crash makes a difference."""
         self._top = self._scan(self.root)
         self._open: dict[int, _File] = {}
         self._lock = threading.RLock()
 
-    def _scan(self, path: Path) -> _Folder:
-        folder = _Folder()
+    def _scan(self, path: Path) -> _Directory:
+        directory = _Directory()
         for entry in os.scandir(path):
-            folder.names[entry.name] = (
+            directory.names[entry.name] = (
                 self._scan(Path(entry)) if entry.is_dir() else _File(Path(entry).read_bytes())
             )
-        folder.settle()
-        return folder
+        directory.settle()
+        return directory
 
-    def _place(self, path: Path) -> tuple[_Folder, str]:
-        """The folder that holds `path`, and the name there."""
-        folder = self._top
+    def _place(self, path: Path) -> tuple[_Directory, str]:
+        """The directory that holds `path`, and its name there."""
+        directory = self._top
         *parents, name = Path(os.path.abspath(path)).relative_to(self.root).parts
         for parent in parents:
-            below = folder.names[parent]
-            assert isinstance(below, _Folder)
-            folder = below
-        return folder, name
+            below = directory.names[parent]
+            assert isinstance(below, _Directory)
+            directory = below
+        return directory, name
 
     def images(self, limit: int = 64, seed: int = 0) -> Iterator[Image]:
-        """What a power loss at this moment could leave: all of it, or about `limit` images by chance, one seed the same.
+        """What a power loss could leave now: every image, or about `limit` random ones, the same
+        for the same seed.
 
-        For each state of the folders, what was synced alone, and all that was written, always come. None comes twice.
+        For each state of the directories, the image with only what was synced and the one with
+        everything written are always included. There are no duplicates.
         """
         with self._lock:
             found = list(self._images(limit, seed))
@@ -222,7 +231,7 @@ class CrashFiles(Files):
         for tree in trees:
             files = {name: node for name, node in tree.items() if isinstance(node, _File)}
             folders = tuple(
-                sorted(name for name, node in tree.items() if isinstance(node, _Folder))
+                sorted(name for name, node in tree.items() if isinstance(node, _Directory))
             )
             for contents in _combined(
                 [file.images(limit, chance) for file in files.values()], share, chance
@@ -250,8 +259,8 @@ class CrashFiles(Files):
     @_one_at_a_time
     def create(self, path: Path, *, exclusive: bool = False, mode: int = 0o666) -> int:
         fd = self.inner.create(path, exclusive=exclusive, mode=mode)
-        folder, name = self._place(path)
-        node = folder.names.get(name)
+        directory, name = self._place(path)
+        node = directory.names.get(name)
         if isinstance(node, _File):
             if node.content:
                 stop = len(node.content)
@@ -259,15 +268,15 @@ class CrashFiles(Files):
                 node.changed(0, stop)
         else:
             node = _File()
-            folder.set({name: node})
+            directory.set({name: node})
         self._open[fd] = node
         self.changes += 1
         return fd
 
     def _opened(self, fd: int, path: Path) -> int:
         if Path(os.path.abspath(path)).is_relative_to(self.root):
-            folder, name = self._place(path)
-            node = folder.names[name]
+            directory, name = self._place(path)
+            node = directory.names[name]
             assert isinstance(node, _File)
             self._open[fd] = node
         return fd
@@ -305,18 +314,18 @@ class CrashFiles(Files):
 
     @_one_at_a_time
     def sync_failed(self, fd: int) -> None:
-        """Note that a `sync` of `fd` failed, and was not carried out."""
+        """Record that a `sync` of `fd` failed and was not carried out."""
         self._open[fd].lose()
         self.changes += 1
 
     @_one_at_a_time
     def sync_dir(self, path: Path, opened: int | None = None) -> None:
         self.inner.sync_dir(path, opened)
-        node: _File | _Folder = self._top
+        node: _File | _Directory = self._top
         for part in Path(os.path.abspath(path)).relative_to(self.root).parts:
-            assert isinstance(node, _Folder)
+            assert isinstance(node, _Directory)
             node = node.names[part]
-        assert isinstance(node, _Folder)
+        assert isinstance(node, _Directory)
         node.settle()
         self.changes += 1
 
@@ -331,45 +340,45 @@ class CrashFiles(Files):
         self._rename(source, dest)
 
     def _rename(self, source: Path, dest: Path) -> None:
-        (folder, name), (target, new_name) = self._place(source), self._place(dest)
-        node = folder.names[name]
-        if folder is target:
-            folder.set({name: None, new_name: node})
+        (directory, name), (target, new_name) = self._place(source), self._place(dest)
+        node = directory.names[name]
+        if directory is target:
+            directory.set({name: None, new_name: node})
         else:
             target.set({new_name: node})
-            folder.set({name: None})
+            directory.set({name: None})
         self.changes += 1
 
     @_one_at_a_time
     def link_new(self, source: Path, dest: Path) -> None:
         self.inner.link_new(source, dest)
-        folder, name = self._place(source)
+        directory, name = self._place(source)
         target, new_name = self._place(dest)
-        target.set({new_name: folder.names[name]})
+        target.set({new_name: directory.names[name]})
         self.changes += 1
 
     @_one_at_a_time
     def unlink(self, path: Path) -> None:
         self.inner.unlink(path)
-        folder, name = self._place(path)
-        folder.set({name: None})
+        directory, name = self._place(path)
+        directory.set({name: None})
         self.changes += 1
 
     @_one_at_a_time
     def make_dir(self, path: Path, mode: int = 0o777) -> None:
         self.inner.make_dir(path, mode)
-        folder, name = self._place(path)
-        folder.set({name: _Folder()})
+        directory, name = self._place(path)
+        directory.set({name: _Directory()})
         self.changes += 1
 
 
-def _trees(folder: _Folder, prefix: str = "") -> Iterator[dict[str, _File | _Folder]]:
-    """The trees of names that `folder` may be the root of: paths and what stands there."""
-    for names in folder.versions():
-        below: list[list[dict[str, _File | _Folder]]] = [
+def _trees(directory: _Directory, prefix: str = "") -> Iterator[dict[str, _File | _Directory]]:
+    """The trees that may be under `directory`: path -> file or directory."""
+    for names in directory.versions():
+        below: list[list[dict[str, _File | _Directory]]] = [
             list(_trees(node, f"{prefix}{name}/"))
             for name, node in names.items()
-            if isinstance(node, _Folder)
+            if isinstance(node, _Directory)
         ]
         for parts in itertools.product(*below):
             tree = {prefix + name: node for name, node in names.items()}
@@ -381,7 +390,8 @@ def _trees(folder: _Folder, prefix: str = "") -> Iterator[dict[str, _File | _Fol
 def _combined(
     choices: list[list[bytes]], limit: int, chance: random.Random
 ) -> Iterator[tuple[bytes, ...]]:
-    """One of each list, in all combinations; or `limit` by chance, of which the first and the last always."""
+    """One item from each list: all combinations, or `limit` of them by chance, including the first
+    and the last."""
     if math.prod(map(len, choices)) <= limit:
         yield from itertools.product(*choices)
         return

@@ -1,4 +1,4 @@
-"""A file system that fails on purpose, at the n-th call."""
+"""A file system that fails on purpose at the n-th call."""
 
 from __future__ import annotations
 
@@ -46,36 +46,37 @@ OPERATIONS = (
         "set_access",
     ),
 )
-"""What can fail: the calls of `foldlog.storage.log.files.Files` that the operating system may refuse."""
+"""The calls that can fail: those of `foldlog.storage.log.files.Files` that reach the operating
+system."""
 
 
 class Call(NamedTuple):
-    """A call that is about to be made."""
+    """A call about to be made."""
 
     operation: str
     nth: int
-    """Of this operation, from 1."""
+    """Its number among calls of this operation, from 1."""
     total: int
-    """Of all operations, from 1."""
+    """Its number among all calls, from 1."""
     args: tuple[Any, ...]
 
 
 class Fault(NamedTuple):
-    """A call to fail."""
+    """Which call is to fail, and how."""
 
     operation: str | None = None
     """One of `OPERATIONS`; None counts all calls alike."""
     nth: int = 1
     """Which call, from 1."""
     error: int = errno.EIO
-    """The errno of the OSError. 0: no error, the call is only cut short (see `takes`)."""
+    """The errno of the OSError. 0: no error; the call is only cut short (see `takes`)."""
     lasting: bool = False
-    """All later calls fail, too."""
+    """All later calls fail as well."""
     takes: int | None = None
-    """Bytes that a failing write takes first, at most; None: none."""
+    """The most bytes that a failing write writes before it fails; None means none."""
 
     def hits(self, call: Call) -> bool:
-        """Whether `call` is to fail."""
+        """True if `call` is to fail."""
         if self.operation is not None and self.operation != call.operation:
             return False
         number = call.total if self.operation is None else call.nth
@@ -83,10 +84,11 @@ class Fault(NamedTuple):
 
 
 class FaultyFiles(Files):
-    """Files of which chosen calls fail. The failing call does nothing, but for `close`, which closes, and the bytes of `takes`.
+    """Files whose chosen calls fail. A failing call does nothing, except that `close` closes and a
+    write writes the bytes of `takes`.
 
-    All calls are counted, also after `disarm()`. Any thread may call it, and stores do. Over `CrashFiles`, a failed fsync loses
-    what it should have saved. To fail every call in turn:
+    All calls are counted, even after `disarm()`. Any thread may call it. On top of `CrashFiles`, a
+    failed fsync loses what it should have saved. To fail every call in turn:
 
         for nth in itertools.count(1):
             files = FaultyFiles(Fault(nth=nth))
@@ -102,28 +104,28 @@ class FaultyFiles(Files):
         short: int | None = None,
         inner: Files = OS_FILES,
     ) -> None:
-        """`hook` is told each call before it is made, and may raise, block, or end the process. `short`: bytes that one write
-        takes at most, without an error. `inner`: who carries the calls out."""
+        """`hook`: called before each call; may raise, block, or end the process. `short`: the most
+        bytes that one write writes, without an error. `inner`: carries out the calls."""
         for fault in faults:
             if fault.operation is not None and fault.operation not in OPERATIONS:
-                raise ValueError(f"{fault.operation!r} is none of OPERATIONS")
+                raise ValueError(f"{fault.operation!r} is not one of OPERATIONS")
         self.faults, self.hook, self.short, self.inner = faults, hook, short, inner
         self.counts: Counter[str] = Counter()
-        """Calls made, by operation."""
+        """Number of calls by operation."""
         self.total = 0
         self.fired: list[Call] = []
         """The calls that failed."""
         self._lock = threading.Lock()
 
     def arm(self, *faults: Fault) -> None:
-        """Count from here on, and fail these calls instead."""
+        """Reset the counts, and fail these calls instead."""
         with self._lock:
             self.counts.clear()
             self.total, self.faults = 0, faults
             self.fired.clear()
 
     def disarm(self) -> None:
-        """Let every call through from now on."""
+        """Let all further calls through."""
         self.faults, self.hook, self.short = (), None, None
 
     def _begin(self, operation: str, args: tuple[Any, ...]) -> Fault | None:
@@ -180,7 +182,8 @@ for _operation in OPERATIONS:
 
 
 class UnsyncedFiles(Files):
-    """Files whose fsync does nothing, for tests that open thousands of logs. It proves nothing about power loss."""
+    """Files whose fsync does nothing, for tests that open thousands of logs. Useless for testing
+    power loss."""
 
     def sync(self, fd: int) -> None:
         pass

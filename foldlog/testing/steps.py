@@ -5,41 +5,42 @@ from __future__ import annotations
 import threading
 
 STEPS: dict[str, str] = {
-    "writer.start": "the writer starts, or starts again: nothing is open yet",
+    "writer.start": "the writer starts or restarts; nothing is open yet",
     "writer.heal": "the fold is about to be written to a new file, after a failed fsync",
-    "writer.before_write": "a commit group is decided, nothing of it is written",
-    "writer.after_write": "it is written (and synced, with sync='always'), and not published",
-    "writer.after_publish": "it is published, and nobody is answered",
-    "writer.stop": "the store closes: all is served, the log is not sealed",
-    "compact.begin": "a compaction is due, nothing is done for it",
+    "writer.before_write": "a commit group is complete, and nothing of it is written",
+    "writer.after_write": "it is written (and, with sync='always', synced) but not published",
+    "writer.after_publish": "it is published, and no caller has an answer",
+    "writer.stop": "the store closes: all requests are served, the log is not sealed",
+    "compact.begin": "a compaction is due and not started",
     "compact.write": "maintenance is about to write the new file",
-    "compact.written": "the new file is written and synced, and has not its name yet",
+    "compact.written": "the new file is written and synced but not renamed",
     "compact.finish": "the writer is about to carry over the rest and rename",
-    "compact.finished": "the new file is the log, and those who asked are not answered",
-    "export.begin": "the writer has taken an export, and not passed it on",
+    "compact.finished": "the new file is the log, and no caller has an answer",
+    "export.begin": "the writer has taken an export request and not passed it on",
     "export.write": "maintenance is about to write the artifact",
-    "export.written": "the artifact is at its place, and nobody is answered",
-    "maintenance.start": "maintenance starts, or starts again",
+    "export.written": "the artifact is complete, and no caller has an answer",
+    "maintenance.start": "maintenance starts or restarts",
     "maintenance.stop": "maintenance ends",
-    "syncer.start": "the background syncer starts, or starts again",
-    "syncer.sync": "it is about to sync",
-    "syncer.stop": "it ends",
-    "reader.start": "a reader starts, or starts again",
-    "reader.handle": "a reader has taken a message, and not answered it",
-    "reader.stop": "it ends",
+    "syncer.start": "the background syncer starts or restarts",
+    "syncer.sync": "the syncer is about to sync",
+    "syncer.stop": "the syncer ends",
+    "reader.start": "a reader starts or restarts",
+    "reader.handle": "a reader has taken a message and not answered it",
+    "reader.stop": "a reader ends",
 }
-"""The steps of a store's actors, each with what is done by then. `foldlog.open(step=...)` is called with their names."""
+"""The steps of a store's actors: name -> the situation at that step. The `step` given to
+`foldlog.open` is called with these names."""
 
 
 class CrashAt:
-    """A `step` for `foldlog.open` that raises at one step."""
+    """A `step` for `foldlog.open` that raises at a chosen step."""
 
     def __init__(self, step: str, nth: int, error: type[BaseException], lasting: bool) -> None:
         self.step, self.nth, self.error, self.lasting = step, nth, error, lasting
         self.seen = 0
-        """Times that the step was passed or died at."""
+        """How often the step was reached."""
         self.fired = threading.Event()
-        """Set when it has raised."""
+        """Set once it has raised."""
         self._lock = threading.Lock()
 
     def __call__(self, name: str) -> None:
@@ -56,12 +57,14 @@ class CrashAt:
 def crash_at(
     step: str, nth: int = 1, error: type[BaseException] = SystemExit, *, lasting: bool = False
 ) -> CrashAt:
-    """A `step` for `foldlog.open` that kills the actor at `step` (one of `STEPS`) when it comes there the `nth` time.
+    """A `step` for `foldlog.open` that kills the actor when it reaches `step` (one of `STEPS`) for
+    the `nth` time.
 
-    With `lasting`, each later time, too. The default error is one that stops every actor of the process in stock pykka.
+    With `lasting`, also each later time. In plain pykka, the default error would stop every actor
+    in the process.
     """
     if step not in STEPS:
-        raise ValueError(f"{step!r} is no step; there are {', '.join(STEPS)}")
+        raise ValueError(f"{step!r} is not a step; the steps are {', '.join(STEPS)}")
     if nth < 1:
-        raise ValueError(f"nth counts from 1, got {nth}")
+        raise ValueError(f"nth is at least 1, got {nth}")
     return CrashAt(step, nth, error, lasting)

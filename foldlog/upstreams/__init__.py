@@ -1,5 +1,5 @@
 """Upstreams to mirror: NATS JetStream KV buckets, etcd prefixes, other foldlog logs. Each is
-imported when it is used.
+imported on first use.
 
 nats_kv.py    NatsKv(url, bucket=)     needs nats-py: the extra `nats`
 etcd.py       Etcd(url, prefix=)
@@ -30,8 +30,9 @@ def __getattr__(name: str) -> Any:
 
 
 def from_url(url: str, **options: Any) -> Upstream:
-    """The upstream of `nats://HOST:PORT/BUCKET`, `tls://HOST:PORT/BUCKET`,
-    `etcd://HOST:PORT/PREFIX` or a path. ValueError."""
+    """The upstream at `nats://HOST:PORT/BUCKET`, `tls://HOST:PORT/BUCKET`,
+    `etcd://HOST:PORT/PREFIX`, `etcds://HOST:PORT/PREFIX` or the path of a log. ValueError for any
+    other scheme."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         from foldlog.upstreams.log_file import LogFile

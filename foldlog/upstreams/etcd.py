@@ -1,9 +1,9 @@
-"""The keys under a prefix of etcd (3.4 and newer), by its JSON gateway over plain HTTP: no client
-library.
+"""The keys under a prefix of etcd (3.4 or newer), through its JSON gateway over HTTP. Needs no
+client library.
 
-A position is a revision. Several changes may share one, and etcd sends them in one answer, so that
-what is told is always whole. The state is read at one revision, page by page. A watch from before a
-compaction is refused with the revision of the compaction; the link then folds the difference to the
+A position is a revision. Several changes may share one; etcd sends them in one answer, so positions
+are always complete. The state is read at one revision, page by page. etcd refuses a watch from
+before a compaction and names the compacted revision; the link then folds the difference from the
 state.
 """
 
@@ -34,17 +34,18 @@ from foldlog.upstreams.http_json import HttpError, Stream, post, stream
 
 PAGE_KEYS = 5_000
 LOOK_S = 1.0
-"""Between two looks at the revision, while nothing comes: how soon a dead server is noticed."""
+"""How often to ask for the revision while no change arrives: bounds how long a dead server goes
+unnoticed."""
 REQUEST_S = 10.0
 _UNAUTHENTICATED, _PERMISSION_DENIED, _INVALID = 16, 7, 3
 
 
 class Etcd:
     """The keys that start with `prefix` in the etcd at `url` (http://HOST:PORT or
-    https://HOST:PORT). "" is all keys.
+    https://HOST:PORT). "" selects all keys.
 
-    `user` and `password`, also in the URL; `tls`: an ssl.SSLContext for https. No secret shows in a
-    repr, a reason or a log.
+    `user` and `password` may also be part of the URL. `tls`: an ssl.SSLContext for https. Secrets
+    never appear in a repr, a reason or a log. ValueError if `url` is not such an address.
     """
 
     def __init__(
@@ -70,14 +71,14 @@ class Etcd:
         self._password = password or unquote(parts.password or "")
         self._token = ""
         self._compacted = 0
-        """The revision of a compaction that a watch ran into."""
+        """The compacted revision reported when a watch was refused; 0 if none."""
 
     def __repr__(self) -> str:
         scheme = "https" if self._tls else "http"
         return f"Etcd('{scheme}://{self._host}:{self._port}', prefix={self.prefix!r})"
 
     async def identify(self) -> Identity:
-        """The cluster, and its revision, agreed on by a majority of its members."""
+        """The cluster and its revision, as agreed by a majority of its members."""
         if self._user and not self._token:
             body = {"name": self._user, "password": self._password}
             self._token = str((await self._post("/v3/auth/authenticate", body))["token"])
@@ -92,7 +93,7 @@ class Etcd:
         at = after.as_u64() or 0
         create = {**self._keys(), "start_revision": at + 1}
         watch = await self._stream("/v3/watch", {"create_request": create})
-        unsettled = 0  # a revision that was seen and not told of: perhaps of other keys
+        unsettled = 0  # a revision without a change so far: perhaps one of other keys
         try:
             line: asyncio.Task[Any] = asyncio.ensure_future(watch.next())
             while True:
@@ -149,7 +150,7 @@ class Etcd:
             yield Changes(updates, WatchCursor.from_u64(revision))
 
     async def revisions(self, prefixes: Prefixes) -> Revisions:
-        """The keys and revisions, without values."""
+        """All live keys and their revisions, read without values."""
         found: dict[str, bytes] = {}
         at = 0
         async for kvs, revision in self._pages({"keys_only": True}):
@@ -223,7 +224,7 @@ class Etcd:
         return UpstreamLost(reason)
 
     async def close(self) -> None:
-        """Nothing is kept open between requests but a watch, which its reader closes."""
+        """Do nothing: only watches stay open between requests, and their readers close them."""
 
 
 def _b64(raw: bytes) -> str:

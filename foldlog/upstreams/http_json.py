@@ -1,5 +1,5 @@
-"""JSON over HTTP/1.1, as much as a gRPC gateway needs: one POST a connection, answered whole or as
-a stream of lines."""
+"""JSON over HTTP/1.1, as far as a gRPC gateway needs it: one POST per connection, answered as a
+whole or as a stream of lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LIMIT = 1024 * 1024
 
 
 class HttpError(Exception):
-    """An answer that is not 200, or no HTTP at all."""
+    """The answer has a status other than 200, or is not valid HTTP or JSON."""
 
     def __init__(self, reason: str, body: bytes = b"") -> None:
         super().__init__(reason)
@@ -21,7 +21,7 @@ class HttpError(Exception):
 
 
 class Stream:
-    """An answer that goes on: one JSON value a line."""
+    """A streamed answer: one JSON value per line."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, length: int | None
@@ -35,7 +35,7 @@ class Stream:
         while (at := self._buffer.find(b"\n", self._searched)) < 0:
             self._searched = len(self._buffer)
             if self._searched > MAX_LINE_BYTES:
-                raise HttpError("a line without an end")
+                raise HttpError("a line is too long")
             chunk = await self.chunk()
             if not chunk:
                 return None
@@ -46,10 +46,10 @@ class Stream:
         try:
             return json.loads(line)
         except ValueError:
-            raise HttpError("a line that is not JSON") from None
+            raise HttpError("a line is not JSON") from None
 
     async def chunk(self) -> bytes:
-        """Some bytes of the body; none at its end."""
+        """The next bytes of the body; empty at its end."""
         try:
             if self._rest is not None:
                 data = await self._reader.read(min(self._rest, _LIMIT))
@@ -70,15 +70,15 @@ class Stream:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._writer.close()
 
 
 async def stream(
     host: str, port: int, path: str, body: object, token: str, tls: ssl.SSLContext | None
 ) -> Stream:
-    """POST `body`, and hand out the answer as it comes. HttpError unless its status is 200;
-    OSError."""
+    """POST `body`, and return the answer as a stream. HttpError unless its status is 200; OSError
+    if the connection fails."""
     reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=_LIMIT)
     try:
         data = json.dumps(body).encode()
@@ -105,12 +105,12 @@ async def stream(
 async def post(
     host: str, port: int, path: str, body: object, token: str, tls: ssl.SSLContext | None
 ) -> Any:
-    """POST `body`, and return the JSON of the answer. HttpError, OSError."""
+    """POST `body`, and return the answer's JSON value. Errors as for `stream`."""
     answer = await stream(host, port, path, body, token, tls)
     try:
         return json.loads(await answer.read())
     except ValueError:
-        raise HttpError("an answer that is not JSON") from None
+        raise HttpError("the answer is not JSON") from None
     finally:
         answer.close()
 
@@ -121,6 +121,6 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
         first, *lines = raw.decode("latin-1").split("\r\n")
         status = int(first.split(" ", 2)[1])
     except (ValueError, IndexError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-        raise HttpError("the answer is no HTTP") from None
+        raise HttpError("the answer is not HTTP") from None
     fields = (line.partition(":") for line in lines if line)
     return status, {name.strip().lower(): value.strip() for name, _, value in fields}

@@ -1,8 +1,9 @@
-"""Another foldlog log, written by another process or this one, through a follower. A position is
-the number of a batch.
+"""Another foldlog log, written by this or another process, read through a follower. A position is
+the sequence of a batch.
 
-Not its cursor: local writes leave that where it is. The log's batches tell every change since its
-last compaction; from before that, the state does, and the link folds the difference.
+It is not the batch's cursor, because local writes do not change that. The log holds every change
+since its last compaction. For a mirror that is further behind, the link folds the difference from
+the state.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 PIECE_UPDATES = 1000
 PIECE_BYTES = 1024 * 1024
 LOOK_S = 0.5
-"""How long one wait for news takes at most: how soon a stop is heard."""
+"""The longest wait for an event, in seconds: bounds how long a stop takes."""
 
 
 class LogFile:
-    """The foldlog log at `path`. It may come to be later. A log of the Rust crate cannot be
-    followed: UpstreamRefused."""
+    """The foldlog log at `path`, which need not exist yet. A log in the Rust crate's format cannot
+    be followed: UpstreamRefused."""
 
     def __init__(self, path: StrPath) -> None:
         self.path = os.path.abspath(os.fspath(path))
@@ -72,13 +73,13 @@ class LogFile:
         return Identity(name.digest() + head.log_id, _at(head.base_seq), _at(fold.seq))
 
     async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """The batches after number `after`, then those that come. UpstreamLost where the log was
-        rewritten past it."""
+        """The batches after `after`, then new ones as they arrive. UpstreamLost if a compaction has
+        removed them."""
         follower = self._following()
         fold = follower.snapshot()
         seq = after.as_u64() or 0
         if seq > fold.seq:
-            raise UpstreamLost(f"{self.path} ends with batch {fold.seq}, before {seq}")
+            raise UpstreamLost(f"{self.path} ends at batch {fold.seq}, before {seq}")
         backlog = await asyncio.to_thread(batches_after_seq, fold, seq)
         if backlog is None:
             raise UpstreamLost(f"{self.path} does not reach back to batch {seq}")
@@ -112,7 +113,7 @@ class LogFile:
                     event = await asyncio.to_thread(watch.next, LOOK_S)
                 if isinstance(event, Changed):
                     full = len(updates) >= PIECE_UPDATES or size >= PIECE_BYTES
-                    if full and event.seq != seq:  # a batch is told whole
+                    if full and event.seq != seq:  # never split a batch
                         yield Changes(updates, _at(seq))
                         updates, size = [], 0
                     seq = event.seq

@@ -1,13 +1,13 @@
-"""A bucket of NATS JetStream KV. Needs nats-py, for the connection alone: its own watch loses what
-it cannot buffer.
+"""A bucket of NATS JetStream KV. Uses nats-py only for the connection: its own watch drops messages
+that it cannot buffer.
 
-Everything is read through pull consumers, named, ephemeral, in memory, without acknowledgements:
-what was asked for and not yet come is the back-pressure, the number that the consumer gives to each
-message is the proof that none was lost, and heartbeats tell that the server is there. Any gap,
-silence or odd answer lets go of the connection, and the link attaches again.
+Everything is read through pull consumers: named, ephemeral, in memory, without acknowledgements.
+The number of messages requested gives back-pressure, the consumer's sequence proves that none was
+lost, and heartbeats show that the server is alive. On any gap, silence or unexpected answer, the
+connection is dropped and the link reconnects.
 
-A sequence alone does not tell what was missed: deletes may be purged, keys expire without a word, a
-stream may be restored from a copy. That is for the link's audits to find, by `revisions`.
+Sequences alone do not reveal every missed change: deletes may be purged, keys may expire silently,
+and a stream may be restored from a backup. The link's audits find these through `revisions`.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ PIECE_BYTES = 1024 * 1024
 EXPIRES_S = 30.0
 HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
-"""Without a message or a heartbeat for so long, the consumer is taken for dead."""
+"""After this long without a message or heartbeat, the consumer is considered dead."""
 INACTIVE_S = 10.0
-"""After which the server removes a consumer that nobody asks: what a killed client leaves."""
+"""The server removes a consumer that was idle for this long, such as one left by a killed
+client."""
 CONNECT_S = 5.0
 REQUEST_S = 5.0
 RETRY_S = 0.02
-"""Between two attempts at a server. The rest of the waiting is the link's."""
+"""Between two attempts to reach a server. Longer back-off is up to the link."""
 INCARNATION_BYTES = 8
 _BUCKET = re.compile(r"[A-Za-z0-9_-]+")
 _new_bytes = bytes.__new__
@@ -65,12 +66,12 @@ _OPERATION = "KV-Operation"
 
 
 class NatsKv:
-    """The bucket `bucket` of the JetStream behind `url` (nats://HOST:PORT or tls://HOST:PORT,
+    """The bucket `bucket` of the JetStream at `url` (nats://HOST:PORT or tls://HOST:PORT; separate
     several with commas).
 
-    `user` and `password`, `token`, `credentials` (a file) and `tls` (an ssl.SSLContext) as nats-py
-    takes them; a user in the URL works as well. `domain`: of the JetStream. None of the secrets
-    shows in a repr, a reason or a log. ValueError for what cannot be an address or a bucket.
+    `user` and `password`, `token`, `credentials` (a file) and `tls` (an ssl.SSLContext) are passed
+    to nats-py; the user may also be part of the URL. `domain`: the JetStream domain. Secrets never
+    appear in a repr, a reason or a log. ValueError for an invalid address or bucket name.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class NatsKv:
         self._secrets = [each for each in (password, token) if each]
         for server in self._servers:
             parts = urlsplit(server)
-            secret = parts.password or parts.username  # a user alone is a token
+            secret = parts.password or parts.username  # a user without a password is a token
             if secret:
                 self._secrets.append(unquote(secret))
         self._client: Client | None = None
@@ -123,7 +124,7 @@ class NatsKv:
         nats, errors = _nats()
         await self.close()
         client = cast("Client", nats.aio.client.Client())
-        cast(Any, client)._process_headers = _headers  # its own takes 20 us
+        cast(Any, client)._process_headers = _headers  # nats-py's own takes 20 us
         lost = self._lost = asyncio.Event()
 
         async def on_error(error: Exception) -> None:
@@ -139,7 +140,7 @@ class NatsKv:
                 await client.connect(
                     self._servers,
                     allow_reconnect=False,
-                    # Or a first connection would be tried 60 times, 2 s apart
+                    # By default, a first connection is tried 60 times, 2 s apart.
                     max_reconnect_attempts=1,
                     reconnect_time_wait=cast(int, RETRY_S),
                     connect_timeout=int(CONNECT_S),
@@ -161,7 +162,7 @@ class NatsKv:
             if isinstance(error, ssl.SSLCertVerificationError):
                 raise UpstreamRefused(f"{self!r}: {reason}") from None
             raise UpstreamLost(f"{self!r} cannot be reached: {reason}") from None
-        except ValueError as error:  # of credentials that nats-py cannot read
+        except ValueError as error:  # credentials that nats-py cannot read
             await _abandon(client)
             raise UpstreamRefused(f"{self!r}: {self._clean(error)}") from None
         except BaseException:
@@ -177,7 +178,8 @@ class NatsKv:
         return text
 
     async def _request(self, subject: str, body: dict[str, Any]) -> dict[str, Any]:
-        """An answer of the JetStream API."""
+        """The answer to a request of the JetStream API. UpstreamLost, UpstreamMissing or
+        UpstreamRefused."""
         client, (_, errors) = await self._connect(), _nats()
         try:
             reply = await client.request(
@@ -214,8 +216,8 @@ class NatsKv:
     # The seam.
 
     async def identify(self) -> Identity:
-        """Who the stream is: its name and domain, and when it was created. Refuses an answer
-        without a current leader."""
+        """Identify the stream by its name, domain and creation time. UpstreamLost if it has no
+        current leader."""
         info = await self._request(f"STREAM.INFO.{self._stream}", {})
         cluster = info.get("cluster") or {}
         if cluster.get("replicas"):
@@ -229,8 +231,8 @@ class NatsKv:
         return Identity(origin, WatchCursor.none(), WatchCursor.from_u64(last))
 
     async def recalls(self, position: WatchCursor, mark: bytes) -> bool | None:
-        """Whether the message at the position is of the time that the mark says. None if it is
-        there no more."""
+        """True if the message at `position` was stored at the time in `mark`. None if it no longer
+        exists."""
         subject = f"STREAM.MSG.GET.{self._stream}"
         try:
             answer = await self._request(subject, {"seq": position.as_u64() or 0})
@@ -248,7 +250,7 @@ class NatsKv:
                 yield Changes(piece.updates, after, piece.pending, mark)
 
     async def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
-        """One pass over the last message of each key. Complete up to the position of its end."""
+        """One pass over the last message of each key. Complete up to its last position."""
         at, mark = (await self.identify()).last, b""
         start = {"deliver_policy": "last_per_subject"}
         async with contextlib.aclosing(self._consume(start, prefixes, once=True)) as pieces:
@@ -259,7 +261,7 @@ class NatsKv:
                 yield Changes(piece.updates, at, None, mark)
 
     async def revisions(self, prefixes: Prefixes) -> Revisions:
-        """The keys and revisions, of one pass without values. Cost: 4.4 us a key."""
+        """All live keys and their revisions, from one pass without values. Cost: 4.4 us a key."""
         at = (await self.identify()).last
         found: dict[str, bytes] = {}
         start = {"deliver_policy": "last_per_subject", "headers_only": True}
@@ -277,8 +279,8 @@ class NatsKv:
     async def _consume(
         self, start: dict[str, Any], prefixes: Prefixes, *, once: bool = False
     ) -> AsyncGenerator[_Piece, None]:
-        """What a new consumer delivers, in pieces: `once`, until nothing waits any more; else for
-        ever."""
+        """What a new consumer delivers, in pieces: with `once`, until nothing is pending; otherwise
+        without end."""
         client = await self._connect()
         name = f"foldlog-{secrets.token_hex(8)}"
         config: dict[str, Any] = {
@@ -297,7 +299,7 @@ class NatsKv:
         subscription = await client.subscribe(
             f"{inbox}.*", pending_msgs_limit=0, pending_bytes_limit=0
         )
-        # In place of nats-py's own, which costs a task switch or a timer for each message.
+        # Replaces nats-py's queue, which costs a task switch or a timer per message.
         cast(Any, subscription)._pending_queue = pull
         try:
             made = await self._request(f"CONSUMER.CREATE.{self._stream}.{name}", body)
@@ -309,7 +311,7 @@ class NatsKv:
         finally:
             with contextlib.suppress(Exception):
                 await subscription.unsubscribe()
-            if client.is_connected:  # best effort: the server removes it by itself after a while
+            if client.is_connected:  # best effort: the server removes idle consumers anyway
                 with contextlib.suppress(Exception):
                     await client.publish(
                         f"{self._api}.CONSUMER.DELETE.{self._stream}.{name}",
@@ -319,9 +321,9 @@ class NatsKv:
                     await client.flush(1)
 
     def update_of(self, msg: Msg, sequence: int) -> Update:
-        """The update that a message of the stream is."""
+        """The update in a message of the stream."""
         key = msg.subject[len(self._subjects) :]
-        version = _new_bytes(VersionToken, sequence.to_bytes(8, "big"))  # checked by its length
+        version = _new_bytes(VersionToken, sequence.to_bytes(8, "big"))  # 8 bytes: needs no check
         headers = msg.headers
         if headers:
             operation = headers.get(_OPERATION)
@@ -335,12 +337,12 @@ class NatsKv:
 class _Piece(NamedTuple):
     updates: list[Update]
     last: int
-    """The sequence of the last message in the stream; 0 if there was none."""
+    """The stream sequence of the last message; 0 if there was none."""
     pending: int | None
     mark: bytes = b""
-    """When the last message was stored, in nanoseconds."""
+    """The time when the last message was stored: nanoseconds, as 8 bytes."""
     size: int = 0
-    """Bytes of the values."""
+    """Bytes of values."""
 
 
 def _joined(first: _Piece, second: _Piece) -> _Piece:
@@ -355,23 +357,23 @@ class _NoMessage(UpstreamLost):
 
 
 class _Pull:
-    """Asks a consumer for messages, takes them in, and checks that none is missing."""
+    """Requests messages from a consumer, receives them, and checks that none is missing."""
 
     def __init__(self, kv: NatsKv, client: Client, subject: str, inbox: str) -> None:
         self._kv, self._client, self._subject, self._inbox = kv, client, subject, inbox
         self._waiting: deque[Msg] = deque()
         self._woken = asyncio.Event()
-        # Requests under way, oldest first: number -> messages that it may still bring.
+        # Open requests, oldest first: number -> messages that it may still deliver.
         self._open: dict[int, int] = {}
         self._number = 0
-        self._brought: set[int] = set()  # requests that brought something
-        self._single = False  # ask for one message without a limit of bytes
+        self._brought: set[int] = set()  # requests that delivered something
+        self._single = False  # request one message, without a limit on its size
         self._delivered = 0
         self._pending: int | None = None
         self._heard = time.monotonic()
         self._ended = False
 
-    # The queue that nats-py hands messages to: it asks no more of it than this.
+    # The queue that nats-py puts messages into: it uses only these methods.
 
     def put_nowait(self, msg: Msg) -> None:
         self._waiting.append(msg)
@@ -384,7 +386,7 @@ class _Pull:
         return len(self._waiting)
 
     async def pieces(self, once: bool) -> AsyncGenerator[_Piece, None]:
-        """Pieces of what comes. They end when `once` is set and nothing waits."""
+        """The messages in pieces. With `once`, they end when nothing is pending."""
         await self._ask(once)
         heard = self._heard = time.monotonic()
         held = _Piece([], 0, None)
@@ -392,7 +394,7 @@ class _Pull:
             if not self._waiting:
                 await self._wait()
             piece = self._take()
-            if once:  # nobody waits for a part of a pass: fewer, larger pieces
+            if once:  # nobody needs parts of a pass early: use fewer, larger pieces
                 held = _joined(held, piece)
                 piece = held
                 if (
@@ -407,7 +409,7 @@ class _Pull:
                 if piece.updates:
                     yield piece
                 return
-            if piece.updates or (self._heard > heard and not once):  # silence confirms nothing
+            if piece.updates or (self._heard > heard and not once):  # silence proves nothing
                 yield piece
             heard = self._heard
             await self._ask(once)
@@ -427,7 +429,7 @@ class _Pull:
                 raise UpstreamLost(f"{self._kv!r}: no heartbeat for {SILENCE_S} s") from None
 
     async def _ask(self, once: bool) -> None:
-        """Keep requests under way. What they may bring is all that the server may send."""
+        """Keep enough requests open. The server may send no more than they ask for."""
         while len(self._open) < (1 if self._single else OPEN_REQUESTS):
             self._number += 1
             count = 1 if self._single else REQUEST_MESSAGES
@@ -446,13 +448,14 @@ class _Pull:
             )
 
     def _take(self) -> _Piece:
-        """What waits, up to the size of a piece. Cost: 3 us a message, and what nats-py takes."""
+        """The messages received, up to the size of a piece. Cost: 3 us a message, plus nats-py's
+        own."""
         updates: list[Update] = []
         size, reply = 0, ""
         waiting, update_of = self._waiting, self._kv.update_of
         if waiting:
             self._heard = time.monotonic()
-        counted = 0  # of `updates`: those that the requests were told of
+        counted = 0  # `updates` already subtracted from open requests
         while waiting and len(updates) < PIECE_UPDATES and size < PIECE_BYTES:
             msg = waiting.popleft()
             if not msg.reply.startswith("$JS.ACK."):
@@ -480,8 +483,8 @@ class _Pull:
         return _Piece(updates, last, pending, stored_ns.to_bytes(8, "big"), size)
 
     def _count_down(self, messages: int) -> None:
-        """Take `messages` off what the open requests may still bring: the oldest is served
-        first."""
+        """Subtract `messages` from what open requests may still deliver. The server serves the
+        oldest first."""
         while messages and self._open:
             number = next(iter(self._open))
             used = min(messages, self._open[number])
@@ -493,7 +496,7 @@ class _Pull:
                 self._brought.discard(number)
 
     def _status(self, msg: Msg) -> None:
-        """An answer that is no message: a heartbeat, or the end of a request."""
+        """Handle a status: a heartbeat, or the end of a request."""
         headers = msg.headers or {}
         status, text = headers.get("Status", ""), headers.get("Description", "").lower()
         number = int(msg.subject.rpartition(".")[2])
@@ -501,7 +504,7 @@ class _Pull:
             told = headers.get("Nats-Last-Consumer")
             if told is not None and int(told) > self._delivered:
                 raise UpstreamLost(f"{self._kv!r}: messages up to {told} of the consumer are lost")
-            self._pending = 0  # it is idle while we ask: nothing waits
+            self._pending = 0  # idle although requests are open: nothing is pending
             return
         brought = number in self._brought
         self._open.pop(number, None)
@@ -519,8 +522,8 @@ _parsed: dict[bytes, dict[str, str]] = {}
 
 
 async def _headers(raw: bytes | bytearray | None) -> dict[str, str] | None:
-    """The headers of a message, and its status, if it has one. Those of a pass are nearly all the
-    same."""
+    """The headers of a message, with its status if it has one. Cached: most messages have the same
+    headers."""
     if not raw:
         return None
     key = bytes(raw)
@@ -540,11 +543,11 @@ async def _headers(raw: bytes | bytearray | None) -> dict[str, str] | None:
 
 
 def sequences_of(reply: str) -> tuple[int, int, int, int]:
-    """The consumer's sequence, the stream's, the time stored (ns) and how many are pending, of a
-    message's reply subject.
+    """(consumer sequence, stream sequence, time stored in ns, messages pending) from a message's
+    reply subject.
 
-    Counted from the end, for domains add tokens in front: ... stream sequence, consumer sequence,
-    time, pending[, random].
+    Tokens are counted from the end, because domains add some in front: ... stream sequence,
+    consumer sequence, time, pending[, random].
     """
     tokens = reply.split(".")
     end = len(tokens) if len(tokens) < 12 else 11
@@ -553,14 +556,15 @@ def sequences_of(reply: str) -> tuple[int, int, int, int]:
 
 
 def _nanoseconds(time_text: str) -> int:
-    """Of a time as the server writes it: 2026-01-02T03:04:05.123456789Z."""
+    """A time in the server's notation, 2026-01-02T03:04:05.123456789Z, in nanoseconds since
+    1970."""
     whole, _, fraction = time_text.rstrip("Z").partition(".")
     seconds = int(datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp())
     return seconds * 1_000_000_000 + int(fraction.ljust(9, "0") or 0)
 
 
 async def _abandon(client: Client) -> None:
-    """Close a client that did not connect: nats-py leaves its transport open then."""
+    """Close a client that failed to connect; nats-py would leave its transport open."""
     with contextlib.suppress(Exception):
         await client.close()
     transport: Any = client._transport
@@ -570,7 +574,7 @@ async def _abandon(client: Client) -> None:
 
 
 def _filters(subjects: str, prefixes: Prefixes) -> list[str]:
-    """The subjects that hold all keys under `prefixes`, cut at the last token that is whole. None
+    """Subject filters that cover all keys under `prefixes`, cut at the last complete token. None
     overlaps another."""
     stems = sorted({_stem(prefix) for prefix in prefixes} or {""})
     kept: list[str] = []
