@@ -1,6 +1,7 @@
-"""The measurements. Each runs in a process of its own, on a store of `entries` entries that was prepared before.
+"""The measurements. Each runs in its own process, on a store of `entries` entries prepared before.
 
-A case is a function of a `Trial`; it returns figures by name, in the units of `FIGURES`. Files are in the page cache.
+A case is a function of a `Trial`; it returns figures by name: seconds, MB or rates, as `FIGURES`
+says. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from subjects import (
 )
 
 PASS_LIMIT_S = 2.0
-"""Writes, ranges and asks of a slow subject end after this time; the figure is the mean of what was done."""
+"""Writes, ranges and asks of a slow subject stop after this time; the figure is the mean of what
+was done."""
 LARGE = 1_000_000
-"""At more entries, only some cases are run."""
+"""With more entries than this, only some cases are run."""
 KEYS = 1_000_000
-"""A pass of gets reads all entries, or so many of them, chosen at random, where there are more."""
+"""A pass of gets reads all entries, or this many random ones if there are more."""
 THREADS_S = 2.0
 
 
@@ -48,9 +50,9 @@ class Trial(NamedTuple):
     subject: type[Subject]
     entries: int
     prepared: Path
-    """The folder with the prepared stores; not to be changed."""
+    """The directory with the prepared stores, which trials must not change."""
     scratch: Path
-    """An empty folder for this trial alone."""
+    """An empty directory for this trial alone."""
     seed: str
 
     @property
@@ -58,11 +60,11 @@ class Trial(NamedTuple):
         return self.prepared / self.subject.name
 
     def copy(self, suffix: str = "") -> Path:
-        """A copy of the prepared store, to change."""
+        """A copy of the prepared store, which the trial may change."""
         source = self.prepared / (self.subject.name + suffix)
-        # In a directory of its own: foldlog keeps notes beside a log.
+        # In its own directory: foldlog keeps files next to a log.
         target = Path(tempfile.mkdtemp(dir=self.scratch)) / source.name
-        # Not by shutil, which would fill the holes of a mapped file.
+        # Not with shutil, which would fill the holes of a sparse file.
         subprocess.run(["cp", "-r", "--sparse=always", source, target], check=True)
         return target
 
@@ -75,13 +77,14 @@ class Case(NamedTuple):
 
 
 def settle() -> None:
-    """Keep what the trial has built up to here out of the garbage collector's work."""
+    """Exclude what the trial has built so far from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def private_mb() -> float:
-    """Memory that is this process's own: Private_Clean + Private_Dirty of /proc/self/smaps_rollup, in MB."""
+    """Private memory of this process, in MB: Private_Clean + Private_Dirty of
+    /proc/self/smaps_rollup."""
     rows = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
     return (
         sum(int(row[1]) for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:"))
@@ -91,7 +94,7 @@ def private_mb() -> float:
 
 
 def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
-    """The mean time of a call, over all arguments."""
+    """The mean time of a call over all arguments, in seconds."""
     start = perf_counter()
     for argument in arguments:
         call(argument)
@@ -99,7 +102,7 @@ def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
 
 
 def limited_mean_s(call: Callable[[Any], Any], arguments: list[Any], chunk: int = 1) -> float:
-    """The mean time of a call, over all arguments or `PASS_LIMIT_S`."""
+    """The mean time of a call, over all arguments or until `PASS_LIMIT_S`, in seconds."""
     done = 0
     start = perf_counter()
     while done < len(arguments):
@@ -197,7 +200,7 @@ def hot_gets(trial: Trial) -> dict[str, float]:
 
 
 def hot_gets_with_changes(trial: Trial) -> dict[str, float]:
-    """Hot keys while changes stand above the base: after one settled batch, and a few runs."""
+    """Gets of hot keys with changes on top of the base: one settled batch and a few runs."""
     store = trial.subject(trial.copy())
     hot = random_keys(trial)[:1000]
     for batch, cursor in batches(trial, workload.shuffled(trial.entries, "hot")[:11_111], 1000):
@@ -226,9 +229,8 @@ def ranges(trial: Trial) -> dict[str, float]:
     start = perf_counter()
     found = store.range("")
     figures["range_all"] = perf_counter() - start
-    assert (
-        trial.entries <= len(found) <= trial.entries + 1
-    )  # some keep the cursor among the entries
+    # Some subjects keep the cursor as an entry.
+    assert trial.entries <= len(found) <= trial.entries + 1
     return figures
 
 
@@ -236,7 +238,8 @@ def ranges(trial: Trial) -> dict[str, float]:
 
 
 def each_batch(trial: Trial, numbers: Iterable[int], size: int) -> Iterator[tuple[list[Any], Any]]:
-    """Updates of the entries `numbers` in batches, each with its cursor, as the subject takes them."""
+    """Updates of the entries `numbers` in batches with cursors, as the subject's `apply` takes
+    them."""
     subject = trial.subject
     records = workload.records(iter(numbers), trial.seed)
     count = 0
@@ -246,12 +249,12 @@ def each_batch(trial: Trial, numbers: Iterable[int], size: int) -> Iterator[tupl
 
 
 def batches(trial: Trial, numbers: Iterable[int], size: int) -> list[tuple[list[Any], Any]]:
-    """The same, made before the clock starts."""
+    """`batches`, created before the clock starts."""
     return list(each_batch(trial, numbers, size))
 
 
 def timed_applies(store: Subject, work: list[tuple[list[Any], Any]]) -> list[float]:
-    """The time of each apply, until `PASS_LIMIT_S`."""
+    """The time of each apply in seconds, until `PASS_LIMIT_S`."""
     apply = store.apply
     times = []
     begun = end = perf_counter()
@@ -296,7 +299,8 @@ def applies(trial: Trial) -> dict[str, float]:
 
 
 def load(trial: Trial) -> dict[str, float]:
-    """All entries into an empty store in batches of 1000, in random order; foldlog compacts when it finds it due."""
+    """Load all entries into an empty store in batches of 1000, in random order; foldlog compacts
+    when due."""
     work = batches(trial, workload.shuffled(trial.entries, "load"), workload.BATCH)
     path = trial.scratch / "loaded"
     store = trial.subject(path)
@@ -349,7 +353,7 @@ def compactions(trial: Trial) -> dict[str, float]:
 
 
 def write_and_sync(path: Path, size: int) -> float:
-    """What the disk takes for so many bytes, with nothing computed: the floor of a rewrite."""
+    """The time to write and sync `size` bytes, computing nothing: the lower bound of a rewrite."""
     piece = os.urandom(1 << 20)
     start = perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -387,7 +391,7 @@ def artifacts(trial: Trial) -> dict[str, float]:
 
 
 def rate(calls: list[Callable[[threading.Event], int]]) -> float:
-    """What all of `calls`, each in a thread until it is told to stop, did in a second."""
+    """Calls per second in total, with each of `calls` repeated in a thread until told to stop."""
     stop = threading.Event()
     with ThreadPoolExecutor(len(calls)) as pool:
         start = perf_counter()
@@ -398,14 +402,15 @@ def rate(calls: list[Callable[[threading.Event], int]]) -> float:
 
 
 def commits(trial: Trial) -> dict[str, float]:
-    """Commits of one update a second, from 1, 4 and 16 threads that each wait for their own."""
+    """Commits per second, of one update each, from 1, 4 and 16 threads that wait for their own
+    commits."""
     store = trial.subject(trial.copy())
 
     def committing(work: list[tuple[list[Any], Any]]) -> Callable[[threading.Event], int]:
         def run(stop: threading.Event) -> int:
             mine = store.for_thread()
             done = 0
-            for batch, cursor in cycle(work):  # the clock ends it, never the work
+            for batch, cursor in cycle(work):  # ends by the clock, never for lack of work
                 if stop.is_set():
                     break
                 mine.apply(batch, cursor)
@@ -427,7 +432,8 @@ def commits(trial: Trial) -> dict[str, float]:
 
 
 def reads(trial: Trial) -> dict[str, float]:
-    """Gets a second, of 1,000 keys over and over, from 1 to 8 threads, and from 4 while a fifth applies batches of 100."""
+    """Gets per second of 1,000 hot keys from 1 to 8 threads, and from 4 while a fifth applies
+    batches of 100."""
     store = trial.subject(trial.copy())
     hot = random_keys(trial)[:1000]
 
@@ -451,7 +457,7 @@ def reads(trial: Trial) -> dict[str, float]:
             mine.apply(batch, cursor)
         if mine is not store:
             mine.close()
-        return 0  # what it does is not counted
+        return 0  # its calls are not counted
 
     figures = {f"reads_{threads}": rate([reading] * threads) for threads in (1, 2, 4, 8)}
     figures["reads_4_writing"] = rate([*[reading] * 4, writing])
@@ -460,7 +466,7 @@ def reads(trial: Trial) -> dict[str, float]:
 
 
 def store_calls(trial: Trial) -> dict[str, float]:
-    """What one caller sees of the store: applies, asynchronous applies, and reads by message."""
+    """What one caller of a store sees: applies, asynchronous applies, and reads by message."""
     from foldlog.protocol.messages import Get, Range
 
     choose = random.Random(trial.seed).randrange
@@ -481,7 +487,7 @@ def store_calls(trial: Trial) -> dict[str, float]:
     start = perf_counter()
     futures = [
         subject.store.apply_async(batch, cursor, 60) for batch, cursor in work
-    ]  # waits where the mailbox is full
+    ]  # waits if the mailbox is full
     futures[-1].result(60)
     figures["store_apply_async_1"] = (perf_counter() - start) / len(work)
     asks = [Get(workload.key(choose(trial.entries))) for _ in range(5000)]
@@ -513,7 +519,8 @@ CASES: dict[str, Case] = {
 
 
 def prepare(subject: type[Subject], entries: int, folder: Path) -> None:
-    """Make the stores that trials start from, unless they are there. Large ones are loaded in key order, which is faster."""
+    """Create the stores that trials start from, unless they exist. Large ones are loaded in key
+    order, which is faster."""
     path = folder / subject.name
     done = folder / f"{subject.name}.done"
     if done.exists():

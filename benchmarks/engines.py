@@ -1,11 +1,11 @@
-"""The two engines and raw `rocksdict`, at several sizes: what each costs.
+"""The cost of the two engines and of raw `rocksdict` at several sizes.
 
 Prints a table, writes JSON and a plot.
 
     python benchmarks/engines.py 1000000 10000000 --out benchmarks/results
 
-Each subject and size runs in a process of its own, one after the other, so that its memory is its
-own. Entries have 100 bytes of value and keys of 13. Compare within one run only.
+Each subject and size runs in its own process, one after another, so that memory is measured
+separately. Entries have keys of 13 bytes and values of 100. Compare only within one run.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def key(number: int) -> str:
 
 
 def private_mb() -> float:
-    """The memory of this process that is its own, in MB: no page of a file."""
+    """Private memory of this process in MB, without pages of files."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon"))
 
 
 class Raw:
-    """`rocksdict` with the options that foldlog gives RocksDB, and nothing else of foldlog's."""
+    """Plain `rocksdict`, with the options that foldlog passes to RocksDB."""
 
     def __init__(self, path: Path) -> None:
         import rocksdict
@@ -107,7 +107,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def measure(subject: str, entries: int, folder: Path) -> dict[str, Any]:
-    """All figures of one subject at one size, in a new process that calls this."""
+    """All figures of one subject at one size. Call it in a new process."""
     path = folder / "store"
     chance = random.Random(11)
     store = OPENERS[subject](path)
@@ -165,10 +165,9 @@ def each(call: Callable[[Any], object], values: list[Any]) -> None:
 
 
 def overhead(entries: int, folder: Path, rounds: int = 7) -> dict[str, float]:
-    """What foldlog adds to raw `rocksdict`: the two in turn in one process, the best of the rounds.
+    """What foldlog adds to raw `rocksdict`: both take turns in one process; the best round counts.
 
-    In processor time of the calling thread: what else the machine does, and RocksDB's own threads,
-    would be noise.
+    Measured as CPU time of the calling thread: other load and RocksDB's own threads would be noise.
     """
     stores = {name: OPENERS[name](folder / name) for name in (RAW, FOLDLOG_ROCKSDB)}
     chance = random.Random(3)
@@ -218,7 +217,7 @@ def in_process(subject: str, entries: int, folder: str) -> dict[str, Any]:
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Where each is ahead, against the number of entries."""
+    """Plot each figure against the number of entries."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,10 @@
-"""Hot typed reads, and applies from asyncio, beside what a Python program would take instead.
+"""Hot typed reads, and applies from asyncio, compared with what a Python program would use instead.
 
     python benchmarks/faces.py [--seconds 1]
 
-Each figure is the best of rounds that take turns, so that a busy machine slows all of them alike; read the ratios. Needs the
-extras `bench` and `test` (msgspec). Prints a Markdown table.
+Each figure is the best of several rounds. Subjects take turns, so that a busy machine slows all of
+them alike. Compare the ratios. Needs the extras `bench` and `test` (msgspec). Prints a Markdown
+table.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ IN_FLIGHT = 100
 
 
 class Route(msgspec.Struct, frozen=True):
-    """A value of some fields."""
+    """A value with a few fields."""
 
     host: str
     port: int
@@ -44,7 +45,7 @@ def route(number: int) -> Route:
 
 
 def typed_reads(folder: Path) -> dict[str, float]:
-    """us for a hot read of one typed value, by subject."""
+    """The time of a hot read of one typed value in us, by subject."""
     with (
         foldlog.open(folder / "r.log") as store,
         diskcache.Cache(folder / "diskcache") as cache,
@@ -96,7 +97,7 @@ async def _rate(apply: Callable[[int], Awaitable[Any]], seconds: float) -> float
 
 
 async def applies(folder: Path, seconds: float) -> dict[str, float]:
-    """Writes a second from one event loop, `IN_FLIGHT` at a time, by subject."""
+    """Writes per second from one event loop, `IN_FLIGHT` at a time, by subject."""
     found: dict[str, float] = {}
     async with aio.open(folder / "a.log") as store:
 

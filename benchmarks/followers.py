@@ -1,10 +1,10 @@
-"""What followers cost, as a Markdown table: delay, memory, the writer's slowdown; and a difference.
+"""What followers cost: delay, memory, the writer's slowdown, and the time of a difference.
 
-    python benchmarks/followers.py            1,000,000 entries, up to 8 followers: about two minutes
-    python benchmarks/followers.py --quick    100,000 entries, less of everything: 20 seconds
+    python benchmarks/followers.py            1,000,000 entries, 8 followers: two minutes
+    python benchmarks/followers.py --quick    100,000 entries, shorter rounds: 20 seconds
 
-Followers run in processes of their own. A timing holds for one machine and one run only; the two rates that a slowdown
-compares are taken in turns.
+Prints a Markdown table. Followers run in their own processes. Compare only within one run; the two
+rates of a slowdown are measured in turns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ follower = foldlog.follow(sys.argv[1])
 print("open", flush=True)
 for line in sys.stdin:
     command = line.split()
-    if command[0] == "wait":  # prints the moment at which each batch of a range is first seen
+    if command[0] == "wait":  # print when each batch of a range is first seen
         first, last = int(command[1]), int(command[2])
         seen = []
         for number in range(first, last + 1):
@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 
 class Process:
-    """A follower in a process of its own."""
+    """A follower in its own process."""
 
     def __init__(self, log: Path, cpus: set[int]) -> None:
         self._process = subprocess.Popen(
@@ -78,8 +78,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def followers(log: Path, count: int, cpus: set[int] = frozenset()) -> Iterator[list[Process]]:  # type: ignore[assignment]
-    """So many followers of a log, on these processors (or any), each open when this enters."""
+def followers(log: Path, count: int, cpus: Set[int] = frozenset()) -> Iterator[list[Process]]:
+    """`count` followers of a log, pinned to `cpus` if given, all open when the block starts."""
     processes: list[Process] = []
     try:
         processes.extend(Process(log, cpus) for _ in range(count))
@@ -90,7 +90,7 @@ def followers(log: Path, count: int, cpus: set[int] = frozenset()) -> Iterator[l
 
 
 def private_mb(pid: int) -> float:
-    """The memory that a process has for itself."""
+    """The private memory of a process, in MB."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     return (
         sum(
@@ -103,13 +103,13 @@ def private_mb(pid: int) -> float:
 
 
 def shared_mb(pid: int) -> float:
-    """Its proportional share of what it has together with others."""
+    """A process's proportional share of shared memory, in MB."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def fill(log: Path, entries: int) -> list[str]:
-    """A compacted log of so many entries of 100 bytes. Returns the keys."""
+    """Create a compacted log of `entries` entries of 100 bytes. Returns the keys."""
     keys = [f"tenants/{number:08}/routes" for number in range(entries)]
     with AppendLogSnapshot.open(log)[1] as snap:
         for start in range(0, entries, 10_000):
@@ -123,7 +123,8 @@ def fill(log: Path, entries: int) -> list[str]:
 
 
 def measure_delay(log: Path, keys: list[str], batches: int, pause_s: float) -> tuple[float, float]:
-    """p50 and p99, in ms, from the answer of an `apply` to its sight in a follower in another process."""
+    """p50 and p99 in ms from the answer to an `apply` until a follower in another process sees
+    it."""
     with foldlog.open(log) as store, followers(log, 1) as (follower,):
         first = (store.cursor().as_u64() or 0) + 1
         follower.ask(f"wait {first} {first + batches - 1}")
@@ -138,7 +139,7 @@ def measure_delay(log: Path, keys: list[str], batches: int, pause_s: float) -> t
 
 
 def latency(store: foldlog.Store, keys: list[str], rate: int, seconds: float) -> float:
-    """The median time of an `apply` of 10 updates, in us, at so many a second."""
+    """The median time of an `apply` of 10 updates in us, at a fixed rate per second."""
     number = store.cursor().as_u64() or 0
     begun = time.monotonic()
     took = []
@@ -152,7 +153,7 @@ def latency(store: foldlog.Store, keys: list[str], rate: int, seconds: float) ->
 
 
 def full_speed(store: foldlog.Store, keys: list[str], seconds: float) -> float:
-    """Batches of 10 updates a second, one after the other, each answered."""
+    """Batches of 10 updates applied per second, one after another."""
     number = store.cursor().as_u64() or 0
     batches = [[Put(key, b"x" * 100) for key in random.sample(keys, 10)] for _ in range(100)]
     begun = time.monotonic()
@@ -167,15 +168,15 @@ class Pace(NamedTuple):
     """How fast the writer was."""
 
     apply_us: float
-    """The median time of an apply at 200 a second."""
+    """The median time of an apply in us, at 200 per second."""
     batches_per_s: float
-    """One apply after the other, each answered."""
+    """Applies per second, one after another."""
     cpu_us: float
-    """Processor time of the writer's process for each of these."""
+    """CPU time of the writer's process per apply, in us."""
 
 
 def measure_pace(log: Path, keys: list[str], count: int, seconds: float, cpus: set[int]) -> Pace:
-    """The writer's pace, with so many followers."""
+    """The writer's speed with `count` followers."""
     with (
         foldlog.open(log, compact_threshold=1 << 40) as store,
         followers(log, count, cpus) as processes,
@@ -196,7 +197,8 @@ def measure_pace(log: Path, keys: list[str], count: int, seconds: float, cpus: s
 def measure_slowdown(
     log: Path, keys: list[str], count: int, seconds: float, rounds: int, own_core: bool
 ) -> list[tuple[float, float]]:
-    """Without and with followers, the medians of the rounds. With `own_core`, the writer has one that no follower uses."""
+    """(without, with followers) for each figure: medians of the rounds. With `own_core`, no
+    follower runs on the writer's core."""
     everywhere = os.sched_getaffinity(0)
     mine = {min(everywhere)} if own_core else everywhere
     os.sched_setaffinity(0, mine)
@@ -218,7 +220,7 @@ def measure_slowdown(
 
 
 def measure_diff(log: Path, keys: list[str], compacted: bool) -> float:
-    """Milliseconds for the difference of 1,000 random changes."""
+    """The time of a difference with 1,000 random changes, in ms."""
     with AppendLogSnapshot.open(log)[1] as snap:
         old = snap.snapshot()
         number = (snap.cursor().as_u64() or 0) + 1
@@ -242,7 +244,8 @@ def main() -> None:
     entries = 100_000 if quick else 1_000_000
     random.seed(5)
     print(
-        f"{entries:,} entries of 100 bytes; {os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n"
+        f"{entries:,} entries of 100 bytes; {os.cpu_count()} CPUs; "
+        f"load {os.getloadavg()[0]:.1f} at the start\n"
     )
     print("| what | measured | goal |\n|---|---|---|")
 
@@ -256,7 +259,9 @@ def main() -> None:
             with followers(log, count) as processes:
                 private = [private_mb(process.pid) for process in processes]
                 share = sum(shared_mb(process.pid) for process in processes)
-            text = f"{statistics.mean(private):.0f} MB each, {share:.0f} MB together with what they share"
+            text = (
+                f"{statistics.mean(private):.0f} MB each, {share:.0f} MB of shared memory in total"
+            )
             row(
                 f"private memory of {count} follower{'s' if count > 1 else ''} after open",
                 text,
@@ -271,7 +276,7 @@ def main() -> None:
             )
         seconds, rounds = (1.0, 2) if quick else (2.0, 3)
         for own_core in (True, False):
-            where = "with a core of its own" if own_core else "on cores that all share"
+            where = "with a core of its own" if own_core else "on shared cores"
             slow = measure_slowdown(log, keys, 8, seconds, rounds, own_core)
             (alone, followed), full, cpu = slow
             text = f"{alone:.0f} -> {followed:.0f} us, {followed / alone - 1:+.0%}"
@@ -281,9 +286,9 @@ def main() -> None:
             text = f"{full[0]:,.0f} -> {full[1]:,.0f} a second, {full[1] / full[0] - 1:+.0%}"
             row(f"applies of 10 updates at full speed, with 8 followers, {where}", text, ">= -10 %")
             text = f"{cpu[0]:.0f} -> {cpu[1]:.0f} us, {cpu[1] / cpu[0] - 1:+.0%}"
-            row(f"the writer's processor time for each of these, {where}", text, "<= +10 %")
+            row(f"the writer's CPU time for each of these, {where}", text, "<= +10 %")
         row(
-            "difference of 1,000 changes, behind the same base",
+            "difference of 1,000 changes, on the same base",
             f"{measure_diff(log, keys, False):.0f} ms",
         )
         row(

@@ -1,11 +1,12 @@
-"""How long a reader pauses, and an apply stalls, while a writer runs at full speed, a compaction, or an export goes on.
+"""How long reads and applies stall during writes at full speed, a compaction or an export.
 
     python benchmarks/pauses.py [--entries 1000000] [--seconds 5]
 
-A reader thread calls `store.get` without end and notes how long each call took, the waiting for the interpreter lock included;
-another applies batches. Then all of it again, with a thread in the reader's place that only lets the interpreter lock go and asks
-for it back, while every other one has to let it go as soon as it can: what that takes is how long one call into C held it.
-Prints a Markdown table.
+A reader thread calls `store.get` in a loop and records the time of each call, including the wait
+for the interpreter lock; another applies batches. Then the same again, with the reader replaced by
+a thread that only releases and reacquires the interpreter lock, and the switch interval set so that
+others release it as soon as they can. That time is how long one C call held the lock. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GOALS_MS = {"get p99.9": 10.0, "apply max": 100.0}
 
 
 def load(store: Store, entries: int, rng: random.Random) -> None:
-    """Fill the store with `entries` of 100 bytes, compacted."""
+    """Fill the store with `entries` entries of 100 bytes, and compact it."""
     for start in range(0, entries, 10_000):
         batch = [
             Put(f"key-{i:08d}", rng.randbytes(100), VersionToken.from_u64(i))
@@ -44,7 +45,7 @@ def random_keys(entries: int) -> list[str]:
 
 
 class Reader(threading.Thread):
-    """Gets keys, and notes each call's time in seconds."""
+    """Gets keys, and records the time of each call in seconds."""
 
     def __init__(self, store: Store, keys: list[str]) -> None:
         super().__init__(daemon=True)
@@ -59,11 +60,11 @@ class Reader(threading.Thread):
                 before = clock()
                 get(key)
                 note(clock() - before)
-            time.sleep(0.0005)  # a reader that does something else, too, and not 10 million notes
+            time.sleep(0.0005)  # a realistic reader, and fewer than 10 million samples
 
 
 class Holds(threading.Thread):
-    """Gives the interpreter lock away, takes it back as soon as it can be had, and notes the time in seconds."""
+    """Releases the interpreter lock, reacquires it, and records the time in seconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -84,7 +85,8 @@ class Holds(threading.Thread):
 
 
 class Applier(threading.Thread):
-    """Applies batches of 100 at full speed, or paced, and notes each call's time in seconds."""
+    """Applies batches of 100, at full speed or paced, and records the time of each call in
+    seconds."""
 
     def __init__(self, store: Store, entries: int, pause_s: float) -> None:
         super().__init__(daemon=True)
@@ -107,7 +109,7 @@ class Applier(threading.Thread):
 def measure(
     watcher: Reader | Holds, applier: Applier | None, work: Callable[[], None]
 ) -> tuple[list[float], list[float]]:
-    """The times that both noted, sorted, while `work` runs."""
+    """The times recorded by both while `work` runs, sorted."""
     threads = [thread for thread in (watcher, applier) if thread is not None]
     for thread in threads:
         thread.start()
@@ -143,7 +145,7 @@ def main() -> None:
         load(store, options.entries, random.Random(1))
 
         def compact() -> None:
-            for start in range(0, options.entries, 10_000):  # so that every leaf is touched
+            for start in range(0, options.entries, 10_000):  # touches every leaf
                 keys = range(start, min(start + 10_000, options.entries), 100)
                 store.apply([Put(f"key-{i:08d}", b"y" * 99) for i in keys], WatchCursor.from_u64(9))
             store.compact()
@@ -159,7 +161,8 @@ def main() -> None:
             ("three exports, 1 apply in 5 ms", export, 0.005),
         ]
         print(
-            f"{options.entries} entries of 100 bytes; batches of {BATCH}; goals: {GOALS_MS} ms; {sys.version.split()[0]}\n"
+            f"{options.entries} entries of 100 bytes; batches of {BATCH}; goals: {GOALS_MS} ms; "
+            f"{sys.version.split()[0]}\n"
         )
         print("| while | p50 ms | p99 ms | p99.9 ms | max ms | calls |\n|---|---|---|---|---|---|")
         keys = random_keys(options.entries)

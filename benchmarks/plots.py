@@ -1,4 +1,4 @@
-"""Figures into PNG: foldlog beside its peers, and how each figure grows with the store."""
+"""Plots of the results: foldlog and its peers, and how each figure grows with the store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ GROWTH = ("open", "get_steady", "range_100", "publish_median", "compact_all", "m
 
 
 def plot(run: dict[str, Any], folder: Path) -> list[Path]:
-    """Write `peers.png` and `growth.png`, as far as there are figures for them. Nothing without matplotlib."""
+    """Write `peers.png` and `growth.png` if there are figures for them. Does nothing without
+    matplotlib."""
     try:
         import matplotlib
     except ImportError:

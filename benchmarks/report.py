@@ -1,6 +1,8 @@
-"""Figures into Markdown: `report.py DOCUMENT RESULTS.json ...` puts the tables of one or more runs into a document.
+"""Results as Markdown: `report.py DOCUMENT RESULTS.json ...` writes the tables of runs into a
+document.
 
-A table replaces what stands between `<!-- NAME -->` and `<!-- end -->`, where NAME is goals, figures, ratios, threads or large.
+Each table replaces the text between `<!-- NAME -->` and `<!-- end -->`. NAME is goals, figures,
+ratios, threads or large.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from typing import Any, NamedTuple
 
 
 class Figure(NamedTuple):
-    """How a figure is shown."""
+    """How a figure is displayed."""
 
     title: str
     unit: str
     scale: float
-    """Units in a second (or in a MB)."""
+    """Units per second (or per MB)."""
 
 
 def _us(title: str) -> Figure:
@@ -45,7 +47,8 @@ def _rate(title: str) -> Figure:
 FIGURES: dict[str, Figure] = {
     "open": _ms("open, to the first get"),
     "open_batches": _s(
-        "open 1000-record batches, to the first get (engine below `AppendLogSnapshot`, not compacted)"
+        "open 1000-record batches, to the first get (engine below `AppendLogSnapshot`, not "
+        "compacted)"
     ),
     "open_batches_compacted": _s("open 1000-record batches, compacted, to the first get"),
     "memory_start": _mb("private memory before open"),
@@ -95,12 +98,12 @@ FIGURES: dict[str, Figure] = {
 
 
 class Goal(NamedTuple):
-    """A figure to aim at, for 1,000,000 entries."""
+    """A goal for 1,000,000 entries."""
 
     crate: str
-    """What the Rust crate takes: a release build, called natively, on a machine of the same kind."""
+    """The Rust crate's figure: a release build, called natively, on a similar machine."""
     limit: float
-    """In the unit of the figure: at most, or at least for a rate."""
+    """The goal, in the figure's unit: at most this, or at least for a rate."""
 
 
 GOAL_ENTRIES = "1000000"
@@ -133,26 +136,26 @@ GOALS: dict[str, Goal] = {
 }
 
 THREADED = ("commits", "reads", "store", "ask")
-"""How the names of the figures of many threads begin."""
+"""Prefixes of the names of multithreaded figures."""
 
 Samples = dict[str, dict[str, dict[str, list[float]]]]
 """entries -> subject -> figure -> samples."""
 
 
 def number(value: float) -> str:
-    """Three significant digits."""
+    """`value` with three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def cell(name: str, samples: list[float]) -> str:
-    """The median, and the least and the greatest in brackets."""
+    """The median, with the minimum and maximum in brackets."""
     scale = FIGURES[name].scale
     low, middle, high = (number(pick(samples) * scale) for pick in (min, median, max))
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def table(samples: dict[str, dict[str, list[float]]]) -> str:
-    """All figures at one number of entries, a column for each subject."""
+    """All figures for one number of entries, with a column for each subject."""
     subjects = list(samples)
     rows = ["| | unit | " + " | ".join(subjects) + " |", "|---|---|" + "---:|" * len(subjects)]
     for name, figure in FIGURES.items():
@@ -165,13 +168,16 @@ def table(samples: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(rows)
 
 
-RATIOS = ("open", "get_hot", "get_first", "get_steady", "get_absent", "range_100", "range_10000", "range_all", *(
-    f"apply_{kind}_{size}" for kind in ("fresh", "overwrite") for size in (1, 10, 100, 1000)
-), "load")  # fmt: skip
+RATIOS = (
+    *("open", "get_hot", "get_first", "get_steady", "get_absent"),
+    *("range_100", "range_10000", "range_all"),
+    *(f"apply_{kind}_{n}" for kind in ("fresh", "overwrite") for n in (1, 10, 100, 1000)),
+    "load",
+)
 
 
 def ratios(samples: dict[str, dict[str, list[float]]]) -> str:
-    """What each peer takes, in multiples of what foldlog takes in the same run."""
+    """Each peer's times as multiples of foldlog's in the same run."""
     ours = samples.get("foldlog", {})
     peers = [
         subject
@@ -198,7 +204,7 @@ def ratios(samples: dict[str, dict[str, list[float]]]) -> str:
 
 
 def goals(samples: dict[str, dict[str, list[float]]]) -> str:
-    """The goals, and what was measured of foldlog."""
+    """The goals and foldlog's figures."""
     rows = []
     for name, goal in GOALS.items():
         figure = FIGURES[name]
@@ -234,7 +240,7 @@ def markdown(run: dict[str, Any]) -> str:
 
 
 def compact_json(run: dict[str, Any]) -> str:
-    """A run as JSON with one line for each figure, in four significant digits."""
+    """A run as JSON: one line per figure, with four significant digits."""
     lines = []
     for entries, subjects in run["samples"].items():
         rows = [
@@ -257,7 +263,8 @@ def compact_json(run: dict[str, Any]) -> str:
 
 
 def merged(runs: list[dict[str, Any]]) -> Samples:
-    """The samples of several runs; where two have the same figure of a subject, those of the later."""
+    """The samples of several runs. If two have the same figure of a subject, the later run
+    counts."""
     samples: Samples = {}
     for run in runs:
         for entries, subjects in run["samples"].items():
@@ -267,7 +274,8 @@ def merged(runs: list[dict[str, Any]]) -> Samples:
 
 
 def refresh(document: Path, runs: list[dict[str, Any]]) -> None:
-    """Put the tables of the runs into a document: at the goals' number of entries, and at the largest."""
+    """Write the tables of the runs into a document: for the goals' number of entries, and for the
+    largest."""
     every = merged(runs)
     samples = every[GOAL_ENTRIES]
     threaded = {

@@ -1,13 +1,13 @@
-"""Measure foldlog beside a plain dict and the stores that a user would pick instead.
+"""Measure foldlog, a plain dict, and the stores that a user would pick instead.
 
-    python benchmarks/run.py                       everything, at 10,000 to 10,000,000 entries (an hour or two)
+    python benchmarks/run.py                 everything, 10,000 to 10,000,000 entries: 1 to 2 hours
     python benchmarks/run.py --only get range --peers dict lmdb --entries 100000
-    python benchmarks/run.py --peers               foldlog alone
+    python benchmarks/run.py --peers         foldlog alone
 
-It writes results.json, results.md, peers.png and growth.png into --out, and prints the tables.
+Writes results.json, results.md, peers.png and growth.png to --out, and prints the tables.
 
-Every trial is a process of its own; subjects take turns within each repeat, so that a busy machine disturbs all of them alike.
-With --attempts, a trial during which others used much of the machine is run again.
+Each trial runs in its own process. Subjects take turns within each repeat, so that a busy machine
+disturbs all of them alike. With --attempts, a trial disturbed by other load is run again.
 """
 
 from __future__ import annotations
@@ -23,34 +23,37 @@ import tempfile
 import time
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from cases import CASES, LARGE
 from plots import plot
-from report import Samples, compact_json, markdown
+from report import compact_json, markdown
 from subjects import PEERS, SLOW
 
 HERE = Path(__file__).parent
 DISTURBED = 0.15
-"""The share of all processors that others may use during a trial before it is run again. A guess."""
+"""The fraction of all processors that others may use during a trial before it is run again. A
+guess."""
 
 
 def busy_s() -> float:
-    """CPU time that all processors have spent on anything since boot, stolen time included; 0 where the system does not tell."""
+    """Busy CPU seconds of all processors since boot, including stolen time; 0 if the system does
+    not report it."""
     try:
         ticks = [
             int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
         ]
     except OSError:
         return 0.0
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # without idle and waiting for the disk
+    busy = sum(ticks) - ticks[3] - ticks[4]  # without idle and iowait
+    return busy / os.sysconf("SC_CLK_TCK")
 
 
 def quiet_trial(
     case: str, subject: str, entries: int, prepared: Path, seed: str, attempts: int
 ) -> tuple[dict[str, float], float]:
-    """The least disturbed of up to `attempts` trials, and how disturbed: the share of all processors that others used."""
+    """The least disturbed of up to `attempts` trials, and the fraction of all processors that
+    others used."""
     best: tuple[dict[str, float], float] = ({}, 2.0)
     for attempt in range(attempts):
         if attempt:
@@ -69,7 +72,7 @@ def quiet_trial(
 
 
 def trial(case: str, subject: str, entries: int, prepared: Path, seed: str) -> dict[str, float]:
-    """Run one case in a fresh process."""
+    """Run one case in a new process. Returns its figures."""
     scratch = Path(tempfile.mkdtemp(dir=prepared.parent))
     try:
         command = [
@@ -90,7 +93,7 @@ def trial(case: str, subject: str, entries: int, prepared: Path, seed: str) -> d
 
 
 def plan(only: list[str], peers: list[str], entries: int) -> list[tuple[str, str]]:
-    """(case, subject) of one repeat."""
+    """The (case, subject) pairs of one repeat."""
     large = entries > LARGE
     return [
         (name, subject.name)
@@ -103,7 +106,7 @@ def plan(only: list[str], peers: list[str], entries: int) -> list[tuple[str, str
 
 
 def machine() -> str:
-    """The machine, in general terms."""
+    """A general description of the machine."""
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     python = f"{platform.python_implementation()} {platform.python_version()}"
     return f"{os.cpu_count()} cores, {memory_gib:.0f} GiB, {platform.system()}, {python}"
@@ -119,7 +122,8 @@ def filesystem(path: Path) -> str:
     return max(holding, key=lambda mount: len(mount[0]))[1]
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,7 +133,7 @@ def main() -> None:
         choices=list(CASES),
         default=list(CASES),
         metavar="NAME",
-        help=f"of {', '.join(CASES)}",
+        help=f"cases to run, from {', '.join(CASES)}",
     )
     parser.add_argument(
         "--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000, 10_000_000]
@@ -139,7 +143,7 @@ def main() -> None:
         "--attempts",
         type=int,
         default=1,
-        help="run a trial again, so often at most, if others kept the machine busy",
+        help="trials at most, if other load disturbs them",
     )
     parser.add_argument(
         "--peers",
@@ -150,45 +154,47 @@ def main() -> None:
         help=", ".join(PEERS),
     )
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
-    parser.add_argument(
-        "--work", type=Path, help="where stores are kept; with it, prepared stores are used again"
-    )
-    args = parser.parse_args()
+    parser.add_argument("--work", type=Path, help="directory to keep prepared stores in, for reuse")
+    return parser.parse_args()
 
+
+def measure(args: argparse.Namespace, run: dict[str, Any], entries: int, work: Path) -> None:
+    """Run all trials at one size. Adds the samples to `run`, and writes the results so far."""
+    prepared = work / str(entries)
+    prepared.mkdir(parents=True, exist_ok=True)
+    steps = plan(args.only, args.peers, entries)
+    subjects = list(dict.fromkeys(subject for _, subject in steps))
+    at_size = run["samples"][str(entries)] = {subject: {} for subject in subjects}
+    for subject in subjects:
+        trial("prepare", subject, entries, prepared, "prepare")
+    for repeat in range(args.repeat):
+        for case, subject in steps:
+            figures, others = quiet_trial(
+                case, subject, entries, prepared, f"{case}-{repeat}", args.attempts
+            )
+            for name, value in figures.items():
+                at_size[subject].setdefault(name, []).append(value)
+            run["disturbed"].append(others)
+            where = f"{entries:,} entries, {repeat + 1}"
+            print(f"{where}: {case} of {subject}; others used {others:.0%}", file=sys.stderr)
+        (args.out / "results.json").write_text(compact_json(run))
+        (args.out / "results.md").write_text(markdown(run))
+
+
+def main() -> None:
+    args = parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="foldlog-benchmark-"))
     args.out.mkdir(parents=True, exist_ok=True)
-    samples: Samples = {}
-    disturbed: list[float] = []
-    run = {
+    run: dict[str, Any] = {
         "machine": machine(),
         "filesystem": filesystem(work),
         "repeat": args.repeat,
-        "disturbed": disturbed,
-        "samples": samples,
+        "disturbed": [],
+        "samples": {},
     }
     try:
         for entries in args.entries:
-            prepared = work / str(entries)
-            prepared.mkdir(parents=True, exist_ok=True)
-            steps = plan(args.only, args.peers, entries)
-            subjects = list(dict.fromkeys(subject for _, subject in steps))
-            at_size = samples[str(entries)] = {subject: {} for subject in subjects}
-            for subject in subjects:
-                trial("prepare", subject, entries, prepared, "prepare")
-            for repeat in range(args.repeat):
-                for case, subject in steps:
-                    figures, others = quiet_trial(
-                        case, subject, entries, prepared, f"{case}-{repeat}", args.attempts
-                    )
-                    for name, value in figures.items():
-                        at_size[subject].setdefault(name, []).append(value)
-                    disturbed.append(others)
-                    print(
-                        f"{entries:,} entries, {repeat + 1}: {case} of {subject}; others used {others:.0%}",
-                        file=sys.stderr,
-                    )
-                (args.out / "results.json").write_text(compact_json(run))
-                (args.out / "results.md").write_text(markdown(run))
+            measure(args, run, entries, work)
     finally:
         if args.work is None:
             shutil.rmtree(work)

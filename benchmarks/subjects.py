@@ -1,10 +1,11 @@
-"""What is measured: foldlog, and what a user would pick instead, each behind the same few operations.
+"""The subjects: foldlog and what a user would pick instead, each behind the same few operations.
 
-A subject opens a path, applies a batch of updates together with a cursor, atomically, and reads. `record` and `position` make
-what its `apply` takes, outside of the timings. To add one, derive from `Subject` and put it into `SUBJECTS`.
+A subject opens a path, atomically applies a batch of updates with a cursor, and reads. `record` and
+`position` create the arguments of its `apply`, outside the timings. To add one, derive from
+`Subject` and add it to `SUBJECTS`.
 
-All are as a user gets them, without waiting for the disk at a commit, unless the name says otherwise. foldlog stores a version
-of 8 bytes with each entry; the others store key and value alone.
+All are configured as by a typical user, without a sync at each commit unless the name says so.
+foldlog stores an 8-byte version with each entry; the others store only key and value.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 NEVER = 1 << 50
-"""A compact_threshold that is not reached: compaction is measured by itself."""
+"""A compact_threshold that is never reached: compaction is measured separately."""
 
 
 class Subject(ABC):
-    """An open store. `get` takes a key; it is set by each subject to the function that a user would call."""
+    """An open store. Each subject sets `get` to the function, taking a key, that a user would
+    call."""
 
     name = ""
     get: Callable[[str], Any]
@@ -43,25 +45,25 @@ class Subject(ABC):
 
     @abstractmethod
     def apply(self, updates: list[Any], cursor: Any) -> Any:
-        """Take the updates and the cursor, as one."""
+        """Atomically store the updates and the cursor."""
 
     def range(self, prefix: str) -> list[Any]:
         """The entries under a prefix, in key order."""
         raise NotImplementedError
 
     def for_thread(self) -> Subject:
-        """What another thread uses to reach the same store."""
+        """The same store, for use by another thread."""
         return self
 
     def load_done(self) -> None:  # noqa: B027 - most have nothing to do
-        """Called once all entries are loaded, before the store is closed and kept for the trials."""
+        """Called once all entries are loaded, before the prepared store is closed."""
 
     @abstractmethod
     def close(self) -> None: ...
 
 
 class Foldlog(Subject):
-    """The engine, `AppendLogSnapshot`: one thread."""
+    """The single-threaded store, `AppendLogSnapshot`."""
 
     name = "foldlog"
 
@@ -96,7 +98,7 @@ class Foldlog(Subject):
 
 
 class Store(Subject):
-    """The store of many threads, `foldlog.open`; synced every second in the background."""
+    """The multithreaded store, `foldlog.open`, synced every second in the background."""
 
     name = "foldlog-store"
     sync = "interval"
@@ -123,7 +125,7 @@ class Store(Subject):
 
 
 class StoreSynced(Store):
-    """`foldlog.open(sync="always")`: what is answered survives a power loss."""
+    """`foldlog.open(sync="always")`: answered batches survive a power loss."""
 
     name = "foldlog-store-synced"
     sync = "always"
@@ -155,7 +157,8 @@ class PlainDict(Subject):
 
 
 class Sqlite(Subject):
-    """sqlite3, WAL, synchronous=OFF; one table without row ids, one prepared statement for each operation."""
+    """sqlite3, WAL, synchronous=OFF; a table without row ids, a prepared statement per
+    operation."""
 
     name = "sqlite3"
     synchronous = "OFF"
@@ -194,14 +197,15 @@ class Sqlite(Subject):
 
 
 class SqliteSynced(Sqlite):
-    """sqlite3, WAL, synchronous=FULL: what is committed survives a power loss."""
+    """sqlite3, WAL, synchronous=FULL: commits survive a power loss."""
 
     name = "sqlite3-synced"
     synchronous = "FULL"
 
 
 class Lmdb(Subject):
-    """lmdb with sync=False; a transaction for each get, so that it sees the newest commit, as foldlog's does."""
+    """lmdb with sync=False; a transaction per get, so that it sees the newest commit, as foldlog's
+    does."""
 
     name = "lmdb"
     sync = False
@@ -250,10 +254,10 @@ class Lmdb(Subject):
 
 
 class LmdbMapped(Lmdb):
-    """lmdb with sync=False and writemap=True, as who wants its speed opens it.
+    """lmdb with sync=False and writemap=True: its fastest mode.
 
-    Pages are changed in place in the mapped file: they survive a killed process, and a stray write
-    of the same process may corrupt them. Existing keys are overwritten through a cursor.
+    Pages are changed in place in the mapped file: they survive a killed process, but a stray write
+    in the same process may corrupt them. Existing keys are overwritten through a cursor.
     """
 
     name = "lmdb-writemap"
@@ -268,7 +272,7 @@ class LmdbMapped(Lmdb):
 
 
 class LmdbSynced(Lmdb):
-    """lmdb as it is by default: what is committed survives a power loss."""
+    """lmdb with its defaults: commits survive a power loss."""
 
     name = "lmdb-synced"
     sync = True
@@ -337,14 +341,14 @@ class Plyvel(Subject):
 
 
 class PlyvelSynced(Plyvel):
-    """plyvel with sync=True: LevelDB forms groups of the commits that wait."""
+    """plyvel with sync=True: LevelDB groups waiting commits."""
 
     name = "plyvel-synced"
     sync = True
 
 
 class Diskcache(Subject):
-    """diskcache: sqlite3 below, WAL, synchronous=NORMAL. It has no ranges."""
+    """diskcache, on top of sqlite3 with WAL and synchronous=NORMAL. Has no ranges."""
 
     name = "diskcache"
 
@@ -368,7 +372,7 @@ class Diskcache(Subject):
 
 
 ENGINES = (Foldlog, PlainDict, Lmdb, LmdbMapped, Rocksdict, Plyvel, Sqlite, Diskcache)
-"""One thread, no waiting for the disk."""
+"""One thread, no syncs."""
 THREADED = (
     Store,
     StoreSynced,
@@ -379,9 +383,9 @@ THREADED = (
     Sqlite,
     SqliteSynced,
 )
-"""Many threads, with and without waiting for the disk."""
+"""Many threads, with and without syncs."""
 READ_BY_MANY = (Store, PlainDict, Lmdb, Sqlite)
 SUBJECTS: dict[str, type[Subject]] = {subject.name: subject for subject in (*ENGINES, *THREADED)}
 PEERS = tuple(name for name in SUBJECTS if not name.startswith("foldlog"))
 SLOW = ("diskcache",)
-"""Left out of the largest stores: it would take ten minutes to load one."""
+"""Left out for the largest stores: loading one would take ten minutes."""

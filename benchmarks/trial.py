@@ -1,4 +1,5 @@
-"""One trial in a process of its own: `trial.py CASE SUBJECT ENTRIES PREPARED SCRATCH SEED` prints figures as JSON."""
+"""One trial in its own process: `trial.py CASE SUBJECT ENTRIES PREPARED SCRATCH SEED` prints its
+figures as JSON."""
 
 from __future__ import annotations
 

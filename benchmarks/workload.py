@@ -1,4 +1,4 @@
-"""The data that every subject gets: the same keys, values, batches and order, from a fixed seed."""
+"""The data for all subjects: the same keys, values, batches and order, from a fixed seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 VALUE_BYTES = 100
 BATCH = 1000
-"""Updates in a batch where stores are loaded."""
+"""Updates in a batch when stores are loaded."""
 
 
 def key(number: int) -> str:
@@ -16,7 +16,7 @@ def key(number: int) -> str:
 
 
 def absent_key(number: int) -> str:
-    """A key that no store holds, between those of two entries."""
+    """A key that no store holds, between the keys of two entries."""
     return f"key-{number:08d}x"
 
 
@@ -35,7 +35,8 @@ def records(numbers: Iterator[int] | list[int], seed: str) -> Iterator[tuple[str
 
 
 def prefixes(entries: int, width: int, count: int, seed: str) -> list[str]:
-    """`count` random prefixes, each of `width` (a power of ten) neighbouring entries of those in the store."""
+    """`count` random prefixes, each matching `width` (a power of ten) neighbouring entries of the
+    store."""
     digits = 8 - (len(str(width)) - 1)
     choose = random.Random(seed).randrange
     return [f"key-{choose(max(1, entries // width)):0{digits}d}" for _ in range(count)]

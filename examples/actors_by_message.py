@@ -1,7 +1,7 @@
-"""Two actors of an application that never touch the store itself: they read, write and are told of changes by message.
+"""Two actors that use a store only by message: to read, to write and to receive changes.
 
-`Stock` takes orders: it reads by asking the store's readers, and writes by asking its writer. `Display` is subscribed to a
-prefix, and is told each change as it happens.
+`Stock` takes orders: it asks the store's readers for entries, and its writer to apply updates.
+`Display` subscribes to a prefix and receives each change as it happens.
 
     python examples/actors_by_message.py
 """
@@ -22,7 +22,7 @@ TIMEOUT_S = 30.0
 
 
 class Order(NamedTuple):
-    """Ask for so many of an item. Reply: how many are left, or None if there are too few."""
+    """Order `count` of an item. Reply: how many are left, or None if there were too few."""
 
     item: str
     count: int
@@ -30,7 +30,7 @@ class Order(NamedTuple):
 
 
 class Stock(pykka.ThreadingActor):
-    """Sells what there is. The references that it holds stay valid when actors of the store are restarted."""
+    """Sells what is in stock. Its references stay valid when the store's actors are restarted."""
 
     use_daemon_thread = True
 
@@ -53,7 +53,7 @@ class Stock(pykka.ThreadingActor):
 
 
 class Display(pykka.ThreadingActor):
-    """Shows what it is told: first the state, then Synced, then each change, in order."""
+    """Shows what it receives, in order: the state, Synced, then each change."""
 
     use_daemon_thread = True
 
@@ -104,7 +104,7 @@ def main(path: Path) -> None:
         page = store.reader.ask(RangePage("order/", limit=2), timeout=TIMEOUT_S)
         print("orders:", [entry.key for entry in page.entries], "and more" if page.next else "")
     assert over.wait(TIMEOUT_S)
-    print("the display was told that it is over")
+    print("the display's subscription has ended")
     stock.stop(timeout=TIMEOUT_S)
     display.stop(timeout=TIMEOUT_S)
 

@@ -1,4 +1,5 @@
-"""An asyncio program: one task feeds a store, one watches it, one waits for what another process would put."""
+"""An asyncio program: one task feeds a store, another watches it, and a follower waits for a
+write."""
 
 import asyncio
 import tempfile

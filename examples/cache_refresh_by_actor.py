@@ -1,7 +1,9 @@
-"""A cache of rendered pages in an actor that is told what has changed, so that it renders again that, and nothing else.
+"""A cache of rendered pages in an actor that receives changes, and renders only changed pages
+again.
 
-The actor is subscribed to the store: first it is told the state, then `Synced`, then each change, in order and once. Were it too
-slow, it would be told `Lagged` and then what differs, so that it needs no other way for that; a follower's `Rewound` is the same.
+The actor subscribes to the store. It receives the state, then `Synced`, then each change, in order
+and once. If it were too slow, it would receive `Lagged` and then the difference, which it can
+handle like any other change. The same holds for `Rewound` from a follower.
 
     python examples/cache_refresh_by_actor.py
 """
@@ -28,7 +30,7 @@ class Show(NamedTuple):
 
 
 class PageCache(pykka.ThreadingActor):
-    """Renders a page when it is asked for, and keeps it until its source changes."""
+    """Renders a page on request, and caches it until its source changes."""
 
     use_daemon_thread = True
 

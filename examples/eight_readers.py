@@ -1,4 +1,4 @@
-"""Eight threads read typed routes at full speed beside a thread that feeds them."""
+"""Eight threads read typed routes at full speed while another thread updates them."""
 
 import tempfile
 import threading

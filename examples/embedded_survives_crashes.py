@@ -1,7 +1,8 @@
-"""A store inside a program goes on working while its parts are made to fail, and loses nothing that it has confirmed.
+"""An embedded store keeps working while its actors crash, and loses nothing that it has confirmed.
 
-Four threads write. Meanwhile the writer, the readers and the maintenance of the store are crashed again and again, at the
-worst moments: between writing a batch and answering it, say. At the end a single thread reads the log, and compares.
+Four threads write. Meanwhile the store's writer, readers and maintenance are crashed repeatedly at
+the worst moments, such as between writing a batch and answering it. At the end, the log is read and
+compared with what was confirmed.
 
     python examples/embedded_survives_crashes.py
 """
@@ -24,7 +25,7 @@ THREADS = 4
 
 
 class Saboteur:
-    """Raises at every so-many-th step that the store's actors take."""
+    """Crashes an actor every 5 to 20 steps of the store's actors."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,18 +55,17 @@ def write(store: foldlog.Store, thread: int) -> list[str]:
                 [Put(f"a/{key}", b"x"), Put(f"b/{key}", b"x")], WatchCursor.from_u64(number)
             )
         except WriterCrashed:
-            continue  # met by two crashes in a row: certainly not applied
+            continue  # hit by two crashes in a row: certainly not applied
         confirmed.append(key)
     return confirmed
 
 
 def main(path: Path) -> None:
-    logging.getLogger("foldlog").setLevel(
-        logging.CRITICAL
-    )  # or each crash is told with its traceback
+    # Otherwise each crash is logged with its traceback.
+    logging.getLogger("foldlog").setLevel(logging.CRITICAL)
     saboteur = Saboteur()
-    # The supervisor waits longer with each restart in a row, and gives up after five within a minute. So many crashes are not
-    # what it expects of a healthy program, so this one tells it to forgive sooner.
+    # By default, the supervisor backs off longer with each restart in a row, and gives up after
+    # five within a minute. This program crashes more often on purpose, so it raises the limit.
     with foldlog.open(path, step=saboteur, max_restarts=CRASHES, restart_window_s=0.1) as store:
         with ThreadPoolExecutor(THREADS) as pool:
             confirmed = [
@@ -74,7 +74,8 @@ def main(path: Path) -> None:
                 for key in keys
             ]
         print(
-            f"{saboteur.crashes} crashes, {len(store.stats().restarts)} restarts; the store is {store.state}"
+            f"{saboteur.crashes} crashes, {len(store.stats().restarts)} restarts; "
+            f"the store is {store.state}"
         )
     _, log = AppendLogSnapshot.open(path)
     with log:

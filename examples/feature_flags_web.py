@@ -1,11 +1,11 @@
-"""Feature flags in a web service with worker processes: one process writes, each worker follows and answers from memory.
+"""Feature flags in a web service: one process writes; each worker follows and answers from memory.
 
-In production, the writer is a program of its own, and the service runs under any pre-fork server:
+In production, the writer is a separate program, and the service runs under any pre-fork server:
 
     FLAGS_LOG=flags.log gunicorn --workers 4 feature_flags_web:app
 
     GET /flags/NAME            the flag; 404 if there is none
-    GET /flags/NAME?at=CURSOR  the same, but no older than that: for a client that has just changed it
+    GET /flags/NAME?at=CURSOR  the same, no older than CURSOR: for a client that just changed it
 
 To see it work, with three forked workers and a writer on one machine:
 
@@ -39,7 +39,8 @@ _followers: dict[int, foldlog.Follower] = {}
 
 
 def flags() -> foldlog.Follower:
-    """The follower of this process, opened when it is first needed: one from before the fork is of no use behind it."""
+    """This process's follower, opened on first use, so that each worker starts its own after the
+    fork."""
     with _lock:
         if os.getpid() not in _followers:
             _followers.clear()
@@ -82,7 +83,7 @@ def answer(
     return [body]
 
 
-# What follows stands in for a pre-fork server, and for a client.
+# The rest stands in for a pre-fork server and a client.
 
 
 class Quiet(WSGIRequestHandler):
@@ -91,7 +92,7 @@ class Quiet(WSGIRequestHandler):
 
 
 def work(listener: socket.socket) -> None:
-    """A worker: serves on the socket that it has from its parent, until it is told to end."""
+    """A worker: serves on the socket inherited from its parent, until it is killed."""
     server = WSGIServer(listener.getsockname()[:2], Quiet, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
@@ -156,7 +157,7 @@ def play(port: int) -> None:
         assert all(
             one is not None and (one["value"], one["cursor"]) == ("100%", 4) for one in found
         )
-        print(f"beta is 100% in each of {len(found)} answers, behind a compaction")
+        print(f"beta is 100% in each of {len(found)} answers, after a compaction")
     last = ask(port, "flags/beta")
     assert last is not None
     print("and without a writer:", last["value"])

@@ -3,8 +3,8 @@
 uvicorn --factory examples.flags_over_sse:create_app        FLAGS_LOG names the log
 
 GET /flags/NAME       the flag, as JSON
-PUT /flags/NAME       set it; If-Match takes the version that it must still have
-GET /events           the flags as they are, then each change, as server-sent events
+PUT /flags/NAME       set it; with If-Match, only at that version
+GET /events           the current flags, then each change, as server-sent events
 GET /healthz          ready, degraded or failed, with reasons
 """
 
@@ -28,7 +28,7 @@ PREFIX = "flags/"
 
 
 class Flag(msgspec.Struct, frozen=True):
-    """What a flag says. Frozen: what is decoded is shared by all requests."""
+    """The value of a flag. Frozen, because all requests share the decoded values."""
 
     percent: int
 
@@ -70,7 +70,7 @@ async def events(request: Request) -> Response:
 
 
 def as_sse(event: foldlog.Event) -> str:
-    """An event of a watch, as one of the stream: changes by name, everything else by kind."""
+    """A watch event as a server-sent event: changes as `flag`, everything else by kind."""
     if not isinstance(event, Changed):
         return f"event: {type(event).__name__.lower()}\ndata: {{}}\n\n"
     name = event.update.key.removeprefix(PREFIX)
@@ -85,7 +85,7 @@ async def healthz(request: Request) -> Response:
 
 
 def create_app(log: str | None = None) -> Starlette:
-    """The application; its store is open while it runs."""
+    """The application. Its store is open while it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

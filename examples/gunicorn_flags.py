@@ -1,6 +1,7 @@
-"""A service under a pre-forking server: each worker follows the feeder's log. gunicorn -w 4 gunicorn_flags:app
+"""A service under a pre-fork server: each worker follows the feeder's log.
 
-FLAGS_LOG names the log; whatever feeds it opens it with foldlog.open in a process of its own.
+Run: gunicorn -w 4 gunicorn_flags:app. FLAGS_LOG is the path of the log, which another process feeds
+through foldlog.open.
 """
 
 import functools
@@ -12,12 +13,12 @@ import foldlog
 
 @functools.cache
 def flags(pid: int) -> foldlog.View:
-    """The view of this worker: opened after the fork, on first use."""
+    """This worker's view, opened on first use, after the fork."""
     return foldlog.view(foldlog.follow(os.environ["FLAGS_LOG"]), "json", "flags/")
 
 
 def app(environ, start_response):
-    """GET /NAME gives the flag; GET /healthz is the readiness probe."""
+    """GET /NAME returns the flag; GET /healthz is the readiness probe."""
     view, name = flags(os.getpid()), environ["PATH_INFO"].lstrip("/")
     if name == "healthz":
         health = view.source.health()

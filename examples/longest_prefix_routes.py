@@ -1,6 +1,7 @@
-"""Derived state: a route table that is asked for the longest prefix, kept in step with the store.
+"""Derived state: a longest-prefix route table, kept in step with the store.
 
-The table is immutable: for each length of a prefix, a dict that is replaced, never changed, so readers need no lock.
+The table is immutable: each prefix length has a dict that is replaced, never changed, so readers
+need no lock.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import foldlog
 from foldlog import FoldSnapshot, Put, Update
 
 Table: TypeAlias = MappingProxyType[int, dict[int, str]]
-"""prefix length -> network address -> where to."""
+"""prefix length -> network address -> next hop."""
 
 
 def changed(table: Table, changes: Iterable[tuple[str, bytes | None]]) -> Table:
-    """The table after these changes: only the dicts that a change falls into are copied."""
+    """The table after these changes. Copies only the dicts that change."""
     lengths = dict(table)
     copied: set[int] = set()
     for key, where in changes:
@@ -44,7 +45,8 @@ def update(table: Table, updates: Sequence[Update]) -> Table:
 
 
 def lookup(table: Table, address: str) -> str | None:
-    """Where the longest prefix of `address` leads. Cost: a probe for each length that there is."""
+    """The next hop for the longest matching prefix of `address`. Cost: a lookup per prefix length
+    in use."""
     number = int(ipaddress.IPv4Address(address))
     for length, networks in table.items():
         where = networks.get(number >> (32 - length) << (32 - length))

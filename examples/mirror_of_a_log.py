@@ -1,8 +1,8 @@
-"""A mirror: a second process's own copy of a log, prefix by prefix, exact while it runs and after
-it was away.
+"""A mirror: an exact copy of part of a log, which catches up after it was closed.
 
-Run: python examples/mirror_of_a_log.py For a bucket of NATS, put NatsKv("nats://127.0.0.1:4222",
-bucket="routes") in place of LogFile(source).
+Run: python examples/mirror_of_a_log.py
+
+For a NATS bucket, use NatsKv("nats://127.0.0.1:4222", bucket="routes") instead of LogFile(source).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def main() -> None:
             routes.put("us/1", b"10.1.0.1")
             follow_for_a_while(routes, LogFile(source), copy)
 
-            routes.delete("eu/3")  # nobody is told now, and the history goes
+            routes.delete("eu/3")  # no mirror is open, and compaction drops the history
             routes.compact()
             with foldlog.mirror(copy, LogFile(source), prefix="eu/") as mirror:
                 mirror.wait_synced()
-                print("while it was away:", dict(mirror.snapshot().items()))
+                print("caught up:", dict(mirror.snapshot().items()))
                 try:
                     mirror.put("eu/9", b"")
                 except MirrorReadOnly:
-                    print("refused: a mirror is written by its upstream")
+                    print("refused: only its upstream writes to a mirror")
 
 
 def follow_for_a_while(routes: foldlog.Store, upstream: LogFile, copy: Path) -> None:
@@ -46,7 +46,7 @@ def follow_for_a_while(routes: foldlog.Store, upstream: LogFile, copy: Path) -> 
             for _ in range(2):
                 event = watch.next(10)
                 assert isinstance(event, Changed)
-                print(f"told: {type(event.update).__name__} {event.update.key}")
+                print(f"changed: {type(event.update).__name__} {event.update.key}")
 
 
 if __name__ == "__main__":

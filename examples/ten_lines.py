@@ -1,4 +1,4 @@
-"""The least that is of use: settings that outlive the program. Each run counts itself.
+"""The smallest useful program: settings that outlive it. Counts its own runs.
 
 python examples/ten_lines.py [LOG]
 """

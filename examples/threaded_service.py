@@ -1,6 +1,6 @@
-"""A service of many threads over one store: one thread feeds it from upstream, the others answer requests from it.
+"""A multithreaded service: one thread feeds a store from upstream, the others answer requests.
 
-Run it twice: the second run goes on from the cursor of the first.
+Run it twice: the second run resumes from the cursor of the first.
 
     python examples/threaded_service.py [LOG]
 """
@@ -19,7 +19,8 @@ from foldlog import Delete, Put, Update, VersionToken, WatchCursor
 
 
 def upstream(after: WatchCursor) -> Iterator[tuple[WatchCursor, list[Update]]]:
-    """What a watch on etcd or FoundationDB would give: batches behind a revision, each with its own revision."""
+    """What a watch on etcd or FoundationDB would return: the batches after a revision, each with
+    its own revision."""
     last = after.as_u64() or 0
     for revision in range(last + 1, last + 201):
         host, version = f"route/{revision % 20:02}", VersionToken.from_u64(revision)
@@ -33,7 +34,7 @@ def upstream(after: WatchCursor) -> Iterator[tuple[WatchCursor, list[Update]]]:
 
 
 def feed(store: foldlog.Store) -> int:
-    """Apply all that upstream has to tell. The cursor says where to go on, also after a crash."""
+    """Apply all changes from upstream. The cursor says where to resume, even after a crash."""
     batches = 0
     for cursor, updates in upstream(store.cursor()):
         store.apply(updates, cursor)
@@ -42,7 +43,7 @@ def feed(store: foldlog.Store) -> int:
 
 
 def serve(store: foldlog.Store, over: threading.Event) -> int:
-    """Answer requests. Each takes one snapshot, so that all it says comes from one revision."""
+    """Answer requests. Each uses one snapshot, so its whole answer is from one revision."""
     requests = 0
     while not over.is_set() or requests == 0:
         snapshot = store.snapshot()

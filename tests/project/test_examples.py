@@ -87,7 +87,7 @@ def test_actors_by_message_read_write_and_are_told():
     ]
     assert lines[7] == "the display shows {'stock/apple': b'1', 'stock/pear': b'0'}"
     assert lines[8] == "orders: ['order/2', 'order/3'] and more"
-    assert lines[9:] == ["the display was told that it is over"]
+    assert lines[9:] == ["the display's subscription has ended"]
 
 
 def test_an_embedded_store_survives_crashes():
@@ -101,7 +101,7 @@ def test_feature_flags_web_answers_from_its_workers_what_the_writer_wrote():
     assert run("feature_flags_web.py") == [
         "before there is a log: None",
         "beta is 50% in each of 20 answers, dark is None",
-        "beta is 100% in each of 20 answers, behind a compaction",
+        "beta is 100% in each of 20 answers, after a compaction",
         "and without a writer: 100%",
     ]
 
@@ -126,10 +126,10 @@ def test_cache_refresh_by_actor_renders_again_what_changed_and_nothing_else():
 def test_mirror_of_a_log_is_exact_deletes_included():
     assert run("mirror_of_a_log.py") == [
         "synced: 3 routes, the link is live",
-        "told: Put eu/4",
-        "told: Delete eu/1",
-        "while it was away: {'eu/2': b'10.0.0.2', 'eu/4': b'10.0.0.4'}",
-        "refused: a mirror is written by its upstream",
+        "changed: Put eu/4",
+        "changed: Delete eu/1",
+        "caught up: {'eu/2': b'10.0.0.2', 'eu/4': b'10.0.0.4'}",
+        "refused: only its upstream writes to a mirror",
     ]
 
 
@@ -166,7 +166,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def served(command: list[str], log: Path, ready: str) -> Iterator[str]:
-    """A server on loopback, until its probe answers; ended by SIGTERM, and its end is waited for."""
+    """A server on loopback, until its probe answers; ended by SIGTERM, and its end is waited
+    for."""
     port = free_port()
     env = os.environ | {"FLAGS_LOG": str(log), "PYTHONPATH": str(EXAMPLES)}
     server = subprocess.Popen(
