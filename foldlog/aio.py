@@ -189,7 +189,7 @@ def outcome(error: BaseException) -> Outcome | None:
     return None
 
 
-def _tell(error: asyncio.CancelledError, what: Outcome, note: str) -> None:
+def _note_outcome(error: asyncio.CancelledError, what: Outcome, note: str) -> None:
     error._foldlog_outcome = what  # type: ignore[attr-defined]
     error.add_note(f"foldlog: {note}")
 
@@ -198,13 +198,15 @@ def _withdraw(future: Future[Any], error: asyncio.CancelledError) -> None:
     """The caller was cancelled: withdraw its request if it has not started, and note the
     outcome."""
     if future.cancel():
-        _tell(error, "withdrawn", "the request was withdrawn before it started")
+        _note_outcome(error, "withdrawn", "the request was withdrawn before it started")
     elif future.done() and future.exception() is None:
-        _tell(error, "done", "the request had already been carried out")
+        _note_outcome(error, "done", "the request had already been carried out")
     elif future.done():
-        _tell(error, "withdrawn", f"the request had already failed: {future.exception()}")
+        _note_outcome(error, "withdrawn", f"the request had already failed: {future.exception()}")
     else:
-        _tell(error, "unknown", "the writer is processing the request and will carry it out")
+        _note_outcome(
+            error, "unknown", "the writer is processing the request and will carry it out"
+        )
 
 
 async def _answer(future: Future[Any], timeout_s: float) -> Any:
@@ -558,7 +560,7 @@ class AsyncStore(_Face[Store]):
                         full = error
                     await asyncio.sleep(ROOM_CHECK_S)
         except asyncio.CancelledError as error:
-            _tell(error, "withdrawn", "the request was not yet in the mailbox")
+            _note_outcome(error, "withdrawn", "the request was not yet in the mailbox")
             raise
         except TimeoutError:
             if not waiting.expired():

@@ -272,7 +272,7 @@ FOLLOWER_INSTRUMENTS = (
 )
 
 
-class _Told:
+class _Reported:
     """How much of a store's histogram has been reported. OpenTelemetry's histograms take values,
     not counts."""
 
@@ -297,7 +297,7 @@ class _Meters:
     def __init__(self, provider: MeterProvider) -> None:
         meter = provider.get_meter("foldlog", __version__)
         self.observed: dict[str, weakref.ref[Observed]] = {}
-        self._told: dict[str, tuple[_Told, _Told]] = {}
+        self._reported: dict[str, tuple[_Reported, _Reported]] = {}
         self._lock = threading.Lock()
         self._latency = meter.create_histogram(
             "foldlog.store.apply.duration",
@@ -324,14 +324,14 @@ class _Meters:
             self.observed[name] = weakref.ref(observed)
             if isinstance(observed, Store):
                 books = observed._core.books
-                self._told[name] = _Told(books.latency), _Told(books.group_size)
+                self._reported[name] = _Reported(books.latency), _Reported(books.group_size)
 
     def remove(self, observed: Observed, name: str) -> None:
         with self._lock:
             found = self.observed.get(name)
             if found is not None and found() is observed:
                 del self.observed[name]
-                self._told.pop(name, None)
+                self._reported.pop(name, None)
 
     def _live(self, kind: type[Observed]) -> Iterator[tuple[str, Any]]:
         for name, found in list(self.observed.items()):
@@ -353,14 +353,16 @@ class _Meters:
                 for value, attributes in instrument.read(observed, stats):
                     yield Observation(value, {NAME: name, **attributes})
             if instrument.name == "foldlog.store.batches":
-                self._tell_histograms()
+                self._report_histograms()
 
         return observe
 
-    def _tell_histograms(self) -> None:
+    def _report_histograms(self) -> None:
         with self._lock:
-            for name, told in self._told.items():
-                for histogram, news in zip((self._latency, self._group_size), told, strict=True):
+            for name, reported in self._reported.items():
+                for histogram, news in zip(
+                    (self._latency, self._group_size), reported, strict=True
+                ):
                     for value, count in news.news():
                         for _ in range(count):
                             histogram.record(value, {NAME: name})

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from foldlog.cli.args import format_option, log_argument
-from foldlog.cli.read import read_log, tell_torn
+from foldlog.cli.read import read_log, report_torn
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.protocol.store import FormatName
 from foldlog.storage.formats.registry import format_named
@@ -51,7 +51,7 @@ def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> No
             lock.keep(handle.fd)
         finally:
             lock.release()
-    tell_torn(loaded)
+    report_torn(loaded)
     if as_json:
         facts: dict[str, Any] = {
             "path": os.fspath(log),

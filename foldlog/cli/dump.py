@@ -166,7 +166,7 @@ def _piece_text(piece: Piece) -> str:
         return f"{piece.offset:>12}  {counted(piece.size, 'byte')}: {piece.reason}"
     batches = f" {counted(head.batches, 'batch')}" if head.batches else ""
     sequences = f"seq {head.seq} synced {head.synced_seq}  flags {head.flags}"
-    checksums = f"head {head.crc:08x} link {head.link:08x} body {head.body_crc:08x}"
+    checksums = f"header {head.crc:08x} link {head.link:08x} body {head.body_crc:08x}"
     moved = "" if head.offset == piece.offset else f"  written for byte {head.offset}"
     verdict = f"{piece.reason or 'ok'}{moved}"
     return (

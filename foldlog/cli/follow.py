@@ -120,13 +120,13 @@ def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> N
 def _events(follower: Follower, prefix: str, since: Since) -> Iterator[Event]:
     """The events of a watch, until it ends. When idle, flushes the output and reports changes of
     the follower's state on stderr."""
-    told = FollowerState.FOLLOWING
+    reported = FollowerState.FOLLOWING
     with follower.watch(prefix, since) as watch:
         while True:
             event = watch.next(0.0)
             if event is None:
                 sys.stdout.flush()
-                told = _tell_state(follower, told)
+                reported = _report_state(follower, reported)
                 event = watch.next(CHECK_S)
             if event is not None:
                 yield event
@@ -134,9 +134,9 @@ def _events(follower: Follower, prefix: str, since: Since) -> Iterator[Event]:
                 return
 
 
-def _tell_state(follower: Follower, told: FollowerState) -> FollowerState:
+def _report_state(follower: Follower, reported: FollowerState) -> FollowerState:
     stats = follower.stats()
-    if stats.state is not told and stats.state is not FollowerState.REPLACED:
+    if stats.state is not reported and stats.state is not FollowerState.REPLACED:
         reason = f": {stats.reason}" if stats.reason else ""
         _note(f"{printable(str(follower.path))}: {stats.state}{printable(reason)}")
     return stats.state

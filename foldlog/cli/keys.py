@@ -88,7 +88,7 @@ def put(
             version = store.update(key, given, expected=expected)
         else:
             version = store.put(key, given)
-    _tell("put", key, version, as_json)
+    _report("put", key, version, as_json)
 
 
 @click.command(epilog="Example: foldlog delete flags.log beta")
@@ -112,14 +112,14 @@ def delete(
             )
             raise click.exceptions.Exit(1)
         version = store.delete(key, expected=expected)
-    _tell("deleted", key, version, as_json)
+    _report("deleted", key, version, as_json)
 
 
 def _open(log: Path, on_damage: OnDamage, format_name: FormatName | None) -> Store:
     return open_store(log, sync="always", readers=1, on_damage=on_damage, format=format_name)
 
 
-def _tell(done: str, key: str, version: VersionToken, as_json: bool) -> None:
+def _report(done: str, key: str, version: VersionToken, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"key": key, "version": token_json(version)}))
     else:

@@ -96,7 +96,7 @@ def mirror(
     ) as copy:
         if once:
             _sync_once(copy, timeout_s, accept_reset)
-            _tell(copy, 0.0, as_json)
+            _report(copy, 0.0, as_json)
             return
         _watch(copy, stop, accept_reset, quiet, as_json)
 
@@ -119,7 +119,7 @@ def _watch(
 ) -> None:
     """Print the status: each second on a terminal, otherwise at each change of state."""
     live = sys.stderr.isatty() and not quiet and not as_json
-    told, updates, at = "", 0, time.monotonic()
+    printed, updates, at = "", 0, time.monotonic()
     while not stop.wait(LINE_S if live else LINE_S / 4):
         link, now = copy.link, time.monotonic()
         if link.state is LinkState.FAILED:
@@ -132,14 +132,14 @@ def _watch(
         state = f"{link.state}: {link.reason}"
         if live:
             click.echo(f"\r\x1b[K{_line(copy, rate)}", nl=False, err=True)
-        elif state != told and not quiet:
-            _tell(copy, rate, as_json)
-        told = state
+        elif state != printed and not quiet:
+            _report(copy, rate, as_json)
+        printed = state
     if live:
         click.echo(err=True)
 
 
-def _tell(copy: foldlog.Mirror, rate: float, as_json: bool) -> None:
+def _report(copy: foldlog.Mirror, rate: float, as_json: bool) -> None:
     if not as_json:
         click.echo(_line(copy, rate), err=True)
         return

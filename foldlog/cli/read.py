@@ -58,11 +58,11 @@ def read_state(log: Path) -> FoldSnapshot:
     """The state of a log, read without changing it. A torn tail is left out and reported on
     stderr."""
     loaded = read_log(log).loaded
-    tell_torn(loaded)
+    report_torn(loaded)
     return loaded.fold
 
 
-def tell_torn(loaded: Loaded) -> None:
+def report_torn(loaded: Loaded) -> None:
     """Report on stderr how much of a log was left out, if its tail is torn."""
     if loaded.bad is not None:
         size = size_text(loaded.size - loaded.position.offset)
@@ -247,7 +247,7 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
     with progress_bar("reading", "bytes") as progress:
         handle, loaded = read_log(log, progress)
         fold = loaded.fold
-    tell_torn(loaded)
+    report_torn(loaded)
     with progress_bar("exporting", "entries") as progress:
         manifest = export_fold(
             fold,

@@ -41,7 +41,7 @@ PAUSE_S = 0.1
 """How long the input may pause before pending changes are applied."""
 
 
-def tell_of_a_copy(report: OpenReport) -> None:
+def report_missing_batches(report: OpenReport) -> None:
     """Report on stderr what is missing from a copy of a log that was taken during writes."""
     if report.missing_batches:
         lacks = f"the last {counted(report.missing_batches, 'batch')}"
@@ -181,7 +181,7 @@ def apply(
         _, snap = AppendLogSnapshot.open(
             log, format=format_name, on_damage=on_damage, progress=progress
         )
-        tell_of_a_copy(snap.report)
+        report_missing_batches(snap.report)
         with snap:
             start = time.perf_counter()
             tally = fold_stream(snap, read_changes(_lines(file, progress), name), name, batch_size)
@@ -241,7 +241,7 @@ def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
     before = os.stat(path).st_size  # fails if LOG is missing; opening would create it
     with progress_bar("compacting", "entries", before) as progress:
         _, snap = AppendLogSnapshot.open(path, on_damage=on_damage, progress=progress)
-        tell_of_a_copy(snap.report)
+        report_missing_batches(snap.report)
         with snap:
             entries, compacted = len(snap), snap.report.compacted
     after = os.stat(path).st_size

@@ -90,7 +90,7 @@ async def stream(
             + data
         )
         await writer.drain()
-        status, headers = await _head(reader)
+        status, headers = await _read_headers(reader)
         chunked = headers.get("transfer-encoding", "").lower() == "chunked"
         length = None if chunked else int(headers.get("content-length", "0"))
         answer = Stream(reader, writer, length)
@@ -115,7 +115,7 @@ async def post(
         answer.close()
 
 
-async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+async def _read_headers(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     try:
         raw = await reader.readuntil(b"\r\n\r\n")
         first, *lines = raw.decode("latin-1").split("\r\n")
