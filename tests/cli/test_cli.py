@@ -358,7 +358,9 @@ def test_a_bad_line_ends_apply_and_the_batches_before_it_stay(tmp_path: Path) ->
     path = tmp_path / "new.log"
     result = run("apply", path, "--batch", "2", stdin=puts(1, 5) + b'{"op": "put"}\n' + puts(7, 9))
     assert (result.exit_code, result.stdout) == (2, "")
-    reason = "stdin: line 6: key is missing; applied before it, and kept: 4 changes in 2 batches, up to cursor 4"
+    reason = (
+        "stdin: line 6: key is missing; already applied: 4 changes in 2 batches, up to cursor 4"
+    )
     assert result.stderr == f"foldlog: {reason}\n"
     assert state(path) == {f"k{n:04}": f"v{n}" for n in range(1, 5)}
     assert "skipped 4; cursor 9;" in run("apply", path, stdin=puts(1, 9)).stdout
@@ -406,7 +408,10 @@ def test_a_stream_without_the_stored_opaque_cursor_is_refused_and_nothing_is_app
     for changes in (stream({"op": "delete", "key": "a", "cursor": "0b"}), b"", puts(1, 3)):
         result = run("apply", path, stdin=changes)
         assert (result.exit_code, result.stdout) == (2, "")
-        expected = "foldlog: stdin: cannot resume: the log stands at cursor 0a, which no line has; nothing was applied\n"
+        expected = (
+            "foldlog: stdin: cannot resume: no line has cursor 0a, which the log is at;"
+            " nothing was applied\n"
+        )
         assert result.stderr == expected
     assert state(path) == {"a": "1"}
 
@@ -440,7 +445,7 @@ def test_a_log_that_another_writer_has_open_is_refused_with_2(
         result = run(command[0], log, *command[1:], stdin=puts(10, 11))
     assert (result.exit_code, result.stderr) == (
         2,
-        f"foldlog: {log}: is open in process {os.getpid()}\n",
+        f"foldlog: {log}: already open for writing in process {os.getpid()}\n",
     )
 
 
@@ -454,7 +459,7 @@ def test_compact_rewrites_the_log_once_and_tells_the_bytes(log: Path) -> None:
     assert result.stdout == f"compacted: {before} bytes before, {after} bytes after, 4 entries\n"
     assert (
         run("compact", log).stdout
-        == f"was compact already: {after} bytes before, {after} bytes after, 4 entries\n"
+        == f"already compact: {after} bytes before, {after} bytes after, 4 entries\n"
     )
     assert (cursor_of(log), run("get", log, "a/1").stdout) == (9, "one")
 
@@ -623,7 +628,9 @@ def test_a_line_becomes_an_update_with_its_cursor() -> None:
 def test_numbers_that_go_backwards_are_refused_with_the_line() -> None:
     changes = read_changes([*puts(3, 3).splitlines(), b"", *puts(2, 2).splitlines()], "x")
     assert next(changes).number == 3
-    with pytest.raises(BadLineError, match=r"^x: line 3: cursor 2 goes back behind 3$"):
+    with pytest.raises(
+        BadLineError, match=r"^x: line 3: cursor 2 is before 3, the cursor of an earlier line$"
+    ):
         next(changes)
 
 

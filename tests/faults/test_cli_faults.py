@@ -125,7 +125,7 @@ def test_salvage_keeps_what_is_right_and_lists_what_was_lost(damaged, tmp_path):
     result = run("salvage", damaged, "--output", output)
     assert result.exit_code == 1
     assert files_in(damaged.parent) == before
-    assert "batches 4 to 4 are lost, behind cursor 3, before cursor 5" in result.stdout
+    assert "batches 4 to 4 are lost, after cursor 3, before cursor 5" in result.stdout
     assert "cursor 3 (the last batch kept has 6); 1 loss" in result.stdout
     with AppendLogSnapshot.open(output)[1] as snap:
         assert view(snap) == fold_of([1, 2, 3, 5, 6])

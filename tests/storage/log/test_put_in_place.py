@@ -180,7 +180,7 @@ def test_a_log_and_its_lock_that_were_deleted_come_back_and_are_locked(path):
     snap.compact()
     assert lock_path(path).exists()
     assert path.stat().st_nlink == 1
-    with pytest.raises(FoldlogError, match="is open in process"):
+    with pytest.raises(FoldlogError, match="open for writing in process"):
         AppendLogSnapshot.open(path)
     snap.apply([Put("b", b"2")], Cursor.from_u64(2))
     snap.close()
