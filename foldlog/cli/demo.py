@@ -300,8 +300,7 @@ def _batches(lines: Sequence[bytes]) -> list[list[Change]]:
 
 
 def run(directory: Path, code_points: Sequence[int] = ALL_CODE_POINTS) -> bool:
-    """Run the demo in the directory `directory`, and print its report. True if all went well. Cost: 5
-    to 15 s."""
+    """Run the demo in `directory`, and print its report. True if all went well. Cost: 5 to 15 s."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     try:

@@ -34,8 +34,8 @@ def test_the_demo_ends_in_a_verdict_and_leaves_its_files(small: None, tmp_path: 
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.count("verified against a dict: ") == 2
     assert result.stdout.count("the writer crashes (") == 3
-    assert "compacted beside all that" in result.stdout
-    assert "exported beside all that" in result.stdout
+    assert "compacted meanwhile" in result.stdout
+    assert "exported meanwhile" in result.stdout
     assert "the follower has batch " in result.stdout
     verdict = VERDICT.search(result.stdout)
     assert verdict

@@ -123,7 +123,7 @@ def test_a_hook_is_told_every_call_before_it_is_made(path: Path) -> None:
 def test_a_double_that_is_told_nonsense_says_so() -> None:
     with pytest.raises(ValueError, match="OPERATIONS"):
         FaultyFiles(Fault("fsync"))
-    with pytest.raises(ValueError, match="no step"):
+    with pytest.raises(ValueError, match="not a step"):
         crash_at("writer.lunch")
     with pytest.raises(ValueError, match="counts from 1"):
         crash_at("writer.start", nth=0)

@@ -90,7 +90,7 @@ def test_a_mirror_of_a_mirror_is_exact(tmp_path, path):
 
 
 def test_what_is_no_upstream_and_no_option_is_refused_before_anything_is_opened(path):
-    with pytest.raises(TypeError, match="is no upstream"):
+    with pytest.raises(TypeError, match="is not an upstream"):
         foldlog.mirror(path, object())
     upstream = LogFile("a.log")
     for wrong in (
