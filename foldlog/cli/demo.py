@@ -266,7 +266,7 @@ class Demo:
                 if batch[-1].cursor > copy.cursor():  # bytes of equal length, so they sort
                     copy.apply([change.update for change in batch], batch[-1].cursor)
             self.show.event(
-                f"the export, imported at cursor {start} and then fed the rest: "
+                f"the export, imported at cursor {start} and fed the rest: "
                 f"{size_text(self.copy.stat().st_size).split(' (')[0]}"
             )
             return self._check(copy, "the copy")

@@ -125,7 +125,7 @@ def test_a_double_that_is_told_nonsense_says_so() -> None:
         FaultyFiles(Fault("fsync"))
     with pytest.raises(ValueError, match="not a step"):
         crash_at("writer.lunch")
-    with pytest.raises(ValueError, match="counts from 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         crash_at("writer.start", nth=0)
 
 

@@ -99,7 +99,7 @@ def test_what_is_no_upstream_and_no_option_is_refused_before_anything_is_opened(
         {"audit_interval_s": 0},
         {"prefix": []},
     ):
-        with pytest.raises(ValueError, match=r"is|no prefix"):
+        with pytest.raises(ValueError, match=r"is|prefixes selects nothing"):
             foldlog.mirror(path, upstream, **wrong)
     assert not path.exists()
 
