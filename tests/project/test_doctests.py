@@ -63,7 +63,7 @@ def test_the_doors_of_the_library_have_examples() -> None:
     assert {
         "foldlog.store.open",
         "foldlog.follow.follow",
-        "foldlog.storage.engines.append_log.AppendLogSnapshot",
+        "foldlog.storage.engines.append_log.store.AppendLogSnapshot",
         "foldlog.storage.fold.diff.diff",
         "foldlog.protocol.tokens.VersionToken",
         "foldlog.protocol.tokens.WatchCursor",
