@@ -1,4 +1,4 @@
-"""What the adapter relies on in pykka, and what it promises on top: each fact that a new pykka could change has a test."""
+"""What the adapter needs from pykka and adds to it: a test per fact that a release could change."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_setting_a_future_twice_raises_full():
 
 
 def test_stopping_a_reference_is_refused_and_the_actor_lives():
-    """A foreign actor that died of SystemExit stopped all actors of the process, and with them every store."""
+    """A foreign actor died of SystemExit and stopped all actors, every store's included."""
     actor = Echo("echo", lambda notice: None)
     with pytest.raises(FoldlogError, match="close"):
         actor.actor_ref.stop(timeout=DEADLINE_S)
@@ -165,7 +165,7 @@ def test_a_hook_that_fails_is_heard_of(nothing_left, hook, error):
 
 
 def test_asks_that_race_with_the_end_of_an_actor_are_all_answered(nothing_left):
-    """pykka strands about one in 700 of these: it looks whether the actor lives, and puts the message later."""
+    """pykka strands about one in 700: it checks that the actor lives, then enqueues."""
     stranded = answered = 0
     for _ in range(40):
         notices: queue.SimpleQueue[object] = queue.SimpleQueue()
@@ -229,7 +229,7 @@ def test_a_mailbox_that_refuses_answers_asks_raises_to_tellers_and_lets_stops_th
 
 
 def test_a_mailbox_that_has_ended_answers_stops_at_once():
-    """A stop that came after the last look into the mailbox would have waited for ever, and with it `stop_all`."""
+    """A stop that came after the last look into the mailbox waited for ever, as did `stop_all`."""
     inbox = Inbox()
     waiting, late = pykka.ThreadingFuture(), pykka.ThreadingFuture()
     inbox.put(Mail(STOP, waiting))

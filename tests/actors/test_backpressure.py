@@ -1,4 +1,4 @@
-"""The mailbox is bounded, in batches and bytes; deadlines withdraw what was not begun; stopping always gets through."""
+"""The mailbox is bounded in batches and bytes; deadlines withdraw waiting calls; stops get in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foldlog import Apply, Backpressure, Put, RequestTimeout, State
 
 @pytest.fixture
 def full(open_store, steps):
-    """A store whose writer is parked with one batch in hand, and whose mailbox is full with two: (store, gate, futures)."""
+    """A store with a parked writer (one batch) and a full mailbox (two): (store, gate, futures)."""
     store = open_store(mailbox_batches=2)
     gate = steps.park("writer.before_write")
     futures = [store.apply_async(batch(1), cursor(1))]
@@ -186,7 +186,7 @@ def test_waiting_batches_make_one_commit_group(open_store, steps):
 
 
 def test_told_batches_are_weighed_before_the_mailbox_and_make_no_larger_groups(open_store, steps):
-    """They weighed nothing: 65 of 16 MiB became one frame of 1.09 GB, were answered, and the log did not open again."""
+    """They counted as 0 bytes: 65 of 16 MiB made a 1.09 GB frame, and the log would not reopen."""
     store = open_store(mailbox_bytes=10_000)
     gate = steps.park("writer.before_write")
     first = store.apply_async(batch(1), cursor(1))

@@ -1,4 +1,4 @@
-"""Eight threads read and write while actors die: nobody sees half a batch, or time running backwards, or misses his own write."""
+"""Eight threads read and write while actors die: no torn batch, stale read or lost own write."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_eight_threads_and_crashes_never_show_half_a_batch_or_lose_one(
 
 
 def check(ledger, path, extra):
-    """The ledger's check, with the local writes that gave the compactions something to do counted."""
+    """The ledger's check, including the local writes that gave compactions work to do."""
     truth = read_back(path)
     assert sorted(ledger.answered.values()) == sorted(set(ledger.answered.values()))
     assert {f"batch/{number:06}" for number in ledger.answered} == {
@@ -254,9 +254,10 @@ def test_a_snapshot_outlives_crash_restart_compaction_and_close(open_store, step
 def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
     open_store, steps, files, fails
 ):
-    """`create` was refused for an entry of its own commit group, whose write then failed: it had never existed.
+    """`create` was refused for an entry of its own commit group, whose write then failed.
 
-    And if the write succeeded, a read after the refusal could still be older than what it was refused for.
+    The entry had never existed. And if the write succeeded, a read after the refusal could still
+    be older than the entry that caused it.
     """
     store = open_store(files=files)
     store.put("x", b"0")
@@ -290,7 +291,7 @@ def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
 
 
 def test_what_is_known_to_be_synced_never_steps_back_between_two_threads():
-    """The writer and the syncer each compared and then wrote, in two fields: one could undo the other."""
+    """The writer and the syncer each compared, then wrote, two fields: one could undo the other."""
     core = Core(Config(Path("none.log")))
     folds = [FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), seq, cursor(seq)) for seq in range(1, 2001)]
     seen = []

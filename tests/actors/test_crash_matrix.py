@@ -1,7 +1,7 @@
-"""Each actor dies at each of its steps, of everything that one can die of, once and for good, under load.
+"""Each actor dies at each of its steps, of every possible cause, once and for good, under load.
 
-Whatever dies: every call ends, an answered batch is in the log and was applied once, what was refused is not there, and
-the state is the one that a single thread replays.
+Whatever dies: every call ends, an answered batch is in the log and was applied once, a refused
+batch is not there, and the state equals what a single thread replays.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FIRST = {
 
 
 def load(store, ledger, folder):
-    """Some threads that use all of the store, for a short while. Returns when every call has ended."""
+    """Several threads use all of the store for a short while. Returns when every call has ended."""
 
     def apply():
         for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""Actors that are told of changes: in order, no faster than they handle them, and not after their end."""
+"""Actors told of changes: in order, no faster than they handle them, and never after they end."""
 
 from __future__ import annotations
 
@@ -261,7 +261,8 @@ def test_a_subscription_does_not_keep_a_store_that_is_dropped(listen, path: Path
     store = foldlog.open(path)
     store.subscribe(told.ref)
     assert isinstance(told.next(), Synced)
-    with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031 - the last reference goes with the `del`
+    # The `del` drops the last reference.
+    with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031
         del store
         gc.collect()
     assert isinstance(told.next(), Ended)

@@ -1,4 +1,4 @@
-"""None, one, two, ... free descriptors at any step of a compaction, a heal, a restart, an open: in a process of its own."""
+"""Few or no free descriptors at any step of a compaction, heal, restart, open; in a subprocess."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ OPEN = (
 @pytest.mark.parametrize("free", range(5))
 @pytest.mark.parametrize("what", ["compact", "heal", "crash"])
 def test_a_store_outlives_a_lack_of_descriptors(path, what, free):
-    """With two free ones a compaction renamed, could not sync the directory, and the store was FAILED for good."""
+    """With two free, a compaction renamed, could not sync the directory: FAILED for good."""
     done = script(STORE, path, free, what)
     assert (done.stdout, done.stderr) == ("whole\n", "")
 

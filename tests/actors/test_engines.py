@@ -1,4 +1,4 @@
-"""The store over each engine of the table: what its actors promise does not depend on what is below."""
+"""The store over each engine of the table: its actors' promises do not depend on the engine."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_rocksdb_store_is_not_followed_and_takes_no_format(path: Path) -> None
 def test_a_rocksdb_store_heals_after_an_error_of_the_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RocksDB writes no more after any error: the database is opened anew, and the batch is written."""
+    """RocksDB refuses writes after any error: the database is reopened, the batch written."""
     from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
 
     with foldlog.open(path, backend="rocksdb", sync="always") as store:

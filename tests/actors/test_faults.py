@@ -1,4 +1,4 @@
-"""Batches in doubt, requests that poison, disks that fail, logs that others touch: every caller gets the truth."""
+"""Batches in doubt, poison requests, failing disks, touched logs: every caller gets the truth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from foldlog.testing import Fault, FaultyFiles
 
 
 def commit_group(store, steps, numbers):
-    """Park the writer with one batch in hand, and let others gather behind it: they make one group. Returns their futures."""
+    """Park the writer with one batch while others queue as one group. Returns their futures."""
     gate = steps.park("writer.before_write")
     first = store.apply_async(batch(numbers[0]), cursor(numbers[0]))
     gate.wait_until_reached()
@@ -125,7 +125,10 @@ def test_a_request_that_always_kills_the_writer_is_quarantined_and_its_neighbour
 
 
 def test_a_told_batch_whose_updates_raise_is_never_applied_as_an_empty_one(open_store, path):
-    """An iterator that had failed was read again after the restart: it was at its end by then, and the cursor moved alone."""
+    """An iterator that had failed was read again after the restart: by then it was exhausted.
+
+    The batch was applied as an empty one, and only the cursor moved.
+    """
     store = open_store()
     store.apply(batch(1), cursor(1))
 

@@ -1,4 +1,4 @@
-"""Watching a store: the state or the changes since, one Synced, then every change, in order, once; in bounded memory."""
+"""Watching: the state or changes since, one Synced, then each change once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_since_that_is_neither_cursor_nor_snapshot_is_refused(open_store: Open
 def test_watches_that_begin_while_eight_threads_apply_see_every_change_once_and_in_order(
     open_store: Open,
 ):
-    """Registering races with publishing: whenever a watch begins, its state and what it is told add up to the log."""
+    """Registering races with publishing: a watch's state plus its events equal the log."""
     store = open_store(sync="never")
     per_thread = 60
     started = threading.Barrier(8 + 4)
@@ -289,7 +289,7 @@ def test_a_compaction_under_a_watch_is_not_heard_and_lets_go_of_the_old_file(ope
 def test_a_writer_that_dies_at_any_point_of_a_commit_costs_no_subscriber_a_change(
     open_store: Open, steps: Steps, step, error
 ):
-    """Scenario: written, and not yet told. The difference is told once the log has been replayed."""
+    """Scenario: written but not yet told. The difference is told once the log has been replayed."""
     store = open_store()
     watch = store.watch()
     assert isinstance(watch.next(DEADLINE_S), Synced)
@@ -500,7 +500,7 @@ def test_a_watch_keeps_its_store_open_and_a_dropped_store_ends_it(path: Path, no
 def test_a_watch_over_a_file_that_was_overwritten_ends_with_the_error(
     path: Path, nothing_left, tmp_path: Path
 ):
-    """A follower's subscriber, whose old state cannot be read any more: it is told so, once, and never a guess."""
+    """A follower's subscriber whose old state is unreadable is told so once, and never a guess."""
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put(f"k{number}", b"old") for number in range(600)], cursor(1))
         snap.compact()
@@ -561,7 +561,7 @@ def test_a_forked_child_reads_and_is_refused_a_watch_and_one_from_before_ends_th
 
 
 def test_publishing_costs_the_same_whether_a_subscriber_reads_or_not():
-    """A push is an append: no decoding, no waiting. Bounded generously: 2,000 pushes to 10 buffers in under a second."""
+    """A push is an append: no decoding, no waiting. 2,000 pushes to 10 buffers in under 1 s."""
     feeds = feeds_module.Feeds()
     buffers = [feeds_module.Buffer() for _ in range(10)]
     for buffer in buffers:
@@ -633,7 +633,7 @@ def test_what_was_published_before_the_state_that_a_watch_begins_with_is_not_tol
 def test_what_came_before_a_rewind_is_not_told_to_a_watch_that_begins_behind_it(
     publisher: Publisher,
 ):
-    """Published, rewound, and only then is the state read: the state is the older one, and what is newer is of the past."""
+    """Published, rewound, then read: the state is the older one; newer events are obsolete."""
 
     def current() -> FoldSnapshot:
         publisher.publish(5)
@@ -659,7 +659,7 @@ def test_a_group_that_went_missing_is_made_up_for_by_the_difference(publisher: P
 
 
 def test_all_that_waits_is_told_to_a_call_that_does_not_wait(publisher: Publisher):
-    """Found in review: a group that did not match took the time of a call with none, though one behind it did."""
+    """Found in review: a group with no match ended a call with no timeout; a later one matched."""
     subscription = publisher.subscribe(lambda: publisher.folds[0], "n/6")
     drained(subscription)
     for number in range(1, 8):

@@ -1,4 +1,4 @@
-"""Programs whose threads are green ones: file events are not asked for there, and polling does what they did."""
+"""Programs with green threads: no file events are requested there; polling replaces them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATCHES = {
 def test_under_green_threads_polling_takes_over_and_close_is_prompt(
     path: Path, library: str
 ) -> None:
-    """watchdog's thread died with a TypeError that nobody saw, and each close waited 5 s for the other one."""
+    """watchdog's thread died of an unseen TypeError, and each close waited 5 s for the other."""
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     program = """

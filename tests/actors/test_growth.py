@@ -21,7 +21,7 @@ MIB = 1024 * 1024
 
 
 def overwrite(store, size: int, stop: threading.Event, keys: int = 7) -> tuple[int, float]:
-    """Overwrite a few keys as fast as one thread can. Returns the batches, and the longest apply in seconds."""
+    """Overwrite a few keys as fast as one thread can. Returns batches and the longest apply (s)."""
     longest = 0.0
     for number in itertools.count(1):
         if stop.is_set():
@@ -33,7 +33,7 @@ def overwrite(store, size: int, stop: threading.Event, keys: int = 7) -> tuple[i
 
 
 def largest_log(store, size: int, enough: int, keys: int = 7) -> tuple[int, int, float]:
-    """Overwrite until so many bytes are written. Returns the largest log seen, the batches, the longest apply."""
+    """Overwrite until so many bytes are written. Returns largest log, batches and longest apply."""
     stop = threading.Event()
     load = in_thread(overwrite, store, size, stop, keys)
     largest = 0
@@ -49,7 +49,7 @@ def largest_log(store, size: int, enough: int, keys: int = 7) -> tuple[int, int,
 
 @pytest.mark.parametrize("size", [100_000, 1_000_000])
 def test_a_log_that_is_overwritten_at_full_speed_stays_below_its_bound(open_store, path, size):
-    """What was appended during a compaction was carried over as it was, never fast enough: none ever ended.
+    """Data appended during a compaction was copied as it was, too slowly: none ever ended.
 
     Seven keys of 1 MB grew to 8.4 GB of log in 20 s.
     """

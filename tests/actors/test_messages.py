@@ -1,4 +1,4 @@
-"""Local writes, messages from other actors, and waiting for a store without blocking an event loop."""
+"""Local writes, messages from other actors, waiting for a store without blocking an event loop."""
 
 from __future__ import annotations
 

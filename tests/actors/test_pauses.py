@@ -72,7 +72,7 @@ PAUSED = """
 
 @pytest.mark.parametrize("sync", ["always", "never"])
 def test_a_process_that_was_paused_goes_on_as_if_nothing_had_been(path, sync):
-    """SIGSTOP, a debugger, the snapshot of a machine: the supervisor took the pause for a stuck writer."""
+    """SIGSTOP, a debugger, a VM snapshot: the supervisor took the pause for a stuck writer."""
     code = textwrap.dedent(PAUSED)
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", code, str(path), sync],
@@ -134,7 +134,7 @@ def test_a_writer_that_comes_back_only_to_die_is_restarted(open_store, path, ste
 
 
 def test_a_second_reopen_waits_for_the_first(open_store, steps):
-    """It answered both with success, while the log was still being replayed; and the replay failed."""
+    """Both callers were told it succeeded while the log was being replayed; the replay failed."""
     store = open_store(max_restarts=0)
     steps.crash("writer.before_write")
     with pytest.raises(StoreFailed):

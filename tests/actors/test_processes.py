@@ -1,4 +1,4 @@
-"""How a process may end or fork with a store open: scripts in processes of their own, and what they leave behind."""
+"""How a process may end or fork with a store open: scripts run in processes of their own."""
 
 from __future__ import annotations
 

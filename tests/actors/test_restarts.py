@@ -1,4 +1,4 @@
-"""The rule by which the supervisor restarts or gives up; what happens between restarts; writers that are stuck; no threads."""
+"""When the supervisor restarts or gives up, calls between restarts, stuck writers, no threads."""
 
 from __future__ import annotations
 

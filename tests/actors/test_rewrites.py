@@ -1,4 +1,4 @@
-"""Compaction and export while applies go on: nothing waits, nothing is missed, and dying or closing meanwhile harms nothing."""
+"""Compaction and export during applies: no waiting, no loss; deaths and closes do no harm."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_store_compacts_by_itself_behind_its_writers(open_store, path):
 
 
 def test_a_full_mailbox_does_not_keep_maintenance_from_reporting(open_store, steps):
-    """The report was refused as surplus; the writer waited for it for ever, and nothing was compacted again."""
+    """The report was refused as surplus; the writer waited for ever, and compactions stopped."""
     store = open_store(mailbox_batches=1)
     fill(store, 1, 3)
     gate = steps.park("compact.written")
@@ -179,7 +179,7 @@ def test_closing_during_an_export_finishes_the_export(open_store, steps, tmp_pat
 def test_exports_in_hand_and_in_line_are_answered_when_the_store_gives_up(
     open_store, steps, tmp_path
 ):
-    """The last crash left the job in the hands of the dead, and those behind it in a mailbox that nobody read."""
+    """The last crash left one job with the dead actor, and later ones in a mailbox nobody read."""
     store = open_store(max_restarts=0)
     fill(store, 1, 2)
     gate = steps.park("export.write")
@@ -237,7 +237,7 @@ def test_a_job_that_kills_maintenance_leaves_no_file_behind(open_store, steps, p
 def test_a_compaction_asked_for_during_another_covers_what_was_written_before_the_call(
     open_store, steps
 ):
-    """It was answered by the one under way, which had begun before: the log was full of what was overwritten."""
+    """The running one, begun earlier, answered it: the log was still full of overwritten data."""
     store = open_store()
     store.apply(batch(1), cursor(1))
     gate = steps.park("compact.write")

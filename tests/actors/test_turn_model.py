@@ -1,9 +1,11 @@
-"""All interleavings of three callers, the writer's loop, the supervisor's stop, a crash and an interrupt, in a small model.
+"""A small model of callers, writer, stop, crash and interrupt: all interleavings are explored.
 
-Each step of the model is one step into C of `SharedActor` and `Inbox`: between two of them anything may happen. What may be
-done when is decided by `may_work`, as in the code. Where two interrupts may come, the last strikes in a `finally`. The model
-has no clock: a wake-up that is lost is a deadlock here, but for what an interrupted `finally` did not do, which the next look
-of the writer (`RECHECK_S`) finds.
+It has three callers, the writer's loop, the supervisor's stop, one crash and one interrupt.
+Each step of the model is one call into C of `SharedActor` and `Inbox`: anything may happen
+between two of them. `may_work` decides what may be done when, as in the code. Where two
+interrupts may come, the last one strikes in a `finally`. The model has no clock: a lost wake-up
+is a deadlock here. The exception is work that an interrupted `finally` left undone: the writer
+finds it at its next check (`RECHECK_S`).
 """
 
 from __future__ import annotations

@@ -235,9 +235,10 @@ def test_reading_works_beside_a_writer_and_sees_what_it_wrote(
 def test_a_frame_that_a_writer_completes_while_it_is_read_is_no_damage(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading stopped at half a frame; when the rest of the file was judged, the frame was whole, and so "complete but wrong".
+    """Reading stopped at half a frame; by the time it was judged, the frame was whole.
 
-    It hit 3 of 100 readings beside a busy writer, until the judgement kept to the size that reading had begun with.
+    It was then reported as "complete but wrong", in 3 of 100 reads beside a busy writer, until the
+    judgement was limited to the size of the file when the read began.
     """
     whole = log.read_bytes()
     log.write_bytes(
@@ -784,7 +785,9 @@ def test_ctrl_c_ends_any_command_with_130_and_no_traceback(
 
 
 def command(*args: object, **options: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen((*COMMAND, *map(str, args)), **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+        (*COMMAND, *map(str, args)), **options
+    )
 
 
 def test_a_reader_that_leaves_ends_range_quietly(tmp_path: Path) -> None:

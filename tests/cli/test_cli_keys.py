@@ -118,7 +118,7 @@ def test_what_knows_one_format_names_the_other_and_the_remedy(
 
 
 def test_apply_applies_what_has_come_when_its_input_pauses(path: Path) -> None:
-    """A stream that paused left its last lines unapplied until a batch was full, or the pipe closed."""
+    """A paused stream left its last lines unapplied until a full batch or a closed pipe."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from foldlog.cli import main; main()", "apply", path],
         stdin=subprocess.PIPE,

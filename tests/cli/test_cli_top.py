@@ -193,7 +193,8 @@ def test_the_writing_commands_tell_programs_what_they_did_as_json(
 ) -> None:
     changes = tmp_path / "changes"
     changes.write_text(
-        '{"op": "put", "key": "d", "value": "4", "cursor": 4}\n{"op": "delete", "key": "a", "cursor": 5}\n'
+        '{"op": "put", "key": "d", "value": "4", "cursor": 4}\n'
+        '{"op": "delete", "key": "a", "cursor": 5}\n'
     )
     applied = json.loads(run("apply", log, changes, "--json").stdout)
     assert {

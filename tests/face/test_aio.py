@@ -1,4 +1,4 @@
-"""The asynchronous faces: nothing blocks the loop, nothing is lost to a cancellation, and no ending of a loop harms a store."""
+"""The asyncio API: no blocked loop, nothing lost to cancellation, no harm from a loop that ends."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_watch_that_is_too_slow_is_told_that_it_lagged(run: Any, path: Path, m
 
 
 def test_cancelling_the_one_who_waits_for_an_event_loses_none(run: Any, path: Path):
-    """A consumer with a time limit: events that were decoded for it as it was cancelled must still come."""
+    """A consumer with a time limit: events decoded while it was cancelled must still arrive."""
 
     async def main() -> None:
         async with aio.open(path, sync="never") as store, store.watch() as watch:
@@ -507,7 +507,7 @@ def test_no_call_starts_a_thread(run: Any, path: Path):
 
 @pytest.mark.slow
 def test_the_loop_is_not_held_up_by_a_feeder_at_full_speed(path: Path):
-    """The longest delay of the loop under a feeder and a watch at full speed, beside the same load without a store."""
+    """The longest delay of the loop: a feeder and a watch at full speed, and without a store."""
 
     async def longest_delay(busy: Callable[[], Awaitable[None]]) -> float:
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Arguments and files that are not what they should be: an error for the caller, the store and the file as they were."""
+"""Invalid arguments and files: the caller gets an error; the store and the file are unchanged."""
 
 from __future__ import annotations
 
@@ -400,7 +400,7 @@ def test_a_forked_child_may_read_but_not_write_and_does_not_free_the_lock(snap, 
 
 
 def test_what_apply_takes_fits_into_a_frame_that_opening_takes(path, monkeypatch):
-    """A batch of exactly the limit was written, and refused by the next open: its frame was a byte longer."""
+    """A batch of exactly the limit was written, but its frame, a byte longer, failed to open."""
     limit = 4096
     for module in ("protocol.updates", "storage.log.log"):
         monkeypatch.setattr(f"foldlog.{module}.MAX_BODY_BYTES", limit)

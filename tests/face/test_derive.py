@@ -1,4 +1,4 @@
-"""Derived state: in step with the fold, one immutable pair, built anew where the steps are not known."""
+"""Derived state: in step with the fold, an immutable pair, rebuilt when the changes are unknown."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_derived_state_follows_batch_by_batch(path: Path):
 
 
 def test_the_value_always_belongs_to_the_snapshot_beside_it(path: Path):
-    """Readers load the pair while a feeder applies, the log is compacted, and the writer crashes."""
+    """Readers load the pair during applies, compactions and crashes of the writer."""
     crashes = [10, 25]
 
     def step(name: str) -> None:

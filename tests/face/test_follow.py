@@ -1,4 +1,4 @@
-"""Following a log from another place: states, waiting, events that come and that do not, forks, and what is left behind."""
+"""Following another process's log: states, waits, lost and spurious events, forks, cleanup."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Follow = Callable[..., foldlog.Follower]
 
 @pytest.fixture
 def follow(nothing_left: None, path: Path) -> Iterator[Follow]:
-    """foldlog.follow on the test's path, closed behind the test; no thread of its own or of watchdog's is left."""
+    """foldlog.follow on the test's path, closed after the test; no thread of it remains."""
     before = set(threading.enumerate())
     followers: list[foldlog.Follower] = []
 
@@ -289,7 +289,7 @@ def test_a_bug_in_following_ends_neither_the_thread_nor_the_reads(
 
 
 class SilentObserver:
-    """Starts, lives, and never tells of anything: a network file system, or a queue that overflowed."""
+    """Starts, runs, and never reports an event: a network file system, or a full queue."""
 
     made = 0
 
@@ -322,7 +322,7 @@ class NoObserver:
 def test_the_poll_finds_what_no_event_tells_of(
     follow: Follow, open_store: Open, monkeypatch, caplog, observer
 ):
-    """Scenarios 61 and 89: events that are missed, and watches that cannot be had, which is said once."""
+    """Scenarios 61 and 89: missed events, and watches that cannot be set up, reported once."""
     caplog.set_level(logging.INFO, "foldlog")
     store = open_store()
     monkeypatch.setattr(
@@ -361,7 +361,7 @@ def test_a_handler_that_raises_does_not_silence_the_events(path: Path, nothing_l
 
 
 def test_reading_a_log_does_not_wake_those_who_follow_it(path: Path, nothing_left):
-    """Scenario 90: opening, reading and closing are events, too, and would make a follower wake itself for ever."""
+    """Scenario 90: opening, reading and closing are events too: a follower could wake itself."""
     wakes: list[int] = []
     woken = threading.Event()
     path.write_bytes(b"start")
@@ -381,7 +381,7 @@ def test_reading_a_log_does_not_wake_those_who_follow_it(path: Path, nothing_lef
 def test_a_folder_that_was_removed_and_made_again_has_events_again(
     follow: Follow, path: Path, tmp_path: Path
 ):
-    """Scenario 89: the watch on the old folder lives on, and is silent. The first poll that finds news renews it."""
+    """Scenario 89: the old directory's watch stays silent. The first poll with news renews it."""
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put("a", b"1")], cursor(1))
     follower = follow(poll_interval_s=0.01)
@@ -421,7 +421,7 @@ def test_a_watch_that_could_not_be_had_is_tried_again_later_and_not_all_the_time
 def test_what_is_written_before_the_events_are_asked_for_is_found_at_once(
     follow: Follow, open_store: Open, monkeypatch
 ):
-    """Between the first poll, on the caller's thread, and the watch, there is nobody to hear of it."""
+    """Between the first poll, on the caller's thread, and the watch, nothing listens."""
     store = open_store()
 
     def late_watch(*given: Any) -> FileWatch:
@@ -513,7 +513,8 @@ def test_one_that_is_dropped_warns_and_leaves_no_thread(path: Path, nothing_left
     before = threading.active_count()
     follower = foldlog.follow(path)
     assert follower.state is FollowerState.WAITING
-    with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031 - the last reference goes with the `del`
+    # The `del` drops the last reference.
+    with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031
         del follower
         gc.collect()
     until(lambda: threading.active_count() == before, "its threads, and watchdog's, have ended")
@@ -525,7 +526,7 @@ def test_it_cannot_be_pickled(follow: Follow):
 
 
 def test_a_follower_goes_on_in_a_forked_child_and_the_parents_is_not_touched(path: Path):
-    """A follower that was opened before a fork served old data for ever in the child, and called itself following."""
+    """A follower opened before a fork served old data for ever in the child, as "following"."""
     result = script(
         """
         import os, sys, threading, traceback, foldlog
@@ -657,7 +658,7 @@ WRITER = """
 def test_a_writer_in_another_process_that_is_killed_and_comes_back_is_followed_through(
     follow: Follow, path: Path
 ):
-    """Compactions run all the time. No batch is torn, none is told twice or left out, and the cursor never goes back."""
+    """Compactions never stop. No batch is torn, repeated or skipped; no cursor goes back."""
     follower = follow()
     watch = follower.watch()
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""A real pre-fork web server: one process writes, four workers serve reads from followers, and the writer is killed meanwhile."""
+"""A real pre-fork server: one process writes and is killed, four workers read from followers."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def service(tmp_path: Path, path: Path) -> Iterator[Service]:
 def test_a_follower_that_was_opened_before_the_fork_goes_on_in_each_worker(
     tmp_path: Path, path: Path
 ) -> None:
-    """With preload_app, the program had opened its follower before the fork: all workers served that state for ever."""
+    """With preload_app, the follower opened before the fork: workers served old data for ever."""
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put("newest/1", b""), Put("row/1", b"1")], WatchCursor.from_u64(1))
         service = Service(tmp_path, path, preloaded=True)
@@ -242,7 +242,8 @@ def test_four_workers_serve_whole_states_and_never_an_older_one_while_the_writer
     assert len({answer["cursor"] for answer in answers}) > 20, "they saw the log move"
     assert compactions > KILLS
     print(
-        f"{len(answers)} answers, {compactions} compactions, {KILLS} kills, up to {last} in {time.monotonic() - begun:.1f} s"
+        f"{len(answers)} answers, {compactions} compactions, {KILLS} kills, "
+        f"up to {last} in {time.monotonic() - begun:.1f} s"
     )
 
     service.stop()

@@ -123,7 +123,7 @@ def test_range_takes_bounds_a_limit_and_a_direction(face: Face):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_any_range_is_what_a_sorted_dict_says(face: Face, seed: int):
-    """Layouts of base, delta and runs, with leaves, pieces and runs that the bounds cut anywhere."""
+    """Layouts of base, delta and runs, with bounds that cut leaves, pieces and runs anywhere."""
     rng = random.Random(seed)
     model: dict[str, bytes] = {}
     batches: list[Any] = []
@@ -307,7 +307,7 @@ def test_sync_makes_what_was_answered_durable_whatever_the_policy(path: Path):
 
 
 def test_sync_on_a_disk_that_refuses_once_heals_and_then_holds(path: Path):
-    """The fsync of a `sync()` fails: the log is poisoned, the writer heals into a new file, and the call is still answered."""
+    """A `sync()` fails and poisons the log; the writer heals into a new file and still answers."""
     fault = Fault("sync", nth=4)
     with foldlog.open(path, sync="never", files=FaultyFiles(fault)) as store:
         for number in range(1, 9):

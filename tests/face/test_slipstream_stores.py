@@ -144,7 +144,7 @@ def test_a_history_through_both_formats_gives_the_same_fold_cursor_and_artifacts
 def test_a_batch_in_hand_at_a_crash_is_settled_by_its_sequence(
     path: Path, step: str, compacted: bool
 ) -> None:
-    """The format has no sequences: they are counted, and the count must go on where the crashed writer stood, base and all."""
+    """The format stores no sequences, so they are counted; a restart must continue the count."""
     store = foldlog.open(path, format="slipstream-v2", step=crash_at(step, 3))
     assert [store.apply([Put(f"k{n}", b"v")], u64(n), DEADLINE_S) for n in (1, 2)] == [1, 2]
     if compacted:
@@ -173,7 +173,10 @@ def test_a_store_exports_either_format_and_by_message(path: Path, tmp_path: Path
         with pytest.raises(ValueError, match="format is"):
             store.export_to(tmp_path / "no", format="zip")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="format is"):
-            store.writer.ask(Export(str(tmp_path / "no"), "zip"), timeout=DEADLINE_S)  # type: ignore[arg-type]
+            store.writer.ask(
+                Export(str(tmp_path / "no"), "zip"),  # type: ignore[arg-type]
+                timeout=DEADLINE_S,
+            )
         assert store.verify().ok
         with pytest.raises(CursorExpired):
             next(store.watch(since=u64(3)))

@@ -175,7 +175,7 @@ def test_iterating_over_values_goes_on_behind_one_that_does_not_decode(path: Pat
 
 
 def test_each_entry_that_changed_is_decoded_once_however_often_it_is_read(path: Path):
-    """Also across compactions, evictions from the store's own cache, iterators, snapshots and watches."""
+    """Also across compactions, evictions from the store's cache, iterators, snapshots, watches."""
     codec = Counting()
     with foldlog.open(path) as store:
         store.apply([Put(f"{n:03}", b"v%d" % n) for n in range(300)], 1)
@@ -198,7 +198,7 @@ def test_each_entry_that_changed_is_decoded_once_however_often_it_is_read(path: 
 
 
 def test_what_was_removed_does_not_pile_up_among_the_decoded(path: Path):
-    """A program whose keys come and go: each is read once, and what was decoded of it must go as well."""
+    """A program whose keys come and go: each is read once; its decoded value must go too."""
     with foldlog.open(path, sync="never") as store:
         view = foldlog.view(store, "raw")
         view["stays"] = b"x"

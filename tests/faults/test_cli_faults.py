@@ -1,4 +1,4 @@
-"""`foldlog verify`, `salvage` and `dump`: what they print, how they end, and that they change no byte of the log."""
+"""`foldlog verify`, `salvage`, `dump`: output and exit codes; they change no byte of the log."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Power loss after every change that the engine makes to the disk: what was promised is there, nothing is half there.
+"""Power loss after every change the engine makes to the disk: promises hold, nothing is half there.
 
-And the gate: each rule of durability that is switched off makes the campaign fail, so the campaign can be believed.
+And the gate: switching off any one durability rule makes the campaign fail, so the campaign can
+be believed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ Script = Callable[[CrashCampaign, str], None]
 
 def opened(campaign: CrashCampaign, sync: str) -> AppendLogSnapshot:
     """Open the campaign's log; what it shows has been promised from here on, if each batch is."""
-    _, snap = AppendLogSnapshot.open(campaign.path, files=campaign.files, sync=sync)  # type: ignore[arg-type]
+    _, snap = AppendLogSnapshot.open(
+        campaign.path,
+        files=campaign.files,
+        sync=sync,  # type: ignore[arg-type]
+    )
     if sync == "always":
         campaign.model.all_durable()
     return snap
@@ -121,7 +126,7 @@ def opened_until_an_fsync_failed(campaign: CrashCampaign) -> AppendLogSnapshot:
 
 
 def a_failed_fsync(campaign: CrashCampaign, sync: str) -> None:
-    """An fsync fails once. The disk has lost what it should have saved, and says so only this once."""
+    """An fsync fails once. The disk has lost the data, and reports it only this once."""
     snap = opened_until_an_fsync_failed(campaign)
     with contextlib.suppress(LogPoisonedError):
         campaign.model.apply(snap, 3, durable=True)
@@ -146,7 +151,7 @@ def a_failed_fsync_and_a_new_process(campaign: CrashCampaign, sync: str) -> None
 
 
 def a_torn_tail_that_is_cut(campaign: CrashCampaign, sync: str) -> None:
-    """The process dies within its first write, of several sectors; the next one cuts it off and writes in its place."""
+    """The process dies in its first write, of several sectors; the next one replaces it."""
     snap = opened(campaign, "never")
     campaign.files.arm(
         Fault("write", 2, errno.EIO, takes=1800), Fault("truncate", 1), Fault("sync", 1)
@@ -237,7 +242,7 @@ def no_fsync_before_the_answer(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_fsync_behind_a_cut(patch: pytest.MonkeyPatch) -> None:
-    """Neither right behind it nor, when a torn tail was cut, at the end of opening: not before the next write."""
+    """No fsync until the next write: neither right after a cut nor as opening ends."""
     truncate, sync, write = FaultyFiles.truncate, FaultyFiles.sync, FaultyFiles.write
     cut = state_of(patch)
 

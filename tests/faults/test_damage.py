@@ -1,6 +1,7 @@
-"""Damage to a log: no loss is silent and no value is wrong, whatever is flipped, overwritten, torn out or spliced in.
+"""Damage to a log: no loss is silent and no value is wrong, however its bytes are changed.
 
-And the readers under hypothesis: any bytes give a state or a typed error, in bounded memory and with a bounded count of reads.
+Bytes are flipped, overwritten, torn out and spliced in. And the readers under hypothesis: any
+bytes give a state or a typed error, in bounded memory and with a bounded number of reads.
 """
 
 from __future__ import annotations
@@ -158,8 +159,11 @@ def harmed(raw: bytes, chance: random.Random) -> bytes:
 
 
 def nothing_wrong_is_read(path: Path, raw: bytes, images: Iterator[bytes]) -> tuple[int, int]:
-    """Each image is refused, or reads as a state that the log had, with the rest as a torn tail; `verify` and `salvage` end with
-    what they promise. Returns how many were refused, and how many read as torn."""
+    """Check that each image is refused, or reads as an earlier state of the log and a torn tail.
+
+    `verify` and `salvage` must keep their promises. Returns how many images were refused, and how
+    many read as torn.
+    """
     states = [*prefix_states(raw, path).values()]
     entries = {(key, *entry) for state in states for key, entry in state.entries.items()}
     refused = torn = 0
@@ -368,13 +372,13 @@ class CountedReads(Files):
 
 
 def costly(path: Path) -> dict[str, bytes]:
-    """Files made to cost their readers much: heads without end, lengths that lie, checksums that are right."""
+    """Files made to be costly to read: endless headers, false lengths, correct checksums."""
     raw = write_log(path, batches_of(3))
     head = parse_file_head(raw[: FILE_HEAD.size])
     torn = raw[:-3] + b"\xff\xff\xff"
 
     def heads(size: int, count: int, *, displaced: int = 0) -> bytes:
-        """Frame heads, one behind the other, each of which claims a body of `size` bytes of what follows."""
+        """Consecutive frame headers, each claiming a body of the next `size` bytes."""
         made = bytearray()
         for number in range(count):
             offset = len(torn) + len(made) + displaced

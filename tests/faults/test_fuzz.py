@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of all that reads bytes from outside, where atheris is installed (the extra fuzz). Bounded in count."""
+"""Bounded coverage-guided fuzzing of every reader of outside bytes; needs atheris (extra fuzz)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exception at any point of a caller's thread, and a handler that calls the store again there."""
+"""An exception at any point of a caller's thread, and a handler that calls the store there."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ STORE_CALLS: dict[str, Callable[[foldlog.Store], Any]] = {
 
 def read_some(watch: foldlog.Watch, events: list[Any]) -> None:
     for _ in range(3):
-        events.append(watch.next(0.0))  # noqa: PERF401 - each is kept, should the next be interrupted
+        # Keep each event, in case the next call is interrupted.
+        events.append(watch.next(0.0))  # noqa: PERF401
 
 
 def watched(store: foldlog.Store) -> None:
@@ -86,7 +87,7 @@ def stride(request: pytest.FixtureRequest) -> int:
 def test_a_store_outlives_an_exception_at_any_point_of_a_call(
     tmp_path: Path, name: str, stride: int
 ):
-    """One exception within `Condition.__enter__` left a lock held that the writer, then the supervisor waited on for ever."""
+    """An exception in `Condition.__enter__` left a lock held; writer and supervisor hung."""
     call = STORE_CALLS[name]
     path = tmp_path / "a.log"
     store = foldlog.open(path, max_restarts=1)
@@ -109,7 +110,7 @@ def test_a_store_outlives_an_exception_at_any_point_of_a_call(
 def test_a_handler_that_calls_the_store_again_works_or_is_refused_at_once(
     tmp_path: Path, name: str, handler: str, stride: int
 ):
-    """A handler that wrote while its thread was putting a message in the mailbox waited for a lock of its own."""
+    """A handler wrote while its thread was filling the mailbox, and waited for its own lock."""
     call = STORE_CALLS[name]
     acts: dict[str, Callable[[], Any]] = {
         "put": lambda: store.put("handler", b"1", timeout_s=DEADLINE_S),

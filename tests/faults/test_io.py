@@ -1,7 +1,8 @@
-"""Every I/O call of every operation fails in turn, until the operation completes untouched, as SQLite's loops do it.
+"""Every I/O call of every operation fails in turn, until the operation completes without a fault.
 
-After each: what was acknowledged is there, nothing is half there, the log verifies, no descriptor and no temporary file is
-left, and the store goes on, where needed after `compact`.
+SQLite's tests loop the same way. After each fault: acknowledged data is there, nothing is half
+there, the log verifies, no descriptor and no temporary file is left, and the store continues,
+after `compact` where needed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STOOD_BEFORE = [1, 2, 3, 4]
 
 
 class Bench:
-    """A log of four batches, two of them in the base, in a folder of its own, beside an artifact of it."""
+    """A log of four batches, two of them in the base, in its own directory, with an artifact."""
 
     def __init__(self, template: Path, folder: Path, *, sync: str) -> None:
         shutil.copytree(template, folder)
@@ -52,7 +53,11 @@ class Bench:
         self.snap: AppendLogSnapshot | None = None
 
     def open(self) -> None:
-        _, self.snap = AppendLogSnapshot.open(self.path, files=self.files, sync=self.sync)  # type: ignore[arg-type]
+        _, self.snap = AppendLogSnapshot.open(
+            self.path,
+            files=self.files,
+            sync=self.sync,  # type: ignore[arg-type]
+        )
 
     @property
     def opened(self) -> AppendLogSnapshot:
@@ -129,7 +134,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def go_on(bench: Bench) -> None:
-    """The disk works again: the store must have what was acknowledged, and take more, if need be after `compact`."""
+    """The disk works again: acknowledged data is there; writes work, perhaps after `compact`."""
     snap = bench.opened
     assert view(snap) == fold_of(bench.model.acked), (
         "a batch that was not acknowledged shows, or one that was does not"
@@ -147,7 +152,7 @@ def go_on(bench: Bench) -> None:
 
 
 def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
-    """Do the operation with a fault in it, check all there is to check. Returns whether the fault came at all."""
+    """Run the operation with a fault in it; check everything. Returns True if it fired."""
     if operation.opened:
         bench.open()
         if operation.written:

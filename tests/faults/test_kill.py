@@ -1,6 +1,7 @@
-"""kill -9, before every I/O call and at moments by chance: everything that was answered is there, nothing is half there.
+"""kill -9 before every I/O call and at random: all answered data is there, nothing is half there.
 
-The killed processes are real ones (`killed.py`), on real files. What the kernel took from them survives them.
+The killed processes are real ones (`killed.py`), on real files. What they passed to the kernel
+survives them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def deaths(
 
 
 def check(path: Path, acked: list[int], allowed: range) -> None:
-    """What was answered must be there, in whole batches; artifacts whole or absent; the log must verify and take more."""
+    """Answered batches are there, whole; artifacts whole or absent; the log verifies and grows."""
     assert acked == list(range(1, len(acked) + 1))
     for artifact in path.parent.glob("artifact-*"):
         if ".partial-" in artifact.name:
@@ -237,7 +238,7 @@ snap.close()
 
 
 def test_a_write_that_the_kernel_cuts_short_is_taken_back(path):
-    # RLIMIT_FSIZE is the one real short write to be had without a full disk: so many bytes, then EFBIG.
+    # Only RLIMIT_FSIZE gives a real short write without a full disk: so many bytes, then EFBIG.
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", ""))),

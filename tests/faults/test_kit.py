@@ -1,4 +1,4 @@
-"""`foldlog.testing`: doubles that fail where they are told to, count what they are asked, and leave what a power loss may."""
+"""`foldlog.testing`: doubles that fail on demand, count calls, and leave what a power loss may."""
 
 from __future__ import annotations
 

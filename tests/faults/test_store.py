@@ -1,6 +1,7 @@
-"""The store, with all its actors: every I/O call fails in turn, and the power goes after every change to the disk.
+"""The store with all its actors: each I/O call fails in turn; power is lost after each disk change.
 
-What was answered is there; what was refused is not; what nobody knows is whole or absent; and no file and no thread is left.
+Answered batches are there, refused ones are not, those in doubt are whole or absent; and no file
+and no thread is left.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ KINDS: dict[str, Callable[[int], Fault]] = {
 
 
 def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
-    """Do the operation with a fault in it, and all that should be possible behind it. Returns whether the fault came."""
+    """Run the operation with a fault, then all that must still work. True if the fault fired."""
     if operation.opened:
         bench.open()
         bench.apply(4)
@@ -183,7 +184,8 @@ def test_every_call_of_a_stores_operation_may_fail(folder, operation, kind):
             return one_fault(bench, operation, KINDS[kind](nth))
         except Exception as error:
             error.add_note(
-                f"{operation.name}, {KINDS[kind](nth)}, which hit {[call[:3] for call in bench.files.fired[:1]]}"
+                f"{operation.name}, {KINDS[kind](nth)}, which hit "
+                f"{[call[:3] for call in bench.files.fired[:1]]}"
             )
             if bench.store is not None:
                 bench.files.disarm()

@@ -1,4 +1,4 @@
-"""Real signals, many of them, at a process that uses a store: every request ends, and the writer lives on."""
+"""Storms of real signals at a process using a store: every request ends, the writer survives."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What the tests of the actors share: steps to crash and park at, files that fail, books of what was answered.
+"""Shared by the actors' tests: steps to crash or park at, failing files, ledgers of answers.
 
-Nothing here sleeps. A test waits for an event or a future, with a deadline; `until` is the one poll, and it is bounded.
+Nothing here sleeps. A test waits for an event or a future, with a deadline; `until` is the only
+poll, and it is bounded.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Steps:
         self.seen: Counter[str] = Counter()
 
     def park(self, name: str) -> Gate:
-        """The next actor that comes to the step waits there. Behind the gate it crashes, if that is wanted, too."""
+        """The next actor to reach the step waits there. After the gate it crashes, if so asked."""
         gate = Gate()
         with self._lock:
             self._gates.setdefault(name, []).append(gate)
@@ -155,7 +156,7 @@ class Steps:
 
 
 class FaultyFiles(Files):
-    """The operating system's files, of which chosen operations fail on files whose path ends as told."""
+    """The operating system's files; chosen operations fail on paths with the given ending."""
 
     def __init__(self) -> None:
         self._faults: dict[str, list[list[Any]]] = {}
@@ -165,7 +166,7 @@ class FaultyFiles(Files):
     def fail(
         self, operation: str, error: int = errno.EIO, times: int | None = 1, part: str = "state.log"
     ) -> None:
-        """The next `times` calls of the operation fail (None: all), if the file's name contains `part`."""
+        """Fail the operation's next `times` calls (None: all) on files named with `part`."""
         self._faults.setdefault(operation, []).append([error, times, part])
 
     def mend(self) -> None:
@@ -207,7 +208,7 @@ def cursor(number: int) -> WatchCursor:
 
 
 def batch(number: int, keys: int = 4) -> list[Put]:
-    """The batch `number`: a mark of its own, and one value under `keys` keys that all batches share."""
+    """The batch `number`: its own mark, and one value under the `keys` keys all batches share."""
     value, token = b"%d" % number, VersionToken.from_u64(number)
     return [
         Put(f"batch/{number:06}", value, token),
@@ -216,7 +217,7 @@ def batch(number: int, keys: int = 4) -> list[Put]:
 
 
 def assert_whole(snapshot: Any, keys: int = 4) -> int:
-    """A snapshot holds whole batches only, and the cursor of the last one. Returns its number; 0 if there is none."""
+    """Check that a snapshot holds whole batches and the last cursor. Returns its number, or 0."""
     values = {entry.value for entry in snapshot.range("shared/")}
     assert len(values) <= 1, f"half a batch: {values}"
     if not values:
@@ -249,7 +250,7 @@ class Ledger:
             return self._last
 
     def settle(self, number: int, wait: Callable[[], int]) -> bool:
-        """Call `wait` for the answer to batch `number`, and write down how it ended. A hang fails the test."""
+        """Call `wait` for the answer to batch `number`; record its outcome. A hang fails."""
         try:
             seq = wait()
         except TimeoutError as error:
@@ -296,7 +297,7 @@ class Ledger:
                 assert key not in locals_, (
                     f"{key} is in the log, though its caller was told {error!r}"
                 )
-        # Each batch has a sequence of its own, and there is none without a batch: nothing was applied twice.
+        # Each batch has its own sequence, and each sequence a batch: nothing was applied twice.
         seqs = [
             *self.answered.values(),
             *(int.from_bytes(version, "big") for _, version in self.local.values()),
@@ -384,7 +385,7 @@ NO_FORK_WARNING = (
 def script(
     code: str, *arguments: object, timeout_s: float = DEADLINE_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, with warnings as errors but for what the script is about."""
+    """Run a script in its own process, with warnings as errors except those it is about."""
     return subprocess.run(
         [sys.executable, *NO_FORK_WARNING, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
@@ -395,7 +396,7 @@ def script(
 
 
 def threads() -> list[threading.Thread]:
-    """Those of stores and tests, and watchdog's; but for the one that watchdog keeps for the process."""
+    """Threads of stores, tests and watchdog, except the one watchdog keeps for the process."""
     mine = ("foldlog-", "test-worker")
     return [
         thread
@@ -417,11 +418,13 @@ def descriptors(under: Path) -> list[str]:
 
 
 class _Slim(logging.Filter):
-    """Keep the text of errors and not their frames, which would hold what the test has let go: pytest keeps the records."""
+    """Keep errors as text: pytest keeps records, and frames would hold what the test released."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info:
-            record.exc_text = logging.Formatter().formatException(record.exc_info)  # type: ignore[arg-type]
+            record.exc_text = logging.Formatter().formatException(
+                record.exc_info  # type: ignore[arg-type]
+            )
             record.exc_info = None
         record.msg, record.args = record.getMessage(), None
         return True

@@ -11,7 +11,11 @@ from foldlog.cli import main
 
 def run(*args: object, stdin: object = None) -> Result:
     """Run the command in this process; an exception that is no exit is a failure of the test."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)  # type: ignore[arg-type]
+    result = CliRunner().invoke(
+        main,
+        [str(arg) for arg in args],
+        input=stdin,  # type: ignore[arg-type]
+    )
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

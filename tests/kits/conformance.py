@@ -1,7 +1,7 @@
 """The contract of `SnapshotStore`, written once for every kind of store.
 
-A kind joins by adding a row to `KINDS` in `test_conformance.py`: its name, and how it opens and imports. Nothing here knows
-more of a store than the contract, but for `compact`, which a kind may lack.
+A kind joins by adding a row to `KINDS` in `test_conformance.py`: its name, and how it opens and
+imports. Nothing here relies on more than the contract, except for `compact`, which a kind may lack.
 """
 
 from __future__ import annotations

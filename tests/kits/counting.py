@@ -1,4 +1,4 @@
-"""Counters for tests of what an operation costs: calls, bytes, leaves, copies, messages, lines. Nothing here looks at a clock."""
+"""Counters of what an operation costs: calls, bytes, leaves, copies, messages, lines. No clock."""
 
 from __future__ import annotations
 
@@ -144,14 +144,14 @@ class Work(NamedTuple):
     """Of memory, above what was held before."""
 
     def is_like(self, other: Work) -> bool:
-        """Whether both may be the same operation, on stores of any size: what goes by the size shows in one or the other."""
+        """True if both may be one operation on stores of any size: costs by size show in either."""
         few, many = sorted((self.lines, other.lines))
         small, large = sorted((self.peak_bytes, other.peak_bytes))
         return many <= 1.2 * few + 10 and large <= 1.5 * small + 4096
 
 
 def usual(works: Sequence[Work]) -> Work:
-    """What a call takes that was made again and again: the medians, since what is done for the first time takes more."""
+    """The cost of a call made repeatedly: medians, since the first time costs more."""
     return Work(*map(median_high, zip(*works, strict=True)))
 
 

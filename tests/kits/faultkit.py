@@ -37,7 +37,7 @@ MAX_CALLS = 400
 
 
 def batch(number: int) -> list[Update]:
-    """Batch `number`: every set of batches folds to a state of its own. Sizes go from one sector to several."""
+    """Batch `number`: every set of batches folds to a distinct state. One or more sectors each."""
     size = (10, 900, 40, 2000)[number % 4]
     return [
         Put(f"key{number}", bytes((number % 251,)) * size, VersionToken.from_u64(number)),
@@ -71,12 +71,12 @@ class Model:
         self.acked = list(acked or [])
         """The batches that were answered, in order."""
         self.in_doubt: list[int] = []
-        """Batches that are under way, or of which no one can tell until the log is rewritten: a beginning of them may be in."""
+        """Batches in flight, or in doubt until the log is rewritten: a prefix of them may be in."""
         self.durable = len(self.acked)
         """How many of `acked` survive a power loss."""
 
     def apply(self, store: Any, *numbers: int, durable: bool) -> None:
-        """Apply a batch (or several as a group, through `apply_group`); take note of the answer, whatever it is."""
+        """Apply a batch (or several, through `apply_group`); record the answer, whatever it is."""
         doubt, self.in_doubt = self.in_doubt, [*numbers]
         try:
             if len(numbers) == 1:
@@ -146,7 +146,7 @@ def descriptors() -> set[str]:
 def run_with(
     fault: Fault, files: FaultyFiles, run: Callable[[], object]
 ) -> tuple[list[Call], Exception | None]:
-    """Run with a fault in it. Returns the calls that the fault hit, and the error that came of it."""
+    """Run with a fault in it. Returns the calls that the fault hit, and the resulting error."""
     files.arm(fault)
     failed: Exception | None = None
     try:
@@ -159,9 +159,10 @@ def run_with(
 
 
 def fail_every_call(folder: Path, operation: str, attempt: Callable[[Path, int], bool]) -> int:
-    """Attempt an operation with a fault in call 1, 2, 3, ... until it does not come any more. Returns how many came.
+    """Attempt an operation with a fault in call 1, 2, 3, ... until none fires. Returns the count.
 
-    `attempt` takes a folder to make, and the number of the call; it returns whether the fault came. Nothing may be left open.
+    `attempt` takes a directory to make, and the number of the call; it returns True if the fault
+    fired. Nothing may be left open.
     """
     for nth in range(1, MAX_CALLS):
         own = folder / str(nth)
@@ -179,7 +180,7 @@ def fail_every_call(folder: Path, operation: str, attempt: Callable[[Path, int],
 
 
 def fault_of(path: Path, allowed: list[View], files: Files = UNSYNCED) -> str:
-    """What is wrong with the log that a crash left at `path`, against what may be there; "" if nothing is."""
+    """What is wrong with the log a crash left at `path`, given the allowed states, or ""."""
     try:
         _, snap = AppendLogSnapshot.open(path, files=files)
     except (OSError, FoldlogError) as error:
@@ -187,7 +188,10 @@ def fault_of(path: Path, allowed: list[View], files: Files = UNSYNCED) -> str:
     try:
         found = view(snap)
         if found not in allowed:
-            return f"holds up to {found.get('last')!r}, allowed are {[state.get('last') for state in allowed]}"
+            return (
+                f"holds up to {found.get('last')!r}, "
+                f"allowed are {[state.get('last') for state in allowed]}"
+            )
         report = snap.verify()
         if not report.ok:
             return f"does not verify: {report.problems}"
@@ -224,7 +228,7 @@ def keep_inodes(path: Path) -> None:
 
 
 class CrashCampaign:
-    """Runs a script over `CrashFiles`, and looks at what a power loss could leave after every change that it makes."""
+    """Runs a script over `CrashFiles`; checks what a power loss could leave after each change."""
 
     def __init__(
         self,
@@ -233,8 +237,10 @@ class CrashCampaign:
         limit: int = 16,
         mutant: Callable[[pytest.MonkeyPatch], None] | None = None,
     ) -> None:
-        """`limit`: images looked at behind each change. `mutant`: breaks a rule, while the script runs and not while an image is
-        looked at; call `end`."""
+        """`limit`: images checked after each change. `mutant`: breaks a rule while the script runs.
+
+        It does not apply while an image is checked. Call `end` when done.
+        """
         self.work = folder / "work"
         self.work.mkdir(parents=True)
         self.path = self.work / "state.log"
@@ -286,7 +292,7 @@ class CrashCampaign:
 
 @contextlib.contextmanager
 def quick_folder(folder: Path) -> Iterator[Path]:
-    """A folder in memory where the system has such, else `folder`: thousands of small files come and go in it."""
+    """An in-memory directory if the system has one, else `folder`: it holds many small files."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield folder

@@ -1,4 +1,7 @@
-"""Feeds bytes that atheris finds to a reader, from which only typed errors may come: fuzz_target.py READER [atheris options]."""
+"""Feeds bytes from atheris to a reader, from which only typed errors may come.
+
+Usage: fuzz_target.py READER [atheris options]
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""An exception, or a call of the user's, at each point of a call where CPython may let a signal handler run.
+"""An exception or a user's call at each point where CPython may run a signal handler.
 
-CPython runs handlers between bytecodes: when a function is entered, and after calls. A profile function is called at all of
-these, and may raise, as a handler may.
+CPython runs handlers between bytecodes: when a function is entered, and after calls. A profile
+function is called at all of these points, and may raise, as a handler may.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Struck(Exception):
 
 
 class At:
-    """Calls `act` at the `number`-th event of the thread, once. `fired` tells whether it came to that."""
+    """Calls `act` once, at the thread's `number`-th event. `fired` is True if it was reached."""
 
     def __init__(self, number: int, act: Callable[[], object]) -> None:
         self.number, self.act = number, act
@@ -46,5 +46,5 @@ def strike() -> None:
 
 
 def points(stride: int = 1, first: int = 1, most: int = 25) -> Iterator[int]:
-    """The numbers of points to try, at most so many, until the caller finds one that was not reached."""
+    """The numbers of points to try, at most so many, until the caller finds one not reached."""
     return iter(range(first, first + stride * most if stride > 1 else 5_000, stride))

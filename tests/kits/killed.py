@@ -1,14 +1,16 @@
-"""A program that is killed, for test_faults_kill.py. It forks a child for each death, and tells what it heard from it.
+"""A program that is killed, for faults/test_kill.py. It forks a child per death; reports answers.
 
     killed.py STORY WHEN FOLDER FIRST STRIDE COUNT
 
-For n = FIRST, FIRST + STRIDE, ... a child works on the log FOLDER/n/state.log, and writes each answer to a pipe. WHEN:
+For n = FIRST, FIRST + STRIDE, ... a child works on the log FOLDER/n/state.log, and writes each
+answer to a pipe. WHEN:
 
     call       it kills itself, kill -9, before its n-th I/O call
-    moment     it is killed behind an answer, and so many microseconds, as the seed n says, while it works on
+    moment     it is killed some microseconds after an answer, while it works; n is the seed
     same-log   the same, but all children work on FOLDER/state.log, one after the other
 
-A line of JSON tells of each: {"n", "acked", "done", "error"}. Ends when a child completes, or after COUNT deaths.
+A line of JSON describes each: {"n", "acked", "done", "error"}. Ends when a child completes, or
+after COUNT deaths.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def importing(path: Path, files: Files, answer: Answer, last: int) -> None:
 
 
 def rocksdb(path: Path, files: Files, answer: Answer, last: int) -> None:
-    """The engine on RocksDB applies, flushes each 5 batches, exports each 7, and starts anew each 9."""
+    """The RocksDB engine applies, flushes every 5 batches, exports every 7, restarts every 9."""
     cursor, snap = RocksDbSnapshot.open(path)
     for number in range((cursor.as_u64() or 0) + 1, last + 1):
         snap.apply(batch(number), numbered(number))
@@ -121,7 +123,7 @@ STORIES = {
 
 
 def child(story: str, when: str, path: Path, nth: int, pipe: int) -> None:
-    """Work until killed. Only _exit leaves here: nothing of the parent may be flushed or run twice."""
+    """Work until killed. Leaves only by _exit: nothing of the parent is flushed or run twice."""
     try:
 
         def die(call: Call) -> None:
@@ -147,7 +149,7 @@ def heard(pipe: int) -> bytes:
 
 
 def kill_behind(pid: int, pipe: int, seed: int) -> bytes:
-    """Kill the child behind an answer and a while that the seed gives; returns what it had answered by then."""
+    """Kill the child after an answer and a seeded delay; returns what it had answered by then."""
     chance = random.Random(seed)
     answers, least = b"", chance.randrange(40)
     while answers.count(b"\n") < least:

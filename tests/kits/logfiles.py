@@ -1,4 +1,4 @@
-"""Log files for tests: written by the engine, taken apart into frames, put together again by hand."""
+"""Log files for tests: written by the engine, split into frames, and reassembled by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from foldlog.storage.log.lock import lock_path, note_path
 
 
 class Unsynced(Files):
-    """Files that are never synced: thousands of openings cost no disk. What syncing is for is tested in `test_io_errors.py`."""
+    """Files never synced: thousands of openings cost no disk. `test_io_errors.py` tests syncing."""
 
     def sync(self, fd: int) -> None:
         pass
@@ -82,7 +82,7 @@ def write_log(
     sealed: bool = False,
     sync_each: bool = False,
 ) -> bytes:
-    """A log whose base holds `base` and which has `batches` behind it. Its lock note is removed: it remembers nothing."""
+    """A log with `base` as its base, then `batches`. Its lock note is removed: no history."""
     if base:
         engine = Engine(path)
         commit_all(engine, base)
@@ -108,7 +108,7 @@ def forget_the_watermark(path: Path) -> None:
 
 
 def tear(path: Path) -> None:
-    """Leave a batch at the end of the log of which the last byte is missing, as a killed writer may."""
+    """Leave a batch without its last byte at the end of the log, as a killed writer may."""
     engine = Engine(path)
     engine.commit([encode_batch([Put("torn", b"away")], WatchCursor.from_u64(99))])
     engine.log.abandon()
@@ -131,7 +131,7 @@ def state_of(engine: Engine) -> State:
 
 
 def read_state(path: Path, **options: Any) -> State:
-    """The state of a log, opened for writing (which repairs), and let go of as a killed process would."""
+    """The state of a log, opened for writing (which repairs), then dropped as if killed."""
     engine = Engine(path, **options)
     try:
         return state_of(engine)
@@ -140,7 +140,7 @@ def read_state(path: Path, **options: Any) -> State:
 
 
 def outcome(path: Path, raw: bytes, **options: Any) -> State | FoldlogError:
-    """What opening a file of these bytes gives: a state or a typed error. On an error the file must be as it was."""
+    """Open a file of these bytes: a state or a typed error. An error must leave it as it was."""
     path.write_bytes(raw)
     forget_the_watermark(path)
     try:
@@ -180,7 +180,7 @@ def frames_of(raw: bytes) -> list[Frame]:
 
 
 def forge(raw: bytes, kind: int, body: bytes, **lies: int) -> bytes:
-    """A frame that follows the intact log `raw`, all its checksums right; `lies` replace fields of its head."""
+    """A frame that follows the intact log `raw`, checksums valid; `lies` replace header fields."""
     last = frames_of(raw)[-1].head
     fields = {
         "body_len": len(body),

@@ -1,4 +1,4 @@
-"""The log format, written a second time from its description; no code is shared with the product, CRC-32C is its own."""
+"""The log format, written again from its description: no shared code, and its own CRC-32C."""
 
 from __future__ import annotations
 

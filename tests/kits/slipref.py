@@ -1,6 +1,7 @@
 """A second encoder and decoder of the Rust crate's file format, version 2, and of its artifacts.
 
-Written from the facts of the format alone, sharing no code with the product. Slow, strict, and for tests only.
+Written from the facts of the format alone, sharing no code with the product. Slow, strict, and for
+tests only.
 """
 
 from __future__ import annotations

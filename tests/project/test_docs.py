@@ -1,4 +1,4 @@
-"""The tutorial and the guides, read as their readers do: every block of code is run, and prints what the page says.
+"""The tutorial and the guides: every block of code is run, and prints what the page says.
 
     ```python                       runs in the page's session
     ```python title="feed.py"       is saved under that name
@@ -138,7 +138,7 @@ class Reader:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Whether `printed` is what the page says. Trailing white space does not count, on either side."""
+    """True if `printed` is what the page says. Trailing white space is ignored on either side."""
     pattern = ".*".join(map(re.escape, expected.rstrip().split("...")))
     return re.fullmatch(pattern, printed.rstrip(), flags=re.DOTALL) is not None
 

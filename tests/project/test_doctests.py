@@ -71,7 +71,7 @@ def test_the_doors_of_the_library_have_examples() -> None:
 
 
 def public_members(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """`value`, and its public methods and properties, by dotted name. Those of the classes of others are left out."""
+    """`value`, its public methods and properties, by dotted name; not those of other classes."""
     yield name, value
     if not inspect.isclass(value):
         return

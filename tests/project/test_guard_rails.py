@@ -1,6 +1,7 @@
-"""Guard rails for speed: what an operation reads, decodes, copies, writes, syncs and sends is counted here, and never timed.
+"""Guard rails for speed: what an operation reads, decodes, copies, writes, syncs and sends.
 
-Most tests run over two stores, one ten times the other: the cost of an operation must not tell which of them it was.
+These are counted, never timed. Most tests run over two stores, one ten times as large as the
+other: the cost of an operation must not reveal which one it ran on.
 """
 
 from __future__ import annotations
@@ -109,8 +110,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> SentMail:
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Sealed logs with all entries in the base: FEW.log and MANY.log, and the same cut so fine that MANY make 4,000 leaves, as
-    1,000,000 do otherwise."""
+    """Sealed logs with all entries in the base: FEW.log and MANY.log, and finely cut copies.
+
+    In a finely cut log MANY entries make 4,000 leaves, as many as 1,000,000 make otherwise.
+    """
     folder = tmp_path_factory.mktemp("logs")
     for name, entries in itertools.product(("log", "fine"), (FEW, MANY)):
         with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +159,7 @@ def opened(
     files: CountedFiles,
     monkeypatch: pytest.MonkeyPatch,
 ) -> OpenStore:
-    """Opens a store, begins its session, and counts from there on. Its syncer neither syncs nor looks by itself meanwhile."""
+    """Open a store, begin its session, count from there. Its syncer does nothing meanwhile."""
     monkeypatch.setattr(Syncer, "_look", lambda syncer: None)
 
     def opened(sync: str, entries: int = MANY, fine: bool = False) -> foldlog.Store:
@@ -490,7 +493,7 @@ def test_a_batch_takes_the_same_work_over_any_store(open_log: OpenLog) -> None:
 def test_a_batch_copies_about_as_much_however_many_changes_there_are(
     monkeypatch: pytest.MonkeyPatch, changes: int
 ) -> None:
-    """Over changes that no compaction took. Settling, now and then, copies many of them: this counts over many batches."""
+    """Over changes not yet compacted. Settling sometimes copies many: count over many batches."""
     fold = uncompacted(changes)
     monkeypatch.setattr(delta, "Run", CountedRun)
     CountedRun.copied = 0

@@ -1,4 +1,4 @@
-"""The shape of the house: who may import whom, which names are public, and that the pages tell the truth about both."""
+"""The layout: who may import whom, which names are public, and that the pages are true of both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rung_of(module: str) -> int | None:
 
 
 def imported_modules(source: str, package: str) -> list[str]:
-    """The dotted names of all modules that `source`, a module of `package`, imports, wherever in it."""
+    """The dotted names of all modules imported anywhere in `source`, a module of `package`."""
     modules: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

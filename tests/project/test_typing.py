@@ -1,6 +1,7 @@
-"""What a type checker says of a user's program: nothing, where it is right, and something, where it is wrong.
+"""Type checkers on a user's program: they accept what is correct and report what is wrong.
 
-Needs the extra `dev`; `.ci/run` runs it. The checkers see the package as it is installed: a copy in the layout of the wheel.
+Needs the extra `dev`; `.ci/run` runs it. The checkers see the package as it is installed: a copy
+in the layout of the wheel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is shipped: a wheel and an sdist are built, and work in a fresh environment, outside of the checkout.
+"""The wheel and the sdist: they build, and work in a fresh environment outside the checkout.
 
 Needs the extra `dev`, and an index that pip can reach; `.ci/run` runs it.
 """
@@ -92,7 +92,8 @@ def test_the_wheel_holds_the_package_its_types_and_the_license_and_no_more(dist:
             archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA")
         )
     expected = {
-        f"foldlog/{file.relative_to(ROOT / 'foldlog') if package == 'foldlog' else file.relative_to(ROOT)}"
+        "foldlog/"
+        f"{file.relative_to(ROOT / 'foldlog') if package == 'foldlog' else file.relative_to(ROOT)}"
         for package in ("foldlog", "protocol", "storage", "actors")
         for file in (ROOT / package).rglob("*.py")
     }

@@ -79,7 +79,7 @@ def test_every_call_with_a_timeout_is_among_these() -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_timeout_is_checked_before_anything_is_sent(path: Path, call: str) -> None:
-    """apply(timeout_s=nan) raised from a lock after the batch was in the mailbox: it was applied, and called a failure."""
+    """apply(timeout_s=nan) raised with the batch in the mailbox: applied, yet called a failure."""
     with foldlog.open(path) as store, foldlog.follow(path) as follower, store.watch() as watch:
         store.put("a", b"1")
         while not isinstance(watch.next(20), foldlog.Synced):
@@ -134,7 +134,7 @@ def test_the_faces_take_their_defaults_from_the_declarations(name: str) -> None:
     "name", [name for name, option in DECLARED.items() if isinstance(option, Seconds)]
 )
 def test_a_huge_span_stops_no_thread(path: Path, name: str) -> None:
-    """An interval of 1e10 s ended the follower's thread and, each second, the syncer, with an OverflowError."""
+    """An interval of 1e10 s killed the follower's thread and the syncer: OverflowError."""
     with foldlog.open(path) as store:
         store.put("a", b"1")
         if name == "poll_interval_s":
@@ -161,7 +161,7 @@ def test_a_word_that_there_is_none_of_is_refused(
 
 
 def test_none_is_no_order(path: Path) -> None:
-    """put(key, None) deleted, and update(expected=None) checked nothing: None is what a missing entry turns into."""
+    """put(key, None) deleted, update(expected=None) checked nothing: None is a missing entry."""
     with foldlog.open(path) as store:
         version = store.put("limit", b"100")
         before = store.snapshot()

@@ -1,7 +1,8 @@
-"""The engine against a plain dict, through every operation in any order: twice, the second time with everything small.
+"""The engine against a plain dict, through every operation in any order; then with small limits.
 
-With real limits a leaf holds 128 entries at least and a delta begins at 8192 changes, so that few keys would never reach
-them. The second machine runs with limits of a handful: leaves split and join, runs settle, pieces divide, windows slide.
+With real limits a leaf holds at least 128 entries and a delta begins at 8192 changes, so a few
+keys would never reach them. The second machine has limits of a handful: leaves split and join,
+runs settle, pieces divide, windows slide.
 """
 
 from __future__ import annotations

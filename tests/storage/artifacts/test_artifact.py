@@ -1,4 +1,4 @@
-"""Tampered artifacts: a typed error that names path and field, nothing at the destination, the artifact untouched."""
+"""Tampered artifacts: a typed error with path and field, no destination, the artifact untouched."""
 
 from __future__ import annotations
 
@@ -523,7 +523,7 @@ def test_a_forged_payload_that_makes_sense_is_taken(artifact, dest):
 
 
 def test_a_backup_can_be_restored_over_what_came_after_it(artifact, dest):
-    """The lock file remembered how far the log had been synced, and the restored one, of the same log id, seemed cut."""
+    """The lock file remembered the synced length; the restored log, same id, looked cut."""
     with AppendLogSnapshot.import_artifact(artifact, dest)[1] as snap:
         snap.apply([Put("later", b"")], WatchCursor.from_u64(10))
     dest.unlink()

@@ -1,4 +1,4 @@
-"""What the base keeps in memory: what was read; the rest of a leaf that is read often; and that across a compaction."""
+"""What the base keeps in memory: what was read, the rest of hot leaves, across a compaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs and the delta against a dict: right, immutable, few, and copied within bounds that are counted and not timed."""
+"""Runs and the delta against a dict: right, immutable, few, with copies counted and bounded."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ def test_a_change_is_copied_a_bounded_number_of_times(monkeypatch, size):
     assert dict(fold.items()) == expected
     assert len(fold) == len(expected)
     assert most_runs <= 9, "a get would probe too many dicts"
-    # A change moves up through at most log4(8192) runs, is rewritten there up to four times each, and settles.
+    # A change moves up through at most log4(8192) runs, is rewritten up to four times in each,
+    # then settles.
     assert Counted.copied / total < 40
 
 
@@ -210,7 +211,7 @@ def test_what_settles_bit_by_bit_reads_the_same_at_every_step(batches, low, high
 
 @pytest.mark.parametrize("size", [1, 100, 1000])
 def test_no_batch_waits_until_a_whole_delta_is_copied(monkeypatch, size):
-    """Pieces copied by one batch, while 40,000 settled changes take in 8,192 and more that fall into every one of them."""
+    """Pieces copied by one batch as 40,000 settled changes take in 8,192 spread over them."""
     settled = EMPTY_DELTA.with_runs(
         (Run({f"{n:06}": change(f"{n:06}", 1) for n in range(40_000)}),)
     )

@@ -78,7 +78,7 @@ STEPS = st.lists(
 @settings(max_examples=150)
 @given(steps=STEPS, prefix=st.sampled_from(["", "a", "a/", "b00", "ü", "\U0010ffff", "nothing"]))
 def test_a_difference_applied_to_the_old_state_gives_the_new_one(tmp_path_factory, steps, prefix):
-    """Across batches, compactions in the process and files that were opened again; in both directions."""
+    """Across batches, compactions in the process and reopened files; in both directions."""
     path = tmp_path_factory.mktemp("diff") / "state.log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leaf, "MIN_ENTRIES", 2)  # so that a few keys make many leaves
@@ -172,7 +172,7 @@ class Looks:
 
 @pytest.mark.parametrize("how", ["batch", "compacted", "reopened"])
 def test_what_did_not_change_is_not_looked_at(path: Path, monkeypatch, how):
-    """20,000 entries, of which 10 change: no more than their neighbours in a leaf are read, wherever the log was in between."""
+    """10 of 20,000 entries change: only their leaf neighbours are read, wherever the log was."""
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply(
             [Put(f"k{number:05}", b"v" * 20) for number in range(20_000)], WatchCursor.from_u64(1)
@@ -227,7 +227,7 @@ def test_a_prefix_reads_only_the_leaves_under_it(path: Path, monkeypatch):
 def test_a_snapshot_whose_file_was_overwritten_is_refused_and_not_guessed_at(
     path: Path, tmp_path: Path
 ):
-    """A follower's old snapshot may stand in a file that someone wrote over: a difference made up of it would be a lie."""
+    """A follower's old snapshot may use an overwritten file: its difference would be a lie."""
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put(f"k{number}", b"old") for number in range(1000)], WatchCursor.from_u64(1))
         snap.compact()

@@ -1,4 +1,4 @@
-"""Leaves: what is encoded is found, located and decoded; and equal states have equal leaves, however they came about."""
+"""Leaves: encoded entries are found, located and decoded; equal states have equal leaves."""
 
 from __future__ import annotations
 

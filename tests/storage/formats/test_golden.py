@@ -1,7 +1,8 @@
-"""Golden files of the format: what is released stays readable, and what is written stays what it was, byte for byte.
+"""Golden files: released files stay readable, and written files stay the same, byte for byte.
 
-Each file exists three times: as bytes in `golden/`, as the encoder of `refencoder.py` makes it, and as the product writes it
-under fixed ids. A change of the format shows here first. `python tests/test_golden.py` writes the files anew.
+Each file exists three times: as bytes in `golden/`, as `refencoder.py` encodes it, and as the
+product writes it under fixed ids. A change of the format shows here first. Running this file as a
+script rewrites the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a compaction ends: what fails or comes in between behind the rename loses nothing, keeps nothing open, and says so."""
+"""How a compaction ends: faults after the rename lose nothing, leak nothing, and are reported."""
 
 from __future__ import annotations
 

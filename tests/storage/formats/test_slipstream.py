@@ -300,7 +300,7 @@ def test_every_flipped_bit_is_refused(path: Path, last: int) -> None:
 
 
 def test_what_the_format_cannot_show_costs_no_more_than_the_last_record(path: Path) -> None:
-    """Two wrong bits can make the last record a torn write to any reader. The cursor then stands lower than what is there."""
+    """Two bad bits can make the last record look torn. The cursor is then lower than the data."""
     raw = bytearray(slipref.HEADER + b"".join(three_batches()))
     raw[-9] ^= 3  # a cursor of 11 bytes would be refused: 8 becomes 11
     assert isinstance(outcome(path, bytes(raw)), CorruptLogError)
@@ -312,7 +312,7 @@ def test_what_the_format_cannot_show_costs_no_more_than_the_last_record(path: Pa
 
 
 def test_a_damaged_length_in_the_middle_is_no_torn_tail(path: Path) -> None:
-    """The origin's reader took a value length that ran past the end of the file for a torn write, and dropped all behind it."""
+    """The Rust crate's reader took a length past the end for a torn write and dropped the rest."""
     records = three_batches()
     for number, at in ((0, 7 + 5), (2, 7 + 5)):
         for length in (0x0000_FFFF, 0x00FF_FFFF, 0x7FFF_FFFF):
@@ -337,7 +337,7 @@ def test_a_last_record_that_is_whole_and_wrong_is_refused_though_the_origin_drop
 
 
 def test_a_lost_sector_at_the_end_is_torn_and_the_same_zeros_elsewhere_are_not(path: Path) -> None:
-    """A power loss leaves the size of a file, and zeros in its sectors that were not written back."""
+    """A power loss keeps a file's size, with zeros in sectors that were not written back."""
     first = [slipref.put("first", b"1"), slipref.cursor(slipref.u64(1))]
     last = [slipref.put("last", b"x" * 2000, slipref.u64(2)), slipref.cursor(slipref.u64(2))]
     raw = slipref.HEADER + b"".join(first + last)
@@ -399,7 +399,7 @@ def test_another_version_is_refused_by_name(path: Path, raw: bytes, reason: str)
 
 
 def test_a_log_within_a_value_is_not_mistaken_for_what_follows_a_damaged_length(path: Path) -> None:
-    """Found in review: the search for whole records must not refuse what is sound, however a value looks."""
+    """Found in review: the search for whole records must accept valid logs, whatever they hold."""
     inner = slipref.HEADER + b"".join(three_batches())
     raw = slipref.HEADER + slipref.put("a", inner) + slipref.cursor(b"c")
     state = outcome(path, raw)

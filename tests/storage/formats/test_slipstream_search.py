@@ -25,7 +25,7 @@ LATER = slipref.put("later", b"2", slipref.u64(3)) + slipref.cursor(slipref.u64(
 
 
 def by_hand(data: bytes, start: int = 0) -> list[tuple[int, int]]:
-    """(offset, type) of each whole record in `data`: every offset is tried, and nothing is left out to be quick."""
+    """(offset, type) of each whole record in `data`, found by trying every offset."""
     found = []
     for at in range(start, len(data) - 5):
         if data[at + 4] not in (1, 2, 3):
@@ -116,7 +116,7 @@ CONTENTS = {
 def test_a_torn_value_of_16_mib_opens_in_seconds_whatever_it_holds(
     path: Path, content: str, before: bytes
 ) -> None:
-    """A value of ones took 14 to 71 s: each byte of it could begin a record, and was tried by itself."""
+    """A value of ones took 14 to 71 s: each of its bytes could begin a record and was tried."""
     value = CONTENTS[content]
     value += b"\x09" * (16 * MIB - len(value))
     started = time.process_time()
@@ -128,7 +128,7 @@ def test_a_torn_value_of_16_mib_opens_in_seconds_whatever_it_holds(
 
 @pytest.mark.parametrize("letter", [1, 2, 3])
 def test_a_torn_value_of_one_byte_repeated_is_searched_at_once(path: Path, letter: int) -> None:
-    """The same, small enough for every run: its cost is counted in checksums, and not in seconds."""
+    """The same, small enough for every run: the cost is counted in checksums, not in seconds."""
     for before in (FIRST, slipref.HEADER):
         checked = 0
 
@@ -145,7 +145,7 @@ def test_a_torn_value_of_one_byte_repeated_is_searched_at_once(path: Path, lette
 
 
 def test_a_crafted_cost_is_linear_however_long_the_records_seem(path: Path) -> None:
-    """Beginnings of records of 64 KiB at every 12 bytes: each was a checksum over 64 KiB, and the search gave up on them."""
+    """Starts of 64 KiB records every 12 bytes: each cost a checksum; the search gave up."""
     cruel = b"\0\0\0\0\x01\x01\x00k\xff\xff\x00\x00" * 20_000
     started = time.process_time()
     assert searched(path, cruel) is None
@@ -185,7 +185,7 @@ def damaged(value: bytes, bits: list[int], rest: bytes) -> bytes:
 def test_no_value_hides_a_damaged_length_from_the_search(
     path: Path, bits: list[int], rest: bytes
 ) -> None:
-    """A value of a million beginnings of records made the search give up, and the batch and all after it were dropped."""
+    """A value with a million record starts ended the search: batches from there were lost."""
     value = struct.pack("<I", 2) * 1_050
     error = outcome(path, damaged(value, bits, rest))
     assert isinstance(error, CorruptLogError)
@@ -194,7 +194,7 @@ def test_no_value_hides_a_damaged_length_from_the_search(
 
 
 def test_slack_after_a_damaged_length_is_no_missing_sector(path: Path) -> None:
-    """A length damaged upwards ran into the zeros at the end, which were taken for a sector that a power loss had left out."""
+    """A length damaged upwards hit the final zeros, taken for a sector lost to a power cut."""
     raw = damaged(b"v" * 40, [13], LATER)
     for zeros in (20_000, 1 << 20):
         assert isinstance(outcome(path, raw + bytes(zeros)), CorruptLogError)
@@ -220,7 +220,7 @@ NO_CURSOR = slipref.compacted({f"{number:05}": (b"v" * 20, b"v") for number in r
 
 @pytest.mark.parametrize("base", [BASE, NO_CURSOR], ids=["with a cursor", "without"])
 def test_zeros_to_the_end_of_a_compacted_base_are_corruption(path: Path, base: bytes) -> None:
-    """They read as torn, and synced entries were dropped. Both writers sync a base before they rename it."""
+    """Read as torn, they lost synced entries. Both writers sync a base before they rename it."""
     for start in (*range(7, 300, 5), 512, 1024, 2048, len(base) - 600, len(base) - 20):
         error = outcome(path, base[:start] + bytes(len(base) - start))
         assert isinstance(error, CorruptLogError), start

@@ -1,7 +1,7 @@
-"""Every call to the file system fails once, or for good, in the middle of a script: nothing acknowledged is ever lost.
+"""Each file system call of a script fails, once or for good: nothing acknowledged is ever lost.
 
-`Failing` is the double: it fails the n-th call of one operation. The script runs again and again, with n = 1, 2, 3, until
-the plan does not fire any more, so that no call is left out.
+`Failing` is the double: it fails the n-th call of one operation. The script is repeated with
+n = 1, 2, 3, ... until no fault fires, so that no call is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.exhaustive
 
 
 class Failing(Files):
-    """The operating system's files, of which the n-th call of an operation fails (and with `for_good`, all after it)."""
+    """The operating system's files; an operation's n-th call fails (`for_good`: all after it)."""
 
     def __init__(
         self,

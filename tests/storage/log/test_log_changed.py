@@ -1,4 +1,4 @@
-"""Someone else touches the log's file while it is open: the writer notices before it writes, and nothing is lost."""
+"""Someone else changes the log while it is open: the writer detects it first; nothing is lost."""
 
 from __future__ import annotations
 

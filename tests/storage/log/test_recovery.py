@@ -1,6 +1,7 @@
-"""What opening makes of a log that was cut off, zeroed or flipped: the whole state, the longest whole prefix, or a refusal.
+"""Opening a log that was cut, zeroed or flipped: the state, its longest whole prefix, or a refusal.
 
-No loss is silent and no value is wrong: a tail is cut only where a stopped writer explains it, and what is cut is kept.
+No loss is silent and no value is wrong: a tail is cut only where a stopped writer explains it, and
+the bytes that are cut are kept.
 """
 
 from __future__ import annotations
@@ -418,7 +419,7 @@ def test_a_file_that_is_no_log_is_refused_and_stays(path, content):
 
 
 def test_a_session_that_died_before_its_first_batch_is_synced_before_the_next(path, monkeypatch):
-    """A killed writer left its OPEN frame in the page cache; a power loss took it from under the frames of the next one."""
+    """A killed writer's OPEN frame was only cached; power loss took it from below later ones."""
     with AppendLogSnapshot.open(path)[1] as snap:
         snap._engine.log._begin_session()
         snap._engine.log.abandon()

@@ -1,4 +1,4 @@
-"""Logs whose bytes were inserted, removed, moved or mixed with other files: refused where no stopped writer explains them."""
+"""Logs with bytes inserted, removed, moved or mixed: refused unless a stopped writer fits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def assert_refused(path, raw: bytes, what: object) -> None:
 @SYNCS
 @pytest.mark.parametrize("size", [1, 4, 5, 40, 512, 4096])
 def test_a_hole_of_zeros_between_frames_is_refused(path, size, sync_each, rebooted, monkeypatch):
-    # Without the offset in each frame, an un-synced log dropped all behind the hole: the gap looked like lost writes.
+    # Without the offset in each frame, an un-synced log dropped everything after the hole: the gap
+    # looked like lost writes.
     raw = write_log(path, some_batches(4), base=some_batches(1), sync_each=sync_each)
     if rebooted:
         reboot(monkeypatch)
@@ -178,7 +179,8 @@ def test_frames_of_this_logs_own_past_are_refused_after_a_compaction(path, reboo
 
 @BOOTS
 def test_a_stale_frame_behind_a_repaired_tail_is_never_replayed(path, rebooted, monkeypatch):
-    # The frame verifies, stands where it was written and has the right sequence: only the link to the frame before betrays it.
+    # The frame verifies, is where it was written and has the right sequence: only its link to the
+    # previous frame betrays it.
     raw = write_log(path, some_batches(3))
     last = frames_of(raw)[-1]
     second = frames_of(raw)[-2]

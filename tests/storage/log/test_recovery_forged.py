@@ -1,4 +1,4 @@
-"""Frames made by hand, all checksums right, that the product would never have written: refused, whatever they say."""
+"""Forged frames with correct checksums that the product never writes: refused, always."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_length_that_lies_allocates_nothing_and_reads_as_nothing_wrong(
     if length > 2**30:
         assert isinstance(found, CorruptLogError), "no writer begins a frame over the limit"
     if isinstance(found, State):
-        # The head verifies and the frame runs past the end, or ends on zeros: that is what a torn write looks like.
+        # The header verifies and the frame runs past the end, or ends in zeros: like a torn write.
         assert length > len(raw) - target.start - 52 or (last and rebooted)
         assert found == before
     else:

@@ -1,4 +1,4 @@
-"""The table that tells torn from corrupt: total over all facts, and wrong in a named way with any of its rules switched off."""
+"""The table that tells torn from corrupt: total, and wrong in a named way without any one rule."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL_FACTS = [
 
 
 def expected(facts: Facts) -> Verdict:
-    """The rules, said once more in other words: the tail is torn if, and only if, one of four stories explains it."""
+    """The rules in other words: the tail is torn if and only if one of four stories explains it."""
     if facts.evidence is not None:
         lost_in_a_power_failure = facts.sector_lost and not facts.same_boot
         return (

@@ -1,4 +1,4 @@
-"""The tail of a log, polled by hand: what it makes of every state that a file can be found in. No thread runs here."""
+"""The tail of a log, polled by hand: what it makes of every state of the file. No threads."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_log_that_grows_byte_by_byte_is_told_batch_by_batch_and_never_torn(pat
 def test_half_a_frame_that_stays_is_waited_for_without_end_and_without_reading_the_file_over_and_over(
     path, tmp_path
 ):
-    """A writer that was killed leaves half a frame, perhaps for days: until the next writer cuts it."""
+    """A killed writer leaves half a frame, perhaps for days: until the next writer cuts it."""
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1, 2)
         whole = path.stat().st_size
@@ -280,7 +280,7 @@ def test_batches_written_to_the_old_file_just_before_the_rename_are_read_there(p
 
 
 def test_what_is_appended_between_reading_and_the_rename_is_read_in_the_old_file(path, snap):
-    """Found in review: read to its end, *then* seen to be renamed: in between, batches came that the new base has swallowed."""
+    """Found in review: read to the end, then seen renamed; the new base held batches in between."""
     apply(snap, 1)
 
     class Late(Files):
@@ -436,7 +436,7 @@ def test_a_log_that_was_deleted_and_written_anew_from_memory_goes_on(path):
 
 
 def test_a_log_that_was_deleted_and_made_anew_is_told_apart_by_its_id_and_not_by_its_inode(path):
-    """Scenario 88: the file system may give the same inode at once, to anyone who does not hold the old one."""
+    """Scenario 88: the file system may reuse the inode at once if the old file is not held."""
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1, 2, 3)
     followed = Followed(path)
@@ -482,7 +482,7 @@ def test_a_log_that_was_cut_is_a_rewind(path, snap):
 
 
 def test_a_log_that_was_cut_and_grew_past_its_old_end_between_two_polls_is_found(path, tmp_path):
-    """Found in review: the old end lay in the middle of a new frame, which looked like half a frame, for ever.
+    """Found in review: the old end was inside a new frame, which looked like half a frame for ever.
 
     Scenario 86: frames that a power loss took, and others in their place.
     """
@@ -507,7 +507,7 @@ def test_a_log_that_was_cut_and_grew_past_its_old_end_between_two_polls_is_found
 
 
 def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_chain(path):
-    """Scenario 86: a frame at the right place, of the right sequence, which does not follow what was read."""
+    """Scenario 86: a frame at the right offset and sequence that does not follow what was read."""
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1)
         before = path.read_bytes()
@@ -548,7 +548,7 @@ def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_c
 
 
 def test_a_batch_that_was_seen_and_then_denied_by_a_heal_is_a_rewind(path):
-    """A failed fsync: the frame stood in the old file and was followed; the new file holds another under its sequence."""
+    """A failed fsync: the frame was followed in the old file; the new one reuses its sequence."""
     engine = Engine(path)
     engine.commit([encode_batch(batch(1), cursor(1))])
     followed = Followed(path)

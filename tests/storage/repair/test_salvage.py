@@ -1,4 +1,4 @@
-"""`salvage` keeps what is right of a damaged log, lists what it lost, and leaves an upstream that replays nothing to guess."""
+"""`salvage` keeps what is valid, lists what it lost, and suits upstreams that cannot replay."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def state_of(path: Path) -> tuple[View, WatchCursor]:
 
 
 def salvaged(path: Path, raw: bytes) -> tuple[SalvageReport, View]:
-    """Salvage a log of these bytes, which must not change, into a sound log that says what the report says."""
+    """Salvage a log of these bytes, left unchanged, into a valid log that matches the report."""
     output = path.with_name("saved.log")
     output.unlink(missing_ok=True)
     path.write_bytes(raw)

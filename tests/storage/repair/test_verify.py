@@ -1,4 +1,4 @@
-"""`verify` tells everything that is wrong with a log, agrees with opening about what is damage, and touches nothing."""
+"""`verify` reports every fault in a log, agrees with opening on what is damage, changes nothing."""
 
 from __future__ import annotations
 
