@@ -186,7 +186,10 @@ def test_waiting_batches_make_one_commit_group(open_store, steps):
 
 
 def test_told_batches_are_weighed_before_the_mailbox_and_make_no_larger_groups(open_store, steps):
-    """They counted as 0 bytes: 65 of 16 MiB made a 1.09 GB frame, and the log would not reopen."""
+    """Batches counted as 0 bytes: 65 of 16 MiB became one frame of 1.09 GB.
+
+    They were answered, and the log would not open again.
+    """
     store = open_store(mailbox_bytes=10_000)
     gate = steps.park("writer.before_write")
     first = store.apply_async(batch(1), cursor(1))

@@ -115,7 +115,10 @@ OPEN = (
 @pytest.mark.parametrize("free", range(5))
 @pytest.mark.parametrize("what", ["compact", "heal", "crash"])
 def test_a_store_outlives_a_lack_of_descriptors(path, what, free):
-    """With two free, a compaction renamed, could not sync the directory: FAILED for good."""
+    """With two free, a compaction renamed the file but could not sync the directory.
+
+    The store was FAILED for good.
+    """
     done = script(STORE, path, free, what)
     assert (done.stdout, done.stderr) == ("whole\n", "")
 

@@ -561,7 +561,10 @@ def test_a_forked_child_reads_and_is_refused_a_watch_and_one_from_before_ends_th
 
 
 def test_publishing_costs_the_same_whether_a_subscriber_reads_or_not():
-    """A push is an append: no decoding, no waiting. 2,000 pushes to 10 buffers in under 1 s."""
+    """A push is an append: no decoding, no waiting.
+
+    The bound is generous: 2,000 pushes to 10 buffers in under a second.
+    """
     feeds = feeds_module.Feeds()
     buffers = [feeds_module.Buffer() for _ in range(10)]
     for buffer in buffers:
@@ -659,7 +662,10 @@ def test_a_group_that_went_missing_is_made_up_for_by_the_difference(publisher: P
 
 
 def test_all_that_waits_is_told_to_a_call_that_does_not_wait(publisher: Publisher):
-    """Found in review: a group with no match ended a call with no timeout; a later one matched."""
+    """Found in review: a group with no match used up a call with no timeout.
+
+    A later group matched.
+    """
     subscription = publisher.subscribe(lambda: publisher.folds[0], "n/6")
     drained(subscription)
     for number in range(1, 8):

@@ -21,7 +21,10 @@ MIB = 1024 * 1024
 
 
 def overwrite(store, size: int, stop: threading.Event, keys: int = 7) -> tuple[int, float]:
-    """Overwrite a few keys as fast as one thread can. Returns batches and the longest apply (s)."""
+    """Overwrite a few keys as fast as one thread can.
+
+    Returns the batches, and the longest apply in seconds.
+    """
     longest = 0.0
     for number in itertools.count(1):
         if stop.is_set():
@@ -33,7 +36,10 @@ def overwrite(store, size: int, stop: threading.Event, keys: int = 7) -> tuple[i
 
 
 def largest_log(store, size: int, enough: int, keys: int = 7) -> tuple[int, int, float]:
-    """Overwrite until so many bytes are written. Returns largest log, batches and longest apply."""
+    """Overwrite until so many bytes are written.
+
+    Returns the largest log seen, the batches, and the longest apply in seconds.
+    """
     stop = threading.Event()
     load = in_thread(overwrite, store, size, stop, keys)
     largest = 0

@@ -179,7 +179,10 @@ def test_closing_during_an_export_finishes_the_export(open_store, steps, tmp_pat
 def test_exports_in_hand_and_in_line_are_answered_when_the_store_gives_up(
     open_store, steps, tmp_path
 ):
-    """The last crash left one job with the dead actor, and later ones in a mailbox nobody read."""
+    """The last crash left the job with the dead actor.
+
+    Jobs queued after it were in a mailbox that nobody read.
+    """
     store = open_store(max_restarts=0)
     fill(store, 1, 2)
     gate = steps.park("export.write")
@@ -237,7 +240,10 @@ def test_a_job_that_kills_maintenance_leaves_no_file_behind(open_store, steps, p
 def test_a_compaction_asked_for_during_another_covers_what_was_written_before_the_call(
     open_store, steps
 ):
-    """The running one, begun earlier, answered it: the log was still full of overwritten data."""
+    """The compaction under way, which had begun earlier, answered the call.
+
+    The log was still full of overwritten data.
+    """
     store = open_store()
     store.apply(batch(1), cursor(1))
     gate = steps.park("compact.write")

@@ -507,7 +507,10 @@ def test_no_call_starts_a_thread(run: Any, path: Path):
 
 @pytest.mark.slow
 def test_the_loop_is_not_held_up_by_a_feeder_at_full_speed(path: Path):
-    """The longest delay of the loop: a feeder and a watch at full speed, and without a store."""
+    """The longest delay of the loop under a feeder and a watch at full speed.
+
+    It is compared with the same load without a store.
+    """
 
     async def longest_delay(busy: Callable[[], Awaitable[None]]) -> float:
         loop = asyncio.get_running_loop()

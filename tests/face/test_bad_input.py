@@ -400,7 +400,10 @@ def test_a_forked_child_may_read_but_not_write_and_does_not_free_the_lock(snap, 
 
 
 def test_what_apply_takes_fits_into_a_frame_that_opening_takes(path, monkeypatch):
-    """A batch of exactly the limit was written, but its frame, a byte longer, failed to open."""
+    """A batch of exactly the limit was written, and refused by the next open.
+
+    Its frame was one byte longer.
+    """
     limit = 4096
     for module in ("protocol.updates", "storage.log.log"):
         monkeypatch.setattr(f"foldlog.{module}.MAX_BODY_BYTES", limit)

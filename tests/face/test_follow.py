@@ -44,7 +44,10 @@ Follow = Callable[..., foldlog.Follower]
 
 @pytest.fixture
 def follow(nothing_left: None, path: Path) -> Iterator[Follow]:
-    """foldlog.follow on the test's path, closed after the test; no thread of it remains."""
+    """foldlog.follow on the test's path, closed after the test.
+
+    None of its threads or of watchdog's may remain.
+    """
     before = set(threading.enumerate())
     followers: list[foldlog.Follower] = []
 
@@ -361,7 +364,10 @@ def test_a_handler_that_raises_does_not_silence_the_events(path: Path, nothing_l
 
 
 def test_reading_a_log_does_not_wake_those_who_follow_it(path: Path, nothing_left):
-    """Scenario 90: opening, reading and closing are events too: a follower could wake itself."""
+    """Scenario 90: opening, reading and closing are events, too.
+
+    A follower would wake itself for ever.
+    """
     wakes: list[int] = []
     woken = threading.Event()
     path.write_bytes(b"start")

@@ -143,7 +143,10 @@ def test_a_name_is_taken_until_its_store_is_closed_or_no_more_observed(
 
 
 def test_names_and_units_keep_the_conventions():
-    """Dots between words, no units in names, no name a prefix of another, UCUM or braced units."""
+    """Dots separate words, and no name contains a unit or is a prefix of another.
+
+    Units are from UCUM or in braces.
+    """
     instruments = (*metrics.STORE_INSTRUMENTS, *metrics.FOLLOWER_INSTRUMENTS)
     for each in instruments:
         assert re.fullmatch(r"foldlog(\.[a-z]+)+", each.name)

@@ -307,7 +307,10 @@ def test_sync_makes_what_was_answered_durable_whatever_the_policy(path: Path):
 
 
 def test_sync_on_a_disk_that_refuses_once_heals_and_then_holds(path: Path):
-    """A `sync()` fails and poisons the log; the writer heals into a new file and still answers."""
+    """The fsync of a `sync()` fails, which poisons the log.
+
+    The writer heals into a new file, and the call still succeeds.
+    """
     fault = Fault("sync", nth=4)
     with foldlog.open(path, sync="never", files=FaultyFiles(fault)) as store:
         for number in range(1, 9):

@@ -144,7 +144,10 @@ def test_a_history_through_both_formats_gives_the_same_fold_cursor_and_artifacts
 def test_a_batch_in_hand_at_a_crash_is_settled_by_its_sequence(
     path: Path, step: str, compacted: bool
 ) -> None:
-    """The format stores no sequences, so they are counted; a restart must continue the count."""
+    """The format stores no sequences: they are counted.
+
+    After a crash the count must continue from the writer's, base included.
+    """
     store = foldlog.open(path, format="slipstream-v2", step=crash_at(step, 3))
     assert [store.apply([Put(f"k{n}", b"v")], u64(n), DEADLINE_S) for n in (1, 2)] == [1, 2]
     if compacted:

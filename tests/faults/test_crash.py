@@ -151,7 +151,10 @@ def a_failed_fsync_and_a_new_process(campaign: CrashCampaign, sync: str) -> None
 
 
 def a_torn_tail_that_is_cut(campaign: CrashCampaign, sync: str) -> None:
-    """The process dies in its first write, of several sectors; the next one replaces it."""
+    """The process dies in its first write, of several sectors.
+
+    The next process cuts it off and writes in its place.
+    """
     snap = opened(campaign, "never")
     campaign.files.arm(
         Fault("write", 2, errno.EIO, takes=1800), Fault("truncate", 1), Fault("sync", 1)

@@ -62,7 +62,10 @@ def deaths(
 
 
 def check(path: Path, acked: list[int], allowed: range) -> None:
-    """Answered batches are there, whole; artifacts whole or absent; the log verifies and grows."""
+    """Check that answered batches are there, whole, and artifacts are whole or absent.
+
+    The log must verify and take more batches.
+    """
     assert acked == list(range(1, len(acked) + 1))
     for artifact in path.parent.glob("artifact-*"):
         if ".partial-" in artifact.name:

@@ -144,7 +144,10 @@ class Work(NamedTuple):
     """Of memory, above what was held before."""
 
     def is_like(self, other: Work) -> bool:
-        """True if both may be one operation on stores of any size: costs by size show in either."""
+        """True if both may be the same operation on stores of any size.
+
+        A cost that depends on the size shows in lines or in bytes.
+        """
         few, many = sorted((self.lines, other.lines))
         small, large = sorted((self.peak_bytes, other.peak_bytes))
         return many <= 1.2 * few + 10 and large <= 1.5 * small + 4096

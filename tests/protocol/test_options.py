@@ -79,7 +79,10 @@ def test_every_call_with_a_timeout_is_among_these() -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_a_timeout_is_checked_before_anything_is_sent(path: Path, call: str) -> None:
-    """apply(timeout_s=nan) raised with the batch in the mailbox: applied, yet called a failure."""
+    """apply(timeout_s=nan) raised from a lock after the batch was in the mailbox.
+
+    The batch was applied, but reported as failed.
+    """
     with foldlog.open(path) as store, foldlog.follow(path) as follower, store.watch() as watch:
         store.put("a", b"1")
         while not isinstance(watch.next(20), foldlog.Synced):
@@ -161,7 +164,10 @@ def test_a_word_that_there_is_none_of_is_refused(
 
 
 def test_none_is_no_order(path: Path) -> None:
-    """put(key, None) deleted, update(expected=None) checked nothing: None is a missing entry."""
+    """put(key, None) deleted, and update(expected=None) checked nothing.
+
+    None is what a missing entry turns into.
+    """
     with foldlog.open(path) as store:
         version = store.put("limit", b"100")
         before = store.snapshot()

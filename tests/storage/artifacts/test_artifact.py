@@ -523,7 +523,10 @@ def test_a_forged_payload_that_makes_sense_is_taken(artifact, dest):
 
 
 def test_a_backup_can_be_restored_over_what_came_after_it(artifact, dest):
-    """The lock file remembered the synced length; the restored log, same id, looked cut."""
+    """The lock file remembered how far the log had been synced.
+
+    The restored log, with the same log id, seemed to have been cut.
+    """
     with AppendLogSnapshot.import_artifact(artifact, dest)[1] as snap:
         snap.apply([Put("later", b"")], WatchCursor.from_u64(10))
     dest.unlink()

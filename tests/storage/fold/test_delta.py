@@ -211,7 +211,10 @@ def test_what_settles_bit_by_bit_reads_the_same_at_every_step(batches, low, high
 
 @pytest.mark.parametrize("size", [1, 100, 1000])
 def test_no_batch_waits_until_a_whole_delta_is_copied(monkeypatch, size):
-    """Pieces copied by one batch as 40,000 settled changes take in 8,192 spread over them."""
+    """Count the pieces that one batch copies.
+
+    40,000 settled changes take in 8,192 more, which fall into every one of their pieces.
+    """
     settled = EMPTY_DELTA.with_runs(
         (Run({f"{n:06}": change(f"{n:06}", 1) for n in range(40_000)}),)
     )

@@ -172,7 +172,10 @@ class Looks:
 
 @pytest.mark.parametrize("how", ["batch", "compacted", "reopened"])
 def test_what_did_not_change_is_not_looked_at(path: Path, monkeypatch, how):
-    """10 of 20,000 entries change: only their leaf neighbours are read, wherever the log was."""
+    """20,000 entries, of which 10 change, wherever the log was in between.
+
+    Only their neighbours in a leaf are read.
+    """
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply(
             [Put(f"k{number:05}", b"v" * 20) for number in range(20_000)], WatchCursor.from_u64(1)

@@ -145,7 +145,10 @@ def test_a_torn_value_of_one_byte_repeated_is_searched_at_once(path: Path, lette
 
 
 def test_a_crafted_cost_is_linear_however_long_the_records_seem(path: Path) -> None:
-    """Starts of 64 KiB records every 12 bytes: each cost a checksum; the search gave up."""
+    """Record starts of 64 KiB at every 12 bytes: each took a checksum over 64 KiB.
+
+    The search gave up on them.
+    """
     cruel = b"\0\0\0\0\x01\x01\x00k\xff\xff\x00\x00" * 20_000
     started = time.process_time()
     assert searched(path, cruel) is None
@@ -185,7 +188,10 @@ def damaged(value: bytes, bits: list[int], rest: bytes) -> bytes:
 def test_no_value_hides_a_damaged_length_from_the_search(
     path: Path, bits: list[int], rest: bytes
 ) -> None:
-    """A value with a million record starts ended the search: batches from there were lost."""
+    """A value of a million record starts made the search give up.
+
+    The batch and all batches after it were dropped.
+    """
     value = struct.pack("<I", 2) * 1_050
     error = outcome(path, damaged(value, bits, rest))
     assert isinstance(error, CorruptLogError)
@@ -194,7 +200,10 @@ def test_no_value_hides_a_damaged_length_from_the_search(
 
 
 def test_slack_after_a_damaged_length_is_no_missing_sector(path: Path) -> None:
-    """A length damaged upwards hit the final zeros, taken for a sector lost to a power cut."""
+    """A length damaged upwards ran into the zeros at the end.
+
+    They were taken for a sector that a power loss had left out.
+    """
     raw = damaged(b"v" * 40, [13], LATER)
     for zeros in (20_000, 1 << 20):
         assert isinstance(outcome(path, raw + bytes(zeros)), CorruptLogError)

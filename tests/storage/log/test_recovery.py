@@ -419,7 +419,10 @@ def test_a_file_that_is_no_log_is_refused_and_stays(path, content):
 
 
 def test_a_session_that_died_before_its_first_batch_is_synced_before_the_next(path, monkeypatch):
-    """A killed writer's OPEN frame was only cached; power loss took it from below later ones."""
+    """A killed writer left its OPEN frame in the page cache.
+
+    A power loss then removed it from under the frames of the next writer.
+    """
     with AppendLogSnapshot.open(path)[1] as snap:
         snap._engine.log._begin_session()
         snap._engine.log.abandon()

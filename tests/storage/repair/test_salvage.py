@@ -1,4 +1,4 @@
-"""`salvage` keeps what is valid, lists what it lost, and suits upstreams that cannot replay."""
+"""`salvage` keeps what is valid, lists what it lost; a replay from its cursor restores the rest."""
 
 from __future__ import annotations
 
