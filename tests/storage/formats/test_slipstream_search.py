@@ -188,7 +188,7 @@ def damaged(value: bytes, bits: list[int], rest: bytes) -> bytes:
 def test_no_value_hides_a_damaged_length_from_the_search(
     path: Path, bits: list[int], rest: bytes
 ) -> None:
-    """A value of a million record starts made the search give up.
+    """A value holding a million record starts made the search give up.
 
     The batch and all batches after it were dropped.
     """
