@@ -1,20 +1,20 @@
-"""The link: feeds a store from an upstream, on an event loop and in a thread of its own.
+"""The link: feeds a store from an upstream, on an event loop in a thread of its own.
 
-It outlives every error:
+It survives every error:
 
-| what fails                 | what happens                   | what callers see              |
-|----------------------------|--------------------------------|-------------------------------|
-| connection, a gap, silence | let go; attach at the cursor   | LOST, then ATTACHING          |
-| the store refuses a batch  | the same                       | LOST with the store's error   |
-| the bucket does not exist  | waited for                     | LOST, and the reason says so  |
-| credentials, permissions   | nothing: trying cannot help    | FAILED with UpstreamRefused   |
-| another one, a mass delete | nothing is written; it waits   | FAILED until `accept_reset()` |
-| an update over the limits  | nothing is written; or skipped | FAILED with UpstreamOversize  |
-| a hook, or a bug           | restarted, within a limit      | a Restart, in the end FAILED  |
+| what fails                  | what happens                       | what callers see              |
+|-----------------------------|------------------------------------|-------------------------------|
+| connection, a gap, silence  | detach; attach at the cursor       | LOST, then ATTACHING          |
+| the store refuses a batch   | the same                           | LOST with the store's error   |
+| the bucket does not exist   | wait for it                        | LOST, with that reason        |
+| credentials, permissions    | nothing: a retry cannot help       | FAILED with UpstreamRefused   |
+| new upstream, a mass delete | nothing is written; the link waits | FAILED until `accept_reset()` |
+| an update over the limits   | nothing is written, or skipped     | FAILED with UpstreamOversize  |
+| a hook, or a bug            | restarted, within a limit          | a Restart, finally FAILED     |
 
-Reads go on through all of it. Nothing that was received survives letting go: the store's cursor
-alone tells where to go on. One batch is under way at a time, so that none can be written after one
-before it was refused; what comes meanwhile makes the next batch.
+Reads continue throughout. Detaching keeps no received updates in memory: the store's cursor alone
+says where to resume. Only one batch is in flight at a time, so no batch can be written after an
+earlier one was refused. Updates that arrive meanwhile form the next batch.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ from foldlog.protocol.upstream import (
 from foldlog.storage.fold.snapshot import FoldSnapshot
 
 CONFIRM_S = 1.0
-"""Between the two looks that a claim to have gone back must pass: a leader that was deposed has
+"""Delay between the two identity checks that confirm an upstream went back. A deposed leader has
 stepped down by then."""
 AUDIT_S_PER_KEY = 8e-6
-"""What an audit costs, for its budget: measured 4.4 us a key with NATS, and comparing."""
+"""Estimated cost of an audit, for its budget: 4.4 us a key measured with NATS, plus comparing."""
 CLOSE_S = 5.0
 LARGE_BATCH = 20_000
-"""Updates that are encoded off the loop, so that heartbeats are heard meanwhile."""
+"""Batches of at least this many updates are encoded off the loop, so that heartbeats are heard."""
 
 Parse: TypeAlias = Callable[[Update], Update | Iterable[Update] | None]
-"""Drops (None), renames or transforms an update. Must be a pure function of it: audits and resets
-ask again."""
+"""Drops (None), renames or transforms an update. Must be a pure function of the update: audits and
+resets call it again."""
 OnApplied: TypeAlias = Callable[[Sequence[Update], WatchCursor], object]
-"""Told of each batch once it is written and published, on the link's thread."""
+"""Called with each batch once it is written and published, on the link's thread."""
 
 
 class LinkState(enum.StrEnum):
@@ -97,19 +97,19 @@ class LinkState(enum.StrEnum):
 
     ATTACHING = "attaching"
     CATCHING_UP = "catching up"
-    """Attached; something that was missed is still to come, or to be audited."""
+    """Attached; missed changes are still to arrive or to be audited."""
     LIVE = "live"
-    """True to the upstream, as of the last confirmation."""
+    """Equal to the upstream, as of the last confirmation."""
     LOST = "lost"
-    """The upstream or the store is away (`reason`); attached again soon."""
+    """The upstream or the store is unavailable (`reason`); the link will attach again soon."""
     FAILED = "failed"
-    """Given up (`reason`). A held reset goes on with `accept_reset()`."""
+    """Given up (`reason`). A held reset resumes with `accept_reset()`."""
     CLOSED = "closed"
 
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
-    """How a link works. See `foldlog.mirror`."""
+    """The options of a link. See `foldlog.mirror`."""
 
     prefixes: Prefixes = ()
     parse: Parse | None = None
@@ -124,23 +124,23 @@ class LinkConfig:
 
 @dataclass(frozen=True, slots=True)
 class LinkStats:
-    """A link, at one moment."""
+    """The statistics of a link at one moment."""
 
     state: LinkState
     reason: str
     lag: int | None
-    """Updates that wait upstream; None if that is not known."""
+    """Updates waiting upstream; None if unknown."""
     staleness_s: float
-    """Since the upstream last confirmed that nothing waits; infinite if it never did."""
+    """Since the upstream last confirmed that no updates wait; infinite if it never did."""
     updates: int
     """Received and applied since the mirror was opened."""
     attaches: int
     audits: int
     mended: int
-    """Entries that audits found wrong, and put right."""
+    """Entries that audits found wrong and corrected."""
     resets: int
     skipped: int
-    """Entries over the limits that the mirror goes without."""
+    """Entries over the limits that the mirror omits."""
 
 
 class Sink(Protocol):
@@ -148,32 +148,32 @@ class Sink(Protocol):
 
     @property
     def keeps_marks(self) -> bool:
-        """Whether the log has the mark beside each cursor; not one whose origin is noted beside
-        it."""
+        """True if the log stores the mark next to each cursor; False if the origin is kept in a
+        file beside the log."""
 
     def snapshot(self) -> FoldSnapshot:
         """The published state."""
 
     def feed(self, batch: Batch, rewound: str) -> Future[int]:
-        """Give the batch to the writer. `rewound` is told to watchers, if it is not empty.
-        Backpressure, StoreFailed..."""
+        """Give the batch to the writer. A non-empty `rewound` is passed on to watchers. Raises
+        Backpressure, StoreFailed and the like."""
 
     def note_restart(self, restart: Restart) -> None:
-        """Keep count of a restart."""
+        """Count a restart."""
 
 
 class Link:
-    """See the module. `start` it once; any thread may ask and stop it."""
+    """See the module. Call `start` once; any thread may query it and stop it."""
 
     def __init__(self, name: str, sink: Sink, upstream: Upstream, config: LinkConfig) -> None:
         self._name, self._sink, self._upstream, self._config = name, sink, upstream, config
         self.changed = threading.Condition()
-        """Notified with each change of state."""
-        # All below: written by the link's thread, replaced whole, read by anyone.
+        """Notified of each change of state."""
+        # All below: written by the link's thread, replaced whole, read by any thread.
         self.state = LinkState.ATTACHING
         self.reason = ""
         self.error: Exception | None = None
-        """What it FAILED of."""
+        """Why it is FAILED."""
         self.behind: int | None = None
         self.confirmed_at = -float("inf")
         self.updates = self.attaches = self.audits = self.mended = self.resets = 0
@@ -186,8 +186,8 @@ class Link:
         self._stopping = False
         self._accepted = False
         self._accept: asyncio.Event | None = None
-        # Of one attachment.
-        self._turn = asyncio.Lock()  # of those who give batches to the store
+        # State of one attachment.
+        self._turn = asyncio.Lock()  # held while giving a batch to the store
         self._under_way: Future[int] | None = None
         self._origin = self._mark = b""
         self._values_in_doubt = False
@@ -195,45 +195,45 @@ class Link:
         self._touched: set[str] | None = None
         self._audited = self._caught_up = False
         self._moved = asyncio.Event()
-        """Set whenever the tail has brought something, or a sign of life."""
+        """Set whenever the tail has received an update or a sign of life."""
         self.thread = threading.Thread(target=self._run, name="foldlog-link", daemon=True)
 
-    # From any thread.
+    # Called from any thread.
 
     def start(self) -> None:
-        """Begin. RuntimeError if there is no thread to be had."""
+        """Start the thread. RuntimeError if no thread can be started."""
         self.thread.start()
 
     def ask_to_stop(self) -> None:
-        """Let the thread come to its end. Never blocks."""
+        """Tell the thread to end. Never blocks."""
         self._stopping = True
         self._on_loop(lambda: self._task.cancel() if self._task is not None else None)
 
     def stop(self, timeout_s: float = CLOSE_S) -> None:
-        """Stop, and wait for it; from the link's own thread, returns at once."""
+        """Stop and wait for the thread to end; from the link's own thread, returns at once."""
         self.ask_to_stop()
         if threading.current_thread() is self.thread or self._pid != os.getpid():
             return
         deadline = time.monotonic() + timeout_s
         while self.thread.is_alive() and time.monotonic() < deadline:
             self.thread.join(0.25)
-            # Again: a client library may have taken the cancellation for its own
+            # Ask again: a client library may have swallowed the cancellation.
             self.ask_to_stop()
 
     def accept_reset(self) -> None:
-        """Agree to the reset that is held. Without one, nothing happens."""
+        """Accept the held reset. Does nothing if no reset is held."""
         if isinstance(self.error, ResetHeld):
             self._accepted = True
             self._on_loop(lambda: self._accept.set() if self._accept is not None else None)
 
     @property
     def staleness_s(self) -> float:
-        """Seconds since the upstream last confirmed that nothing waits; infinite if it never
+        """Seconds since the upstream last confirmed that no updates wait; infinite if it never
         did."""
         return time.monotonic() - self.confirmed_at
 
     def stats(self) -> LinkStats:
-        """The link, as it is now."""
+        """The link's current statistics."""
         return LinkStats(
             self.state,
             self.reason,
@@ -253,10 +253,10 @@ class Link:
     def _on_loop(self, call: Callable[[], object]) -> None:
         loop = self._loop
         if loop is not None and self._pid == os.getpid():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the thread has ended
                 loop.call_soon_threadsafe(call)
 
-    # The thread.
+    # Runs on the link's thread.
 
     def _run(self) -> None:
         try:
@@ -273,7 +273,7 @@ class Link:
         if state is self.state and reason == self.reason:
             return
         level = log.warning if state in (LinkState.LOST, LinkState.FAILED) else log.info
-        if not reason or reason != self._logged:  # not each try, while it fails for the same reason
+        if not reason or reason != self._logged:  # log a repeated failure once, not each retry
             level("%s: link %s%s", self._name, state, f": {reason}" if reason else "")
         self._logged = reason
         with self.changed:
@@ -309,12 +309,12 @@ class Link:
                 async with asyncio.timeout(CLOSE_S):
                     await self._upstream.close()
         under_way, self._under_way = self._under_way, None
-        if under_way is not None and not self._stopping:  # or the cursor would be read too early
+        if under_way is not None and not self._stopping:  # else the cursor is read too early
             with contextlib.suppress(Exception):
                 await asyncio.shield(asyncio.wrap_future(under_way))
 
     async def _after(self, error: BaseException, attempt: int) -> None:
-        """Wait, as the error asks for."""
+        """Wait before the next attempt, as `error` requires."""
         if isinstance(error, ResetHeld):
             assert self._accept is not None
             self._accept.clear()
@@ -387,8 +387,8 @@ class Link:
         return found, decided
 
     async def _recalled(self, decided: Plan, found: Identity) -> Plan:
-        """The plan, unless to resume is planned, and the upstream says that the position is of
-        other changes."""
+        """The plan; another one if it is to resume and the upstream says that the position belongs
+        to different changes."""
         self._values_in_doubt = False
         if decided.step is not Step.RESUME or not isinstance(self._upstream, HasMarks):
             return decided
@@ -412,7 +412,7 @@ class Link:
         return plan(held, found, accepted=self._accepted)
 
     async def _state(self, found: Identity) -> AsyncGenerator[Changes, None]:
-        """All live entries, however the upstream can tell them."""
+        """All live entries, by whichever means the upstream offers."""
         upstream, prefixes = self._upstream, self._config.prefixes
         if isinstance(upstream, HasState):
             pieces = upstream.state(prefixes)
@@ -431,7 +431,7 @@ class Link:
                     return
 
     async def _load(self, found: Identity) -> None:
-        """Take the state into a store that holds nothing, or a part of it. The cursor comes
+        """Load the state into a store that is empty or partly loaded. The cursor is written
         last."""
         self._set(LinkState.CATCHING_UP, "loading")
         none, position = WatchCursor.none(), found.last
@@ -450,7 +450,7 @@ class Link:
         self._accepted = False
 
     async def _replace(self, found: Identity, decided: Plan) -> None:
-        """Fold the difference to the whole state, as one batch."""
+        """Fold the difference to the whole state as one batch."""
         self._set(LinkState.CATCHING_UP, decided.reason)
         state: dict[str, Put] = {}
         position = found.last
@@ -501,7 +501,7 @@ class Link:
         if self._caught_up and self._audited:
             self._set(LinkState.LIVE)
 
-    # What is applied.
+    # Applying updates.
 
     def _wanted(self, updates: Sequence[Update]) -> Sequence[Update]:
         prefixes, parse = self._config.prefixes, self._config.parse
@@ -521,7 +521,7 @@ class Link:
     async def _apply(
         self, updates: Sequence[Update], cursor: WatchCursor, rewound: str = ""
     ) -> None:
-        """Returns once the batch is written and published."""
+        """Give the batch to the store. Returns once it is written and published."""
         if len(updates) > LARGE_BATCH:
             batch, updates = await asyncio.to_thread(self._encode, updates, cursor)
         else:
@@ -532,7 +532,7 @@ class Link:
                 break
             except Backpressure:
                 await asyncio.sleep(0.01)
-        # Shielded: a batch that was withdrawn, and one after it that was not, would be a loss.
+        # Shielded: cancelling this batch while a later one is written would lose updates.
         await asyncio.shield(asyncio.wrap_future(self._under_way))
         self._under_way = None
         self._position = cursor
@@ -556,7 +556,7 @@ class Link:
         return batch, updates
 
     def _held(self, update: Update) -> Update:
-        """The update; the removal of its key, if it is over the limits and such are skipped."""
+        """The update; or a delete of its key, if it is over the limits and those are skipped."""
         size = len(update.key.encode(errors="surrogatepass"))
         value = len(update.value) if isinstance(update, Put) else 0
         if size <= MAX_KEY_BYTES and value <= MAX_VALUE_BYTES:
@@ -590,10 +590,10 @@ class Link:
                 self._audited, self._accepted = True, False
                 self._set_live()
             else:
-                delay_s = 0.0  # what was mended is looked at again
+                delay_s = 0.0  # check what was corrected
 
     async def _audit(self) -> bool:
-        """Compare the fold with the upstream, and mend it. Whether there was nothing to mend."""
+        """Compare the fold with the upstream and correct it. True if nothing was wrong."""
         self._touched = set()
         try:
             with_values, self._values_in_doubt = self._values_in_doubt, False
@@ -601,10 +601,9 @@ class Link:
             found, position = await self._revisions(version_of)
             audit = Audit(found, self._touched)
             asked = time.monotonic()
-            # What the upstream told the audit of, and the tail has yet to bring, would be taken for
-            # missing.
+            # Changes that the audit saw and the tail has yet to receive would count as missing.
             await self._until(lambda: self._position >= position or self.confirmed_at > asked)
-            async with self._turn:  # all that was received is applied
+            async with self._turn:  # everything received is applied
                 fold = self._sink.snapshot()
             for number, block in enumerate(fold.blocks()):
                 audit.compare((entry.key, version_of(entry)) for entry in block)
@@ -625,7 +624,7 @@ class Link:
     ) -> tuple[dict[str, bytes], WatchCursor]:
         config, upstream = self._config, self._upstream
         if config.parse is not None or version_of is _with_value:
-            # Versions of keys that are not the upstream's own, or that may have been given twice.
+            # Versions that are not the upstream's own, or that may have been assigned twice.
             assert isinstance(upstream, HasState)
             return await self._state_versions(upstream, version_of)
         assert isinstance(upstream, HasRevisions)
@@ -650,7 +649,7 @@ class Link:
         return versions, position
 
     async def _mend(self, suspects: set[str]) -> bool:
-        """Ask for the suspects again, and fold what differs. Whether anything did."""
+        """Read the suspects again and fold what differs. True if anything did."""
         upstream = self._upstream
         assert isinstance(upstream, HasState)
         entries: dict[str, Put] = {}
@@ -710,8 +709,8 @@ def _difference(fold: FoldSnapshot, state: dict[str, Put]) -> list[Update]:
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel the tasks, and wait until they have ended. Again and again: a client library may
-    swallow a cancellation."""
+    """Cancel the tasks and wait until they have ended. Repeats, since a client library may swallow
+    a cancellation."""
     rest = {task for task in tasks if not task.done()}
     while rest:
         for task in rest:
@@ -719,4 +718,4 @@ async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
         _, rest = await asyncio.wait(rest, timeout=0.5)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # it was seen
+            task.exception()  # mark it as retrieved

@@ -1,40 +1,52 @@
-"""The supervisor: starts the actors of a store, restarts them by class of error, and gives up by rule.
+"""The supervisor: starts a store's actors, restarts them by class of error, and gives up by rule.
 
-It is a plain thread, not an actor: it must outlive every actor, and it asks nobody.
+It is a plain thread, not an actor: it must outlive every actor, and it waits for none.
 
-| what fails                  | what pykka would do          | what happens here             | what callers see               |
-|-----------------------------|------------------------------|-------------------------------|--------------------------------|
-| a check of the arguments    | answers the asker            | the same                      | TypeError, ValueError or a     |
-|                             |                              |                               | conflict                       |
-| a write (EIO, ENOSPC) that  | answers the asker; a tell    | the group is answered, the    | OSError; nothing of it is      |
-| was undone                  | kills the actor              | writer goes on                | stored                         |
-| an fsync, or undoing a      | the same                     | the fold is written to a new  | the answer, later; nothing is  |
-| write                       |                              | file, requests tried again    | lost                           |
-| a bug: an Exception in a    | answered, lives on in an     | restart in place: the log is  | the answer, later; one that    |
-| handler                     | unknown state; a tell: dead  | replayed, requests settled    | does it again: WriterCrashed   |
-| SystemExit, BaseException   | stops every actor of the     | the same as a bug             | the same as a bug              |
-|                             | process; the asker hangs     |                               |                                |
-| on_start                    | dies without a word, or      | counts as a restart, delayed; | at open: the error itself;     |
-|                             | leaves a ref that hangs      | too many: FAILED              | later: StoreFailed             |
-| on_stop                     | dies, or runs it twice       | tried again, then let go      | closed, the lock released      |
-| the log: corrupt, locked,   | -                            | FAILED at once: trying again  | writes: StoreFailed with the   |
-| replaced, cut, regressed    |                              | cannot help                   | reason; reads: as before       |
-| the log: deleted            | -                            | written anew from memory      | the answer                     |
-| a reader                    | as above                     | restart; what it had in hand  | the answer, or WriterCrashed   |
-|                             |                              | is tried once more            |                                |
-| maintenance, syncer         | as above                     | restart; a job in hand fails  | WriterCrashed                  |
-| more than `max_restarts` in | -                            | FAILED, until `reopen`        | StoreFailed; reads go on       |
-| `restart_window_s`          |                              |                               |                                |
-| the process is paused       | -                            | nothing: the supervisor was   | nothing                        |
-|                             |                              | late too, and discounts it    |                                |
-| a writer that is stuck      | -                            | FAILED, until it comes back   | StoreFailed; then as before    |
-| too few descriptors or      | -                            | tried again, at most 5 s      | the answer, later              |
-| threads to start again      |                              | apart, and without an end     |                                |
-| an exception strikes a      | -                            | restart at once, not counted  | who was struck: the exception; |
-| caller in a turn it took    |                              |                               | others: the answer             |
-| the host stops all actors   | threads end, messages vanish | nothing: the store ends when  | the answer                     |
-|                             |                              | its owner closes it           |                                |
-| the supervisor itself       | -                            | FAILED for good               | StoreFailed; reads go on       |
+| what fails             | what pykka would do   | what happens here      | what callers see        |
+|------------------------|-----------------------|------------------------|-------------------------|
+| a check of arguments   | answers the asker     | the same               | TypeError, ValueError   |
+|                        |                       |                        | or a conflict           |
+| a write (EIO, ENOSPC)  | answers the asker; a  | the group is answered, | OSError; none of it is  |
+| that was undone        | tell kills the actor  | the writer continues   | stored                  |
+| an fsync, or undoing a | the same              | the fold is written to | the answer, later;      |
+| write                  |                       | a new file, requests   | nothing is lost         |
+|                        |                       | are retried            |                         |
+| a bug: an Exception in | answers, lives on in  | restart in place: log  | the answer, later; if   |
+| a handler              | an unknown state; a   | replayed, requests     | it recurs:              |
+|                        | tell kills the actor  | settled                | WriterCrashed           |
+| SystemExit,            | stops every actor of  | the same as a bug      | the same as a bug       |
+| BaseException          | the process; the      |                        |                         |
+|                        | asker hangs           |                        |                         |
+| on_start               | dies silently, or     | a restart, delayed;    | at open: the error      |
+|                        | leaves a ref that     | too many: FAILED       | itself; later:          |
+|                        | hangs                 |                        | StoreFailed             |
+| on_stop                | dies, or runs twice   | retried, then released | closed, lock released   |
+| the log: corrupt,      | -                     | FAILED at once: a      | writes: StoreFailed     |
+| locked, replaced, cut, |                       | retry cannot help      | with the reason; reads: |
+| regressed              |                       |                        | as before               |
+| the log: deleted       | -                     | rewritten from memory  | the answer              |
+| a reader               | as above              | restart; what it had   | the answer, or          |
+|                        |                       | in hand is retried     | WriterCrashed           |
+|                        |                       | once                   |                         |
+| maintenance, syncer    | as above              | restart; a job in hand | WriterCrashed           |
+|                        |                       | fails                  |                         |
+| over `max_restarts` in | -                     | FAILED, until `reopen` | StoreFailed; reads      |
+| `restart_window_s`     |                       |                        | continue                |
+| the process is paused  | -                     | nothing: the           | nothing                 |
+|                        |                       | supervisor was late    |                         |
+|                        |                       | too, and discounts it  |                         |
+| a writer that is stuck | -                     | FAILED, until it comes | StoreFailed; then as    |
+|                        |                       | back                   | before                  |
+| too few descriptors or | -                     | retried without limit, | the answer, later       |
+| threads to restart     |                       | at most 5 s apart      |                         |
+| an exception strikes a | -                     | restart at once, not   | that caller: the        |
+| caller in a turn       |                       | counted                | exception; others: the  |
+|                        |                       |                        | answer                  |
+| the host stops all     | threads end, messages | nothing: the store     | the answer              |
+| actors                 | vanish                | ends when its owner    |                         |
+|                        |                       | closes it              |                         |
+| the supervisor itself  | -                     | FAILED for good        | StoreFailed; reads      |
+|                        |                       |                        | continue                |
 """
 
 from __future__ import annotations
@@ -91,25 +103,26 @@ PERMANENT = (
     LogRegressedError,
     ForkedStore,
 )
-"""What starting again cannot mend."""
+"""Errors that a restart cannot fix."""
 SHORTAGES = (errno.EMFILE, errno.ENFILE)
-"""What an actor that starts again may lack for as long as others hold it."""
+"""Resources that a restarting actor may lack for as long as others hold them."""
 MAX_DELAY_S = 5.0
 HEALTH_CHECK_S = 1.0
 LATE_S = 0.05
-"""A wait that ends later than this is not the store's doing: the process, or the machine, stood still."""
+"""A wait that ends later than this is not the store's fault: the process or machine was paused."""
 LOOKS = 4
-"""How often at least to look within `stuck_after_s`: a pause is seen but for one interval."""
+"""The least number of checks within `stuck_after_s`: a pause goes unseen for one interval only."""
 
 
 class CloseNow(NamedTuple):
-    """Drain, stop all actors and release the log. The future gives the error that stopping met, or None."""
+    """Drain, stop all actors and release the log. The future gives the error raised while stopping,
+    or None."""
 
     future: Answer[BaseException | None]
 
 
 class Reopen(NamedTuple):
-    """Try again after FAILED."""
+    """Retry after FAILED."""
 
     future: Answer[None]
 
@@ -124,10 +137,11 @@ def next_restart_delay_s(
     delay_s: float,
     patient: bool = True,
 ) -> float | None:
-    """How long to wait before an actor that died of `error` is started again; None to give up.
+    """Seconds to wait before restarting an actor that died of `error`; None to give up.
 
-    `restarts_s`: when it was restarted before. The first restart within the window is at once; then the delay doubles, up
-    to 5 s. What died of a shortage of descriptors is not given up (if `patient`): others will let go of theirs.
+    `restarts_s`: when it was restarted before. The first restart within the window is immediate;
+    then the delay doubles, up to 5 s. With `patient`, an actor that died of a shortage of
+    descriptors is always restarted: others will release theirs.
     """
     recent = sum(now_s - at < window_s for at in restarts_s)
     short = patient and isinstance(error, OSError) and error.errno in SHORTAGES
@@ -137,20 +151,21 @@ def next_restart_delay_s(
 
 
 def lateness_s(asked_s: float, took_s: float) -> float:
-    """How much of a wait of `asked_s` that took `took_s` to discount: the process stood still for it."""
+    """How much of a wait of `asked_s` that took `took_s` to discount as a pause of the process."""
     late_s = took_s - asked_s
     return late_s if late_s > LATE_S else 0.0
 
 
 class StuckClock:
-    """For how long an actor has been busy with one thing, less the time for which the process stood still."""
+    """How long an actor has been busy with one task, less the time the process was paused."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._paused_s = 0.0
 
     def look(self, busy_since: float | None, now_s: float, late_s: float) -> float:
-        """Seconds that it has been at it. `late_s`: for how long nothing ran, of the time since the last look."""
+        """Seconds it has been busy. `late_s`: how long the process was paused since the last
+        look."""
         if busy_since is None or busy_since != self._since:
             self._since, self._paused_s = busy_since, 0.0
         if busy_since is None:
@@ -181,23 +196,25 @@ class Supervisor:
         self._closing: list[CloseNow] = []
         self._stop_error: BaseException | None = None
         self.opened: Answer[None] = Answer()
-        """Done once the store has opened, or failed to."""
+        """Done once the store has opened or failed to open."""
         self._reopening: list[Reopen] = []
         self._stuck_since: float | None = None
-        """The `busy_since` of a writer that the store gave up on as stuck: it comes back when that changes."""
+        """The `busy_since` of a writer that was given up as stuck. The writer has come back when
+        its `busy_since` differs."""
         self._clock = StuckClock()
         self._late_s = 0.0
-        """For how long the process stood still since the writer was last looked at."""
+        """How long the process was paused since the last check of the writer."""
         self.thread = threading.Thread(target=self._run, name="foldlog-supervisor", daemon=True)
 
     def post(self, notice: Notice | CloseNow | Reopen) -> None:
-        """Tell the supervisor. Any thread; never blocks. What it can no longer hear is answered here."""
+        """Notify the supervisor. Any thread; never blocks. If the supervisor has ended, the notice
+        is answered here."""
         self._notices.put(notice)
         if self.core.ended.is_set():
             self._answer_late()
 
     def _answer_late(self) -> None:
-        """Answer what was posted as the supervisor's thread came to its end. Any thread."""
+        """Answer notices posted while the supervisor's thread was ending. Any thread."""
         with contextlib.suppress(queue.Empty):
             while True:
                 notice = self._notices.get_nowait()
@@ -208,19 +225,20 @@ class Supervisor:
                     notice.future.set_exception(self._failed() if failed else self._closed())
 
     def not_started(self, error: BaseException) -> None:
-        """There was no thread to be had."""
+        """No thread could be started."""
         self.core.state = State.CLOSED
         self.opened.finish(None, error)
         self.core.ended.set()
 
     def owns(self, thread: threading.Thread) -> bool:
-        """Whether `thread` is one of the store's own, which must not wait for it."""
+        """True if `thread` is one of the store's own, which must not wait for the store."""
         return thread is self.thread or any(
             actor.thread is thread for actor in (self.writer, *self._others)
         )
 
     def after_fork(self) -> None:
-        """In a forked child: no thread of the store lives here. Reads go on from the snapshot; all else is refused."""
+        """In a forked child no thread of the store exists. Reads continue from the snapshot;
+        everything else is refused."""
 
         def forked() -> Exception:
             return ForkedStore(f"{self.core.config.path} was opened before this process was forked")
@@ -320,7 +338,8 @@ class Supervisor:
 
     def _on_ended(self, actor: SupervisedActor, error: BaseException | None) -> None:
         if actor.thread is not None and actor.thread.ident is not None:
-            actor.thread.join()  # it has posted its last word; nothing of it may run beside its successor
+            # It has posted its last notice; none of its code may run beside its successor.
+            actor.thread.join()
         self._running.discard(actor)
         core = self.core
         if error is None:
@@ -331,7 +350,7 @@ class Supervisor:
         if actor is self.writer and self._stuck_since is not None:
             self._stuck_since = None
             if core.state is State.FAILED:
-                self._end_failed(State.RESTARTING)  # it came back, if only to die
+                self._end_failed(State.RESTARTING)  # it came back, only to die
         if core.state is State.STARTING:
             if actor is self.writer:
                 self._end_unopened(error)
@@ -348,7 +367,7 @@ class Supervisor:
         core, now = self.core, time.monotonic()
         config = core.config
         restarts_s = self._restarts_s.setdefault(actor, [])
-        interrupted = isinstance(error, DiedInTurn)  # a caller's thread: no fault of the actor's
+        interrupted = isinstance(error, DiedInTurn)  # a caller's thread: not the actor's fault
         delay_s = (
             0.0
             if interrupted
@@ -375,9 +394,8 @@ class Supervisor:
             return
         if actor is self.writer and core.state is State.RUNNING:
             core.state, core.reason = State.RESTARTING, reason
-        delay_s *= random.uniform(
-            0.5, 1.0
-        )  # so that stores that failed together do not come back together
+        # Stores that failed together must not restart together.
+        delay_s *= random.uniform(0.5, 1.0)
         if not interrupted:
             restarts_s.append(now)
         core.books.note_restart(Restart(actor.name, reason, time.time(), delay_s), error)
@@ -393,7 +411,7 @@ class Supervisor:
         self._due[actor] = now + delay_s
 
     def _end_unopened(self, error: BaseException) -> None:
-        """The first start failed: whoever opens is told, and nothing stays behind."""
+        """The first start failed: tell the opener, and leave nothing running."""
         self.core.state = State.CLOSED
         self.writer.retire()
         self.writer.let_go()
@@ -401,7 +419,7 @@ class Supervisor:
         self.reader_inbox.refuse(self._closed, drain=True)
         self._answer_opened(error)
 
-    # Giving up, and trying again.
+    # Giving up and retrying.
 
     def _give_up(self, reason: str) -> None:
         core = self.core
@@ -409,9 +427,8 @@ class Supervisor:
         def publish() -> None:
             core.reason, core.state = reason, State.FAILED
 
-        self._due = {
-            actor: due for actor, due in self._due.items() if actor in self.readers
-        }  # reading goes on
+        # Reads continue.
+        self._due = {actor: due for actor, due in self._due.items() if actor in self.readers}
         self.writer.inbox.refuse(self._failed, drain=True, publish=publish)
         log.error("%s: failed: %s", core.config.path, reason)
         unknown = f"{reason}; whether this was written is unknown until the store is reopened"
@@ -423,7 +440,7 @@ class Supervisor:
         self._answer_opened(self._failed())
 
     def _abandon_the_dead(self) -> None:
-        """Answer what waits for actors that will not be started again before `reopen`."""
+        """Answer requests waiting for actors that will not be restarted before `reopen`."""
         dead = [
             actor for actor in self._others if actor not in self._running and actor not in self._due
         ]
@@ -435,7 +452,8 @@ class Supervisor:
             self.reader_inbox.refuse(self._failed, drain=True)
 
     def _stop_all(self) -> None:
-        """The supervisor itself failed: let the others end in order, so that the log is sealed and its lock goes."""
+        """The supervisor itself failed: let the others end in order, so that the log is sealed and
+        its lock released."""
         for actor in self._running:
             actor.inbox.offer(Mail(STOP))
         for actor in (self.writer, *self._others):
@@ -456,7 +474,8 @@ class Supervisor:
         return StoreClosed(f"{self.core.config.path} is closed")
 
     def _on_reopen(self, request: Reopen) -> None:
-        """Begin to reopen; or, where that has begun already, or the writer restarts, wait for how it ends."""
+        """Begin to reopen. If that has begun already, or the writer is restarting, wait for the
+        outcome."""
         core = self.core
         self._reopening.append(request)
         if core.state is State.FAILED:
@@ -465,14 +484,14 @@ class Supervisor:
                 self._resume(self.writer)
             self._resume_the_dead()
             if self.writer in self._running and self.writer.busy_since is None:
-                self._on_started(self.writer)  # it was another that had failed
+                self._on_started(self.writer)  # another actor had failed
         elif core.state is State.RUNNING:
             self._answer_opened(None)
         elif core.state is not State.RESTARTING:
             self._answer_opened(self._closed())
 
     def _end_failed(self, state: State) -> None:
-        """Take messages again, and count restarts anew."""
+        """Accept messages again, and reset the restart counts."""
         self._restarts_s.clear()
         self._due.clear()
         for inbox in (self.reader_inbox, self.maintenance.inbox, self.writer.inbox):
@@ -480,7 +499,7 @@ class Supervisor:
         self.core.state = state
 
     def _check_health(self, now_s: float) -> None:
-        """Whether the writer is stuck, or was and has come back."""
+        """Detect a writer that is stuck, and one that was stuck and has come back."""
         busy_since = self.writer.busy_since
         stuck_s = self._clock.look(busy_since, now_s, self._late_s)
         self._late_s = 0.0
@@ -493,9 +512,9 @@ class Supervisor:
             log.warning("%s: the writer came back", self.core.config.path)
         idle = self.writer in self._running and busy_since is None
         if self.core.state is State.RESTARTING and (came_back or idle):
-            self._on_started(self.writer)  # it has never ended, so it does not tell that it started
+            self._on_started(self.writer)  # it never ended, so it sends no Started notice
         if self.core.state is State.RUNNING and stuck_s > self.core.config.stuck_after_s:
-            # Its thread may still write: the lock stays, and nobody is started beside it.
+            # Its thread may still write: keep the lock, and start no second writer.
             self._give_up(f"the writer has been stuck for {stuck_s:.0f} s")
             self._stuck_since = busy_since
 
@@ -513,13 +532,13 @@ class Supervisor:
             return
         if core.state is not State.CLOSING:
             core.state = State.CLOSING
-            self.writer.inbox.refuse(self._closed, drain=False)  # what waits is still served
+            self.writer.inbox.refuse(self._closed, drain=False)  # waiting mail is still served
             if self.writer in self._running or self.writer in self._due:
                 self.writer.inbox.offer(Mail(STOP))
         self._finish_close_if_ended()
 
     def _finish_close_if_ended(self) -> None:
-        """The writer first, since the others serve it; then the others; then the lock."""
+        """End the writer first, since the others serve it; then the others; then the lock."""
         if self.writer in self._running or self.writer in self._due:
             return
         core = self.core

@@ -1,11 +1,13 @@
-"""The writer: owns the log and the newest fold, and serializes what changes them.
+"""The writer: owns the log and the newest fold, and serializes all changes to them.
 
-It takes what waits in its mailbox into one commit group, and for each group: writes, then publishes, then answers. Nothing
-is visible before it is written, and nothing is answered before it is visible.
+It takes the mail that waits in its mailbox as one commit group. For each group it writes, then
+publishes, then answers. Nothing is visible before it is written, and nothing is answered before it
+is visible.
 
-What it has taken survives its death. When it comes back it replays the log and settles each request by the sequence that it
-was tried under: in the log, it is answered as done; not there, it is tried once more, alone; and if it takes the writer down
-again, it is answered with WriterCrashed and the others go on.
+Requests it has taken survive a crash of the writer. After a restart it replays the log and settles
+each request by the sequence under which it was tried. A request in the log is answered as done. One
+that is not in the log is tried once more, alone. If it crashes the writer again, it is answered
+with WriterCrashed and the others continue.
 """
 
 from __future__ import annotations
@@ -44,21 +46,22 @@ from foldlog.storage.engines.registry import SEATS
 
 DEFAULT_COMPACT_THRESHOLD = COMPACT_THRESHOLD.default
 GROUP_BYTES = 16 * 1024 * 1024
-"""A commit group of more than one batch holds no more: it is built in memory before it is written.
+"""The most that a commit group of several batches holds: it is built in memory before it is
+written.
 
-Nor more than the threshold of compaction, so that the log stays bounded."""
+A group is also no larger than the compaction threshold, so that the log stays bounded."""
 MIN_GROUP_BYTES = 1024 * 1024
 HOLD_S = 0.001
 PATIENCE_S = 1.0
-"""How long writes are held back for one compaction while the log is below 3 x the default threshold."""
+"""How long one compaction may hold writes back while the log is below 3 x the default threshold."""
 RETRY_S = 1.0
-"""Before a compaction that failed is tried again; doubled each time, up to `MAX_RETRY_S`."""
+"""Delay before a failed compaction is retried; doubled each time, up to `MAX_RETRY_S`."""
 MAX_RETRY_S = 60.0
 FULL_RETRY_S = 5.0
-"""The same where writes are refused until it succeeds."""
+"""The same delay while writes are refused until a compaction succeeds."""
 
 TURN_BATCHES = 64
-"""What a caller that has taken the turn writes for others, at most: it waits for its own answer meanwhile."""
+"""The most batches that a caller holding the turn writes for others before it gets its answer."""
 
 
 class Writer(SharedActor):
@@ -85,37 +88,36 @@ class Writer(SharedActor):
         )
         self._engine: Engine | None = None
         self._in_hand: list[Request] = []
-        """What is being worked on: of `taken`, those that a crash can be blamed on."""
+        """Requests in progress: those of `taken` that a crash can be blamed on."""
         self._rewrite: Compaction | None = None
         self._rewrite_started = 0.0
         self._patience_s = 0.0
-        """For how long writes may still be held back for the compaction under way, where the log is small."""
+        """How much longer the running compaction may hold writes back while the log is small."""
         self._wanted: list[CompactRequest] = []
-        """Who waits for the compaction under way, or the next one."""
+        """Requests waiting for the running compaction or the next one."""
         self._failures = 0
-        """Compactions that failed, since one did not."""
+        """Compactions that failed in a row."""
         self._live = 0
-        """After a failed compaction: bytes that are live, as far as that is known."""
+        """After a failed compaction: live bytes, as far as known."""
         self._failed_at = self._retry_at = 0.0
-        """After a failed compaction: when that was, and when to try again (time.monotonic())."""
+        """After a failed compaction: when it failed, when to retry (time.monotonic())."""
         self.stop_error: Exception | None = None
-        """What sealing the log met."""
+        """The error raised while sealing the log, if any."""
 
     @property
     def engine(self) -> Engine:
         assert self._engine is not None, "the writer has not started"
         return self._engine
 
-    # Starting, and starting again.
+    # Starting and restarting.
 
     def on_start(self) -> None:
         self._step("writer.start")
         self._drop_rewrite()
         crashed = self._engine
         if crashed is not None and crashed.failure is None and not crashed.closed:
-            crashed.mark_deleted(
-                "was deleted while the writer was down"
-            )  # or replaying would begin anew
+            # Else the replay would start a new log.
+            crashed.mark_deleted("was deleted while the writer was down")
         if crashed is not None and crashed.failure is not None:
             self._heal()
         else:
@@ -124,14 +126,13 @@ class Writer(SharedActor):
         self._core.feeds.past = self.engine
         fold = self.engine.snapshot
         self._core.publish(fold)
-        self._core.feeds.jump(
-            fold
-        )  # some of it may have been written by the crashed writer, and never told of
+        # The crashed writer may have written some of it without publishing it.
+        self._core.feeds.jump(fold)
         self._settle_taken()
         self._compact_if_due()
 
     def _replay(self) -> None:
-        """The fold from the log, which is the truth: the memory of a crashed writer is not."""
+        """Rebuild the fold from the log. The log is the truth; a crashed writer's memory is not."""
         config = self._core.config
         engine = self._seat.open(self._engine)
         self._engine = engine
@@ -154,7 +155,8 @@ class Writer(SharedActor):
             self._core.note_synced(engine.snapshot)  # opening syncs what it finds
 
     def _heal(self) -> None:
-        """After a failed fsync the old file can be neither trusted nor replayed: an append log writes the fold to a new one."""
+        """After a failed fsync the old file can be neither trusted nor replayed. An append log
+        writes the fold to a new file."""
         engine = self.engine
         log.warning("%s: healing the store: %s", engine.path, engine.failure)
         self._step("writer.heal")
@@ -163,7 +165,7 @@ class Writer(SharedActor):
         self._core.publish(fold)
 
     def _settle_taken(self) -> None:
-        """Give what the crashed writer had in hand its true answer, or another try."""
+        """Give each request the crashed writer had in hand its true answer, or retry it."""
         again: list[Mail] = []
         in_hand = set(self._in_hand)
         for mail in self.taken:
@@ -197,7 +199,8 @@ class Writer(SharedActor):
     # Serving.
 
     def work_for_others(self) -> None:
-        """A few batches that came while a caller had the turn. Under sync="always" they wait, and form a larger group."""
+        """Serve a few batches that arrived while a caller had the turn. Under sync="always" they
+        wait and form a larger group."""
         if self._core.config.sync == "always" or not isinstance(
             self.inbox.mails[0].message, WriteRequest
         ):
@@ -226,13 +229,14 @@ class Writer(SharedActor):
         elif isinstance(first, Rewritten):
             self._pass_ended(first)
         elif isinstance(first, Heal):
-            self._die_of_failure()  # starting again heals
+            self._die_of_failure()  # the restart heals
         elif isinstance(first, CheckFile):
             self._check_file()
         self._in_hand = []
 
     def _sync(self, request: SyncRequest) -> None:
-        """Sync the log. If the disk refuses, starting again heals, and this is tried once more."""
+        """Sync the log. If the disk refuses, a restart heals the log and the sync is retried
+        once."""
         core, fold = self._core, self.engine.snapshot
         if core.synced[0] < fold.seq:
             self.engine.sync()
@@ -249,13 +253,14 @@ class Writer(SharedActor):
             self._maintenance.put(Mail(ExportJob(request, export)))
 
     def _die_of_failure(self) -> None:
-        """LogPoisonedError if the engine refuses to write."""
+        """Raise LogPoisonedError if the engine refuses to write."""
         engine = self.engine
         if engine.failure is not None:
             raise LogPoisonedError(engine.path, engine.failure)
 
     def _apply(self, requests: list[WriteRequest]) -> None:
-        """Commit the requests in groups. One that was in hand at a crash goes alone, so that it harms no other again."""
+        """Commit the requests in groups. One that was in hand at a crash is committed alone, so
+        that it cannot harm another again."""
         group: list[WriteRequest] = []
         size = 0
         most = min(GROUP_BYTES, max(self._core.config.compact_threshold, MIN_GROUP_BYTES))
@@ -272,7 +277,7 @@ class Writer(SharedActor):
         self._compact_if_due()
 
     def _commit(self, requests: list[WriteRequest]) -> None:
-        """Write the requests as one group; as several, where a refusal has to wait for a write."""
+        """Write the requests as one group, or as several where a refusal depends on a write."""
         while requests:
             size = sum(request.weight for request in requests)
             self._hold_back(size)
@@ -282,15 +287,15 @@ class Writer(SharedActor):
             requests = self._commit_up_to_a_refusal(requests)
 
     def _commit_up_to_a_refusal(self, requests: list[WriteRequest]) -> list[WriteRequest]:
-        """Write the requests as one group. Returns those that are still to be decided.
+        """Write the requests as one group. Returns those still to be decided.
 
-        A request is refused only by what is written and published. So one that would be refused on
-        top of others of its group ends the group, and is decided again after the group's end.
+        Only written and published state may refuse a request. So a request that the group's earlier
+        batches would refuse ends the group, and is decided again once the group is published.
         """
         engine = self.engine
         self._in_hand = [*requests]
         undecided: list[WriteRequest] = []
-        staged, folded = engine.snapshot, 0  # with the first so many of the batches
+        staged, folded = engine.snapshot, 0  # with the first `folded` batches applied
         written: list[WriteRequest] = []
         batches: list[Batch] = []
         for number, request in enumerate(requests):
@@ -321,7 +326,7 @@ class Writer(SharedActor):
             fold = engine.commit(batches, staged if folded else None)
         except (OSError, FoldlogError) as error:
             if not is_own_fault(error):
-                raise  # it struck the thread, perhaps after the write: starting again settles it
+                raise  # it struck the thread, perhaps after the write: the restart settles it
             self._write_failed(written, error)
             return undecided
         self._step("writer.after_write")
@@ -352,11 +357,12 @@ class Writer(SharedActor):
         return undecided
 
     def _write_failed(self, requests: list[WriteRequest], error: OSError | FoldlogError) -> None:
-        """Nothing of the group is in the log: tell its callers. What this writer cannot go on from, it dies of."""
+        """Nothing of the group is in the log: tell its callers. Raises what this writer cannot
+        recover from without a restart."""
         if isinstance(error, LogChangedError):
             self._poison_if_deleted(error)
         if self.engine.failure is not None:
-            raise error  # starting again heals, and tries these once more
+            raise error  # the restart heals, then retries these
         for request in requests:
             request.seq = None
             request.fail(
@@ -366,7 +372,7 @@ class Writer(SharedActor):
             raise error
 
     def _check_file(self) -> None:
-        """Whether the log is still ours. Dies of it if not: healing and giving up are the matter of starting again."""
+        """Check that the log is still ours. Raises if it is not: the restart heals or gives up."""
         try:
             self.engine.confirm_file()
         except LogChangedError as error:
@@ -374,21 +380,23 @@ class Writer(SharedActor):
             raise
 
     def _poison_if_deleted(self, error: LogChangedError) -> None:
-        """Where nobody's file is in the way, let the store be put back. One that was replaced or cut is left alone."""
+        """If the log was deleted and its name is free, let the store be written anew. A file that
+        was replaced or cut is left alone."""
         engine = self.engine
         if engine.mark_deleted(error.reason):
             raise LogPoisonedError(engine.path, error.reason) from error
 
-    # Compaction: begun and finished here, the long passes in between are maintenance's.
+    # Compaction: begun and finished here; maintenance runs the long passes in between.
 
     def on_tick(self) -> None:
-        """An idle store compacts too, and tries again what failed."""
+        """Let an idle store compact too, and retry what failed."""
         self._compact_if_due()
 
     def _compact_if_due(self) -> None:
         engine = self.engine
         if self._rewrite is not None and self._rewrite.cancelled:
-            self._drop_rewrite()  # maintenance could not report it: the store had failed, and was reopened
+            # Maintenance could not report it: the store had failed and was reopened.
+            self._drop_rewrite()
         if self._rewrite is not None:
             return
         if engine.is_compact:
@@ -404,13 +412,14 @@ class Writer(SharedActor):
             self._maintenance.put(Mail(CompactJob(self._rewrite)))
 
     def _pass_ended(self, done: Rewritten) -> None:
-        """A pass of a compaction is done: begin the next, finish it, or give it up."""
+        """A compaction pass has ended: begin the next pass, finish the compaction, or abandon
+        it."""
         rewrite = done.rewrite
         if rewrite is not self._rewrite:
-            rewrite.discard()  # of an engine that is gone
+            rewrite.discard()  # it belongs to an engine that is gone
             return
         if rewrite.outcome is not done:
-            return  # the writer waited for it, and has seen it already
+            return  # the writer waited for it and has already handled it
         rewrite.outcome = None
         if done.error is not None:
             self._compaction_failed(rewrite, done.error)
@@ -435,7 +444,7 @@ class Writer(SharedActor):
         self._rewrite = None
         self._failures = 0
         core.publish(fold)
-        core.feeds.jump(fold)  # the same state: for subscribers to let go of the old file
+        core.feeds.jump(fold)  # the same state: lets subscribers release the old file
         books = core.books
         books.compactions += 1
         books.compaction_error = ""
@@ -473,9 +482,10 @@ class Writer(SharedActor):
         self._compact_if_due()
 
     def _hold_back(self, size: int) -> None:
-        """Wait before writing `size` bytes while a compaction under way is behind, so that the log stays bounded.
+        """Delay a write of `size` bytes while the running compaction lags, so that the log stays
+        bounded.
 
-        Where the threshold is small, the log is too, and waiting is not worth more than a moment.
+        Where the threshold is small, so is the log, and only a short wait is worthwhile.
         """
         began, allowed = 0.0, 0.0
         threshold = self._core.config.compact_threshold
@@ -491,7 +501,7 @@ class Writer(SharedActor):
             now = time.monotonic()
             began = began or now
             if allowed != before:
-                self.busy_since = now  # it waits for work that gets on: it is not stuck
+                self.busy_since = now  # it waits for work that makes progress: it is not stuck
             small = end <= small_bytes
             if self._core.state is not State.RUNNING or (small and now - began > self._patience_s):
                 break
@@ -502,19 +512,19 @@ class Writer(SharedActor):
             self._patience_s = max(self._patience_s - held_s, 0.0)
 
     def _log_is_full(self, size: int) -> bool:
-        """Whether the log is at its bound, with `size` bytes more, and cannot be compacted."""
+        """True if `size` more bytes would exceed the log's bound and it cannot be compacted."""
         live, threshold = self._live, self._core.config.compact_threshold
         if not self._failures:
             return False
         limit = self.engine.limit_bytes(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
         full = limit is not None and self.engine.size_bytes + size > limit
-        if full:  # what is live may be more by now, or there may be room again
+        if full:  # more may be live by now, or there may be space again
             self._retry_at = min(self._retry_at, self._failed_at + FULL_RETRY_S)
             self._compact_if_due()
         return full
 
     def _refuse(self, requests: list[WriteRequest]) -> None:
-        """Let the log grow no more, rather than fill the disk with what cannot be compacted."""
+        """Stop the log from growing, rather than fill the disk with what cannot be compacted."""
         size, reason = self.engine.size_bytes, self._core.books.compaction_error
         for request in requests:
             request.fail(
@@ -522,11 +532,12 @@ class Writer(SharedActor):
             )
 
     def _answer_wanted(self, error: Exception | None, seq: int | None = None) -> None:
-        """Answer those who wait for a compaction: of the log as it was at batch `seq`, or all of them."""
+        """Answer requests waiting for a compaction: of the log as of batch `seq`, or all of
+        them."""
         wanted, self._wanted = self._wanted, []
         for request in wanted:
             if seq is not None and request.seq is not None and request.seq > seq:
-                self._wanted.append(request)  # what it asked for was not in the log yet
+                self._wanted.append(request)  # the rewrite does not cover its batches
             elif error is not None:
                 request.fail(copy.copy(error))
             elif request.start():
@@ -545,25 +556,26 @@ class Writer(SharedActor):
         self._step("writer.stop")
         engine = self.engine
         if engine.failure is None:
-            engine.sync()  # if this fails, starting again heals, while the lock is still held
+            engine.sync()  # if this fails, the restart heals while the lock is still held
         try:
             engine.close()
         except (OSError, FoldlogError) as error:
-            # Only the seal is missing, and the lock is gone: nothing may be tried again.
+            # Only the seal is missing, and the lock is released: nothing may be retried.
             log.warning("%s: closed without a seal: %s", engine.path, error)
             self.stop_error = error
 
     def let_go(self) -> None:
-        """Release the log as a killed process would. For the supervisor, once the thread has ended for good."""
+        """Release the log as a killed process would. Called by the supervisor once the thread has
+        ended for good."""
         if self._engine is not None:
             self._engine.abandon()
         self._seat.release()
-        self._engine = None  # and with it the descriptor to read from, unless a snapshot is held
+        self._engine = None  # frees its read descriptor too, unless a snapshot holds it
 
     def abandon_requests(self, error: Exception, not_begun: Exception | None = None) -> None:
-        """Fail all that was taken or waits for a compaction, for the supervisor that gives up.
+        """Fail all requests that are taken or wait for a compaction, when the supervisor gives up.
 
-        `not_begun`: for what was never tried, if no thread may still come to it.
+        `not_begun`: the error for those never tried, if no thread can still reach them.
         """
         for mail in self.taken:
             request = mail.message
