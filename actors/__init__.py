@@ -1,18 +1,23 @@
-"""The actors that make the engine a store for many threads, and keep it alive.
+"""The actors that open the engine to many threads, and keep it alive.
 
-    adapter.py      pykka, made fit: a mailbox that can refuse, an actor that restarts in place and always says how it ended
-    core.py         what the actors of one store share: the published snapshot, the state, the books
-    requests.py     a batch on its way through the writer, and the future that its caller waits on
-    writer.py       owns the log and the newest fold: apply, compact, export
+    adapter.py      pykka, adapted: an actor restarts in place and always reports its end
+    answers.py      the futures that callers wait on, set without waiting
+    core.py         what a store's actors share: published snapshot, state, statistics
+    delivery.py     delivers events to an actor
+    feeds.py        tells subscribers of changes without delaying the writer
+    filewatch.py    wake-ups on file events; a poll is the truth
+    follower.py     a thread that reads a log while another process writes it
+    histogram.py    counts and sums by bucket, for statistics
+    internal.py     messages between the actors of one store
+    link.py         feeds a store from an upstream
+    mailbox.py      the bounded mailbox of an actor, which can refuse
+    maintenance.py  the long passes of compactions and exports
     readers.py      serve Get and Range messages from the published snapshot
-    internal.py     what the actors of one store tell each other
-    maintenance.py  the long work of compaction and export
-    syncer.py       syncs in the background, and looks after the log's file
-    feeds.py        who is told of changes, and how, without holding up the writer
-    delivery.py     tells an actor
-    follower.py     a thread that reads a log as another process writes it
-    filewatch.py    wake-ups on file events, with a poll as the truth
-    supervisor.py   starts them, restarts them by class of error, gives up by rule
+    requests.py     what callers ask of the writer, and the futures they wait on
+    resuming.py     what a link decides, as pure functions
+    supervisor.py   starts actors, restarts them by class of error, gives up by rule
+    syncer.py       syncs in the background, and checks the log's file
+    writer.py       owns the log and the newest fold: apply, compact, export
 
-Data flows: a request -> the writer's mailbox -> the log -> `core.snapshot` -> readers and callers.
+Data flow: request -> the writer's mailbox -> the log -> `core.snapshot` -> readers and callers.
 """

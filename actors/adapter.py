@@ -1,18 +1,21 @@
-"""pykka, made fit for a store that must keep its promises.
+"""pykka, adapted for a store that must keep its promises.
 
 The only module that knows how pykka runs an actor (4.5, pinned below 5).
 
-What pykka does, and what is done about it here:
+What pykka does, and how this module changes it:
 
-- An actor that fails in a `tell`, or with a BaseException, is gone, with its mailbox and its reference; a BaseException stops
-  every actor of the process. Here an actor's loop always ends with a notice to the supervisor, which starts a new thread
-  on the *same* actor: reference, mailbox and waiting messages stay.
-- A message that was put while the actor was ending is never answered. Here the mailbox (`mailbox.py`) settles whether a message
-  is taken or refused: it is answered either way.
-- Mailboxes have no bound. Here one has, in messages and bytes, and stopping always gets through.
-- `ActorRegistry.stop_all`, which any foreign actor calls that dies of SystemExit, stops whatever is registered. The actors of a
-  store are not, and only their owner's stop message ends them.
-- `ask` waits on a future whose setter waits for a lock of the asker's. Here it is a `Reply` (`answers.py`).
+- An actor that fails in a `tell`, or with a BaseException, is gone, along with its mailbox and its
+  reference; a BaseException stops every actor of the process. Here an actor's loop always ends with
+  a notice to the supervisor, which starts a new thread on the *same* actor. The reference, the
+  mailbox and the waiting messages stay.
+- A message posted while the actor was ending is never answered. Here the mailbox (`mailbox.py`)
+  decides whether a message is taken or refused: it is answered either way.
+- Mailboxes are unbounded. Here each has a bound in messages and bytes, and a stop always gets
+  through.
+- `ActorRegistry.stop_all`, called by any foreign actor that dies of SystemExit, stops everything
+  registered. A store's actors are not registered; only their owner's stop message ends them.
+- `ask` waits on a future whose setter waits for a lock that the asker holds. Here it waits on a
+  `Reply` (`answers.py`).
 """
 
 from __future__ import annotations
@@ -49,16 +52,17 @@ class Started(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An actor's thread is about to end: stopped if `error` is None, else it crashed."""
+    """An actor's thread is about to end: stopped if `error` is None, else crashed."""
 
     actor: SupervisedActor
     error: BaseException | None
 
 
 def start_aside(thread: threading.Thread, failed: Callable[[BaseException], object]) -> None:
-    """Start `thread` from a thread of its own: an interrupt within `Thread.start` can leave locks of `threading` held.
+    """Start `thread` from a thread of its own: an interrupt within `Thread.start` can leave locks
+    of `threading` held.
 
-    RuntimeError, here or to `failed`, if there are no threads to be had.
+    RuntimeError, raised here or passed to `failed`, if no thread can be started.
     """
 
     def start() -> None:
@@ -75,18 +79,19 @@ Post = Callable[[Notice], None]
 
 
 class SupervisedActor(pykka.ThreadingActor):
-    """An actor whose end is always heard of, and which can go on in a new thread.
+    """An actor that always reports its end, and that can continue in a new thread.
 
-    A subclass says what to do in `on_start` (also after a crash: `self.taken` then holds what it was doing), `handle` and
-    `on_stop`. An exception out of any of them ends the thread, and the supervisor decides.
+    A subclass defines `on_start` (also called after a crash: `self.taken` then holds what it was
+    doing), `handle` and `on_stop`. An exception from any of them ends the thread, and the
+    supervisor decides what follows.
     """
 
-    use_daemon_thread = True  # or a forgotten store would keep the interpreter from ending
+    use_daemon_thread = True  # else a forgotten store would keep the interpreter alive
     group: tuple[type, ...] = ()
-    """Message types that `handle` takes many of at a time."""
+    """Message types that `handle` takes in batches."""
     group_limit = 1
     tick_s: float | None = None
-    """Call `on_tick` when no message has come for so long."""
+    """Call `on_tick` after this long without a message."""
 
     def __init__(self, name: str, post: Post, inbox: Inbox | None = None) -> None:
         super().__init__()
@@ -96,12 +101,12 @@ class SupervisedActor(pykka.ThreadingActor):
             self.actor_inbox = inbox  # type: ignore[assignment]
             self._actor_ref.actor_inbox = inbox  # type: ignore[assignment]
         self.inbox: Inbox = self.actor_inbox  # type: ignore[assignment]
-        # What was taken from the mailbox and is not done. Owned by who has the turn.
+        # Taken from the mailbox and not done. Owned by the thread that has the turn.
         self.taken: list[Mail] = []
         self.thread: threading.Thread | None = None
         self.told_to_stop = False
         self.busy_since: float | None = None
-        """Since when it works on what it has taken (time.monotonic()); None while it waits."""
+        """When it began its current work (time.monotonic()); None while it waits."""
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -112,7 +117,7 @@ class SupervisedActor(pykka.ThreadingActor):
         return Reply()
 
     def launch(self) -> None:
-        """Start. RuntimeError if there are no threads to be had; nothing is left behind then."""
+        """Start. RuntimeError if no thread can be started; then nothing is left running."""
         try:
             self.resume()
         except BaseException:
@@ -120,7 +125,8 @@ class SupervisedActor(pykka.ThreadingActor):
             raise
 
     def resume(self) -> None:
-        """Go on in a new thread, after a crash. RuntimeError if there is none to be had; it can be tried again."""
+        """Continue in a new thread after a crash. RuntimeError if none can be started; the call can
+        be repeated."""
         self.thread = threading.Thread(
             target=self._actor_loop, name=f"foldlog-{self.name}", daemon=True
         )
@@ -141,9 +147,7 @@ class SupervisedActor(pykka.ThreadingActor):
             self.on_start()
             self._post(Started(self))
             while not self.actor_stopped.is_set():
-                if (
-                    not self.taken
-                ):  # a predecessor that died while it stopped has left that to be done
+                if not self.taken:  # else a thread that died while stopping left work behind
                     self._await_mail()
                 self.busy_since = time.monotonic()
                 self._serve()
@@ -170,7 +174,7 @@ class SupervisedActor(pykka.ThreadingActor):
             self.taken.clear()
 
     def abandon(self, error: Exception) -> None:
-        """Answer what a thread that ended for good has left in hand. For the supervisor."""
+        """Answer what a thread that ended for good left in hand. Called by the supervisor."""
         for mail in self.taken:
             answer_error(mail, None if mail.message is STOP else error)
         self.taken.clear()
@@ -180,17 +184,19 @@ class SupervisedActor(pykka.ThreadingActor):
         raise NotImplementedError
 
     def on_tick(self) -> None:
-        """Nothing came for `tick_s`."""
+        """Called when no message came for `tick_s`."""
 
 
 class DiedInTurn(Exception):
-    """An actor died in a turn that a caller's thread had taken, of an exception that struck that thread (`__cause__`)."""
+    """An actor died in a turn that a caller's thread had taken, of an exception that struck that
+    thread (`__cause__`)."""
 
 
 def is_own_fault(error: BaseException) -> bool:
-    """True for what the store raises itself, and what the system tells it; else it struck the thread from outside.
+    """True for errors that the store raises or the system reports; False for an exception that
+    struck the thread from outside.
 
-    A TimeoutError that a handler of SIGALRM raises is an OSError, too, but one without a number.
+    A TimeoutError raised by a SIGALRM handler is an OSError too, but has no errno.
     """
     return isinstance(error, FoldlogError) or (
         isinstance(error, OSError) and error.errno is not None
@@ -198,41 +204,43 @@ def is_own_fault(error: BaseException) -> bool:
 
 
 class SharedActor(SupervisedActor):
-    """An actor whose turns may also be taken by its callers' threads, while it is idle and its mailbox is empty.
+    """An actor whose turns its callers' threads may take while it is idle and its mailbox is empty.
 
-    It stays one turn at a time, in the order of the mailbox: who is first in the line `turn` has it. The actor stands in it
-    while it works, and from its death until it has started again. A caller that finds it empty enters, looks whether the
-    mailbox is still empty, works, and leaves. Mail is taken from the mailbox only by who has the turn, so an empty mailbox
-    means that nothing came before. (Flat combining: Hendler, Incze, Shavit, Tzafrir, SPAA 2010.)
+    Turns still run one at a time, in mailbox order: the first in the queue `turn` has the turn. The
+    actor is in the queue while it works, and from its death until it has restarted. A caller that
+    finds the queue empty enters it, checks that the mailbox is still empty, works, and leaves. Only
+    the holder of the turn takes mail, so an empty mailbox means that nothing came before. (Flat
+    combining: Hendler, Incze, Shavit, Tzafrir, SPAA 2010.)
 
-    What a turn dies of, the actor dies of: its thread wakes up, finds what was in hand, and ends with a notice as ever. It does
-    so as well if the caller's frame is gone without a word, after an interrupt within an interrupt.
+    An exception that ends a turn also ends the actor: its thread wakes up, finds what was in hand,
+    and ends with a notice as usual. The same happens if the caller's frame is gone without notice,
+    after an interrupt within an interrupt.
     """
 
     def __init__(self, name: str, post: Post, inbox: Inbox | None = None) -> None:
         super().__init__(name, post, inbox)
         self.turn: deque[object] = deque()
-        """Who works, and who waits to: frames of `work_in_turn`, and the actor itself."""
+        """The holder of the turn, then those waiting: frames of `work_in_turn`, and the actor."""
         self._died_of: BaseException | None = None
         self._raised_by_hook: BaseException | None = None
 
     def hooked(self, hook: Callable[[str], None]) -> Callable[[str], None]:
-        """`hook`, so that what it raises counts as the actor's own fault, whosever thread has the turn."""
+        """`hook`, wrapped so that what it raises counts as the actor's own fault, whichever thread
+        has the turn."""
 
         def call(name: str) -> None:
             try:
                 hook(name)
             except BaseException as error:
-                if (
-                    not isinstance(error, KeyboardInterrupt) or error.args
-                ):  # else Ctrl-C came within
+                if not isinstance(error, KeyboardInterrupt) or error.args:  # else it was Ctrl-C
                     self._raised_by_hook = error
                 raise
 
         return call
 
     def is_own_fault(self, error: BaseException) -> bool:
-        """True if the actor failed; False if the exception struck the thread that had the turn from outside."""
+        """True if the actor failed; False if the exception struck the thread that had the turn from
+        outside."""
         return error is self._raised_by_hook or is_own_fault(error)
 
     def resume(self) -> None:
@@ -241,9 +249,11 @@ class SharedActor(SupervisedActor):
         super().resume()
 
     def work_in_turn(self, mail: Mail) -> bool:
-        """Serve `mail` on the caller's thread, if the turn can be had at once. False if not: offer it to the mailbox.
+        """Serve `mail` on the caller's thread if the turn is free. False if it is not: offer the
+        mail to the mailbox.
 
-        Raises what the turn died of; then the actor has `mail` in hand, and settles it when it has started again.
+        Raises the exception that ended the turn. The actor then has `mail` in hand, and settles it
+        after its restart.
         """
         turn, inbox = self.turn, self.inbox
         if turn or inbox.mails:
@@ -275,14 +285,15 @@ class SharedActor(SupervisedActor):
                 inbox.wake()
 
     def is_in_turn(self) -> bool:
-        """True if the calling thread has the turn, further down its stack: then it would wait for itself."""
+        """True if the calling thread has the turn further down its stack: it would wait for
+        itself."""
         try:
             return is_below(self.turn[0])
         except IndexError:
             return False
 
     def work_for_others(self) -> None:
-        """In a turn that a caller has taken: serve some of what came meanwhile."""
+        """In a turn taken by a caller: serve some of the mail that came meanwhile."""
 
     def _await_mail(self) -> None:
         turn, inbox = self.turn, self.inbox
@@ -310,7 +321,8 @@ class SharedActor(SupervisedActor):
             turn.remove(self)
 
     def _look_after_turn(self) -> None:
-        """Take over from a caller that was interrupted in its turn; raise if that left something in hand."""
+        """Take over from a caller that was interrupted in its turn; raise if that left mail in
+        hand."""
         try:
             first = self.turn[0]
         except IndexError:
@@ -331,5 +343,6 @@ class SharedActor(SupervisedActor):
 
 
 def may_work(is_first: bool, inbox: Inbox) -> bool:
-    """Whether a caller that has entered the line may take the turn: nobody and nothing came before, and nothing ended."""
+    """True if a caller that has entered the queue may take the turn: no caller and no mail came
+    before it, and the actor has not ended."""
     return is_first and not inbox.mails and not inbox.refusing

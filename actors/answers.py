@@ -1,9 +1,10 @@
-"""Answers: the futures that callers wait on, and that the store's actors set without ever waiting for a caller.
+"""Answers: the futures that callers wait on. The store's actors set them without ever waiting.
 
-`concurrent.futures.Future` guards its state with a Condition. A caller that is interrupted in the worst moment leaves that
-held, and then the actor that comes with the answer waits for ever. Here an outcome is claimed and stored in one step,
-`dict.setdefault`; whoever waits has a queue of its own; and what the user attached (callbacks, `concurrent.futures.wait`) is
-called on a thread of its own, so that no actor runs, or waits for, what is not its own.
+`concurrent.futures.Future` guards its state with a Condition. A caller interrupted at the wrong
+moment leaves it held, and the actor that brings the answer waits forever. Here an outcome is
+claimed and stored in one step, `dict.setdefault`. Each waiter has a queue of its own. Whatever the
+user attached (callbacks, `concurrent.futures.wait`) is called on a separate thread, so that no
+actor runs or waits for user code.
 """
 
 from __future__ import annotations
@@ -33,25 +34,27 @@ _STARTED, _CANCELLED = "started", "cancelled"
 
 
 class Answer(Future[T]):
-    """A future whose setter never waits. To its user it is a `concurrent.futures.Future` like any other.
+    """A future whose setter never waits. Users see an ordinary `concurrent.futures.Future`.
 
-    Callbacks run on a thread of their own, in the order in which they were added; one that blocks holds up no actor.
+    Callbacks run on a thread of their own, in the order they were added; one that blocks delays no
+    actor.
     """
 
     def __init__(self) -> None:  # without the Condition of the base: most answers are never shared
-        # Each key is set once, by `setdefault`: "fate" by whoever starts or cancels, "outcome" by whoever answers.
+        # Each key is set once, by `setdefault`: "fate" by the one who starts or cancels, "outcome"
+        # by the one who answers.
         self._facts: dict[Any, Any] = {}
         self._bell = Bell()
         self._callbacks: deque[Callable[[Future[T]], object]] = deque()
 
-    # For whoever answers.
+    # For the one who answers.
 
     def start(self) -> bool:
-        """From here on it cannot be withdrawn. False if it was, or has its answer already."""
+        """From here on it cannot be cancelled. False if it is cancelled or answered already."""
         return self._facts.setdefault("fate", _STARTED) is _STARTED and "outcome" not in self._facts
 
     def finish(self, result: Any, error: BaseException | None = None) -> bool:
-        """Answer it, once: False if it has ended before."""
+        """Answer it, once. False if it has ended before."""
         outcome = (result, error)
         facts = self._facts
         if facts.setdefault("fate", _STARTED) is not _STARTED:
@@ -62,7 +65,8 @@ class Answer(Future[T]):
         return True
 
     def tell(self) -> None:
-        """Wake all who wait for it. Again, if the one who answered may have been interrupted before it could."""
+        """Wake all waiters. Called again if the first caller may have been interrupted before
+        waking them."""
         self._bell.ring()
         if self._callbacks or "watchers" in self._facts:
             _run_soon(self._tell_users)
@@ -80,10 +84,10 @@ class Answer(Future[T]):
             raise InvalidStateError(f"{self!r} has ended")
         return self.start()
 
-    # For whoever waits.
+    # For those who wait.
 
     def cancel(self) -> bool:
-        """Withdraw it. False if it was begun."""
+        """Cancel it. False if it was started."""
         if "outcome" in self._facts:
             return False
         if self._facts.setdefault("fate", _CANCELLED) is not _CANCELLED:
@@ -101,17 +105,18 @@ class Answer(Future[T]):
         return "outcome" in self._facts or self._facts.get("fate") is _CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
-        """The result. TimeoutError if there is none within `timeout` seconds; CancelledError, or what it failed with."""
+        """The result. TimeoutError if there is none within `timeout` seconds; CancelledError if
+        cancelled; or the exception it failed with."""
         result, error = self._outcome(timeout)
         if error is not None:
             try:
                 raise error
             finally:
-                del error  # the error holds this frame
+                del error  # the error references this frame
         return result  # type: ignore[no-any-return]
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What it failed with, or None."""
+        """The exception it failed with, or None."""
         return self._outcome(timeout)[1]
 
     def _outcome(self, timeout: float | None) -> tuple[Any, BaseException | None]:
@@ -125,13 +130,14 @@ class Answer(Future[T]):
         return outcome  # type: ignore[no-any-return]
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
-        """Call `fn` with this once it is done, on a thread for callbacks; at once, on this one, if it is done."""
+        """Call `fn` with this future once it is done, on a callback thread; or at once, on this
+        thread, if it is already done."""
         self._callbacks.append(fn)
         if self.done():
             self._tell_users()
 
     def _tell_users(self) -> None:
-        """Call each callback once, whoever comes first."""
+        """Call each callback once, whichever thread gets here first."""
         for watcher in tuple(self._facts.get("watchers", ())):
             self._tell_watcher(watcher)
         while True:
@@ -147,7 +153,7 @@ class Answer(Future[T]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._state.lower()}>"
 
-    # What `concurrent.futures.wait` and `as_completed` look at.
+    # Read by `concurrent.futures.wait` and `as_completed`.
 
     @property
     def _state(self) -> str:  # type: ignore[override]
@@ -164,7 +170,9 @@ class Answer(Future[T]):
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
-        return self._facts.setdefault("condition", threading.Condition())  # type: ignore[no-any-return]
+        return self._facts.setdefault(  # type: ignore[no-any-return]
+            "condition", threading.Condition()
+        )
 
     @property
     def _waiters(self) -> _Watchers:  # type: ignore[override]
@@ -183,7 +191,7 @@ class Answer(Future[T]):
 
 
 class _Watchers(list[Any]):
-    """The list to which `concurrent.futures` adds who waits for an answer among several."""
+    """The list to which `concurrent.futures` adds those waiting for one of several answers."""
 
     def __init__(self, answer: Answer[Any]) -> None:
         super().__init__()
@@ -191,7 +199,7 @@ class _Watchers(list[Any]):
 
     def append(self, watcher: Any) -> None:
         super().append(watcher)
-        if self._answer.done():  # it came just before, and looked here in vain
+        if self._answer.done():  # it came just before the append and found nobody here
             self._answer._tell_watcher(watcher)
 
     def remove(self, watcher: Any) -> None:
@@ -234,32 +242,32 @@ class Reply(pykka.Future[T]):
         self._bell.ring()
 
 
-# The thread that calls users back. It ends when there was nothing to do for a while.
+# The thread that runs users' callbacks. It ends after being idle for a while.
 
 IDLE_S = 1.0
 STUCK_S = 1.0
-"""A callback that takes longer has its thread to itself; another goes on with the rest."""
+"""A callback that takes longer keeps its thread to itself; another thread runs the rest."""
 
 _calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 _runners: deque[list[float]] = deque()
-"""Of each thread that runs, when its present call began (time.monotonic()); inf while it waits."""
+"""For each running thread, when its current call began (time.monotonic()); inf while it waits."""
 
 
 def _run_soon(call: Callable[[], None]) -> None:
     _calls.put(call)
     now = time.monotonic()
     if any(now - runner[0] < STUCK_S for runner in tuple(_runners)):
-        return  # one waits (from inf on, less than any), or has only just begun
+        return  # one waits (now - inf is below any limit) or has only just begun
     try:
         _thread.start_new_thread(_run_calls, ())
-    except RuntimeError:  # no more threads to be had: the next who comes by, or an older runner
+    except RuntimeError:  # no thread can be started: a later call or an older runner takes over
         with contextlib.suppress(queue.Empty):
             first = _calls.get_nowait()
             first()
 
 
 def runs_callbacks() -> bool:
-    """True on a thread that calls users back: who waits there holds up the callbacks after it."""
+    """True on a callback thread: waiting there would hold up the callbacks that follow."""
     return threading.get_ident() in _runner_ids
 
 
@@ -286,7 +294,7 @@ def _run_calls() -> None:
     finally:
         _runner_ids.discard(threading.get_ident())
         _runners.remove(began)
-    with contextlib.suppress(queue.Empty):  # what came between the last look and leaving
+    with contextlib.suppress(queue.Empty):  # jobs added between the last look and leaving
         while True:
             call = _calls.get_nowait()
             call()

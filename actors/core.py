@@ -1,6 +1,7 @@
-"""What the actors of one store share: the published snapshot, the state, the books.
+"""What the actors of one store share: the published snapshot, the state, the statistics.
 
-Each field says who writes it. Everyone reads without a lock: fields are replaced whole, never changed in place.
+Each field says who writes it. All threads read without a lock: fields are replaced whole, never
+changed in place.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ log = logging.getLogger("foldlog")
 
 
 class State(enum.StrEnum):
-    """What a store is doing. It reads in every state but CLOSED."""
+    """What a store is doing. It can be read in every state but CLOSED."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -56,7 +57,8 @@ class State(enum.StrEnum):
     CLOSING = "closing"
     CLOSED = "closed"
     FORKED = "forked"
-    """This process was forked from the store's own: it reads what was published then, and writes raise ForkedStore."""
+    """This process was forked from the store's own: it reads the snapshot published then, and
+    writes raise ForkedStore."""
 
 
 _NUMBERS: tuple[Count | Seconds, ...] = (
@@ -72,7 +74,7 @@ _NUMBERS: tuple[Count | Seconds, ...] = (
 
 
 def no_step(name: str) -> None:
-    """What actors call at their steps unless a test looks on."""
+    """The default of `step`: do nothing. Tests pass a function that observes the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,13 @@ class Config:
     """Restarts of one actor within `restart_window_s` before the store is FAILED."""
     restart_window_s: float = RESTART_WINDOW_S.default
     restart_delay_s: float = 0.05
-    """Before the second restart in a row; doubled for each further one, up to 5 s. The first is at once."""
+    """Delay before the second restart in a row; doubled for each further one, up to 5 s. The first
+    restart is immediate."""
     stuck_after_s: float = STUCK_AFTER_S.default
-    """A writer that works on one thing for so long is reported as FAILED. A guess: no healthy disk takes that long."""
+    """A writer busy with one task for longer is reported as FAILED. A guess: no healthy disk takes
+    that long."""
     format: FormatName | None = None
-    """Of a log that is made; one that exists must be of it, unless this is None."""
+    """The format of a new log. An existing log must have it, unless this is None."""
     backend: Backend = "append-log"
     """The engine: a row of the table in `storage/engines/registry.py`."""
     files: Files = field(default=OS_FILES, repr=False)
@@ -103,7 +107,8 @@ class Config:
     """Called by each actor at its named steps (`foldlog.testing` crashes there)."""
 
     def __post_init__(self) -> None:
-        """TypeError or ValueError for an option that no store can have. Spans are cut to `FOREVER_S`."""
+        """TypeError or ValueError for an option that no store can have. Time spans are capped at
+        `FOREVER_S`."""
         BACKEND.check(self.backend)
         FORMAT.check(self.format)
         SYNC.check(self.sync)
@@ -113,7 +118,7 @@ class Config:
 
 
 class Restart(NamedTuple):
-    """A restart, as `stats()` tells it."""
+    """A restart, as reported by `stats()`."""
 
     actor: str
     reason: str
@@ -123,7 +128,7 @@ class Restart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The books of a store, at one moment."""
+    """The statistics of a store at one moment."""
 
     state: State
     reason: str
@@ -132,46 +137,46 @@ class Stats:
     cursor: WatchCursor
     synced_seq: int
     entries: int
-    """Live entries. Counted when asked for: O(changes since the last compaction)."""
+    """Live entries. Counted on request. Cost: O(changes since the last compaction)."""
     log_bytes: int
     base_bytes: int
-    """Of these, the base: live at the last compaction."""
+    """The base's share of the log: live at the last compaction."""
     appended_bytes: int
-    """And what was appended since: what a compaction may free."""
+    """The share appended since: what a compaction may free."""
     mailbox_depth: int
     batches: int
     """Written since the store was opened."""
     groups: int
-    """Commit groups that they made."""
+    """Commit groups that contained them."""
     largest_group: int
     latency_mean_s: float
-    """From the call to the answer, of the last 1,024 batches."""
+    """From the call to the answer, over the last 1,024 batches."""
     latency_p99_s: float
     restarts: tuple[Restart, ...]
     """The last 64, oldest first."""
     compactions: int
     last_compaction_s: float | None
-    """How long the last compaction took."""
+    """The duration of the last compaction."""
     last_compaction_unix_s: float | None
     compaction_error: str
-    """Why the last try to compact failed; "" after one that did not. It is tried again by itself."""
+    """Why the last compaction failed; "" if it succeeded. A failed one is retried automatically."""
     throttled_s: float
-    """For how long, since the store was opened, the writer has held writes back to let a compaction
-    get on: the log had grown to what it may hold."""
+    """How long in total, since the store was opened, the writer has held writes back for a
+    compaction because the log had reached its bound."""
     snapshot_age_s: float
     """Since the last batch was published."""
     unsynced_s: float
-    """How long the oldest batch that is not synced has waited for that; 0.0 if all are synced."""
+    """How long the oldest unsynced batch has waited; 0.0 if all are synced."""
     subscriptions: int
-    """Watches, deliveries and derived states that are told of changes."""
+    """Watches, deliveries and derived states that receive changes."""
     held_snapshots: int
     """Older states that snapshots keep on disk. See `Held`."""
     oldest_held_s: float
-    """For how long the oldest of them has been kept."""
+    """How long the oldest of them has been held."""
 
 
 class Books:
-    """Counters. Written by the writer and the supervisor, each its own."""
+    """Counters. The writer and the supervisor write them, each its own."""
 
     def __init__(self) -> None:
         self.batches = 0
@@ -190,7 +195,7 @@ class Books:
         self.throttled_s = 0.0
 
     def note_restart(self, restart: Restart, error: BaseException) -> None:
-        """An actor is started again because of `error`."""
+        """Count the restart of an actor because of `error`."""
         self.restarts.append(restart)
         cause = (restart.actor, type(error).__name__)
         counts = self.restarts_by_cause
@@ -198,23 +203,25 @@ class Books:
 
 
 class Core:
-    """The middle of a store: every actor holds it; the face holds it, and it does not hold the face."""
+    """The state shared within a store. Every actor and the face hold it; it does not hold the
+    face."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # Written by the writer, behind each commit group; by the face at close. Readers load it once and keep the object.
+        # Written by the writer, after each commit group; by the face at close. Readers load it once
+        # and keep the object.
         # Invariant: its sequence never falls, and every batch in it is in the log.
         self.snapshot: Any = FoldSnapshot.empty()
         self.published_at = time.monotonic()
-        # What is known to be on disk: one slot for each of the two who find out, the writer and the
-        # syncer, so that neither can undo what the other wrote. Each slot is replaced whole.
+        # What is known to be on disk: one slot each for the writer and the syncer, so that neither
+        # can undo what the other wrote. Each slot is replaced whole.
         self._synced = [(0, WatchCursor.none())] * 2
         self.unsynced_since: float | None = None
-        """When the first batch was published that no sync covers (time.monotonic())."""
+        """When the first batch not covered by a sync was published (time.monotonic())."""
         # Written by the supervisor.
         self.state = State.STARTING
         self.reason = ""
-        # Written by the writer at each (re)start, for the syncer and the books.
+        # Written by the writer at each (re)start, for the syncer and the statistics.
         self.engine: Engine | None = None
         self.report: OpenReport | None = None
         self.books = Books()
@@ -223,7 +230,7 @@ class Core:
         """Set when the store is CLOSED and its threads have ended."""
 
     def publish(self, fold: Snapshot) -> None:
-        """Let everyone see `fold`. Only the writer calls it."""
+        """Make `fold` visible to all readers. Only the writer calls it."""
         self.snapshot = fold
         self.published_at = time.monotonic()
         if self.unsynced_since is None and fold.seq > self.synced[0]:
@@ -231,7 +238,7 @@ class Core:
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:
-        """The last batch that survives a power loss, and its cursor: of one moment, never falling."""
+        """The last batch that survives a power loss, and its cursor: read as one, never falling."""
         writer, syncer = self._synced
         return writer if writer[0] >= syncer[0] else syncer
 
@@ -241,7 +248,8 @@ class Core:
         return self.synced[1]
 
     def note_synced(self, fold: Snapshot, *, by_syncer: bool = False) -> None:
-        """All of `fold` survives a power loss. Only the writer calls it, and the syncer."""
+        """Record that all of `fold` survives a power loss. Only the writer and the syncer call
+        it."""
         if fold.seq >= self._synced[by_syncer][0]:
             self._synced[by_syncer] = fold.seq, fold.cursor()
             is_all = fold.seq >= self.snapshot.seq

@@ -1,4 +1,5 @@
-"""A subscription that an actor is told of: each event is a message, from a thread that waits on the actor's behalf."""
+"""A subscription delivered to an actor: each event is a message, sent from a thread that waits on
+the actor's behalf."""
 
 from __future__ import annotations
 
@@ -13,22 +14,23 @@ from foldlog.actors.feeds import Subscription
 from foldlog.protocol.events import Ended
 
 IN_FLIGHT = 64
-"""Events that an actor may have in its mailbox, unhandled, before no more are sent."""
+"""Events that may be in an actor's mailbox, unhandled, before sending pauses."""
 MAX_FAILURES = 3
 """Events in a row that an actor may fail on before it is unsubscribed."""
 CHECK_S = 1.0
-"""How long it takes to notice, while nothing happens, that the actor is dead."""
+"""How long it may take to notice, while no events come, that the actor is dead."""
 
 
 class Delivery:
-    """Tells an actor the events of a subscription.
+    """Delivers the events of a subscription to an actor.
 
-    At most `IN_FLIGHT` events are in the actor's mailbox unhandled, so a slow actor lags as any slow subscriber does. An actor
-    that fails on `MAX_FAILURES` events in a row, or is dead, is unsubscribed. The last message is `Ended`, if it still lives.
+    At most `IN_FLIGHT` events are in the actor's mailbox unhandled, so a slow actor lags as any
+    slow subscriber does. An actor that is dead, or that fails on `MAX_FAILURES` events in a row, is
+    unsubscribed. The last message is `Ended`, if the actor is still alive.
     """
 
     def __init__(self, ref: pykka.ActorRef[Any], subscription: Subscription) -> None:
-        """Not for callers: use `store.subscribe` or `follower.subscribe`."""
+        """Not public: use `store.subscribe` or `follower.subscribe`."""
         self._ref, self._subscription = ref, subscription
         self._in_flight: deque[pykka.Future[Any]] = deque()
         self._failures = 0
@@ -45,7 +47,7 @@ class Delivery:
         return self._subscription.ended
 
     def cancel(self) -> None:
-        """Tell no more. Returns at once; an event may still be on its way."""
+        """Stop delivering. Returns at once; one event may still be on its way."""
         self._subscription.close()
 
     def _run(self) -> None:
@@ -87,7 +89,7 @@ class Delivery:
                     return
 
     def _settle(self, future: pykka.Future[Any], *, wait: bool) -> bool:
-        """Whether the actor is done with an event. With `wait`, until it is."""
+        """True if the actor is done with an event. With `wait`, waits until it is."""
         while True:
             try:
                 future.get(timeout=CHECK_S if wait else 0.0)
@@ -95,12 +97,13 @@ class Delivery:
                 if not wait:
                     return False
                 if self._subscription.buffer.ended is not None or not self._ref.is_alive():
-                    raise pykka.ActorDeadError from None  # it does not answer, and there is no reason left to wait for it
+                    # It does not answer, and there is no reason left to wait for it.
+                    raise pykka.ActorDeadError from None
                 continue
             except pykka.ActorDeadError:
                 if not self._ref.is_alive():
                     raise
-                self._failures += 1  # another actor's death, out of its handler
+                self._failures += 1  # another actor's death, raised by its handler
             except Exception as error:
                 self._failures += 1
                 log.warning("a subscriber failed on an event: %s: %s", type(error).__name__, error)

@@ -1,13 +1,17 @@
-"""Feeds: who is told of changes, and how, without ever holding up the writer.
+"""Feeds: tell subscribers of changes without ever delaying the writer.
 
-The writer hands each published commit group to every subscription: one append to a bounded buffer. The rest (filtering,
-decoding, the state at the start, the difference after a lag) is done on the subscriber's side, from immutable snapshots. A
-subscriber that is too slow loses its buffer, not its place: it is told `Lagged`, and then the exact difference between the
-snapshot that it had seen and the present one. So it costs bounded memory, and misses nothing but steps in between.
+The writer hands each published commit group to every subscription: one append to a bounded buffer.
+The rest (filtering, decoding, the initial state, the difference after a lag) is done on the
+subscriber's side, from immutable snapshots. A subscriber that is too slow loses its buffer but not
+its place. It is told `Lagged`, and then the exact difference between the last snapshot it saw and
+the current one. So memory is bounded, and only intermediate steps are missed.
 
-    Feeds         the subscriptions of a store or a follower        told by: the writer, or the follower's thread
-    Buffer        the groups that wait for one subscriber           filled by these, emptied by the subscriber
-    Subscription  the events of one subscriber, in order            read by one thread: a Watch's, or a Delivery's (delivery.py)
+    Feeds         the subscriptions of a store or a follower
+                  fed by the writer or the follower's thread
+    Buffer        the groups that wait for one subscriber
+                  filled by Feeds, emptied by the subscriber
+    Subscription  the events of one subscriber, in order
+                  read by one thread: a Watch's, or a Delivery's (delivery.py)
 """
 
 from __future__ import annotations
@@ -36,11 +40,12 @@ from foldlog.storage.handover import RECHECK_S, Wakeup, is_over
 from foldlog.storage.log.backlog import batches_since
 
 BUFFER_GROUPS = 1024
-"""Commit groups that wait for a subscriber before it lags."""
+"""Commit groups that may wait before a subscriber lags."""
 BUFFER_UPDATES = 32_768
-"""Updates in them: what a fold settles as one, so that waiting groups hold no more than two versions of each of its pieces."""
+"""Updates that may wait: as many as a fold settles at once, so that waiting groups hold no more
+than two versions of each of its pieces."""
 BUFFER_BYTES = 16 * 1024 * 1024
-"""What they may hold, encoded. One group always fits, whatever its size."""
+"""Encoded bytes that may wait. One group always fits, whatever its size."""
 
 _getframe = sys._getframe
 
@@ -58,7 +63,7 @@ class Past(Protocol):
 
 
 class LogPast:
-    """The past of folds over a log, which every fold leads to by itself."""
+    """The past of folds over a log, which each fold can reach by itself."""
 
     def batches_since(
         self, snapshot: FoldSnapshot, cursor: WatchCursor
@@ -69,7 +74,8 @@ class LogPast:
     def difference(
         self, old: FoldSnapshot, new: FoldSnapshot, prefix: str = ""
     ) -> Iterator[Put | Delete]:
-        """See `diff`. StoreClosed for the snapshots of an engine that is gone, which do not outlive it."""
+        """See `diff`. StoreClosed for snapshots of an engine that is closed, since they do not
+        outlive it."""
         if not (isinstance(old, FoldSnapshot) and isinstance(new, FoldSnapshot)):
             raise StoreClosed("the store is closed")
         return diff(old, new, prefix)
@@ -79,7 +85,7 @@ Since: TypeAlias = CursorLike | Snapshot | None
 
 
 class Group:
-    """A commit group that was published; or, without batches, a state that was reached by steps that are not known."""
+    """A published commit group; or, without batches, a state reached by unknown steps."""
 
     __slots__ = (
         "_batches",
@@ -106,17 +112,19 @@ class Group:
             batch.length if isinstance(batch, Batch) else len(batch.keys) for batch in batches
         )
         self.total_updates, self.total_bytes = self.updates, size
-        """Of all groups of the feeds up to this one, so that a buffer counts what waits by its ends."""
+        """Totals of all groups of the feeds up to this one. The difference between the two ends of
+        a buffer gives what waits in it."""
         self._batches = batches
         self._decoded: list[DecodedBatch] | None = None
 
     def __len__(self) -> int:
-        """Batches."""
+        """The number of batches."""
         return len(self._batches)
 
     @property
     def batches(self) -> Sequence[DecodedBatch]:
-        """The batches with their updates in order. Decoded on the first call, for all subscribers."""
+        """The batches with their updates in order. Decoded on the first call, for all
+        subscribers."""
         if self._decoded is None:
             self._decoded = [
                 decode_batches(batches_body((batch.item,)), 1)[0]
@@ -128,21 +136,23 @@ class Group:
 
 
 class Buffer:
-    """What waits for one subscriber. Filled by one thread at a time, emptied by one, ended by any; none waits for another."""
+    """What waits for one subscriber. One thread at a time fills it, one empties it, any may end it;
+    none waits for another."""
 
     def __init__(self) -> None:
-        # Its elements are removed by who told them (`drop`), or all at once by who fills it (`push`).
+        # Elements are removed by the reader (`drop`), or all at once by the filler (`push`).
         self._waiting: deque[Group | Lost] = deque()
         self._wakeup = Wakeup()
         self.ended: str | None = None
-        """Why nothing more will come; None while it may. What waits is still told."""
+        """Why nothing more will come; None while it may. What already waits is still delivered."""
         self.deadline: float | None = None
-        """Of the subscriber's present call (time.monotonic())."""
+        """The deadline of the subscriber's current call (time.monotonic())."""
         self.waited_before = 0
-        """Groups that waited when that call began, and do still: they are told, however little time it gives."""
+        """Groups waiting since before that call began. They are delivered however short its
+        timeout."""
 
     def __len__(self) -> int:
-        """Groups that wait."""
+        """The number of groups that wait."""
         return len(self._groups)
 
     @property
@@ -150,7 +160,8 @@ class Buffer:
         return [item for item in tuple(self._waiting) if isinstance(item, Group)]
 
     def push(self, group: Group) -> None:
-        """Add what was published. Past the bounds, everything that waits is dropped, and only its end is remembered."""
+        """Add a published group. Over the bounds, drop everything that waits and remember only the
+        state it led to."""
         waiting = self._waiting
         waiting.append(group)
         if self._is_over_bounds(group):
@@ -158,7 +169,7 @@ class Buffer:
         self._wakeup.set()
 
     def _is_over_bounds(self, last: Group) -> bool:
-        """Whether more waits than may. One group always fits."""
+        """True if more waits than is allowed. One group always fits."""
         try:
             first = self._waiting[0]
         except IndexError:
@@ -171,7 +182,7 @@ class Buffer:
         )
 
     def start_at(self, fold: Snapshot) -> None:
-        """Forget what was published before `fold`, which the subscriber begins with."""
+        """Forget what was published before `fold`, the subscriber's initial state."""
         waiting = tuple(self._waiting)
         for number, group in enumerate(waiting):
             if group.fold is fold:
@@ -180,13 +191,14 @@ class Buffer:
                 return
 
     def drop(self, told: Group | Lost) -> None:
-        """It was told to its end, and waits no more."""
-        with contextlib.suppress(ValueError):  # it was dropped with all that waited
+        """Remove a group that was delivered in full."""
+        with contextlib.suppress(ValueError):  # it was dropped with everything that waited
             self._waiting.remove(told)
             self.waited_before -= isinstance(told, Group)
 
     def first(self) -> Group | Lost | None:
-        """What comes next, waiting for it until the deadline. None: nothing came, or it is over. It stays until `drop`."""
+        """The next group, waiting for it until the deadline. None if nothing came or the feed is
+        over. The group stays until `drop`."""
         while True:
             with contextlib.suppress(IndexError):
                 return self._waiting[0]
@@ -201,12 +213,12 @@ class Buffer:
 
     @property
     def has_more(self) -> bool:
-        """Whether something waits."""
+        """True if anything waits."""
         return bool(self._waiting)
 
     @property
     def is_late(self) -> bool:
-        """Whether the deadline has passed, and all is told that waited before."""
+        """True if the deadline has passed and all that waited before the call is delivered."""
         return (
             self.deadline is not None
             and self.waited_before <= 0
@@ -214,7 +226,7 @@ class Buffer:
         )
 
     def end(self, reason: str, *, drop: bool = False) -> None:
-        """Nothing more will come. With `drop`, nor is told what waits."""
+        """Nothing more will come. With `drop`, what waits is discarded."""
         self.ended = self.ended or reason
         if drop:
             self._waiting.clear()
@@ -228,7 +240,7 @@ class Buffer:
 
 
 class Lost:
-    """Groups were dropped; `fold` is what the last of them led to."""
+    """Groups were dropped; `fold` is the state that the last of them led to."""
 
     __slots__ = ("batches", "fold", "rewound", "size", "total_bytes", "total_updates", "updates")
 
@@ -247,7 +259,7 @@ def _drained(waiting: deque[Group | Lost]) -> list[Group | Lost]:
 
 
 def _lost(dropped: list[Group | Lost]) -> Lost:
-    """What is remembered of groups that were dropped, and of those before them."""
+    """What is remembered of groups dropped now or earlier."""
     batches = sum(item.batches if isinstance(item, Lost) else len(item) for item in dropped)
     rewound = [item.rewound for item in dropped if item.rewound]
     last = dropped[-1]
@@ -261,9 +273,9 @@ class Feeds:
 
     def __init__(self) -> None:
         self.past: Past = LogPast()
-        """What tells the past of the snapshots: a store's writer puts its engine here."""
+        """The source of the past of the snapshots: a store's writer puts its engine here."""
         self._subscribed: dict[Buffer, None] = {}
-        self._updates = self._bytes = 0  # published to these, ever
+        self._updates = self._bytes = 0  # totals since these feeds began
         self._ended: str | None = None
         tell_after_fork(self, Rank.FEEDS)
 
@@ -273,23 +285,24 @@ class Feeds:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody listens."""
+        """True if anyone is subscribed."""
         return bool(self._subscribed)
 
     @property
     def backlog(self) -> tuple[int, ...]:
-        """Groups that wait, for each subscription."""
+        """The number of waiting groups, for each subscription."""
         return tuple(map(len, self._buffers))
 
     def publish(
         self, fold: Snapshot, first_seq: int, batches: Sequence[Batch | DecodedBatch], size: int
     ) -> None:
-        """Tell of a commit group, `size` bytes encoded. Cost: an append for each subscription."""
+        """Publish a commit group of `size` encoded bytes. Cost: one append per subscription."""
         if self._subscribed:
             self._push(Group(fold, first_seq, batches, size))
 
     def jump(self, fold: Snapshot, rewound: str = "") -> None:
-        """Tell that the state is `fold`: by steps that are not known, or the same as before, in another file."""
+        """Publish that the state is `fold`: reached by unknown steps, or the same as before but in
+        another file."""
         if self._subscribed:
             self._push(Group(fold, 0, (), 0, rewound))
 
@@ -300,20 +313,19 @@ class Feeds:
             buffer.push(group)
 
     def add(self, buffer: Buffer) -> None:
-        """Let `buffer` have all that is published from here on."""
+        """Give `buffer` everything published from here on."""
         self._subscribed[buffer] = None
-        if (
-            self._ended is not None
-        ):  # looked at after adding: whoever ends it looks at the buffers after saying so
+        # Checked after adding: `end` sets it before it looks at the buffers.
+        if self._ended is not None:
             self.remove(buffer)
             buffer.end(self._ended)
 
     def remove(self, buffer: Buffer) -> None:
-        """Let `buffer` have nothing more."""
+        """Give `buffer` nothing more."""
         self._subscribed.pop(buffer, None)
 
     def end(self, reason: str) -> None:
-        """End all subscriptions, and those to come."""
+        """End all subscriptions, current and future."""
         self._ended = reason
         self.past = LogPast()
         for buffer in self._buffers:
@@ -328,10 +340,10 @@ class Feeds:
 
 
 class Part:
-    """A stretch of events that leads to one fold, and how much of it was told.
+    """A stretch of events that leads to one fold, and how many of them were delivered.
 
-    Events are made by generators, and one that an exception has passed through is dead. So the position is kept beside it, and
-    an interrupted part is made anew from there.
+    Events come from generators, and a generator is dead once an exception has passed through it.
+    So the position is kept beside it, and an interrupted part is remade from there.
     """
 
     def __init__(
@@ -340,7 +352,7 @@ class Part:
         fold: Snapshot,
         source: Group | Lost | None = None,
     ) -> None:
-        """`make` gives the events after so many, of which the last was the event given."""
+        """`make` gives the events after a count, given that count and the last event before it."""
         self._make, self.fold, self.source = make, fold, source
         self._events: Iterator[Event] | None = None
         self._made = 0
@@ -350,10 +362,8 @@ class Part:
 
     def offer(self) -> Event | None:
         """The next event; the same again until it is accepted. None at the end."""
-        events, self._events = (
-            self._events,
-            None,
-        )  # should this be interrupted, it is not gone on with
+        # If this is interrupted, the generator is not used again.
+        events, self._events = self._events, None
         if events is None or self._made != self.told:
             events = self._make(self.told, self._last)
             self._made = self.told
@@ -379,7 +389,8 @@ class Subscription:
         since: Since,
         buffer: Buffer | None = None,
     ) -> None:
-        """CursorExpired if the log does not reach back to `since`. It does not keep the store from being dropped."""
+        """CursorExpired if the log does not reach back to `since`. A subscription holds no
+        reference to the store."""
         if not isinstance(prefix, str):
             raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
         if since is not None and not isinstance(since, Snapshot):
@@ -388,20 +399,19 @@ class Subscription:
         self.feeds = feeds
         self._prefix = prefix
         self._line: deque[object] = deque()
-        """The frame that reads."""
+        """The frames that read or wait to read."""
         self.ended: str | None = None
         """Why it is over; None while there may be events."""
         try:
-            feeds.add(
-                self.buffer
-            )  # first: what is published while the start is read must not fall between
+            # Added first, so that nothing published while the start is read is missed.
+            feeds.add(self.buffer)
             at = current()
             make = _start(feeds.past, at, prefix, since)
         except BaseException:
             feeds.remove(self.buffer)
             raise
         self.buffer.start_at(at)
-        # What was told reaches up to `_at`, always: with it, a difference is exact.
+        # Everything up to `_at` was delivered, always: so a difference from it is exact.
         self._at: Snapshot | None = at
         self._part: Part | None = Part(make, at)
 
@@ -413,13 +423,13 @@ class Subscription:
         return event
 
     def accept(self) -> None:
-        """What was offered has reached the subscriber. Until then it is offered again."""
+        """The offered event has reached the subscriber. Until then it is offered again."""
         part = self._part
         if part is not None:
             part.accept()
 
     def offer(self, timeout_s: float | None) -> Event | None:
-        """`next`, of what is to be accepted yet. ReentrantCall if it is being read already."""
+        """`next`, but the event is yet to be accepted. ReentrantCall if a read is in progress."""
         line = self._line
         try:
             line.append(_getframe())
@@ -434,7 +444,7 @@ class Subscription:
             self.buffer.waited_before = len(self.buffer) if timeout_s is not None else 0
             return self._offer()
         except (OSError, FoldlogError) as error:
-            # A snapshot whose file was overwritten does not read.
+            # A snapshot whose file was overwritten cannot be read.
             if is_own_fault(error) and not isinstance(error, ReentrantCall):
                 self._finish(f"the difference cannot be told: {error}")
             raise
@@ -463,10 +473,10 @@ class Subscription:
                 return None
 
     def _end(self, part: Part, at: Snapshot) -> None:
-        """It is told. Each step may be done again, should this be interrupted."""
+        """The part is delivered. Each step may be repeated if this is interrupted."""
         source = part.source
         if isinstance(source, Lost) or (source and source.rewound) or part.fold.seq >= at.seq:
-            # Also if nothing differs: it may stand in a newer file, and let go of the older one.
+            # Even if nothing differs: the fold may be in a newer file, releasing the older one.
             self._at = part.fold
         if source is not None:
             self.buffer.drop(source)
@@ -474,12 +484,12 @@ class Subscription:
 
     def _finish(self, reason: str) -> None:
         self.ended = self.ended or reason
-        self._part = self._at = None  # and with it, the snapshot
+        self._part = self._at = None  # releases the snapshot
         self.feeds.remove(self.buffer)
         self.buffer.end(reason, drop=True)
 
     def close(self, reason: str = "closed by its subscriber") -> None:
-        """Listen no more. Events that wait are dropped."""
+        """Stop listening. Waiting events are dropped."""
         self._finish(reason)
 
 
@@ -512,12 +522,12 @@ def _start(
             (event for seq, batch in batches for event in _changes(seq, batch, prefix)), (synced,)
         )
 
-    begun = [changes()]  # to complain at once
+    begun = [changes()]  # raises its errors now
     return _again(lambda: begun.pop() if begun else changes())
 
 
 def _again(make: Callable[[], Iterator[Event]]) -> Callable[[int, Event | None], Iterator[Event]]:
-    """Events that are made from the beginning, and passed over as far as they were told."""
+    """Events remade from the beginning, skipping those already delivered."""
     return lambda told, last: islice(make(), told, None)
 
 
@@ -526,7 +536,7 @@ def _part_of(past: Past, source: Group | Lost, at: Snapshot, prefix: str) -> Par
 
 
 def _told(past: Past, taken: Group | Lost, at: Snapshot, prefix: str) -> Iterator[Event]:
-    """What a subscriber that was told up to `at` is told of a group."""
+    """The events of a group for a subscriber that is at `at`."""
     fold = taken.fold
     if isinstance(taken, Lost) or taken.rewound:
         if isinstance(taken, Lost):
@@ -536,7 +546,7 @@ def _told(past: Past, taken: Group | Lost, at: Snapshot, prefix: str) -> Iterato
         yield from _difference(past, at, fold, prefix)
         yield Synced(fold.cursor(), fold.seq)
     elif fold.seq <= at.seq:
-        return  # published before the state that this began with, or a compaction
+        return  # published before the initial state, or a compaction
     elif len(taken) and taken.first_seq <= at.seq + 1:
         for seq, batch in enumerate(taken.batches, taken.first_seq):
             if seq > at.seq:
@@ -560,12 +570,12 @@ def _changes(seq: int, batch: DecodedBatch, prefix: str) -> Iterator[Event]:
 class Watch:
     """An iterator of events: the state or the changes since, one Synced, then changes as they come.
 
-    One thread reads it. `next(timeout_s)` waits no longer than that; iterating waits for as long as it takes, and ends when
-    the watch or its store is closed. It keeps its store from being dropped.
+    One thread reads it. `next(timeout_s)` waits no longer than that. Iterating waits without limit,
+    and ends when the watch or its store is closed. A watch holds a reference to its store.
     """
 
     def __init__(self, subscription: Subscription, owner: object) -> None:
-        """Not for callers: use `store.watch` or `follower.watch`."""
+        """Not public: use `store.watch` or `follower.watch`."""
         self._subscription, self._owner = subscription, owner
         finalizer = weakref.finalize(self, subscription.feeds.remove, subscription.buffer)
         finalizer.atexit = False
@@ -590,8 +600,8 @@ class Watch:
     def next(self, timeout_s: float | None = None) -> Event | None:
         """The next event; None if there is none within `timeout_s`, or if it is over (`ended`).
 
-        One that was interrupted (by an exception of a signal handler, say) can be called again, and goes on where it was.
-        ReentrantCall from a handler that came within it.
+        After an interruption (an exception from a signal handler, say) it can be called again, and
+        resumes where it was. ReentrantCall if a handler calls it during such a call.
         """
         event = self._subscription.offer(timeout_s)
         if event is not None:
@@ -599,7 +609,8 @@ class Watch:
         return event
 
     def close(self) -> None:
-        """Listen no more. Events that wait are dropped; a thread that waits for one is let go. Any thread may call it."""
+        """Stop listening. Waiting events are dropped; a thread waiting for one returns. Any thread
+        may call it."""
         self._subscription.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,8 @@
 """Wake-ups on file events, with a poll as the truth.
 
-Events get lost: a full inotify queue drops them with a log line, a folder that was removed and made again is silent, and
-network file systems have none. So nothing depends on them: whoever waits here waits no longer than its poll interval.
+Events get lost. A full inotify queue drops them with only a log line, a directory that was removed
+and recreated sends none, and network file systems have none. So nothing depends on them: every
+waiter also wakes at its poll interval.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ log = logging.getLogger("foldlog")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """watchdog 7 calls it an error when its emitter looks for an event just as it is stopped."""
+    """True unless it is the error that watchdog 7 logs when its emitter is stopped while it looks
+    for an event."""
     return "when the thread is inactive" not in str(record.msg)
 
 
@@ -31,9 +33,10 @@ logging.getLogger("watchdog.observers.inotify").addFilter(_is_news)
 
 
 def patched_by() -> str:
-    """The library whose green threads stand in for this process's threads ("gevent", "eventlet"), or "".
+    """The library whose green threads replace this process's threads ("gevent", "eventlet"), or "".
 
-    watchdog does not run on those: its blocking reads stop every green thread, or its thread dies unseen.
+    watchdog does not run on green threads: its blocking reads stop them all, or its thread dies
+    unnoticed.
     """
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
@@ -43,13 +46,14 @@ def patched_by() -> str:
 
 
 RETRY_S = 10.0
-"""Before asking again for events that were not to be had: each try costs a thread."""
+"""Delay before events that were unavailable are requested again: each try costs a thread."""
 
 
 class FileWatch(FileSystemEventHandler):
-    """Calls `wake` when something of the kinds asked for happens to the file at `path`, or takes its name.
+    """Calls `wake` when an event of the requested kinds happens to the file at `path`, or another
+    file takes its name.
 
-    `wake` runs on a thread of watchdog's, and must only leave a note.
+    `wake` runs on one of watchdog's threads, and must only set a flag.
     """
 
     def __init__(
@@ -72,11 +76,11 @@ class FileWatch(FileSystemEventHandler):
 
     @property
     def active(self) -> bool:
-        """Whether events are to be had; if not, there is the poll."""
+        """True if events are available; otherwise there is only the poll."""
         return self._observer is not None
 
     def start(self) -> None:
-        """Ask for events, if there are any to be had."""
+        """Request events, if they are available."""
         self._retry_at = time.monotonic() + RETRY_S
         observer = None
         try:
@@ -88,10 +92,8 @@ class FileWatch(FileSystemEventHandler):
                 self, os.fspath(self._file.parent), recursive=False, event_filter=self._events
             )
             observer.start()
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # no watches or instances left, no such folder, no more threads
+        # No watches or instances left, no such directory, or no more threads.
+        except (OSError, RuntimeError) as error:
             if not self._told:
                 log.info("%s: no file events (%s): polling only", self._path, error)
             self._told = True
@@ -100,7 +102,8 @@ class FileWatch(FileSystemEventHandler):
             self._observer = observer
 
     def refresh(self) -> None:
-        """Ask for events anew if there were none to be had, or the folder is another by now. Cost: a `stat`, if all is well."""
+        """Request events again if they were unavailable, or if the directory has been replaced.
+        Cost: a `stat` if all is well."""
         if self._observer is None and time.monotonic() < self._retry_at:
             return
         with contextlib.suppress(OSError):

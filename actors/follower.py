@@ -1,10 +1,10 @@
-"""The follower's thread: polls a tail when woken, publishes what it finds, and outlives every error.
+"""The follower's thread: polls a tail when woken, publishes what it finds, survives every error.
 
-There is nothing to restart: the log is the writer's, and a poll that failed is followed by the next one. What went wrong is
-reported as the state, and readers keep the last snapshot.
+There is nothing to restart: the log belongs to the writer, and a failed poll is followed by the
+next one. Errors are reported in the state, and readers keep the last snapshot.
 
-A fork leaves the thread behind in the parent. In the child, the first use of the follower reads the log anew and starts
-another thread (`_Asleep`).
+A fork leaves the thread behind in the parent. In the child, the first use of the follower reads the
+log from the beginning and starts another thread (`_Asleep`).
 """
 
 from __future__ import annotations
@@ -33,30 +33,32 @@ from foldlog.storage.log.files import Files
 from foldlog.storage.log.tail import Jump, Tail
 
 PAUSE_S = 0.002
-"""After a poll that found something: more is likely to come at once."""
+"""Pause after a poll that found something: more is likely to follow at once."""
 CLOSE_TIMEOUT_S = 10.0
 BUSY_PAUSE_S = 0.008
-"""Between polls while the log is busy: half of it is the delay that a change has then."""
+"""Pause between polls while the log is busy. On average it delays a change by half of this."""
 BUSY_WINDOW_S = 0.25
 BUSY_FINDS = 20
-"""Polls of the window that find something, from which on the log is busy, until none of a window does. An event costs watchdog
-150 us of processor time, a poll 25: so while the log is busy it is polled, and events are not asked for."""
+"""Polls of the window that must find something for the log to count as busy, until none of a window
+does. An event costs watchdog 150 us of processor time, a poll 25. So a busy log is polled, and
+events are not requested."""
 EVENTS = (FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent)
-"""What wakes a follower. Not opening and closing, which it does itself."""
+"""Events that wake a follower. Not opening and closing, which it does itself."""
 
 
 class FollowerState(enum.StrEnum):
-    """What a follower sees of the log. It reads in every state but CLOSED."""
+    """What a follower sees of the log. It can be read in every state but CLOSED."""
 
     WAITING = "waiting"
-    """There was no log under the name yet."""
+    """There has been no log under the name yet."""
     FOLLOWING = "following"
     MISSING = "missing"
-    """The log is gone; what was read is served."""
+    """The log is gone; the last snapshot is served."""
     REPLACED = "replaced"
-    """Another log, or an older state, took the name since this follower was opened; it is followed now."""
+    """Another log, or an older state, has taken the name since this follower was opened; it is
+    followed now."""
     FAILED = "failed"
-    """The log does not read (`reason`); what was read is served, and it is tried again."""
+    """The log cannot be read (`reason`); the last snapshot is served, and reading is retried."""
     CLOSED = "closed"
 
 
@@ -67,13 +69,15 @@ class FollowerThread:
         self.path = path
         self._files = files
         self._poll_interval_s = poll_interval_s
-        # Written by this thread alone, replaced whole. Invariant: its sequence falls only with the state REPLACED.
+        # Written by this thread alone, replaced whole.
+        # Invariant: its sequence falls only with the state REPLACED.
         self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
         self.published_at = time.monotonic()
         self.state = FollowerState.WAITING
         self.reason = ""
         self.delay_s = 0.0
-        """From the last write to the log to its publication here, as the file's time of change has it (4 ms coarse)."""
+        """From the last write to the log, by the file's modification time (granularity 4 ms), to
+        its publication here."""
         self.reloads = 0
         """Times that the state was read anew, with the steps in between unknown."""
         self._rewound = ""
@@ -83,7 +87,8 @@ class FollowerThread:
         self._prepare()
 
     def open(self) -> None:
-        """Read what is there, and follow what comes. Nothing stays open if this raises, or is interrupted."""
+        """Read what is there, and follow what comes. Nothing stays open if this raises or is
+        interrupted."""
         self._catch_up()
         if self._error is not None:
             raise self._error
@@ -95,14 +100,14 @@ class FollowerThread:
             raise
 
     def _prepare(self) -> None:
-        """What belongs to one process: nothing of it is of use after a fork."""
+        """Set up what belongs to one process: none of it is of use after a fork."""
         self.pid = os.getpid()
         self._tail = Tail(self._files, self.path)
         self.woken = Wakeup()
         self.feeds = Feeds()
         self.advanced = Bell()
         """Rung after each publish, and at the end."""
-        self._watch: FileWatch | None = None  # made by the thread: who opens may be interrupted
+        self._watch: FileWatch | None = None  # made by the thread: the opener may be interrupted
         self._started: Answer[None] = Answer()
         self._ended = Latch()
         self._waking = threading.RLock()
@@ -113,19 +118,21 @@ class FollowerThread:
         """Changes come so often that the log is polled for them."""
 
     def _catch_up(self) -> None:
-        """Read what is in the log now, on the caller's thread: it is there when follow() returns."""
+        """Read what is in the log now, on the caller's thread: it is there when follow()
+        returns."""
         while self._poll():
             if self._tail.started and not self._tail.behind:
                 break
 
     def _start(self) -> None:
-        self.woken.set()  # for what came before the watch
+        self.woken.set()  # for changes before the watch began
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
         start_aside(self.thread, lambda error: self._started.finish(None, error))
         self._started.result()
 
     def after_fork(self) -> None:
-        """In a forked child: leave it to the first use to go on. Nothing of the parent's is touched, nor waited for."""
+        """In a forked child: the first use resumes following. The parent's resources are neither
+        touched nor waited for."""
         if self._closing:
             return
         _left_behind.append((self._watch, self._tail))
@@ -135,7 +142,8 @@ class FollowerThread:
             self.snapshot = cast(FoldSnapshot, self._asleep)
 
     def wake(self) -> None:
-        """Go on in a forked child, if that was not done yet. RuntimeError if there can be no thread."""
+        """Resume following in a forked child, if that is not done yet. RuntimeError if no thread
+        can be started."""
         if self._asleep is None:
             return
         with self._waking:
@@ -144,9 +152,8 @@ class FollowerThread:
                 return
             self._catch_up()
             fold, before = self.snapshot, asleep.before
-            if fold is cast(
-                FoldSnapshot, asleep
-            ):  # there is nothing to be read, and the state says why
+            # There is nothing to read, and the state says why.
+            if fold is cast(FoldSnapshot, asleep):
                 self.snapshot = before
             elif fold.seq < before.seq:
                 self._rewound = f"the log is at batch {fold.seq}, and was at {before.seq} before"
@@ -164,7 +171,7 @@ class FollowerThread:
 
     @property
     def file_watch(self) -> FileWatch:
-        """What wakes the thread, once that has begun."""
+        """The watch that wakes the thread, once the thread has begun."""
         assert self._watch is not None, "the thread has not begun"
         return self._watch
 
@@ -183,7 +190,7 @@ class FollowerThread:
                 has_event, self._has_event = self._has_event, False
                 while not self._closing and self._poll():
                     if not self.busy and not has_event:
-                        self.file_watch.refresh()  # there was news, and no event
+                        self.file_watch.refresh()  # there was a change, but no event
                         has_event = True
                     if self._tail.behind:
                         continue
@@ -205,16 +212,15 @@ class FollowerThread:
         elif self.busy and not recent:
             self.busy = False
             self.file_watch.start()
-            self.woken.set()  # for what came before the watch
+            self.woken.set()  # for changes before the watch began
 
     def _poll(self) -> bool:
-        """Take one step. Whether there was one."""
+        """Take one step. True if it found something."""
         try:
             return self._step()
         except Exception as error:
-            if not isinstance(
-                error, (OSError, FoldlogError)
-            ):  # a bug must not end the thread: the next poll may do
+            # A bug must not end the thread: the next poll may succeed.
+            if not isinstance(error, (OSError, FoldlogError)):
                 log.exception("%s: following failed", self.path)
             self._fail(error)
             return False
@@ -269,12 +275,12 @@ class FollowerThread:
         self.state, self.reason = FollowerState.FAILED, str(error)
 
     def ask_to_close(self) -> None:
-        """Let the thread come to its end. Never blocks."""
+        """Tell the thread to end. Never blocks."""
         self._closing = True
         self.woken.set()
 
     def close(self) -> None:
-        """Stop, and wait for it; from the thread itself, returns at once."""
+        """Stop and wait for the thread to end; from the thread itself, returns at once."""
         if self._asleep is not None:
             self._closing, self._asleep = True, None
             self._let_go()
@@ -298,7 +304,8 @@ class FollowerThread:
 
 
 class _Asleep:
-    """The snapshot of a follower in a forked child, until it is used: then the follower goes on first."""
+    """The snapshot of a follower in a forked child until its first use, which resumes the
+    follower."""
 
     def __init__(self, thread: FollowerThread, before: FoldSnapshot | ClosedFold) -> None:
         self.thread, self.before = thread, before
@@ -309,4 +316,4 @@ class _Asleep:
 
 
 _left_behind: list[object] = []
-"""What a forked child must not stop, close or free: it shares its descriptors with the parent."""
+"""What a forked child must not stop, close or free: it shares the descriptors with its parent."""

@@ -1,4 +1,5 @@
-"""A histogram that costs its writer a bisection: counts and sums by bucket, cumulative for the life of a store."""
+"""A histogram that costs its writer one bisection: counts and sums by bucket, cumulative for the
+life of a store."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ GROUP_BOUNDS = tuple(2**power for power in range(13))
 
 
 class Histogram:
-    """One thread adds; any thread may read, and is a value or two late."""
+    """One thread adds; any thread may read, and may miss the latest value or two."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        """The upper bounds of the buckets, ascending. One more bucket has what is above them."""
+        """The upper bounds of the buckets, ascending. One more bucket holds values above them."""
         self.counts = [0] * (len(bounds) + 1)
         self.sums = [0.0] * (len(bounds) + 1)
 

@@ -1,4 +1,4 @@
-"""What the actors of one store tell each other, and nobody else."""
+"""Messages that the actors of one store send each other, and nobody else sends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from foldlog.protocol.engine import Compaction, Export, Snapshot
 
 
 class CompactJob(NamedTuple):
-    """The writer asks for the next pass of a compaction: the fold, or what came meanwhile. It is told `Rewritten`."""
+    """The writer asks for the next pass of a compaction: the fold, or what came meanwhile.
+    Maintenance replies with `Rewritten`."""
 
     rewrite: Compaction
 
@@ -21,7 +22,8 @@ class CompactJob(NamedTuple):
 
 
 class ExportJob(NamedTuple):
-    """The writer asks for an export that it has made ready. The answer goes to the request's future."""
+    """The writer asks for an export that it has prepared. The answer goes to the request's
+    future."""
 
     request: ExportRequest
     export: Export
@@ -33,7 +35,7 @@ class ExportJob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """To the writer: a pass of a compaction is done, or has failed."""
+    """To the writer: a pass of a compaction is done or has failed."""
 
     urgent: ClassVar[bool] = True
 
@@ -46,7 +48,7 @@ class Rewritten:
 
 
 class LetGo(NamedTuple):
-    """The writer has no more use for these folds: freeing them takes long, and shall stop nobody."""
+    """The writer no longer needs these folds: freeing them takes long, and must delay nobody."""
 
     folds: list[Snapshot]
     """Emptied by maintenance."""
@@ -54,22 +56,22 @@ class LetGo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Heal:
-    """To the writer: a background fsync failed, so the fold is to be written to a new file."""
+    """To the writer: a background fsync failed, so the fold must be written to a new file."""
 
     urgent: ClassVar[bool] = True
 
     def fail(self, error: Exception | None) -> None:
-        """Nobody is left to do it: the next to open the log will."""
+        """Nobody is left to do it: the next process to open the log will."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckFile:
-    """To the writer: the log's file seems to have been changed by someone else."""
+    """To the writer: the log's file seems to have been changed by another program."""
 
     urgent: ClassVar[bool] = True
 
     def fail(self, error: Exception | None) -> None:
-        """Nobody is left to look."""
+        """Nobody is left to check."""
 
 
 class Look(NamedTuple):

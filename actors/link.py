@@ -83,7 +83,7 @@ AUDIT_S_PER_KEY = 8e-6
 """Estimated cost of an audit, for its budget: 4.4 us a key measured with NATS, plus comparing."""
 CLOSE_S = 5.0
 LARGE_BATCH = 20_000
-"""Batches of at least this many updates are encoded off the loop, so that heartbeats are heard."""
+"""Batches of more updates than this are encoded off the loop, so that heartbeats are heard."""
 
 Parse: TypeAlias = Callable[[Update], Update | Iterable[Update] | None]
 """Drops (None), renames or transforms an update. Must be a pure function of the update: audits and

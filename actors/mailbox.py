@@ -1,15 +1,17 @@
 """The mailbox of an actor: bounded, able to refuse, and without a lock.
 
-Mail stands in a deque until the actor takes it, so that who looks sees all that waits, in order. To post is two steps: append,
-and leave a token for the actor to wake by. A sender that is interrupted in between wakes it on the way out; and an actor looks
-every `RECHECK_S` in any case.
+Mail waits in a deque until the actor takes it, so anyone who looks sees all waiting mail in order.
+Posting takes two steps: append the mail, then leave a token that wakes the actor. A sender
+interrupted between the two wakes the actor on its way out; and the actor looks every `RECHECK_S` in
+any case.
 
-Closing against posting is settled in Dekker's way: a mailbox that is closed first refuses, then answers what is in it; a sender
-first appends, then looks whether it is refused by now, and if so answers its own mail. An answer is claimed in one step, so
-each mail is answered once.
+Closing and posting are ordered in Dekker's way. Closing first sets the refusal, then answers the
+mail inside. A sender first appends, then checks for a refusal, and if there is one answers its own
+mail. An answer is claimed in one step, so each mail is answered once.
 
-A sender that finds no room stands in a line, and the first in line is the next to get in, so a large request is not starved by
-small ones. The bounds are looked at before appending, so as many senders as race may each add one request beyond them.
+Senders that find no room queue up, and the first in the queue gets in next, so small requests
+cannot starve a large one. The bounds are checked before appending, so each of several racing
+senders may add one request beyond them.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from foldlog.storage.handover import RECHECK_S, Bell, Latch, is_below, is_over
 log = logging.getLogger("foldlog")
 
 STOP = _ActorStop()
-"""What ends an actor: this one, which its owner holds, and no other of the kind."""
+"""The message that ends an actor: only this object, which its owner holds, and no equal one."""
 Refusal = Callable[[], Exception]
 _getframe = sys._getframe
 
 
 class Mail:
-    """A message, who waits for a reply, and what it weighs."""
+    """A message, who waits for a reply, and its weight."""
 
     __slots__ = ("message", "reply_to", "total", "weight")
 
@@ -46,7 +48,7 @@ class Mail:
         self.message, self.reply_to = message, reply_to
         self.weight: int = getattr(message, "weight", 0)
         self.total = 0
-        """The weights of all mail up to this one, counted from where the mailbox was last empty."""
+        """The weights of all mail up to this one, counted since the mailbox was last empty."""
 
 
 class Inbox:
@@ -54,25 +56,26 @@ class Inbox:
 
     def __init__(self, max_messages: int = 1_000_000, max_bytes: int = 1 << 40) -> None:
         self.mails: deque[Mail] = deque()
-        """What waits, oldest first. Only actors take from it."""
+        """Waiting mail, oldest first. Only actors take from it."""
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._max_messages, self._max_bytes = max_messages, max_bytes
         self._line: deque[object] = deque()
-        """The frames of `offer` that wait for room, first come first served."""
+        """The frames of `offer` that wait for room, first come, first served."""
         self._room = Bell()
         self._refusal: Refusal | None = None
         self._drained = False
-        """What waits is not served: refused mail answers itself."""
+        """Waiting mail is not served: refused mail answers itself."""
         self._ended = False
 
     def __len__(self) -> int:
-        """Messages that wait."""
+        """The number of waiting messages."""
         return len(self.mails)
 
     # Sending.
 
     def put(self, envelope: Envelope[Any] | Mail) -> None:
-        """What pykka's references call. A refused or surplus `ask` is answered with the error; a `tell` raises it."""
+        """Called by pykka's references. A refused or surplus `ask` is answered with the error; a
+        `tell` raises it."""
         mail = Mail(envelope.message, envelope.reply_to)
         try:
             if isinstance(mail.message, _ActorStop) and mail.message is not STOP:
@@ -86,12 +89,13 @@ class Inbox:
     def offer(self, mail: Mail, timeout_s: float = 0.0) -> None:
         """Add a message, waiting for room up to `timeout_s`. Raises the refusal, or Backpressure.
 
-        Stopping gets through both, and what the store's own actors tell each other gets through a full mailbox.
+        Stop messages get past both, and messages between the store's own actors get into a full
+        mailbox.
         """
         message = mail.message
         if message is STOP:
             if self._ended:
-                reply(mail)  # nobody is left to be stopped
+                reply(mail)  # the actor has ended already
             else:
                 self._post(mail)
             return
@@ -131,11 +135,14 @@ class Inbox:
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     raise Backpressure(
-                        f"{len(self.mails)} requests ({self.waiting_bytes} bytes) wait for the writer already"
+                        f"{len(self.mails)} requests ({self.waiting_bytes} bytes) "
+                        "wait for the writer already"
                     )
                 seen = len(self.mails)
                 self._room.wait_for(
-                    lambda: self._refusal or len(self.mails) < seen or line[0] is not first,  # noqa: B023
+                    lambda: (
+                        self._refusal or len(self.mails) < seen or line[0] is not first  # noqa: B023
+                    ),
                     min(rest, RECHECK_S),
                 )
                 if self._refusal is not None:
@@ -151,7 +158,7 @@ class Inbox:
 
     @property
     def waiting_bytes(self) -> int:
-        """The weight of what waits."""
+        """The total weight of waiting mail."""
         try:
             first, last = self.mails[0], self.mails[-1]
         except IndexError:
@@ -167,13 +174,14 @@ class Inbox:
     # Taking.
 
     def wait(self, timeout_s: float) -> int:
-        """Sleep until there is mail, or a wake-up, or `timeout_s`. Returns how many tokens that took."""
+        """Sleep until there is mail, a wake-up, or `timeout_s` has passed. Returns the number of
+        tokens consumed."""
         if self.mails:
             return 0
         return self.wait_for_wake(timeout_s)
 
     def wait_for_wake(self, timeout_s: float) -> int:
-        """`wait`, also if there is mail."""
+        """Like `wait`, but sleeps even if there is mail."""
         try:
             self._tokens.get(timeout=timeout_s)
         except Empty:
@@ -187,7 +195,8 @@ class Inbox:
         limit: int = 1,
         timeout_s: float | None = None,
     ) -> None:
-        """Wait for a message, up to `timeout_s`, and move it to `taken`; if it is of `group`, also those after it that are.
+        """Wait up to `timeout_s` for a message and move it to `taken`. If it is of `group`, also
+        move the messages of `group` that directly follow it.
 
         `taken` belongs to the actor: what it holds survives the actor's death.
         """
@@ -203,9 +212,9 @@ class Inbox:
     def move(
         self, taken: list[Mail], group: tuple[type, ...] = (), limit: int = 1, spent: int = 0
     ) -> None:
-        """`take`, of what is there. `spent`: the tokens that `wait` took."""
+        """Like `take`, but without waiting. `spent`: the number of tokens that `wait` consumed."""
         mails = self.mails
-        with contextlib.suppress(IndexError):  # there is no more
+        with contextlib.suppress(IndexError):  # the mailbox is empty
             while len(taken) < limit:
                 mail = mails[0]
                 if taken and not (
@@ -225,11 +234,11 @@ class Inbox:
             self._tokens.get_nowait()
 
     def wake(self) -> None:
-        """Let an actor that waits look again."""
+        """Wake a waiting actor to look again."""
         self._tokens.put(None)
 
     def return_taken(self, taken: list[Mail]) -> None:
-        """Put messages back in front, past any bound, in their order."""
+        """Put messages back at the front, in order, regardless of the bounds."""
         for mail in reversed(taken):
             with contextlib.suppress(IndexError):
                 first = self.mails[0]
@@ -243,9 +252,11 @@ class Inbox:
     def refuse(
         self, refusal: Refusal, *, drain: bool, publish: Callable[[], None] | None = None
     ) -> None:
-        """From now on answer every message with an error. With `drain`, also those that wait; else they are still served.
+        """From now on, answer every message with an error. With `drain`, waiting mail too;
+        otherwise it is still served.
 
-        `publish` tells others of it in the same moment: whoever sees what it does is refused, and whoever is refused sees it.
+        `publish` runs atomically with this: a caller that sees its effect is refused, and a caller
+        that is refused sees its effect.
         """
         self._drained = drain
         if publish is None:
@@ -272,27 +283,27 @@ class Inbox:
                 answer_error(mail, None if mail.message is STOP else refusal())
 
     def end(self, refusal: Refusal) -> None:
-        """Nobody takes from it any more: answer all that waits, and all that comes."""
+        """Nobody takes from it any more: answer all mail, waiting and future."""
         self._ended = True
         self.refuse(refusal, drain=True)
 
     def accept(self) -> None:
-        """Take messages again."""
+        """Accept messages again."""
         self._drained = False
         self._refusal = None
 
     @property
     def refusing(self) -> bool:
-        """Whether messages are answered with an error now."""
+        """True if messages are answered with an error now."""
         return self._refusal is not None
 
     def after_fork(self, refusal: Refusal) -> None:
-        """In a forked child: what waits is the parent's, and nobody takes here."""
+        """In a forked child: waiting mail is the parent's, and no actor takes mail here."""
         self.__init__()  # type: ignore[misc]
         self._drained = True
         self._refusal = refusal
 
-    # The rest of what pykka expects of a mailbox.
+    # The rest of the interface that pykka expects of a mailbox.
 
     def get(self) -> Mail:
         taken: list[Mail] = []
@@ -304,7 +315,7 @@ class Inbox:
 
 
 def answer_error(mail: Mail, error: Exception | None) -> None:
-    """End a message that will not be served; None where that is what it asked for."""
+    """End a message that will not be served; `error` is None where ending is what it asked for."""
     fail = getattr(mail.message, "fail", None)
     if fail is not None:
         fail(error)
@@ -330,5 +341,5 @@ def reply(mail: Mail, value: Any = None, error: Exception | None = None) -> None
 
 
 def stop_only(mails: list[Mail]) -> list[Mail]:
-    """Of messages in hand, those that ask to stop."""
+    """The messages in hand that ask to stop."""
     return [mail for mail in mails if mail.message is STOP]

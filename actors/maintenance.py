@@ -1,4 +1,4 @@
-"""Work that takes long and must not stop the writer: the passes of a compaction, and exports."""
+"""Long work that must not stop the writer: the passes of a compaction, and exports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foldlog.protocol.errors import FoldlogError, WriterCrashed
 
 
 def _let_others_run(done: int, total: int) -> None:
-    """Give the interpreter lock away between leaves, rather than have it taken away after 5 ms."""
+    """Yield the interpreter lock between leaves, rather than lose it after 5 ms."""
     time.sleep(0)
 
 
@@ -82,10 +82,10 @@ class Maintenance(SupervisedActor):
 
     def _tell_writer(self, message: Rewritten) -> None:
         assert self.writer_inbox is not None
-        message.rewrite.outcome = message  # for a writer that waits for just this
+        message.rewrite.outcome = message  # for a writer that waits for exactly this
         try:
             self.writer_inbox.offer(Mail(message))
-        except FoldlogError:  # the store failed or closes: nobody finishes it
+        except FoldlogError:  # the store failed or is closing: nobody finishes it
             message.rewrite.cancelled = True
             message.rewrite.discard()
 

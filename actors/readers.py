@@ -1,8 +1,8 @@
 """Readers: actors that serve Get, Range and RangePage messages from the published snapshot.
 
-They share one mailbox: whoever is free takes the next message, so a long range holds up nothing but its own reader, and any
-reader's reference reaches all of them. They keep no state, so a crashed one is replaced, and what it had in hand is tried
-once more.
+They share one mailbox, and whichever is free takes the next message. So a long range delays only
+its own reader, and any reader's reference reaches all of them. They keep no state. So a crashed one
+is replaced, and what it had in hand is tried once more.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Reader(SupervisedActor):
             entries: list[KvEntry] = []
             for block in snapshot.blocks(message.prefix):
                 entries += block
-                time.sleep(0)  # let others have the interpreter lock between leaves
+                time.sleep(0)  # yield the interpreter lock between leaves
             return entries
         if type(message) is RangePage:
             return _page(message, message.snapshot or snapshot)

@@ -1,8 +1,8 @@
 """What is asked of the writer, and the futures that the askers wait on.
 
-A request is made on the caller's thread, checked and encoded there (a message that an actor sends, too), and lives
-until its future is done: in the mailbox, or in what the writer has taken. It carries what decides its fate after a
-crash: the sequence that it was written under.
+A request is created, checked and encoded on the caller's thread, also when an actor sends it as a
+message. It lives until its future is done: in the mailbox, or in what the writer has taken. It
+carries what decides its fate after a crash: the sequence that it was written under.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from foldlog.protocol.updates import Batch, Delete, Put, encode_batch
 
 
 class Request:
-    """Something asked of the writer. `future` always ends: with the answer, or with a typed error."""
+    """Something asked of the writer. `future` always ends, with the answer or with a typed
+    error."""
 
     __slots__ = ("asker", "attempts", "created", "future", "weight")
 
@@ -37,19 +38,21 @@ class Request:
         self.weight = 0
         """Bytes that it holds, as the mailbox counts them."""
         self.asker: Mail | None = None
-        """The kind of message that it came as, and where the reply goes, if an actor sent it."""
+        """The kind of message it came as, and where the reply goes, if an actor sent it."""
 
     def start(self) -> bool:
-        """Whether to go on with it: False if its caller has withdrawn it. From here on it cannot be withdrawn."""
+        """True if work on it may begin; False if its caller has cancelled it. From here on it
+        cannot be cancelled."""
         return self.future.start()
 
     def succeed(self, result: Any) -> None:
-        """Answer it. One that has ended otherwise by now (the store gave up on a stuck writer) stays as it is."""
+        """Answer it. One that has already ended (the store gave up on a stuck writer) is left as it
+        is."""
         if self.future.finish(result) and self.asker is not None:
             reply(self.asker, result)
 
     def fail(self, error: Exception | None) -> None:
-        """End it with an error. One that was withdrawn stays so."""
+        """End it with an error. One that was cancelled stays cancelled."""
         error = error or FoldlogError("was not served")
         if not self.future.finish(None, error) or self.asker is None:
             return
@@ -58,7 +61,8 @@ class Request:
         reply(self.asker, error=error)
 
     def asked_by(self, kind: str, reply_to: Any) -> None:
-        """It came as a message of this kind: its answer goes to `reply_to`, a failure without one to the log."""
+        """It came as a message of this kind: its answer goes to `reply_to`. Without one, a failure
+        is logged."""
         self.asker = Mail(kind, reply_to)
 
 
@@ -71,9 +75,10 @@ class WriteRequest(Request):
         super().__init__()
         self.batch = batch
         self.rewound = rewound
-        """Why watchers are told that the state went back; empty where it did not."""
+        """Why watchers are told that the state went back; empty if it did not."""
         self.seq: int | None = None
-        """The sequence that it was tried under: after a crash it tells whether the batch is in the log."""
+        """The sequence it was tried under: after a crash, this tells whether the batch is in the
+        log."""
         if batch is not None:
             self.weight = len(batch.item)
 
@@ -84,7 +89,8 @@ class WriteRequest(Request):
 
 
 class ForwardWrite(WriteRequest):
-    """A batch whose cursor must not be before the last one: the writer decides, with everything before it folded."""
+    """A batch whose cursor must not be before the last one: the writer decides, with everything
+    before it folded."""
 
     __slots__ = ("_checked",)
 
@@ -99,7 +105,8 @@ class ForwardWrite(WriteRequest):
 
 
 class LocalWrite(WriteRequest):
-    """A write of a program that is its own source: its version is its sequence, the cursor stays where it is.
+    """A write by a program that is its own source: its version is its sequence, and the cursor does
+    not move.
 
     Check and write are one step, since the writer decides, with everything before it folded.
     """
@@ -114,9 +121,10 @@ class LocalWrite(WriteRequest):
         must_be_new: bool = False,
         expected: VersionToken | Unset = UNSET,
     ) -> None:
-        """Put `value`, or delete if it is UNSET; only if the key is new, or at version `expected`."""
+        """Put `value`, or delete if it is UNSET; only if the key is new, or at version
+        `expected`."""
         update = Delete(key) if value is UNSET else Put(key, value)
-        checked = encode_batch((update,), WatchCursor.none())  # to complain in the caller's thread
+        checked = encode_batch((update,), WatchCursor.none())  # raises in the caller's thread
         if expected is not UNSET and type(expected) is not VersionToken:
             raise TypeError(f"expected is a VersionToken, not {type(expected).__name__}")
         super().__init__(None)
@@ -174,10 +182,12 @@ class ExportRequest(Request):
 
 
 class WriterInbox(Inbox):
-    """The writer's mailbox: a message becomes a request on its sender's thread, checked, encoded and weighed there."""
+    """The writer's mailbox: a message becomes a request on its sender's thread, where it is
+    checked, encoded and weighed."""
 
     def put(self, envelope: Envelope[Any] | Mail) -> None:
-        """What references call. A message that is not sound is an error to who asks, and a log line for who tells."""
+        """Called by actor references. An invalid message is an error for an asker, and a log line
+        for a tell."""
         message, reply_to = envelope.message, envelope.reply_to
         if isinstance(message, _ActorStop):
             super().put(envelope)
@@ -195,7 +205,7 @@ class WriterInbox(Inbox):
 
 
 def as_request(message: Any) -> Request:
-    """The request that a user's message stands for. TypeError or ValueError if it is not sound."""
+    """The request for a user's message. TypeError or ValueError if the message is invalid."""
     if type(message) is Apply:
         return WriteRequest(encode_batch(message.updates, message.cursor))
     if type(message) is Compact:

@@ -1,9 +1,9 @@
-"""What a link decides, as pure functions: where to go on, what an audit mends, what may not be lost
-unasked.
+"""What a link decides, as pure functions: where to resume, what an audit corrects, what may not be
+lost without consent.
 
-The position alone does not tell whether what was missed can be told. An upstream may be another one
-under the same name, may have gone back, or may have dropped changes without a word. So attaching is
-identity, then the tail, then an audit.
+The position alone does not show whether missed changes can still be delivered. The upstream may be
+a different one under the same name, may have gone back, or may have dropped changes silently. So
+attaching takes three steps: identity, then the tail, then an audit.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from foldlog.protocol.upstream import Identity, Prefixes
 MIN_MASS_DELETE = 100
 """A reset or an audit that deletes fewer keys than this is never held."""
 SCOPE_BYTES = 8
-"""Of the incarnation of a mirror of some prefixes."""
+"""Size of the scope in the origin of a mirror limited to some prefixes."""
 MARK_BYTES = 8
-"""Of the mark that may follow an origin in the log: by which an upstream knows the position."""
+"""Size of the mark that may follow an origin in the log. An upstream recognizes the position by
+it."""
 
 
 class Step(enum.Enum):
-    """How a link goes on."""
+    """How a link resumes."""
 
     LOAD = "load"
     """Nothing complete is held: take the state, in pieces, with the cursor last."""
@@ -34,7 +35,7 @@ class Step(enum.Enum):
     REPLACE = "replace"
     """Take the state, and fold the difference as one batch."""
     HOLD = "hold"
-    """Ask first: the log holds what another upstream fed it, or nobody knows who."""
+    """Ask first: the log holds what another upstream, or an unknown one, fed it."""
 
 
 class Held(NamedTuple):
@@ -46,18 +47,18 @@ class Held(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step, and why."""
+    """A step, and the reason for it."""
 
     step: Step
     reason: str = ""
     rewound: bool = False
-    """The upstream went back, or is another incarnation: a claim to be confirmed, and told to
+    """The upstream went back, or is another incarnation: a claim to be confirmed, and passed on to
     watchers."""
 
 
 def scoped_origin(origin: bytes, prefixes: Prefixes) -> bytes:
-    """The origin of a mirror of these prefixes: other prefixes are another incarnation, for what
-    they lacked was not told."""
+    """The origin of a mirror of these prefixes. Other prefixes make another incarnation, since the
+    changes to keys outside them were not received."""
     if not prefixes:
         return origin
     name, rest = origin[:NAME_BYTES].ljust(NAME_BYTES, b"\0"), origin[NAME_BYTES:]
@@ -69,8 +70,8 @@ def scoped_origin(origin: bytes, prefixes: Prefixes) -> bytes:
 
 
 def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
-    """How to go on with an upstream that says it is `found`. `accepted`: the owner has agreed to a
-    reset."""
+    """How to resume with an upstream that identifies itself as `found`. `accepted`: the owner has
+    accepted a reset."""
     if held.is_empty and held.cursor.is_none:
         return Plan(Step.LOAD, "nothing is held")
     if not is_same(held.origin, found.origin):
@@ -91,7 +92,7 @@ def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
 
 
 def is_same(held: bytes, found: bytes) -> bool:
-    """Whether an origin as a log has it, perhaps with a mark, is that of an upstream."""
+    """True if an origin as stored in a log, perhaps with a mark, is that of an upstream."""
     return held in (found, found + mark_of(held, found))
 
 
@@ -102,46 +103,45 @@ def mark_of(held: bytes, found: bytes) -> bytes:
 
 
 def may_delete(deleted: int, live: int, limit: float) -> bool:
-    """Whether `deleted` of `live` keys may go without asking: up to the share `limit`, or fewer
-    than 100."""
+    """True if `deleted` of `live` keys may be removed without consent: up to the share `limit`, or
+    fewer than 100."""
     return deleted < MIN_MASS_DELETE or deleted <= limit * live
 
 
 class Audit:
-    """Compares what is held with the versions of an upstream's keys, both ways. Keys told of
-    meanwhile are exempt."""
+    """Compares what is held with the versions of an upstream's keys, in both directions. Keys that
+    change meanwhile are exempt."""
 
     def __init__(self, found: Mapping[str, bytes], touched: Container[str]) -> None:
         self._missing = dict(found)
         self._touched = touched
         self.suspects: set[str] = set()
-        """Keys whose entries are not as they should be; to be confirmed."""
+        """Keys whose entries seem wrong; to be confirmed."""
 
     def compare(self, held: Iterable[tuple[str, bytes]]) -> None:
-        """Take some of the (key, version) that are held, each once; the versions as `found` has
-        them."""
+        """Take some of the held (key, version) pairs, each once, with versions in the form used in
+        `found`."""
         missing, touched = self._missing, self._touched
         for key, version in held:
             if missing.pop(key, None) != version and key not in touched:
                 self.suspects.add(key)
 
     def end(self) -> set[str]:
-        """All suspects, once everything held was compared: also the keys that are not held."""
+        """All suspects, once everything held was compared; includes keys that are not held."""
         self.suspects.update(key for key in self._missing if key not in self._touched)
         return self.suspects
 
 
 def audit_delay_s(cost_s: float, budget: float, min_s: float) -> float:
-    """How long to wait after an audit that took `cost_s` of processor time, for all audits to take
+    """How long to wait after an audit that took `cost_s` of processor time, so that audits use
     `budget` of a core."""
     return max(min_s, cost_s / budget - cost_s)
 
 
 def retry_delay_s(attempt: int, jitter: float) -> float:
-    """How long to wait before attaching for the `attempt`-th time in a row, from 0. `jitter` is 0
-    to 1.
+    """How long to wait before the `attempt`-th attach in a row, counted from 0. `jitter` is 0 to 1.
 
-    At most 0.5 s: a server that comes back is found within a second, and trying costs it one
-    refused connection.
+    At most 0.5 s: a server that comes back is found within a second, and a try costs it one refused
+    connection.
     """
     return min(0.02 * 2.0 ** min(attempt, 5), 0.5) * (0.5 + 0.5 * jitter)

@@ -2,51 +2,51 @@
 
 It is a plain thread, not an actor: it must outlive every actor, and it waits for none.
 
-| what fails             | what pykka would do   | what happens here      | what callers see        |
-|------------------------|-----------------------|------------------------|-------------------------|
-| a check of arguments   | answers the asker     | the same               | TypeError, ValueError   |
-|                        |                       |                        | or a conflict           |
-| a write (EIO, ENOSPC)  | answers the asker; a  | the group is answered, | OSError; none of it is  |
-| that was undone        | tell kills the actor  | the writer continues   | stored                  |
-| an fsync, or undoing a | the same              | the fold is written to | the answer, later;      |
-| write                  |                       | a new file, requests   | nothing is lost         |
-|                        |                       | are retried            |                         |
-| a bug: an Exception in | answers, lives on in  | restart in place: log  | the answer, later; if   |
-| a handler              | an unknown state; a   | replayed, requests     | it recurs:              |
-|                        | tell kills the actor  | settled                | WriterCrashed           |
-| SystemExit,            | stops every actor of  | the same as a bug      | the same as a bug       |
-| BaseException          | the process; the      |                        |                         |
-|                        | asker hangs           |                        |                         |
-| on_start               | dies silently, or     | a restart, delayed;    | at open: the error      |
-|                        | leaves a ref that     | too many: FAILED       | itself; later:          |
-|                        | hangs                 |                        | StoreFailed             |
-| on_stop                | dies, or runs twice   | retried, then released | closed, lock released   |
-| the log: corrupt,      | -                     | FAILED at once: a      | writes: StoreFailed     |
-| locked, replaced, cut, |                       | retry cannot help      | with the reason; reads: |
-| regressed              |                       |                        | as before               |
-| the log: deleted       | -                     | rewritten from memory  | the answer              |
-| a reader               | as above              | restart; what it had   | the answer, or          |
-|                        |                       | in hand is retried     | WriterCrashed           |
-|                        |                       | once                   |                         |
-| maintenance, syncer    | as above              | restart; a job in hand | WriterCrashed           |
-|                        |                       | fails                  |                         |
-| over `max_restarts` in | -                     | FAILED, until `reopen` | StoreFailed; reads      |
-| `restart_window_s`     |                       |                        | continue                |
-| the process is paused  | -                     | nothing: the           | nothing                 |
-|                        |                       | supervisor was late    |                         |
-|                        |                       | too, and discounts it  |                         |
-| a writer that is stuck | -                     | FAILED, until it comes | StoreFailed; then as    |
-|                        |                       | back                   | before                  |
-| too few descriptors or | -                     | retried without limit, | the answer, later       |
-| threads to restart     |                       | at most 5 s apart      |                         |
-| an exception strikes a | -                     | restart at once, not   | that caller: the        |
-| caller in a turn       |                       | counted                | exception; others: the  |
-|                        |                       |                        | answer                  |
-| the host stops all     | threads end, messages | nothing: the store     | the answer              |
-| actors                 | vanish                | ends when its owner    |                         |
-|                        |                       | closes it              |                         |
-| the supervisor itself  | -                     | FAILED for good        | StoreFailed; reads      |
-|                        |                       |                        | continue                |
+| what fails             | what pykka would do   | what happens here      | what callers see       |
+|------------------------|-----------------------|------------------------|------------------------|
+| a check of arguments   | answers the asker     | the same               | TypeError, ValueError  |
+|                        |                       |                        | or a conflict          |
+| a write (EIO, ENOSPC)  | answers the asker; a  | the group is answered, | OSError; none of it is |
+| that was undone        | tell kills the actor  | the writer continues   | stored                 |
+| an fsync, or undoing a | the same              | the fold is written to | the answer, later;     |
+| write                  |                       | a new file, requests   | nothing is lost        |
+|                        |                       | are retried            |                        |
+| a bug: an Exception in | answers, lives on in  | restart in place: log  | the answer, later; if  |
+| a handler              | an unknown state; a   | replayed, requests     | it recurs:             |
+|                        | tell kills the actor  | settled                | WriterCrashed          |
+| SystemExit,            | stops every actor of  | the same as a bug      | the same as a bug      |
+| BaseException          | the process; the      |                        |                        |
+|                        | asker hangs           |                        |                        |
+| on_start               | dies silently, or     | a restart, delayed;    | at open: the error     |
+|                        | leaves a ref that     | too many: FAILED       | itself; later:         |
+|                        | hangs                 |                        | StoreFailed            |
+| on_stop                | dies, or runs twice   | retried, then released | closed, lock released  |
+| the log: corrupt,      | -                     | FAILED at once: a      | writes: StoreFailed    |
+| locked, replaced, cut, |                       | retry cannot help      | with reason; reads: as |
+| regressed              |                       |                        | before                 |
+| the log: deleted       | -                     | rewritten from memory  | the answer             |
+| a reader               | as above              | restart; what it had   | the answer, or         |
+|                        |                       | in hand is retried     | WriterCrashed          |
+|                        |                       | once                   |                        |
+| maintenance, syncer    | as above              | restart; a job in hand | WriterCrashed          |
+|                        |                       | fails                  |                        |
+| over `max_restarts` in | -                     | FAILED, until `reopen` | StoreFailed; reads     |
+| `restart_window_s`     |                       |                        | continue               |
+| the process is paused  | -                     | nothing: the           | nothing                |
+|                        |                       | supervisor was late    |                        |
+|                        |                       | too, and discounts it  |                        |
+| a writer that is stuck | -                     | FAILED, until it comes | StoreFailed; then as   |
+|                        |                       | back                   | before                 |
+| too few descriptors or | -                     | retried without limit, | the answer, later      |
+| threads to restart     |                       | at most 5 s apart      |                        |
+| an exception strikes a | -                     | restart at once, not   | that caller: the       |
+| caller in a turn       |                       | counted                | exception; others: the |
+|                        |                       |                        | answer                 |
+| the host stops all     | threads end, messages | nothing: the store     | the answer             |
+| actors                 | vanish                | ends when its owner    |                        |
+|                        |                       | closes it              |                        |
+| the supervisor itself  | -                     | FAILED for good        | StoreFailed; reads     |
+|                        |                       |                        | continue               |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The syncer: syncs the log in the background, and looks after its file."""
+"""The syncer: syncs the log in the background, and checks its file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from foldlog.storage.fold.snapshot import ClosedFold
 
 
 class Syncer(SupervisedActor):
-    """Beside the writer: syncs the log every interval, and sees to it that the file is still the store's.
+    """Beside the writer: syncs the log every interval, and checks that the file is still the
+    store's.
 
-    A log that was deleted, replaced or cut by someone else is noticed at once where there are file events, within an
-    interval elsewhere, and before each write in any case. The writer decides what to do about it.
+    A log that was deleted, replaced or cut by another program is noticed at once where there are
+    file events, within an interval elsewhere, and before each write in any case. The writer decides
+    what to do about it.
     """
 
     def __init__(self, core: Core, post: Post, writer_inbox: Inbox) -> None:
@@ -37,7 +39,7 @@ class Syncer(SupervisedActor):
             self._watch = FileWatch(
                 self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look()))
             )
-            self._look()  # what happened before there were events
+            self._look()  # for changes before the watch began
 
     def handle(self, mails: list[Mail]) -> None:
         self._look()
@@ -50,7 +52,8 @@ class Syncer(SupervisedActor):
             self._sync()
 
     def _look(self) -> None:
-        """Whether the file seems another; only the writer knows for certain, since it may be writing or renaming just now."""
+        """Check if the file seems to be another one. Only the writer can be certain, since it may
+        be writing or renaming right now."""
         engine = self._core.engine
         if engine is None or engine.closed:
             return
@@ -62,11 +65,11 @@ class Syncer(SupervisedActor):
             self._warn_once(f"{engine.path}: {error}")
 
     def _tell_writer(self, message: Heal | CheckFile) -> None:
-        with contextlib.suppress(FoldlogError):  # the store failed, or closes
+        with contextlib.suppress(FoldlogError):  # the store failed or is closing
             self._writer_inbox.offer(Mail(message))
 
     def _warn_once(self, text: str) -> None:
-        """Log what each tick may meet again, once."""
+        """Log once what each tick may meet again."""
         if text != self._warned:
             log.warning("%s", text)
         self._warned = text
@@ -84,7 +87,7 @@ class Syncer(SupervisedActor):
             self._warn_once(str(error))
             self._tell_writer(Heal())
         except FoldlogError:
-            return  # closed under us: its successor is synced on the next tick
+            return  # closed meanwhile: its successor is synced on the next tick
         else:
             if not engine.closed:
                 self._core.note_synced(fold, by_syncer=True)
