@@ -79,7 +79,7 @@ class FollowerThread:
         """From the last write to the log, by the file's modification time (granularity 4 ms), to
         its publication here."""
         self.reloads = 0
-        """Times that the state was read anew, with the steps in between unknown."""
+        """Times that the whole state was read again, with the steps in between unknown."""
         self._rewound = ""
         self._had_log = False
         self._asleep: _Asleep | None = None

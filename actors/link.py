@@ -12,9 +12,9 @@ It survives every error:
 | an update over the limits   | nothing is written, or skipped     | FAILED with UpstreamOversize  |
 | a hook, or a bug            | restarted, within a limit          | a Restart, finally FAILED     |
 
-Reads continue throughout. Detaching keeps no received updates in memory: the store's cursor alone
-says where to resume. Only one batch is in flight at a time, so no batch can be written after an
-earlier one was refused. Updates that arrive meanwhile form the next batch.
+Reads continue throughout. Detaching discards all received state: the store's cursor alone says
+where to resume. Only one batch is in flight at a time, so no batch can be written after an earlier
+one was refused. Updates that arrive meanwhile form the next batch.
 """
 
 from __future__ import annotations

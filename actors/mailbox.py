@@ -141,7 +141,9 @@ class Inbox:
                 seen = len(self.mails)
                 self._room.wait_for(
                     lambda: (
-                        self._refusal or len(self.mails) < seen or line[0] is not first  # noqa: B023
+                        self._refusal
+                        or len(self.mails) < seen  # noqa: B023
+                        or line[0] is not first  # noqa: B023
                     ),
                     min(rest, RECHECK_S),
                 )

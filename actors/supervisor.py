@@ -111,7 +111,7 @@ HEALTH_CHECK_S = 1.0
 LATE_S = 0.05
 """A wait that ends later than this is not the store's fault: the process or machine was paused."""
 LOOKS = 4
-"""The least number of checks within `stuck_after_s`: a pause goes unseen for one interval only."""
+"""Least number of checks within `stuck_after_s`: at most one interval of a pause goes undetected."""
 
 
 class CloseNow(NamedTuple):
