@@ -232,7 +232,7 @@ class SharedActor(SupervisedActor):
             try:
                 hook(name)
             except BaseException as error:
-                if not isinstance(error, KeyboardInterrupt) or error.args:  # else it was Ctrl-C
+                if not isinstance(error, KeyboardInterrupt) or error.args:  # Ctrl-C has none
                     self._raised_by_hook = error
                 raise
 

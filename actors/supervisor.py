@@ -111,7 +111,7 @@ HEALTH_CHECK_S = 1.0
 LATE_S = 0.05
 """A wait that ends later than this is not the store's fault: the process or machine was paused."""
 LOOKS = 4
-"""Least number of checks within `stuck_after_s`: at most one interval of a pause goes undetected."""
+"""Least number of checks within `stuck_after_s`: at most one interval of a pause goes unnoticed."""
 
 
 class CloseNow(NamedTuple):

@@ -1,8 +1,7 @@
 """The writer: owns the log and the newest fold, and serializes all changes to them.
 
-It takes the mail that waits in its mailbox as one commit group. For each group it writes, then
-publishes, then answers. Nothing is visible before it is written, and nothing is answered before it
-is visible.
+It commits the mail that waits in its mailbox in groups. For each group it writes, then publishes,
+then answers. Nothing is visible before it is written, and nothing is answered before it is visible.
 
 Requests it has taken survive a crash of the writer. After a restart it replays the log and settles
 each request by the sequence under which it was tried. A request in the log is answered as done. One
