@@ -1,10 +1,11 @@
-"""What lies below the actors: logs, folds and files. No threads are started here.
+"""The layer below the actors: logs, folds and files. It starts no threads.
 
-    readable.py   what every open store offers to be read
-    engines/      a log and its fold in step, for one thread
+    handover.py   thread synchronization that survives exceptions
+    readable.py   the reads that every open store offers
+    engines/      what stores a fold: an append-only log, or RocksDB
     log/          the log file: appending, reading in order, recovery, the lock
     fold/         the state: a base in the log, and the changes since
-    formats/      the file formats, and what carries a fold from file to file
+    formats/      the file formats, and rewriting a fold from file to file
     repair/       verify, walk and salvage
     artifacts/    export and import
 

@@ -1,10 +1,12 @@
-"""The base: the leaves of a log's last compaction, on disk, read when they are touched.
+"""The base: the leaves of a log's last compaction, on disk, read on demand.
 
-Opening notes where each leaf is and its first key. A `get` reads the leaf's index once (kept: about 90 bytes an entry) and
-the one value; what was read is remembered in a bounded cache, so that hot keys cost one dict probe. Of a leaf that a fifth
-was read of, the rest is read at once, where the cache can hold the whole base. A range reads whole leaves and keeps nothing.
-Everything is read with `pread` from a descriptor that lives as long as the base does: a base is immutable, may be read by
-any thread, and outlives the log's replacement by a newer file.
+Opening notes the offset and first key of each leaf. A `get` reads the leaf's index once (kept:
+about 90 bytes an entry) and the one value. Values are kept in a bounded cache, so that a hot key
+costs one dict probe. Once a fifth of a leaf has been read, prefetch the rest, if the cache can
+hold the whole base. A range reads whole leaves and caches nothing.
+
+Everything is read with `pread` from a descriptor that lives as long as the base. A base is
+immutable, can be read by any thread, and outlives the log's replacement by a newer file.
 
 Not `mmap`: if someone truncates a mapped file, the process dies of SIGBUS.
 """
@@ -26,14 +28,21 @@ from foldlog.storage.fold.leaf import Columns, Index
 from foldlog.storage.log.files import ReadHandle
 
 SHARDS = 256
-"""The cache is split by hash, so that making room frees a 256th of it: freeing it at once would stop all threads."""
+"""The cache is split by hash, so that making room frees only a 256th of it.
+
+Freeing all of it at once would stop every thread.
+"""
 CACHE_BYTES = 512 * 1024 * 1024
-"""What the cache may hold of each base, by an estimate."""
-_ENTRY_OVERHEAD = 250  # bytes of the objects around a cached value: tuple, key, token, dict slot; measured on CPython 3.11
+"""Limit of each base's cache, by an estimate of its memory."""
+# Bytes of the objects around a cached value: tuple, key, token, dict slot. Measured on CPython 3.11.
+_ENTRY_OVERHEAD = 250
 _SHARD_BYTES = CACHE_BYTES // SHARDS
 _uids = count()
 _READ_AHEAD_PART = 5
-"""One in so many entries of a leaf, read one by one, bring the others: 7 us each alone, 1 us each together."""
+"""Prefetch a leaf once one in this many of its entries has been read singly.
+
+An entry costs 7 us read alone, 1 us with the rest of its leaf.
+"""
 
 
 class Base:
@@ -64,31 +73,33 @@ class Base:
         self.handle = handle
         self.entries = 0
         self.digest = b""
-        """BLAKE3 of the bodies of all leaves, as the end of the base says; b"" for a base that was written here."""
+        """BLAKE3 of all leaf bodies, as recorded at the end of the base; b"" if written here."""
         self.firsts: list[str] = []
-        self._offsets = array("Q")  # of the bodies
+        self._offsets = array("Q")  # of each body
         self._lengths = array("I")
         self._crcs = array("I")
         self._index_lens = array("I")
         self._index_crcs = array("I")
         self._indexes: list[Index | None] = []
         self._last = ""  # key of the last leaf
-        self._sound = bytearray()  # 1: of this leaf, all that is in it was looked at
-        # What a leaf is, apart from where it stands: the base and the number that it was made with.
-        # Never the same for two leaves that differ, as checksums may be made to be.
+        self._sound = bytearray()  # by leaf; 1: its whole contents were checked
+        # A leaf's identity, wherever it is now: the base and the number that it was created with.
+        # Never equal for two leaves that differ; checksums could be forged to be.
         self._uid = next(_uids)
         self._origins: dict[int, tuple[int, int]] = {}
-        # Entries that were read, by hash. A shard is replaced when it is full; losing a race loses a cached entry, no more.
+        # Entries that were read, by hash. A full shard is replaced. Losing a race loses a cached
+        # entry, no more.
         self.cache: list[dict[str, Change]] = [{} for _ in range(SHARDS)]
         self._cached_bytes = [0] * SHARDS
-        self._reads: list[
-            int
-        ] = []  # of single entries, by leaf, since they were last read at once; races lose some
-        self._weight = 0  # of all entries, were they cached
+        # Reads of single entries, by leaf, since its last prefetch. Races lose some.
+        self._reads: list[int] = []
+        self._weight = 0  # bytes that all entries would take in the cache
 
     def add_leaf(self, offset: int, body: bytes | memoryview, crc: int) -> None:
-        """Note the leaf whose body stands at `offset`. Undecodable if it does not follow the leaf
-        before."""
+        """Note the leaf whose body is at `offset`.
+
+        Undecodable if its keys do not follow those of the leaf before.
+        """
         first, last = leaf.range_bounds(body)
         if last < first or (self.firsts and first <= self._last):
             raise Undecodable("leaves are not in key order")
@@ -109,19 +120,18 @@ class Base:
     def inherit(
         self, old: Base, copies: Mapping[int, int], changes: Iterable[Mapping[str, Change]]
     ) -> None:
-        """Remember what was read of `old`, with `changes` made to it, oldest first, that led from there to here.
+        """Take over the cache of `old`, updated with the `changes` since, oldest first.
 
-        `copies`: which leaves are, byte for byte, which of `old`. Cost: 20 ns for each entry in the cache, 0.1 us for each
-        change; nothing if `old` was never read.
+        `copies` maps each leaf that is a byte-for-byte copy to its number in `old`. Cost: 20 ns for
+        each cached entry and 0.1 us for each change; nothing if `old` was never read.
         """
         self._origins = {number: old.identity(origin) for number, origin in copies.items()}
         for number, origin in copies.items():
             self._sound[number] = old._sound[origin]
         if not any(old.cache):
             return
-        self._cached_bytes = (
-            old._cached_bytes.copy()
-        )  # first, so that what is read meanwhile counts too much, not too little
+        # Copied first: an entry read meanwhile is then counted too high, never too low.
+        self._cached_bytes = old._cached_bytes.copy()
         self.cache = [shard.copy() for shard in old.cache]
         for key, change in chain.from_iterable(piece.items() for piece in changes):
             shard = hash(key) & SHARDS - 1
@@ -134,7 +144,7 @@ class Base:
             self._indexes[number] = old._indexes[origin]
 
     def __len__(self) -> int:
-        """Leaves."""
+        """The number of leaves."""
         return len(self.firsts)
 
     def crc(self, number: int) -> int:
@@ -142,13 +152,17 @@ class Base:
         return self._crcs[number]
 
     def identity(self, number: int) -> tuple[int, int]:
-        """What a leaf shares with its copies, and with nothing else. Of leaves that were read from
-        two files, see `looks`."""
+        """What a leaf shares with its copies, and with nothing else.
+
+        For leaves that were read from two files, see `looks`.
+        """
         return self._origins.get(number) or (self._uid, number)
 
     def looks(self, number: int) -> tuple[str, int, int, int]:
-        """What two leaves with the same body have in common: first key, length, checksums. Not a
-        proof that they are the same."""
+        """What two leaves with the same body have in common: first key, length, checksums.
+
+        Equal looks do not prove equal bodies.
+        """
         return (
             self.firsts[number],
             self._lengths[number],
@@ -157,11 +171,11 @@ class Base:
         )
 
     def same_as(self, number: int, other: Base, origin: int) -> None:
-        """Remember that a leaf is, byte for byte, leaf `origin` of `other`."""
+        """Record that a leaf is a byte-for-byte copy of leaf `origin` of `other`."""
         self._origins[number] = other.identity(origin)
 
     def read(self, key: str) -> Change | None:
-        """The entry of `key`, from disk. Cost: 3-8 us, and 20 us more on the first touch of a leaf."""
+        """The entry of `key`, from disk. Cost: 3-8 us, and 20 us more on the first read of a leaf."""
         number = bisect_right(self.firsts, key) - 1
         if number < 0:
             return None
@@ -193,7 +207,7 @@ class Base:
         self.cache[shard][key] = change
 
     def _read_ahead(self, number: int) -> None:
-        """Remember all entries of a leaf, unless others would have to go for them. Cost: 1 us an entry."""
+        """Cache all entries of a leaf, if the whole base fits the cache. Cost: 1 us an entry."""
         self._reads[number] = 0
         if self._weight > CACHE_BYTES or self._lengths[number] > leaf.MAX_LEAF_BYTES:
             return
@@ -201,9 +215,9 @@ class Base:
             columns = self.columns(number)
         except (CorruptLogError, OSError) as error:
             if isinstance(error, OSError) and error.errno is None:
-                raise  # a TimeoutError that a signal handler raises comes from no disk
-            return  # whoever asks for the entry that is damaged is told; the others can be had one by one
-        keys = self.index(number).keys  # the same as in the columns, but they are in memory already
+                raise  # not from the disk: a signal handler's TimeoutError, say
+            return  # a read of the damaged entry reports it; the others can still be read singly
+        keys = self.index(number).keys  # equal to those in the columns, and already in memory
         cache, weights = self.cache, self._cached_bytes
         for change in zip(keys, columns.values, columns.versions, strict=True):
             shard = hash(change[0]) & SHARDS - 1
@@ -211,7 +225,7 @@ class Base:
                 weights[shard] += _cached_size(change)
 
     def index(self, number: int) -> Index:
-        """The index of a leaf, kept from the first touch on."""
+        """The index of a leaf, kept from its first read on."""
         index = self._indexes[number]
         if index is None:
             try:
@@ -225,7 +239,7 @@ class Base:
         return index
 
     def parts(self) -> list[object]:
-        """What it keeps in memory, in pieces of a leaf or a shard."""
+        """What the base keeps in memory, in pieces of a leaf or a shard."""
         return [*self._indexes, *self.cache]
 
     def body(self, number: int) -> bytes:
@@ -236,10 +250,9 @@ class Base:
         return body
 
     def sound_body(self, number: int) -> tuple[bytes, list[str] | None]:
-        """`body`, once all that is in it was looked at; and its keys, if they were decoded for
-        that.
+        """The body of a leaf, its contents checked; and its keys, if checking decoded them.
 
-        Cost: on the first touch, 0.2 us an entry; then that of `body`.
+        Cost: on the first call, 0.2 us an entry; then that of `body`.
         """
         body = self.body(number)
         if self._sound[number]:

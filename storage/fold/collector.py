@@ -1,8 +1,9 @@
-"""Holding back the garbage collector's full collections while a million objects are made that all live on.
+"""Holding back full garbage collections while many long-lived objects are created.
 
-They walk all objects of the process, again and again as their number grows: of the 1.4 s that a list of 1,000,000 entries took,
-0.9 s were theirs. The collections of young objects go on, for they are cheap, and it is they who find that tuples of plain
-values need no tracking. The collector belongs to the whole process, so this is counted among threads and kept short.
+A full collection walks all objects of the process, again and again as their number grows: of the
+1.4 s that a list of 1,000,000 entries took, 0.9 s went there. Collections of young objects go on.
+They are cheap, and they untrack tuples of plain values. The collector belongs to the whole process,
+so holders are counted across threads and should be brief.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ _thresholds = gc.get_threshold()
 
 
 class no_full_collections:
-    """None within; they go on after the last of those that overlap. One that is dropped half-way, by an interrupt, has ended."""
+    """No full collection within; the last of overlapping blocks restores them.
+
+    A block that an interrupt drops half-way counts as ended.
+    """
 
     def __enter__(self) -> None:
         global _thresholds
@@ -30,11 +34,10 @@ class no_full_collections:
 
     def _end(self) -> None:
         _holders.pop(id(self), None)
-        if (
-            not _holders and gc.get_threshold()[2] == _NEVER
-        ):  # else the host has set its own meanwhile
+        # Leave thresholds alone that the host has set meanwhile.
+        if not _holders and gc.get_threshold()[2] == _NEVER:
             gc.set_threshold(*_thresholds)
-        if _holders and gc.get_threshold()[2] != _NEVER:  # one came just now
+        if _holders and gc.get_threshold()[2] != _NEVER:  # a block began just now
             gc.set_threshold(*gc.get_threshold()[:2], _NEVER)
 
     def __del__(self) -> None:

@@ -1,11 +1,15 @@
-"""Changes newer than the base: runs, and the delta that they settle into.
+"""Changes newer than the base: runs, and the delta they settle into.
 
-A run is a dict of changes, never changed once a fold holds it. A batch becomes a run; small neighbours are merged, each into
-one at least four times as large, so that a record is copied about log4(n) times and a `get` probes a handful of dicts. What
-has grown to an eighth of the delta (8,192 to 32,768 changes) settles into it: pieces of up to `PIECE_ENTRIES` changes, by key,
-of which only those are copied that a change falls into. It settles bit by bit, beside the batches that follow, for no batch
-is to wait until a whole delta is copied: that took 130 ms with 700,000 changes. And no single call into C touches more
-entries than a run has: merging a million at once held the interpreter lock, and with it every thread, for 100 ms and more.
+A run is a dict of changes, never modified once a fold holds it. Each batch becomes a run.
+Neighbouring runs are merged until each is at least four times as large as the next newer one, so
+that a record is copied about log4(n) times and a `get` probes a handful of dicts.
+
+A run that has grown to an eighth of the delta (8,192 to 32,768 changes) settles into it. The delta
+consists of pieces of up to `PIECE_ENTRIES` changes, by key, and only pieces that a change falls
+into are copied. Settling is spread over the batches that follow, so that no batch waits while a
+whole delta is copied: that took 130 ms with 700,000 changes. And no single call into C touches more
+entries than a run has: merging a million at once held the interpreter lock, and so stopped every
+thread, for 100 ms or more.
 """
 
 from __future__ import annotations
@@ -22,13 +26,16 @@ MAX_SETTLE_ENTRIES = 32_768
 PIECE_ENTRIES = 1024
 COLLECTED_ENTRIES = 32_768
 STEP_ENTRIES = 256
-"""Changes that arrive before the settling of those before them goes on: a step copies the list of pieces, 4 ns each."""
+"""Changes that must arrive between two steps of settling.
+
+A step copies the list of pieces, at 4 ns each.
+"""
 SORT_ENTRIES = 8192
-"""Keys that are sorted by one call, which holds the interpreter lock for about 4 ms."""
+"""Keys sorted by one call, which holds the interpreter lock for about 4 ms."""
 
 
 class Run(dict[str, Change]):
-    """Changes by key, and their order once a range has asked for it."""
+    """Changes by key, and their sorted keys once a range has asked for them."""
 
     __slots__ = ("_order",)
     _order: list[str]
@@ -42,7 +49,7 @@ class Run(dict[str, Change]):
             order: list[str] = []
             for start in range(0, len(keys), SORT_ENTRIES):
                 order += sorted(keys[start : start + SORT_ENTRIES])
-            order.sort()  # merges what is sorted
+            order.sort()  # merges the sorted stretches
             self._order = order
             return order
 
@@ -56,7 +63,10 @@ class Run(dict[str, Change]):
 
 
 def pushed(runs: tuple[Run, ...], newest: dict[str, Change]) -> tuple[Run, ...]:
-    """`runs`, newest first, with one more in front; neighbours merged until each is four times the one before it."""
+    """`runs`, newest first, with `newest` in front.
+
+    Neighbours are merged until each is at least four times as large as the one before it.
+    """
     if not newest:
         return runs
     merged = newest
@@ -87,24 +97,25 @@ class Delta:
         done: int = 0,
         settle_entries: int | None = None,
     ) -> None:
-        # firsts[i] <= every key of pieces[i] < firsts[i + 1]; the first of them is "", so that every key has a piece.
+        # firsts[i] <= every key of pieces[i] < firsts[i + 1]. firsts[0] is "", so that every key
+        # has a piece.
         self.firsts, self._pieces = firsts, pieces
         self.settling = settling
-        """The run that is on its way into the pieces: newer than they are. Empty, or in the first `_done` of them already."""
+        """The run that is settling, newer than the pieces; merged into the first `_done` so far."""
         self._done = done
         if settle_entries is None:
             settle_entries = min(
                 max(SETTLE_ENTRIES, sum(map(len, pieces)) // 8), MAX_SETTLE_ENTRIES
             )
         self.settle_entries = settle_entries
-        """The size of a run that is to settle."""
+        """A run settles once it has this many changes."""
 
     def __len__(self) -> int:
-        """Pieces."""
+        """The number of pieces."""
         return len(self._pieces)
 
     def __iter__(self) -> Iterator[Run]:
-        """What it is made of, the newest last."""
+        """The pieces and the settling run, newest last."""
         yield from self._pieces
         if self.settling:
             yield self.settling
@@ -113,17 +124,24 @@ class Delta:
         return self.settling.get(key) or self._pieces[bisect_right(self.firsts, key) - 1].get(key)
 
     def with_due(self, runs: tuple[Run, ...], arrived: int) -> tuple[Delta, tuple[Run, ...]]:
-        """The delta and the runs, newest first, after a batch of `arrived` changes, once its share of what is due has settled."""
+        """The delta and the runs, newest first, after a batch of `arrived` changes.
+
+        The batch's share of what is due has settled.
+        """
         if len(runs[-1]) >= self.settle_entries:
             return self._advanced()._taking(runs), ()
         if self.settling and len(runs[0]) >= STEP_ENTRIES:
-            # Such runs come at least once in 4/3 STEP_ENTRIES changes, so this is done before the next run is due.
+            # Such runs come at least once in 4/3 STEP_ENTRIES changes, so settling finishes before
+            # the next run is due.
             share = 2 * max(arrived, STEP_ENTRIES) / self.settle_entries
             return self._advanced(int(share * len(self)) + 1), runs
         return self, runs
 
     def with_runs(self, runs: tuple[Run, ...]) -> Delta:
-        """The delta with `runs`, newest first, settled into it. Cost: a copy of each piece that a change falls into."""
+        """The delta with `runs`, newest first, settled into it.
+
+        Cost: a copy of each piece that a change falls into.
+        """
         return self._advanced()._taking(runs)._advanced()
 
     def _taking(self, runs: tuple[Run, ...]) -> Delta:
@@ -133,7 +151,7 @@ class Delta:
         return Delta(self.firsts or [""], self._pieces or [Run()], newest, 0, self.settle_entries)
 
     def _advanced(self, count: int = sys.maxsize) -> Delta:
-        """What is settling, settled into `count` pieces more."""
+        """The delta with the settling run merged into `count` more pieces."""
         newest = self.settling
         if not newest:
             return self
@@ -192,22 +210,23 @@ EMPTY_DELTA = Delta([], [])
 
 
 class Collected:
-    """Changes of a log that is replayed, on their way into a delta: nobody reads meanwhile, so they settle once, at the end.
+    """Collects the changes of a replayed log, and settles them once, at the end.
 
-    Settling them as they come copies each change about log(n) times; this copies each once.
+    Nobody reads meanwhile. Settling as they arrive would copy each change about log(n) times; this
+    copies each once.
     """
 
     def __init__(self) -> None:
         self._runs = [Run()]
 
     def add(self, changes: dict[str, Change]) -> None:
-        """The next changes, newer than all before."""
+        """Add changes newer than all before."""
         self._runs[-1].update(changes)
         if len(self._runs[-1]) >= COLLECTED_ENTRIES:
             self._runs.append(Run())
 
     def settled(self) -> tuple[Delta, tuple[Run, ...]]:
-        """All of them so far, as a delta, or as runs if they are few."""
+        """All changes so far, as a delta, or as runs if they are few."""
         runs: list[Run] = []
         for run in filter(None, self._runs):
             if runs and len(runs[-1]) + len(run) <= COLLECTED_ENTRIES:
@@ -215,7 +234,7 @@ class Collected:
                 runs[-1].update(run)
             else:
                 runs.append(run)
-        self._runs = [*runs, Run()]  # what is in others' hands now does not change any more
+        self._runs = [*runs, Run()]  # what was handed out never changes again
         if sum(map(len, runs)) < SETTLE_ENTRIES:
             return EMPTY_DELTA, tuple(reversed(runs))
         step = PIECE_ENTRIES // 2

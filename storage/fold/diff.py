@@ -1,12 +1,10 @@
-"""The difference of two folds, at the cost of what changed: what they share is recognised and
-passed over.
+"""The difference between two folds, at the cost of what changed: what they share is skipped.
 
-Runs and pieces of the delta are shared as objects, and the changes in them, too. A base is shared
-as an object until the log is compacted, and so is, after that, each leaf that the compaction
-copied: nothing of it is read. Equal entries make equal leaves, so a compaction renews those only
-that something changed in. Leaves that were read from two files and have the same checksums are
-compared byte by byte, once: a checksum shows that bytes are unchanged, and never that others are
-the same.
+Runs and pieces of the delta are shared as objects, and so are the changes in them. A base is shared
+as an object until the log is compacted. After that, a leaf that the compaction copied keeps its
+identity, and is not read. Equal entries make equal leaves, so a compaction rewrites only the leaves
+in which something changed. Leaves from two files that have the same checksums are compared byte by
+byte, once: a checksum shows that a leaf is undamaged, not that two leaves are equal.
 """
 
 from __future__ import annotations
@@ -24,14 +22,16 @@ from foldlog.storage.fold.snapshot import FoldSnapshot, prefix_end
 
 
 def diff(old: FoldSnapshot, new: FoldSnapshot, prefix: str = "") -> Iterator[Put | Delete]:
-    """What leads from `old` to `new`: a Put or Delete for each key under `prefix` that differs, ascending by key.
+    """The changes that lead from `old` to `new`, ascending by key.
 
-    Exact, also if `new` is the older one, or of another log. A Delete carries the version of the removal where that is still
-    known. Cost: 0.1-0.3 us for each key in a run, piece or leaf that the two do not share (up to 32,768 that have not settled,
-    and a leaf of 256 for each that was compacted), and 3 us for each that may differ. Memory: a leaf or two, and the keys that
-    changed since the older base.
+    A Put or Delete for each key under `prefix` that differs. Exact, even if `new` is the older one,
+    or of another log. A Delete carries the version of the removal if it is still known.
 
-    CorruptLogError where a leaf that is needed does not verify: its log was cut or overwritten.
+    Cost: 0.1-0.3 us for each key in a run, piece or leaf that the two do not share (up to 32,768
+    unsettled changes, and a leaf of 256 for each compacted one), and 3 us for each key that may
+    differ. Memory: a leaf or two, and the keys that changed since the older base.
+
+    CorruptLogError if a leaf that is needed does not verify: its log was cut or overwritten.
 
     >>> with foldlog.open("routes.log") as routes:
     ...     before = routes.snapshot()
@@ -62,7 +62,7 @@ def diff(old: FoldSnapshot, new: FoldSnapshot, prefix: str = "") -> Iterator[Put
 
 
 def _loose_suspects(old: FoldSnapshot, new: FoldSnapshot) -> set[str]:
-    """The keys that may differ for what runs and deltas hold."""
+    """The keys that may differ because of what runs and deltas hold."""
     before, after = _own_changes(old, new), _own_changes(new, old)
     keys = {key for key, change in after.items() if before.get(key) is not change}
     keys.update(key for key in before if key not in after)
@@ -70,7 +70,7 @@ def _loose_suspects(old: FoldSnapshot, new: FoldSnapshot) -> set[str]:
 
 
 def _own_changes(fold: FoldSnapshot, other: FoldSnapshot) -> dict[str, Change]:
-    """The changes of `fold` in runs and pieces that `other` has not."""
+    """The changes of `fold` in runs and pieces that `other` does not share."""
     shared = set(map(id, other.runs)) | set(map(id, other.delta))
     changes: dict[str, Change] = {}
     pieces: list[Run] = [*fold.delta, *reversed(fold.runs)]
@@ -83,8 +83,8 @@ def _own_changes(fold: FoldSnapshot, other: FoldSnapshot) -> dict[str, Change]:
 def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator[str]:
     """The keys, ascending, whose entries in the leaves differ.
 
-    The keys are cut where a leaf begins that the other base has not. Between two cuts lies no more than one such leaf of each,
-    and what else lies there is the same.
+    The key space is cut at the start of each leaf that the other base lacks. Between two cuts there
+    is at most one such leaf of each base, and everything else is equal.
     """
     if old is new:
         return
@@ -101,8 +101,7 @@ def _leaf_suspects(old: Base, new: Base, low: str, high: str | None) -> Iterator
 
 
 def _unshared(old: Base, new: Base, low: str, high: str | None) -> tuple[list[int], list[int]]:
-    """The leaves of each base, of those with keys in low <= key < high, that the other one has
-    not."""
+    """The leaves of each base, with keys in low <= key < high, that the other lacks."""
     before, after = (
         {base.identity(n): n for n in _touched(base, low, high)} for base in (old, new)
     )
@@ -125,7 +124,7 @@ def _touched(base: Base, low: str, high: str | None) -> range:
 
 
 class _OwnLeaves:
-    """The leaves of a base that the other one has not, read in order."""
+    """The leaves of a base that the other one lacks, read in order."""
 
     def __init__(self, base: Base, numbers: set[int]) -> None:
         self._base, self._numbers = base, numbers
@@ -133,7 +132,7 @@ class _OwnLeaves:
         self._columns = leaf.Columns([], [], [])
 
     def entries(self, low: str, high: str | None) -> dict[str, tuple[bytes, bytes]]:
-        """Value and version by key, low <= key < high, which lies within one leaf."""
+        """Value and version by key, for low <= key < high within one leaf."""
         number = bisect_right(self._base.firsts, low) - 1
         if number not in self._numbers:
             return {}
