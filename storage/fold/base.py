@@ -34,7 +34,7 @@ Freeing all of it at once would stop every thread.
 """
 CACHE_BYTES = 512 * 1024 * 1024
 """Limit of each base's cache, by an estimate of its memory."""
-# Bytes of the objects around a cached value: tuple, key, token, dict slot. Measured on CPython 3.11.
+# Bytes of the objects around a cached value: tuple, key, token, dict slot (CPython 3.11).
 _ENTRY_OVERHEAD = 250
 _SHARD_BYTES = CACHE_BYTES // SHARDS
 _uids = count()
@@ -175,7 +175,7 @@ class Base:
         self._origins[number] = other.identity(origin)
 
     def read(self, key: str) -> Change | None:
-        """The entry of `key`, from disk. Cost: 3-8 us, and 20 us more on the first read of a leaf."""
+        """The entry of `key`, from disk. Cost: 3-8 us; 20 us more on the first read of a leaf."""
         number = bisect_right(self.firsts, key) - 1
         if number < 0:
             return None

@@ -101,7 +101,10 @@ class Delta:
         # has a piece.
         self.firsts, self._pieces = firsts, pieces
         self.settling = settling
-        """The run that is settling, newer than the pieces; merged into the first `_done` so far."""
+        """The run that is settling, newer than the pieces; empty if none is.
+
+        It has been merged into the first `_done` pieces.
+        """
         self._done = done
         if settle_entries is None:
             settle_entries = min(

@@ -1,20 +1,23 @@
-"""A leaf: the entries of one stretch of the base, in key order, as the body of a LEAF frame.
+"""A leaf: the entries of one key range of the base, in key order, as the body of a LEAF frame.
 
     count u32 | index length u32 | keys length u32 | index crc u32         little-endian
-    keys        FF key FF key FF ... FF    UTF-8, where the byte FF never occurs: the separators need no escape
-    value_ends  u32 * count                where each value ends in `values`
-    value_crcs  u32 * count                CRC-32C of each value
-    version_ends u16 * count               where each version ends in `versions`
+    keys         FF key FF key FF ... FF    UTF-8, which never holds FF: separators need no escape
+    value_ends   u32 * count                where each value ends in `values`
+    value_crcs   u32 * count                CRC-32C of each value
+    version_ends u16 * count                where each version ends in `versions`
     versions
-    values                                 from `index length` on
+    values                                  from `index length` on
 
-The index (all before the values) is read on the first touch and kept, with its keys decoded: about 90 bytes an entry. A key is
-found by bisection, and its value is then read alone. Both reads are checked, the index by its own checksum and the value by its
-entry in `value_crcs`, so that nothing reaches a caller unverified, however long ago the log was opened. (Searching the keys as
-they stand, with one `bytes.find`, takes a third of the memory, and 2-3 us more for each first read.)
+The index (all before the values) is read when the leaf is first used, and kept with its keys
+decoded: about 90 bytes an entry. A key is found by bisection, and its value is then read alone.
+Both reads are checked, the index by its own checksum and the value by its entry in `value_crcs`, so
+that nothing reaches a caller unverified, however long ago the log was opened. (Searching the
+encoded keys with one `bytes.find` takes a third of the memory, and 2-3 us more for each first
+read.)
 
-Where leaves end depends on the keys and values alone (`leaf_end`), so equal states have equal leaves, and a changed key
-disturbs the leaves near it only. This is content-defined chunking, as in LBFS (Muthitacharoen et al., SOSP 2001).
+Where a leaf ends depends on the keys and values alone (`leaf_end`). So equal states have equal
+leaves, and a changed key affects only the leaves near it. This is content-defined chunking, as in
+LBFS (Muthitacharoen et al., SOSP 2001).
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, Change
 MIN_ENTRIES = 128
 MAX_ENTRIES = 512
 MAX_COUNT = 512
-"""Entries in a leaf that a reader takes: what writers keep to, of this format version."""
+"""The most entries in a leaf that a reader accepts, in this format version."""
 MAX_LEAF_BYTES = 256 * 1024
-"""A leaf ends with the entry that brings its keys and values to so much."""
+"""A leaf ends with the entry that brings its keys and values to this size."""
 _BOUNDARY_MASK = 127  # one key in 128 ends a leaf that is long enough: 256 entries on average
 
 HEAD = struct.Struct("<IIII")
@@ -49,14 +52,14 @@ _U32_PAIR = struct.Struct("<II")
 _U16 = struct.Struct("<H")
 _U16_PAIR = struct.Struct("<HH")
 _SEPARATOR = b"\xff"
-_KEY_GUESS = 256  # bytes that the first or the last key of a leaf mostly has room in
+_KEY_GUESS = 256  # bytes; the first and the last key of a leaf mostly fit
 _SIZES = {"I": 4, "H": 2}
 _MASKS = {"I": 0xFFFFFFFF, "H": 0xFFFF}
 _value_of = itemgetter(1)  # of a change
 
 
 class Columns(NamedTuple):
-    """Entries in key order, as three columns of one length."""
+    """Entries in key order, as three columns of equal length."""
 
     keys: list[str]
     values: list[bytes]
@@ -64,7 +67,10 @@ class Columns(NamedTuple):
 
 
 def leaf_end(keys: Sequence[str], values: Sequence[bytes], start: int) -> int | None:
-    """Where the leaf that starts with entry `start` ends (exclusive), or None if it goes on past these entries."""
+    """The end (exclusive) of the leaf that starts with entry `start`.
+
+    None if it continues past these entries.
+    """
     stop = min(len(keys), start + MAX_ENTRIES)
     full = stop - start == MAX_ENTRIES
     if sum(map(len, keys[start:stop])) + sum(map(len, values[start:stop])) >= MAX_LEAF_BYTES:
@@ -79,7 +85,10 @@ def leaf_end(keys: Sequence[str], values: Sequence[bytes], start: int) -> int | 
 
 
 def encode_leaf(keys: Sequence[str], values: Sequence[bytes], versions: Sequence[bytes]) -> bytes:
-    """The body of the leaf of these entries, in key order, at least one. Cost: about 0.2 us an entry."""
+    """The body of a leaf of these entries: in key order, at least one.
+
+    Cost: about 0.2 us an entry.
+    """
     key_blob = _encode_keys(keys)
     index = b"".join(
         (
@@ -97,9 +106,8 @@ def encode_leaf(keys: Sequence[str], values: Sequence[bytes], versions: Sequence
 
 def _encode_keys(keys: Sequence[str]) -> bytes:
     lines = "\n".join(keys)
-    if (
-        lines.count("\n") == len(keys) - 1
-    ):  # no key has one of its own, so one call encodes them all
+    # No key has a newline of its own: one call encodes them all.
+    if lines.count("\n") == len(keys) - 1:
         return b"".join((_SEPARATOR, lines.encode().replace(b"\n", _SEPARATOR), _SEPARATOR))
     return b"".join((_SEPARATOR, _SEPARATOR.join([key.encode() for key in keys]), _SEPARATOR))
 
@@ -111,10 +119,10 @@ def _little(numbers: array[int]) -> bytes:
 
 
 def range_bounds(body: bytes | memoryview) -> tuple[str, str]:
-    """The first and the last key of a leaf's body. Undecodable unless the lengths in its head fit
-    into it.
+    """The first and the last key of a leaf's body.
 
-    Whatever else the index holds is checked when it is first touched: `Index`. Cost: 2 us.
+    Undecodable unless the lengths in its header fit. The rest of the index is checked when it is
+    first used: see `Index`. Cost: 2 us.
     """
     if len(body) < HEAD.size:
         raise Undecodable("a leaf is shorter than its head")
@@ -142,7 +150,7 @@ def range_bounds(body: bytes | memoryview) -> tuple[str, str]:
 
 
 def check_index(index: bytes | memoryview) -> None:
-    """Undecodable unless the index of a leaf, as it was read alone, verifies."""
+    """Undecodable unless the index of a leaf, read without its values, verifies."""
     if len(index) < HEAD.size or HEAD.unpack_from(index)[1] != len(index):
         raise Undecodable("a leaf's index has another length")
     if (
@@ -153,11 +161,11 @@ def check_index(index: bytes | memoryview) -> None:
 
 
 def _checked_keys(index: bytes, size: int) -> list[str]:
-    """The keys of a leaf whose body has `size` bytes, from its index. Undecodable unless all of the
-    index makes sense:
+    """The keys of a leaf whose body has `size` bytes, from its index.
 
-    it verifies; its keys are as many as it says, and ascend; values and versions end in order,
-    within their limits, where the body and the index end. Cost: 60 ns a key.
+    Undecodable unless the whole index is valid: its checksum matches; the keys are ascending, and
+    as many as it says; values and versions are within their limits, in order, and end where the
+    body and the index end. Cost: 60 ns a key.
     """
     check_index(index)
     count, index_len, keys_len, _ = HEAD.unpack_from(index)
@@ -170,7 +178,7 @@ def _checked_keys(index: bytes, size: int) -> list[str]:
         keys = decode_keys(index)
     except UnicodeDecodeError:
         raise Undecodable("a leaf's key is not UTF-8") from None
-    # Four times as fast as comparing neighbours: sorting finds them in order, without a call for each.
+    # Four times as fast as comparing neighbours: sorting sorted keys needs no call for each.
     if not len(keys) == len(set(keys)) == count or keys != sorted(keys):
         raise Undecodable("a leaf's keys are not ascending")
     if keys_len > MAX_KEY_BYTES and max(len(key.encode()) for key in keys) > MAX_KEY_BYTES:
@@ -186,11 +194,13 @@ def _checked_keys(index: bytes, size: int) -> list[str]:
 
 
 def _ends_fit(index: bytes, at: int, width: str, count: int, total: int, limit: int) -> bool:
-    """Whether `count` items, which end where the numbers at `at` say, have 0 to `limit` bytes each,
-    and `total` together."""
+    """True if the `count` items whose ends are at `at` fit.
+
+    Each has 0 to `limit` bytes, and all together have `total`.
+    """
     size = _SIZES[width] * count
     step = total // count
-    even = step * count == total and step <= limit  # of one length, as tokens mostly are
+    even = step * count == total and step <= limit  # of equal length, as tokens mostly are
     if even and index[at : at + size] == _even_ends(width, step)[:size]:
         return True
     ends = struct.unpack_from(f"<{count}{width}", index, at)
@@ -205,15 +215,14 @@ def _even_ends(width: str, step: int) -> bytes:
 
 
 class Index:
-    """The index of a leaf, as it is kept: the keys decoded, the rest as it stands."""
+    """The index of a leaf, as kept in memory: the keys decoded, the rest as encoded."""
 
     __slots__ = ("_count", "_places", "_places_at", "_values_at", "crc", "keys")
 
     def __init__(self, raw: bytes, size: int) -> None:
-        """From the bytes before the values, of a body of `size` bytes. Undecodable unless all in
-        them makes sense.
+        """From the bytes before the values, of a body of `size` bytes.
 
-        Cost: 60 ns a key, and 90 bytes.
+        Undecodable unless all of them are valid. Cost: 60 ns and 90 bytes a key.
         """
         self.keys = _checked_keys(raw, size)
         count: int
@@ -230,7 +239,7 @@ class Index:
         return number if number < self._count and self.keys[number] == key else -1
 
     def locate(self, number: int) -> tuple[int, int, int, bytes]:
-        """Of entry `number`: where its value starts in the body, the value's length and checksum, and the version."""
+        """The offset of an entry's value in the body, its length and checksum, and the version."""
         places, count = self._places, self._count
         (crc,) = _U32.unpack_from(places, 4 * count + 4 * number)
         if number:
@@ -249,11 +258,11 @@ class Index:
         )
 
     def crc_at(self, number: int) -> int:
-        """Where in the body the checksum of a value stands."""
+        """The offset in the body of a value's checksum."""
         return self._places_at + 4 * self._count + 4 * number
 
     def version_at(self, number: int) -> int:
-        """Where in the body a version starts."""
+        """The offset in the body of a version."""
         start: int = (
             _U16.unpack_from(self._places, 8 * self._count + 2 * number - 2)[0] if number else 0
         )
@@ -275,10 +284,10 @@ def decode_leaf(
     high: str | None = None,
     keys: list[str] | None = None,
 ) -> Columns:
-    """The entries of a leaf with low <= key < high; None is no bound. Cost: 25 ns a key, 0.3 us an
-    entry in the bounds.
+    """The entries of a leaf with low <= key < high; None is no bound.
 
-    `keys`: all of the leaf's, where they are decoded already.
+    `keys`: all keys of the leaf, if they are already decoded. Cost: 25 ns a key, and 0.3 us an
+    entry within the bounds.
     """
     if keys is None:
         keys = decode_keys(body)
@@ -305,15 +314,16 @@ def _entries(body: bytes | memoryview, keys: list[str], start: int, stop: int) -
 def _slices(
     body: bytes | memoryview, base: int, width: str, ends_at: int, start: int, stop: int
 ) -> list[bytes]:
-    """Items `start` to `stop` of a blob at `base`, cut at the ends that stand, `width` each, at `ends_at`."""
+    """Items `start` to `stop` of a blob at `base`, by the ends of type `width` at `ends_at`."""
     size = struct.calcsize(width)
     ends = struct.unpack_from(f"<{stop - start}{width}", body, ends_at + size * start)
     first = struct.unpack_from("<" + width, body, ends_at + size * (start - 1))[0] if start else 0
     blob = bytes(body[base + first : base + ends[-1]])
     step = ends[0] - first
+    # All of equal length, as tokens mostly are.
     if (step and ends[-1] == first + step * len(ends)) and ends == tuple(
         range(ends[0], ends[-1] + 1, step)
-    ):  # all of one length, as tokens mostly are
+    ):
         return [blob[at : at + step] for at in range(0, len(blob), step)]
     slices = []
     at = 0
@@ -324,8 +334,11 @@ def _slices(
 
 
 def check_order(body: bytes | memoryview) -> list[str]:
-    """The keys of a leaf; Undecodable unless keys ascend, lengths fit and values verify. Cost: 0.2
-    us an entry."""
+    """The keys of a leaf.
+
+    Undecodable unless the keys ascend, the lengths fit and the values verify. Cost: 0.2 us an
+    entry.
+    """
     if len(body) < HEAD.size:
         raise Undecodable("a leaf is shorter than its head")
     count, index_len, keys_len, _ = HEAD.unpack_from(body)
@@ -340,24 +353,25 @@ def check_order(body: bytes | memoryview) -> list[str]:
 
 
 def check_leaf(body: bytes | memoryview) -> None:
-    """Undecodable for anything that `encode_leaf` would not have written. Cost: 0.5 us an entry."""
+    """Undecodable for anything that `encode_leaf` would not write. Cost: 0.5 us an entry."""
     check_order(body)
     if encode_leaf(*decode_leaf(body)) != bytes(body):
         raise Undecodable("a leaf is not what its entries encode to")
 
 
 def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
-    """The leaf with some values exchanged for others of the same length; None if that is not all that `changes` does.
+    """The leaf with some values replaced by others of the same length.
 
-    What a compaction mostly meets: known keys with new values. Cost: a copy, and 4 us a change; decoding takes ten times that.
+    None if `changes` does anything else. Most changes that a compaction meets are of this kind:
+    known keys with new values. Cost: a copy, and 4 us a change; decoding takes ten times that.
     """
     _, index_len, keys_len, _ = HEAD.unpack_from(body)
     if keys_len + len(body) - index_len >= MAX_LEAF_BYTES:
-        return None  # where it ends may depend on the lengths of its values
+        return None  # its end may depend on the lengths of its values
     try:
         index = Index(body[:index_len], len(body))
     except Undecodable:
-        return None  # whoever decodes the leaf says why
+        return None  # decoding the leaf reports why
     patched = bytearray(body)
     for key, value, version in changes.values():
         number = index.find(key)
@@ -382,12 +396,11 @@ def merged_columns(
     high: str | None = None,
     keys: list[str] | None = None,
 ) -> Columns:
-    """The entries of a leaf with low <= key < high, once `changes`, all within these bounds, are
-    made.
+    """The entries of a leaf with low <= key < high, with `changes`, all within the bounds, applied.
 
-    Cost: that of decoding the leaf, and 1 us a change if they are few, else 0.3 us an entry. A
-    stretch of which every entry is overwritten, as when an upstream sends its state anew, is not
-    decoded. `keys`: as for `decode_leaf`.
+    Cost: that of decoding the leaf, and 1 us a change if there are few, else 0.3 us an entry. If
+    every entry is overwritten, as when an upstream resends its state, nothing is decoded. `keys`:
+    as for `decode_leaf`.
     """
     if keys is None:
         keys = decode_keys(body)
@@ -422,7 +435,7 @@ def changes_of(columns: Columns) -> dict[str, Change]:
 
 
 def columns_of(changes: dict[str, Change]) -> Columns:
-    """What lives of the changes, in key order."""
+    """The changes that leave a live entry, in key order."""
     rows = [*map(changes.__getitem__, sorted(changes))]
     if not all(map(_value_of, rows)):  # a delete, or an empty value
         rows = [change for change in rows if change[1] is not None]

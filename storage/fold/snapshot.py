@@ -1,11 +1,11 @@
-"""The fold: one immutable state of the store, at one cursor. This is the snapshot that readers hold.
+"""The fold: one immutable state of the store, at one cursor. Readers hold it as a snapshot.
 
     runs    the newest changes, a handful of dicts                 storage/fold/delta.py
     delta   older changes, in pieces by key                        storage/fold/delta.py
     base    the state at the last compaction, on disk              storage/fold/base.py
 
-A key is looked up in this order. A batch makes a new fold that shares all but its newest run with the old one, so that
-publishing it costs in proportion to the batch, not to the store.
+A key is looked up in this order. A batch makes a new fold that shares all but its newest run with
+the old one, so that the cost of publishing is proportional to the batch, not to the store.
 """
 
 from __future__ import annotations
@@ -27,33 +27,32 @@ from foldlog.storage.fold.leaf import Columns
 from foldlog.storage.log.files import ReadHandle
 
 _SHARD_MASK = SHARDS - 1
-_SMALL_RANGE_BLOCKS = 16  # a range of fewer leaves is over before the garbage collector minds it
-_UNSETTLED_SPAN_KEYS = (
-    256  # of a fold that is all runs: what a range with a limit looks at, at least
-)
+_SMALL_RANGE_BLOCKS = 16  # a range of fewer leaves ends before a full garbage collection starts
+# Keys in a span of a fold that is all runs: the least that a range with a limit looks at.
+_UNSETTLED_SPAN_KEYS = 256
 _new_entry = tuple.__new__
 D = TypeVar("D")
 
 
 class Span(NamedTuple):
-    """A stretch of keys, low <= key < high, that lies within one leaf of the base."""
+    """A range of keys, low <= key < high, within one leaf of the base."""
 
     leaf: int
-    """Its number, or -1 before the first leaf."""
+    """The number of the leaf, or -1 before the first."""
     whole: bool
-    """The stretch covers the leaf."""
+    """True if the span covers the leaf."""
     low: str
     high: str | None
     """None: to the end."""
     changes: dict[str, Change]
-    """All that is newer than the base here."""
+    """All changes in the span that are newer than the base."""
 
 
 class FoldSnapshot:
-    """An immutable state of a store. Any thread may read it, for as long as it likes: it never changes.
+    """An immutable state of a store. Any thread may read it, for any length of time.
 
-    Held across a compaction, it keeps the file of its base open (not its name: the disk space is freed when the last such
-    snapshot is gone).
+    A snapshot held across a compaction keeps the replaced file of its base open. The file has no
+    name any more; its disk space is freed when the last such snapshot is gone.
     """
 
     __slots__ = ("__weakref__", "_cursor", "_entries", "base", "delta", "origin", "runs", "seq")
@@ -69,10 +68,10 @@ class FoldSnapshot:
     ) -> None:
         self.base, self.delta, self.runs = base, delta, runs
         self.seq = seq
-        """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, across compactions."""
+        """The sequence of its last batch: 0 if empty, +1 for each batch, across compactions."""
         self._cursor = cursor
         self.origin = origin
-        """Whose position the cursor is: the identity of the upstream that fed it; empty where nobody said."""
+        """The identity of the upstream whose position the cursor is; empty if never named."""
         self._entries: int | None = None
 
     @classmethod
@@ -87,7 +86,7 @@ class FoldSnapshot:
     def get(self, key: str, default: object = None) -> object:
         """The live entry of `key`, or `default` if it is absent or deleted.
 
-        Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read of one from disk.
+        Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read from disk.
         """
         for run in self.runs:
             change = run.get(key)
@@ -99,7 +98,7 @@ class FoldSnapshot:
         return _new_entry(KvEntry, change)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
-        """The live entries among `keys`, by key, in the order of `keys`: those that are absent are left out."""
+        """The live entries among `keys`, by key, in the order of `keys`. Absent keys are left out."""
         if isinstance(keys, str):
             raise TypeError("keys is an iterable of str, not a str")
         get = self.get
@@ -122,10 +121,11 @@ class FoldSnapshot:
         limit: int | None = None,
         reverse: bool = False,
     ) -> list[KvEntry]:
-        """The live entries under `prefix`, ascending by key (by code point, which is the order of UTF-8 bytes).
+        """The live entries under `prefix`, ascending by key.
 
-        Of these, only keys with `start` <= key < `stop`, and no more than the first `limit`. With `reverse`, descending by
-        key: the bounds stay the same, and `limit` counts from the last key.
+        Keys are ordered by code point, which is the order of their UTF-8 bytes. Only keys with
+        `start` <= key < `stop` are returned, and at most the first `limit`. With `reverse`,
+        descending by key: the bounds stay the same, and `limit` counts from the last key.
 
         Cost: 0.3-0.5 us an entry, and up to 20 us for each end that cuts through a leaf.
         """
@@ -151,23 +151,23 @@ class FoldSnapshot:
         limit: int | None = None,
         reverse: bool = False,
     ) -> Iterator[KvEntry]:
-        """`range`, entry by entry: reads and holds a leaf at a time, and nothing that is not asked for."""
+        """`range`, entry by entry: reads and holds one leaf at a time, only as needed."""
         low, high = range_bounds(prefix, start, stop)
         check_limit(limit)
         entries = chain.from_iterable(self._entry_blocks(low, high, reverse))
         return entries if limit is None else islice(entries, limit)
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """Call `f` with each live entry under `prefix`, ascending, holding a leaf of them at a time.
+        """Call `f` with each live entry under `prefix`, ascending. Memory: one leaf.
 
-        An error of `f` stops the scan and propagates.
+        An exception from `f` stops the scan and propagates.
         """
         for block in self.blocks(prefix):
             for entry in block:
                 f(entry)
 
     def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
-        """`range` in pieces of one leaf or less, none empty; from behind the key `after`, if given."""
+        """`range` in pieces of one leaf or less, none empty; only keys after `after`, if given."""
         if not isinstance(prefix, str):
             raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
         low = prefix if after is None else max(prefix, after + "\0")
@@ -184,7 +184,7 @@ class FoldSnapshot:
                 yield block
 
     def entries_after(self, prefix: str, after: str | None) -> Iterator[KvEntry]:
-        """The live entries under `prefix`, from behind the key `after`, one by one."""
+        """The live entries under `prefix` after the key `after`, one by one."""
         for block in self.blocks(prefix, after):
             yield from block
 
@@ -201,11 +201,14 @@ class FoldSnapshot:
         return ((entry.key, entry.value) for entry in self.iter_range(prefix))
 
     def __contains__(self, key: object) -> bool:
-        """Whether `key` is live."""
+        """True if `key` is live."""
         return isinstance(key, str) and self.get(key) is not None
 
     def __len__(self) -> int:
-        """Live entries. Cost on the first call: 1 us a leaf, and O(changes since the last compaction); then nothing."""
+        """The number of live entries.
+
+        Cost of the first call: 1 us a leaf, and O(changes since the last compaction); then nothing.
+        """
         if self._entries is None:
             entries = self.base.entries
             for span in self.spans("", None):
@@ -217,10 +220,10 @@ class FoldSnapshot:
         return self._entries
 
     def __bool__(self) -> bool:
-        return True  # a snapshot of an empty store is a snapshot still
+        return True  # a snapshot of an empty store is still a snapshot
 
     def cursor(self) -> WatchCursor:
-        """The position in the stream up to which every update is folded in."""
+        """Every update of the stream up to this position is folded in."""
         return self._cursor
 
     def __repr__(self) -> str:
@@ -228,10 +231,11 @@ class FoldSnapshot:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a snapshot reads from its log's file and cannot be pickled; open a follower there, or send its entries"
+            "a snapshot reads from its log's file and cannot be pickled; "
+            "open a follower there, or send its entries"
         )
 
-    # What the engine builds on.
+    # For the engine.
 
     @property
     def source(self) -> ReadHandle | None:
@@ -239,16 +243,17 @@ class FoldSnapshot:
         return self.base.handle
 
     def parts(self) -> list[object]:
-        """What a fold is made of, to be let go of piece by piece.
+        """What the fold is made of, to be released piece by piece.
 
-        Freeing a large fold at once holds the interpreter lock for 100 ms and more, and closing the last descriptor of a
-        file that has no name any more frees its pages, which takes as long. What other snapshots share stays alive with them.
+        Freeing a large fold at once holds the interpreter lock for 100 ms or more. Closing the last
+        descriptor of a file without a name frees its pages, which takes as long. Parts shared with
+        other snapshots stay alive.
         """
         return [self.base.handle, *self.base.parts(), *self.delta, *self.runs]
 
     @property
     def is_base(self) -> bool:
-        """Whether nothing is newer than the base."""
+        """True if nothing is newer than the base."""
         return not self.runs and not self.delta.firsts
 
     def with_batch(
@@ -258,7 +263,7 @@ class FoldSnapshot:
         cursor: WatchCursor,
         origin: bytes = b"",
     ) -> FoldSnapshot:
-        """The fold after one more batch. Cost: about 1 us for each change, whatever the size of the store."""
+        """The fold after one more batch. Cost: about 1 us a change, at any size of the store."""
         delta, runs = self.delta, self.runs
         for newest in changes:
             runs = pushed(runs, newest)
@@ -267,7 +272,10 @@ class FoldSnapshot:
         return FoldSnapshot(self.base, delta, runs, seq, cursor, origin)
 
     def with_group(self, batches: Sequence[Batch]) -> FoldSnapshot:
-        """The fold after a commit group, at least one batch. Small batches make one run together: 0.1 us each, not 1.5."""
+        """The fold after a commit group of at least one batch.
+
+        Small batches share one run: 0.1 us each, not 1.5.
+        """
         if len(batches) == 1:
             only = batches[0]
             return self.with_batch(only.changes, self.seq + 1, only.cursor, only.origin)
@@ -280,9 +288,9 @@ class FoldSnapshot:
         return self.with_batch(tuple(runs), self.seq + len(batches), last.cursor, last.origin)
 
     def spans(self, low: str, high: str | None, *, reverse: bool = False) -> Iterator[Span]:
-        """The stretches that make up low <= key < high, ascending: cut at each leaf and at each piece of the delta.
+        """The spans of low <= key < high, ascending; with `reverse`, the last span first.
 
-        With `reverse`, the last of them first.
+        They are cut at each leaf and at each piece of the delta.
         """
         firsts, pieces = self.base.firsts, self.delta.firsts
         if not firsts and not pieces and self.runs:
@@ -313,7 +321,7 @@ class FoldSnapshot:
         return Span(number, whole, start, end, changes)
 
     def columns(self, low: str, high: str | None, *, reverse: bool = False) -> Iterator[Columns]:
-        """The live entries with low <= key < high, span by span; with `reverse`, the last span first."""
+        """The live entries with low <= key < high by span; with `reverse`, the last span first."""
         if high is not None and low >= high:
             return
         for span in self.spans(low, high, reverse=reverse):
@@ -338,14 +346,14 @@ class FoldSnapshot:
 
 
 def _between(starts: list[str], low: str, high: str | None, reverse: bool = False) -> Iterator[str]:
-    """Those of `starts` above `low` and below `high`, one by one: a range may be left early."""
+    """Those of `starts` above `low` and below `high`; lazy, since a range may be left early."""
     stop = len(starts) if high is None else bisect_left(starts, high)
     numbers = range(bisect_right(starts, low), stop)
     return map(starts.__getitem__, reversed(numbers) if reverse else numbers)
 
 
 def check_limit(limit: object) -> None:
-    """TypeError or ValueError unless `limit` is None or a count."""
+    """TypeError or ValueError unless `limit` is None or an int of at least 0."""
     if limit is None:
         return
     if isinstance(limit, bool) or not isinstance(limit, int):
@@ -355,7 +363,7 @@ def check_limit(limit: object) -> None:
 
 
 def range_bounds(prefix: str, start: str | None, stop: str | None) -> tuple[str, str | None]:
-    """The least key, and the least string above all keys, that start with `prefix` and have start <= key < stop."""
+    """Bounds, low <= key < high, of the keys under `prefix` with start <= key < stop."""
     if not isinstance(prefix, str):
         raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
     for name, bound in (("start", start), ("stop", stop)):
@@ -368,13 +376,13 @@ def range_bounds(prefix: str, start: str | None, stop: str | None) -> tuple[str,
 
 
 def prefix_end(prefix: str) -> str | None:
-    """The least string above all that start with `prefix`; None if there is no such string."""
+    """The least string above all that start with `prefix`; None if there is none."""
     stem = prefix.rstrip("\U0010ffff")
     return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
 
 
 class ClosedFold:
-    """Stands where a fold stood, once its store is closed: every use of it says StoreClosed, at no cost until then."""
+    """Replaces the fold of a closed store: every use raises StoreClosed, at no cost before."""
 
     def __init__(self, reason: str) -> None:
         object.__setattr__(self, "_reason", reason)
