@@ -1,4 +1,4 @@
-"""What an engine is told when a writer opens it."""
+"""The options of an engine that is opened for writing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EngineOptions(NamedTuple):
     """See `foldlog.open`."""
 
     path: Path
-    """Absolute, links resolved."""
+    """Absolute, with links resolved."""
     format: FormatName | None
     on_damage: OnDamage
     sync_each: bool

@@ -1,4 +1,4 @@
-"""The table of the engines that a store can be opened with."""
+"""The table of engines that a store can be opened with."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ SEATS: dict[Backend, Callable[[EngineOptions], Seat]] = {
     "append-log": LogSeat,
     "rocksdb": RocksDbSeat,
 }
-"""By the name that `backend=` gives."""
+"""By the value of `backend=`."""

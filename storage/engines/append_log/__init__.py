@@ -1,8 +1,8 @@
-"""A log and the fold of it: the engine of most stores.
+"""An append-only log and its fold: the engine of most stores.
 
-engine.py  the log and its fold, in step: on the seam that a writer drives
-store.py   AppendLogSnapshot: the engine behind the contract of `SnapshotStore`, for one thread
-seat.py    opening a log, and opening it again after a crash
+engine.py  LogEngine: the log and its fold, kept in step, as the engine that a writer drives
+store.py   AppendLogSnapshot: the engine as a `SnapshotStore`, for one thread
+seat.py    opening a log, and reopening it after a crash
 """
 
 from foldlog.storage.engines.append_log.store import AppendLogSnapshot as AppendLogSnapshot

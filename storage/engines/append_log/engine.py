@@ -1,4 +1,4 @@
-"""The engine: a log and the fold of it, kept in step. One thread writes; it is the caller who decides which."""
+"""LogEngine: a log and its fold, kept in step. One thread writes; the caller decides which."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ from foldlog.storage.log.origins import write_origin
 from foldlog.storage.repair.verify import verify_live
 
 COMPACT_RATIO = 1.0
-"""Appended bytes per byte of base that make a compaction worth its price: each record is then rewritten about twice."""
+"""Appended bytes per byte of base that justify a compaction.
+
+Each record is then rewritten about twice.
+"""
 
 
 def should_compact(appended_bytes: int, base_bytes: int, threshold_bytes: int) -> bool:
-    """Whether so much was appended that the log is to be compacted."""
+    """True when appended bytes justify a compaction."""
     return appended_bytes > max(threshold_bytes, COMPACT_RATIO * base_bytes)
 
 
 LIMIT_FACTOR = 3
 MIN_LIMIT = 4 * 1024 * 1024
-"""Below this, a log is not worth waiting for."""
+"""Bytes. Writers never wait for the compaction of a log smaller than this."""
 
 
 def log_limit(live_bytes: int, threshold_bytes: int) -> int:
-    """What a store keeps its log below, but for one batch: 3 x (live + compact_threshold) bytes."""
+    """The size in bytes that a log stays below, one batch aside: 3 x (live + compact_threshold)."""
     return max(LIMIT_FACTOR * (live_bytes + threshold_bytes), MIN_LIMIT)
 
 
@@ -63,7 +66,10 @@ class LogEngine:
         lock: WriterLock | None = None,
         crashed: Log | None = None,
     ) -> None:
-        """Open or create the log at `path`. See `opening.open_log` for the errors, for `lock` and for `crashed`."""
+        """Open or create the log at `path`.
+
+        See `opening.open_log` for errors, `lock` and `crashed`.
+        """
         self.path = resolve(path)
         self.log, self.fold, self.report = open_log(
             self.path,
@@ -75,26 +81,27 @@ class LogEngine:
             lock=lock,
             crashed=crashed,
         )
-        # Invariant: fold.seq == log.position.seq, or the log is poisoned. A KeyboardInterrupt may come between the write and
-        # the assignment behind it; then `_next` is what the log holds.
+        # Invariant: fold.seq == log.position.seq, or the log is poisoned. A KeyboardInterrupt may
+        # come between the write and the assignment after it; then `_next` is what the log holds.
         self._next = self.fold
-        # What the callers read: the fold, until the engine is closed.
+        # What readers see: the fold, until the engine is closed.
         self.snapshot: FoldSnapshot | ClosedFold = self.fold
-        # While a rewrite is under way: what was committed since it started, as a fold over an empty base.
+        # During a rewrite: what was committed since it started, as a fold over an empty base.
         self._since: FoldSnapshot | None = None
-        # Files of earlier compactions, which snapshots may read from, and since when.
+        # Replaced files that snapshots may still read, and when each was replaced (monotonic, s).
         self._replaced: list[tuple[weakref.ref[ReadHandle], float]] = []
         self._finishing: Rewrite | None = None
-        """The rewrite that is taking the log's place."""
+        """The rewrite that is replacing the log."""
 
     def commit(self, batches: Sequence[Batch], staged: FoldSnapshot | None = None) -> FoldSnapshot:
         """Append the batches as one commit group, and fold them. Returns the new fold.
 
-        `staged` is that fold, where the caller has made it already to decide what to write.
+        `staged` is that fold, if the caller has already built it to decide what to write.
 
-        On return they survive a killed process, and with `sync_each` a power loss. On an error none of them is folded,
-        and none will be after a restart: except that a failed fsync leaves that open until the log is rewritten.
-        Cost: a `stat` and a `write`, and about 1 us an update.
+        On return the batches survive a killed process, and with `sync_each` a power loss. On an
+        error none of them is folded, now or after a restart. The exception is a failed fsync: it
+        leaves their fate open until the log is rewritten. Cost: a `stat` and a `write`, and about
+        1 us an update.
         """
         log = self.log
         if self._finishing is not None or self.fold.seq != log.position.seq:
@@ -108,7 +115,7 @@ class LogEngine:
             write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
         log.append([batch.item for batch in batches])
         if beside_log:
-            with contextlib.suppress(OSError):  # the name alone is safe: it is never resumed from
+            with contextlib.suppress(OSError):  # the name alone is safe: it never resumes
                 write_origin(log.files, log.path, staged.origin)
         if log.sync_each:
             log.sync()
@@ -136,7 +143,7 @@ class LogEngine:
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:
-        """See `Engine`: the newest batch, if that is synced, or none."""
+        """See `Engine`. The newest batch if it is synced, else none."""
         fold = self.fold
         if self.log.synced_seq >= fold.seq:
             return fold.seq, fold.cursor()
@@ -151,7 +158,7 @@ class LogEngine:
         self.log.sync()
 
     def check_file(self) -> None:
-        """See `Engine`. Three calls to the system."""
+        """See `Engine`. Cost: three system calls."""
         self.log.check_unchanged()
         if not self.log.has_its_lock_file():
             raise LogChangedError(self.path, "its lock file was removed or replaced")
@@ -162,22 +169,25 @@ class LogEngine:
         self.log.confirm_lock()
 
     def mark_deleted(self, reason: str) -> bool:
-        """See `Engine`. LogChangedError if the directory is another by now."""
+        """See `Engine`. LogChangedError if the directory was replaced."""
         if not self.log.was_deleted():
             return False
         self.log.poison_with(reason)
         return True
 
     def heal(self) -> FoldSnapshot:
-        """See `Engine`: writes the fold in memory to a new file. LogPoisonedError if that cannot be made durable."""
-        self.log.confirm_lock()  # before much is written to a directory that may be another
+        """See `Engine`. Writes the fold to a new file.
+
+        LogPoisonedError if that file cannot be made durable.
+        """
+        self.log.confirm_lock()  # before writing much to a directory that may be another
         self.compact()
         if self.log.poison is not None:
             raise LogPoisonedError(self.path, self.log.poison)
         return self.fold
 
     def begin_export(self, format: FormatName | None) -> Export:
-        """See `Engine`. `format`: None for that of the log."""
+        """See `Engine`. `format`: None means that of the log."""
         log, fold, source = self.log, self.fold, self.log.access()
 
         def export(dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
@@ -207,7 +217,7 @@ class LogEngine:
         return Held(len(since), time.monotonic() - min(since) if since else 0.0)
 
     def _note_replaced(self) -> None:
-        """The base's file is about to be replaced: what still reads from it is held."""
+        """Note that the base's file is being replaced, while snapshots may still read it."""
         handle = self.fold.source
         self._replaced = [entry for entry in self._replaced if entry[0]() is not None]
         if handle is not None:
@@ -226,7 +236,7 @@ class LogEngine:
         return diff(old, new, prefix)
 
     def abandon(self, *, keep_lock: bool = False) -> None:
-        """See `Engine`. The lock may be kept, to open the log again."""
+        """See `Engine`. `keep_lock`: keep the lock, to reopen the log."""
         self.log.abandon(keep_lock=keep_lock)
 
     # Compaction.
@@ -238,7 +248,7 @@ class LogEngine:
 
     @property
     def size_bytes(self) -> int:
-        """See `Engine`: of the log."""
+        """See `Engine`. The size of the log."""
         return self.log.position.offset
 
     def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> int:
@@ -259,11 +269,14 @@ class LogEngine:
         return job.allowance(lambda live_bytes: log_limit(live_bytes, threshold_bytes))
 
     def should_compact(self, threshold_bytes: int) -> bool:
-        """Whether the log has grown enough since its last compaction."""
+        """True if the log has grown enough since its last compaction."""
         return should_compact(self.log.appended_bytes, self.log.file.base_end, threshold_bytes)
 
     def begin_compaction(self) -> Rewrite:
-        """Start a compaction of the fold as it is now. `commit` may go on; then `finish_compaction` or `drop_compaction`."""
+        """Start a compaction of the current fold.
+
+        Commits may continue. End it with `finish_compaction` or `drop_compaction`.
+        """
         if self.log.poison is None:
             self.log.check_usable()
         rewrite = Rewrite(self.log, self.fold)
@@ -271,7 +284,7 @@ class LogEngine:
         return rewrite
 
     def _rewrite_again(self, rewrite: Rewrite) -> None:
-        """Let the next pass of the rewrite write the fold as it is by now."""
+        """Let the next pass of the rewrite write the current fold."""
         rewrite.begin_again(self.fold)
         self._since = self._nothing_new()
 
@@ -280,7 +293,7 @@ class LogEngine:
         return FoldSnapshot(EMPTY_BASE, EMPTY_DELTA, (), fold.seq, fold.cursor(), fold.origin)
 
     def finish_compaction(self, rewrite: Rewrite) -> FoldSnapshot:
-        """Let the rewritten file take the log's place. Returns the fold over the new base."""
+        """Replace the log with the rewritten file. Returns the fold over the new base."""
         since = self._since
         assert since is not None, "no rewrite is under way"
         self._finishing = rewrite
@@ -292,7 +305,10 @@ class LogEngine:
         return self.fold
 
     def settle(self) -> None:
-        """After an exception at any point: bring the fold to what the log holds. Can be done again if it was interrupted."""
+        """After an exception at any point, bring the fold to what the log holds.
+
+        If interrupted, it can be called again.
+        """
         rewrite, log = self._finishing, self.log
         if rewrite is not None:
             landed = rewrite.settle()
@@ -314,12 +330,12 @@ class LogEngine:
         self._since = self._finishing = None
 
     def drop_compaction(self, rewrite: Rewrite) -> None:
-        """Give a rewrite up: the log goes on as it was. Whoever runs `rewrite.write` discards it."""
+        """Give up a rewrite: the log stays as it is. The caller of `rewrite.write` discards it."""
         self._since = None
         rewrite.cancelled = True
 
     def compact(self, progress: Progress | None = None) -> FoldSnapshot:
-        """Rewrite the log as its fold, unless it is that already. The disk must hold both meanwhile."""
+        """Rewrite the log as its fold, unless it is compact. The disk must have room for both."""
         if self.is_compact:
             return self.fold
         rewrite = self.begin_compaction()
@@ -333,7 +349,10 @@ class LogEngine:
             raise
 
     def close(self) -> None:
-        """Sync, seal and release the log, and let go of the fold. Closing twice is fine: the second finishes the first."""
+        """Sync, seal and release the log, and drop the fold.
+
+        Closing twice is fine: the second call finishes the first.
+        """
         self.settle()
         self.snapshot = ClosedFold(f"{self.path} is closed")
         self.fold = self._next = FoldSnapshot.empty()

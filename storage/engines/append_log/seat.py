@@ -1,4 +1,4 @@
-"""Opening a log for a writer, and opening it again after a crash, under one lock all the while."""
+"""Opening a log for a writer, and reopening it after a crash, under one lock throughout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LogSeat:
         self._lock: WriterLock | None = None
 
     def open(self, crashed: LogEngine | None = None) -> LogEngine:
-        """See `Seat`. The log is the truth: the memory of a crashed engine is not."""
+        """See `Seat`. The log is replayed: the memory of a crashed engine is not trusted."""
         options = self._options
         if self._lock is None:
             self._lock = WriterLock(options.files, options.path)
@@ -46,7 +46,7 @@ class LogSeat:
 
 
 def _check_successor(engine: LogEngine, crashed: LogEngine) -> None:
-    """What was replayed must be what the crashed engine had written."""
+    """LogChangedError or LogRegressedError unless the replay holds what had been published."""
     if engine.log.file.header.log_id != crashed.log.file.header.log_id:
         raise LogChangedError(engine.path, "was replaced by another log")
     if engine.fold.seq < crashed.fold.seq:

@@ -1,4 +1,4 @@
-"""AppendLogSnapshot: the engine behind the contract of `SnapshotStore`, for one thread."""
+"""AppendLogSnapshot: the append-log engine as a `SnapshotStore`, for one thread."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ _getframe = sys._getframe
 class AppendLogSnapshot(Readable):
     """A durable fold in one file, for one thread at a time.
 
-    What an answered `apply` means: it survives a killed process, always; it survives a power loss once `sync` or `close`
-    has returned, or at once with `sync="always"`. For many threads, use `foldlog.open`.
+    Once `apply` has returned, its batch survives a killed process. It survives a power loss once
+    `sync` or `close` has returned, or at once with `sync="always"`. For many threads, use
+    `foldlog.open`.
 
     >>> cursor, snap = AppendLogSnapshot.open("routes.log")
     >>> cursor.is_none
@@ -47,11 +48,10 @@ class AppendLogSnapshot(Readable):
         """Not for callers: use `open`, `load` or `import_artifact`."""
         self._engine = self._published = engine
         self._line: deque[object] = deque()
-        """The frame of the call that writes, if there is one."""
+        """The frame of the call that is writing, if any."""
         self._threshold = compact_threshold
-        self._retry_bytes = (
-            0  # after a compaction that failed: how much must be appended before the next is tried
-        )
+        # After a failed compaction: appended bytes before the next attempt.
+        self._retry_bytes = 0
         self.report: OpenReport = engine.report
         """What opening found and did."""
 
@@ -67,20 +67,25 @@ class AppendLogSnapshot(Readable):
         files: Files = OS_FILES,
         progress: Progress | None = None,
     ) -> tuple[WatchCursor, Self]:
-        """Open or create the log at `path`; replay it, compact it if it is not compact. Returns the cursor to resume after.
+        """Open or create the log at `path`: replay it, and compact it unless it is compact.
 
-        `compact_threshold`: appended bytes (and no fewer than the base has) after which `apply` compacts.
-        `sync`: whether each `apply` waits for the disk. `on_damage="cut"` keeps what stands before the first damage and
-        sets the rest aside, for a cache whose upstream replays.
+        Returns the cursor to resume after, and the store.
 
-        `format`: of a new log, "foldlog" if None. A log that exists is of the format that its head tells: to name another is an
-        InvalidFormatError. "slipstream-v2" is the file of the Rust crate, worked on in place. It promises less: a crash may
-        leave a part of a batch in it (its cursor is then not moved), the sequences start anew in each process, all entries are
-        in memory, and a few kinds of damage at its very end cannot be told from a torn write. See `docs/interchange.md`.
+        `compact_threshold`: `apply` compacts once more bytes than this, and than the base has, were
+        appended. `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: keep what is
+        before the first damage and set the rest aside, for a cache whose upstream replays.
 
-        Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError; the file is as it was. Where
-        there is no room to compact a good log, or no right to, it is opened as it is, and `report.compaction_error` says why.
-        Cost: 30 ms for 1,000,000 entries of 100 bytes, compacted; 2-3 s in batches, compacting them.
+        `format`: of a new log; "foldlog" if None. An existing log has the format that its header
+        states; naming another is an InvalidFormatError. "slipstream-v2" is the file of the Rust
+        crate, used in place. It promises less: a crash may leave part of a batch in it (the cursor
+        is then not moved), sequences restart in each process, all entries are in memory, and some
+        damage at its very end cannot be told from a torn write. See `docs/interchange.md`.
+
+        Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError, and
+        leaves the file as it was. If a valid log cannot be compacted for lack of space or
+        permission, it is opened uncompacted, and `report.compaction_error` says why. Cost: 30 ms
+        for 1,000,000 compacted entries of 100 bytes; 2-3 s for the same in batches, compaction
+        included.
         """
         COMPACT_THRESHOLD.check(compact_threshold)
         ENGINE_SYNC.check(sync)
@@ -118,13 +123,14 @@ class AppendLogSnapshot(Readable):
         files: Files = OS_FILES,
         progress: Progress | None = None,
     ) -> tuple[WatchCursor, Self]:
-        """Verify an exported artifact in full, land its log at `dest_path`, and open it.
+        """Verify an exported artifact in full, import its log to `dest_path`, and open it.
 
-        The artifact is one of foldlog's or of the Rust crate's append log, as its manifest tells. `format`: of the log that is
-        made, "foldlog" if None.
+        The artifact may be foldlog's or of the Rust crate's append log; its manifest says which.
+        `format`: of the new log; "foldlog" if None.
 
-        ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists: then nothing was written.
-        A crash part-way leaves nothing at `dest_path`; a crash after the rename leaves a valid store.
+        ArtifactInvalidError for anything wrong with the artifact, FileExistsError if `dest_path`
+        exists: nothing was written. A crash part-way leaves nothing at `dest_path`; a crash after
+        the rename leaves a valid store.
         """
         COMPACT_THRESHOLD.check(compact_threshold)
         artifact.import_artifact(
@@ -137,15 +143,16 @@ class AppendLogSnapshot(Readable):
     ) -> int:
         """Atomically fold the updates, in order, and move the cursor. Returns the batch's sequence.
 
-        Any cursor is taken, also one before the last: it is opaque, an upstream may have been restored or recreated, and only
-        its feeder knows. With `forward_only`, CursorRegressed unless the cursor is at or after the last one (compared as
-        bytes, for cursors of one length): nothing was written.
+        Any cursor is accepted, even one before the last. It is opaque: the upstream may have been
+        restored or recreated, and only the caller knows. With `forward_only`, CursorRegressed
+        unless the cursor is at or after the last (compared as bytes, for cursors of equal length).
 
-        TypeError or ValueError for an update that is not sound: nothing was written. OSError if the log could not be written:
-        the same. LogChangedError if someone else touched the file. Survives a killed process on return; power loss only
-        with sync="always". Cost: 3-6 us, and 1-2 us an update.
+        TypeError or ValueError for an update that is not valid; OSError if the log could not be
+        written. In all these cases nothing was written. LogChangedError if someone else touched the
+        file. On return, the batch survives a killed process; a power loss only with sync="always".
+        Cost: 3-6 us, and 1-2 us an update.
         """
-        self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before complaints about the arguments
+        self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
         batch = encode_batch(updates, cursor)
         line = self._line
         try:
@@ -165,19 +172,20 @@ class AppendLogSnapshot(Readable):
                 self._compact()
             except (OSError, FoldlogError) as error:
                 if isinstance(error, OSError) and error.errno is None:
-                    raise  # not the system's: a signal handler's TimeoutError, say
-                # The batch is in the log, and its caller must not be told otherwise.
+                    raise  # not from the system: a signal handler's TimeoutError, say
+                # The batch is in the log: the caller must not see an error.
                 self._failed_to_compact()
         return seq
 
     def _failed_to_compact(self) -> None:
-        """Try again when as much was appended again."""
+        """Try again once the appended bytes have doubled."""
         self._retry_bytes = 2 * self._engine.log.appended_bytes
 
     def compact(self, progress: Progress | None = None) -> None:
-        """Rewrite the log as its fold, if it is not that already. Also clears the poison that a failed fsync left.
+        """Rewrite the log as its fold, unless it is compact.
 
-        On an error the log goes on as it was. Cost: a copy of the untouched leaves, about 1 us an entry for the others.
+        It also clears the poison that a failed fsync left. On an error the log stays as it was.
+        Cost: a copy of the unchanged leaves, and about 1 us an entry for the others.
         """
         self._engine.snapshot.seq  # noqa: B018
         try:
@@ -191,7 +199,10 @@ class AppendLogSnapshot(Readable):
         self._retry_bytes = 0
 
     def sync(self) -> None:
-        """Make all applied batches survive a power loss. LogPoisonedError if the disk refuses: `compact` recovers."""
+        """Make all applied batches survive a power loss.
+
+        LogPoisonedError if the disk refuses: `compact` recovers.
+        """
         self._engine.snapshot.seq  # noqa: B018
         try:
             self._enter(_getframe())
@@ -206,26 +217,27 @@ class AppendLogSnapshot(Readable):
         *,
         format: FormatName | None = None,
     ) -> ExportManifest:
-        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError). Complete or absent.
+        """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError).
 
-        `format`: of the artifact; that of the log, if None. One of "slipstream-v2" is what the Rust crate imports.
+        The artifact appears complete or not at all. `format`: of the artifact; that of the log if
+        None. The Rust crate imports "slipstream-v2".
         """
         self._engine.snapshot.seq  # noqa: B018
         manifest: ExportManifest = self._engine.begin_export(format)(dest_dir, progress)
         return manifest
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
-        """Check every invariant of the log, up to its end as it is now. Tells all that is wrong, and changes nothing.
+        """Check every invariant of the log, up to its current end.
 
-        Cost: reads the whole file; about 1 us an entry.
+        Reports everything that is wrong, and changes nothing. Cost: reads the whole file; about 1 us an entry.
         """
         self._engine.snapshot.seq  # noqa: B018
         return self._engine.verify(progress)
 
     def close(self) -> None:
-        """Sync, seal and release the log. Closing twice is fine; everything else raises StoreClosed from then on.
+        """Sync, seal and release the log. Every other method raises StoreClosed from then on.
 
-        One that was interrupted can be called again, and finishes.
+        Closing twice is fine. If interrupted, call it again to finish.
         """
         try:
             self._enter(_getframe())
@@ -234,9 +246,10 @@ class AppendLogSnapshot(Readable):
             discard(self._line, _getframe())
 
     def _enter(self, frame: object) -> None:
-        """Begin to write. ReentrantCall, at once, if another call writes: this thread's, further down its stack, or another's.
+        """Begin to write, after settling what an interrupted call left half done.
 
-        What a call that was interrupted has left half done is settled first.
+        ReentrantCall, at once, if another call is writing: one below on this thread's stack, or one
+        on another thread.
         """
         line = self._line
         if frame not in line:
@@ -253,13 +266,13 @@ class AppendLogSnapshot(Readable):
 def _compacted_at_open(
     snap: AppendLogSnapshot, progress: Progress | None, poisoned: bool
 ) -> OpenReport:
-    """Compact the log that was opened. One that is good is served also where there is no room for that, or no right to."""
+    """Compact the opened log. A valid log is served even without the space or permission to."""
     report = snap.report
     try:
         snap.compact(progress)
     except (OSError, LogAccessError) as error:
         if poisoned:
-            raise  # nothing can be written through it
+            raise  # nothing can be written to this log
         reason = str(error)  # a record of the error itself would keep the old file open
         log.warning("%s: opened, but not compacted: %s", report.path, reason)
         snap._failed_to_compact()
