@@ -98,7 +98,10 @@ class FoldSnapshot:
         return _new_entry(KvEntry, change)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
-        """The live entries among `keys`, by key, in the order of `keys`. Absent keys are omitted."""
+        """The live entries among `keys`, by key, in the order of `keys`.
+
+        Absent keys are left out.
+        """
         if isinstance(keys, str):
             raise TypeError("keys is an iterable of str, not a str")
         get = self.get

@@ -115,7 +115,7 @@ class LogEngine:
             write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
         log.append([batch.item for batch in batches])
         if beside_log:
-            with contextlib.suppress(OSError):  # the name alone is safe: it never resumes
+            with contextlib.suppress(OSError):  # the name alone is safe: nobody resumes from it
                 write_origin(log.files, log.path, staged.origin)
         if log.sync_each:
             log.sync()

@@ -71,8 +71,8 @@ class AppendLogSnapshot(Readable):
 
         Returns the cursor to resume after, and the store.
 
-        `compact_threshold`: `apply` compacts once more bytes than this, and than the base has, were
-        appended. `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: keep what is
+        `compact_threshold`: `apply` compacts once the appended bytes exceed both this and the size
+        of the base. `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: keep what is
         before the first damage and set the rest aside, for a cache whose upstream replays.
 
         `format`: of a new log; "foldlog" if None. An existing log has the format that its header
@@ -229,7 +229,8 @@ class AppendLogSnapshot(Readable):
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Check every invariant of the log, up to its current end.
 
-        Reports everything that is wrong, and changes nothing. Cost: reads the whole file; about 1 us an entry.
+        Reports everything that is wrong, and changes nothing. Cost: reads the whole file; about
+        1 us an entry.
         """
         self._engine.snapshot.seq  # noqa: B018
         return self._engine.verify(progress)

@@ -1,4 +1,4 @@
-"""RocksDbEngine: a RocksDB database and the fold in it, on the seam that a writer drives.
+"""RocksDbEngine: a RocksDB database and its fold, as the engine that a writer drives.
 
 One thread writes.
 """
@@ -58,8 +58,9 @@ if TYPE_CHECKING:
     from rocksdict import Rdict, WriteBatch
 
 BACKLOG_BYTES = 16 * 1024 * 1024
-"""Encoded batches that are kept in memory, for subscribers that resume from a cursor."""
+"""Bytes of encoded batches kept in memory, for subscribers that resume from a cursor."""
 STALL_LIMIT_S = 60.0
+"""Seconds that a write waits for RocksDB before it fails."""
 _STALL_PAUSE_S = 0.001
 
 
@@ -67,7 +68,7 @@ _getframe = sys._getframe
 
 
 class FullCompaction:
-    """A compaction of everything, which RocksDB runs in one pass. See `Compaction`."""
+    """A compaction of all tables, which RocksDB runs in one pass. See `Compaction`."""
 
     written = False
     live_bytes = 0
@@ -78,16 +79,16 @@ class FullCompaction:
         self.outcome: object = None
 
     def run(self, progress: Progress | None = None) -> None:
-        """Returns when it is done. It cannot be stopped half-way."""
+        """Run the compaction to its end. It cannot be stopped half-way."""
         if self.cancelled:
             raise Cancelled
         self._compact()
 
     def measure_live(self, progress: Progress | None = None) -> None:
-        """RocksDB bounds itself: nobody asks."""
+        """Nothing to do: RocksDB bounds its own size."""
 
     def discard(self) -> None:
-        """There is nothing to be undone."""
+        """There is nothing to undo."""
 
 
 class RocksDbEngine:
@@ -109,20 +110,16 @@ class RocksDbEngine:
         self._path = os.fspath(self.path)  # a stat of a Path takes 1 us longer
         self.sync_each = sync_each
         self.failure: str | None = None
-        """RocksDB's words once it has refused to write; `heal` opens the database anew.
-
-        None while all is well.
-        """
+        """RocksDB's message once it has refused to write, else None; `heal` recovers."""
         self._rocksdict = binding()
         self._on_damage, self._cache_bytes = on_damage, cache_bytes
         self._compacted_seq = -1
-        # Whose turn it is with the database: it is synced from any thread, and not closed under the sync.
+        # Whose turn it is with the database: any thread may sync it, and none closes it meanwhile.
         self._turns = Turns()
         self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
         self._pid = os.getpid()
-        self._past: deque[tuple[int, bytes, bytes]] = (
-            deque()
-        )  # seq, cursor, item: plain, see `Change`
+        # Sequence, cursor and item of each batch: plain values, see `Change`.
+        self._past: deque[tuple[int, bytes, bytes]] = deque()
         self._past_bytes = 0
         created = not self.path.exists()
         self._open_source()
@@ -149,27 +146,25 @@ class RocksDbEngine:
         self._source = Source(db, self.path, self._rocksdict.ReadOptions)
         self._identity = _identity(self.path)
         self._trail = Trail()
-        self._in_doubt: State | None = None  # what a commit under way writes
+        self._in_doubt: State | None = None  # what the current commit writes
         try:
             state = state_of(db, self.path) or self._begin()
         except BaseException:
             self._source.db = None
             raise
         self._publish(state)
-        self._synced = (
-            state.seq,
-            state.cursor,
-        )  # opening writes what it recovers to files of its own
+        # Opening has written what it recovered to tables.
+        self._synced = (state.seq, state.cursor)
 
     def _begin(self) -> State:
-        """Make an empty database ours."""
+        """Write the first state record to an empty database."""
         state = State(secrets.token_bytes(16), 0, WatchCursor.none())
         self._write(lambda: self._batch_of((), state))
         self._flush_wal()
         return state
 
     def _publish(self, state: State) -> RocksDbFold:
-        """Take RocksDB's snapshot of what was written, and let the readers see it."""
+        """Take RocksDB's snapshot of what was written, and publish it to readers."""
         newest = Trail()
         fold = RocksDbFold(
             self._source, self._db.snapshot(), newest, state.seq, state.cursor, state.origin
@@ -177,7 +172,7 @@ class RocksDbEngine:
         self._held.add(fold)
         self._trail.following = newest
         self._trail, self._state, self._in_doubt = newest, state, None
-        # What the callers read: the newest fold, until the engine is closed.
+        # What readers see: the newest fold, until the engine is closed.
         self.snapshot: RocksDbFold | ClosedFold = fold
         return fold
 
@@ -192,7 +187,7 @@ class RocksDbEngine:
 
     @property
     def origin(self) -> bytes:
-        """The stream that the cursor is a position of; empty if it was never named."""
+        """The stream that the cursor is a position in; empty if it was never named."""
         return self._state.origin
 
     def stage(self, batches: Sequence[Batch], on: RocksDbFold | None = None) -> RocksDbFold:
@@ -221,9 +216,9 @@ class RocksDbEngine:
 
         One write batch holds the updates, the cursor, the origin and the sequence.
 
-        `origin`: of the cursor from now on, if given. Cost: 6 us, and 1 us an update; with
-        `sync_each`, an fsync. The write of the whole group holds the interpreter lock: about 0.5
-        us an update.
+        `origin`: if given, the origin of the cursor from now on. Cost: 6 us, and 1 us an update;
+        with `sync_each`, an fsync. The write of the whole group holds the interpreter lock: about
+        0.5 us an update.
         """
         groups = [_raw(part) for batch in batches for part in batch.changes]
         state = self._commit(groups, len(batches), batches[-1].cursor, batches[-1].origin or origin)
@@ -231,9 +226,9 @@ class RocksDbEngine:
         return self._newest()
 
     def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
-        """`commit` of one batch that nobody will ask `batches_since` for.
+        """Commit one batch that `batches_since` need not return. Returns its sequence.
 
-        Returns its sequence. Cost: 0.5 us an update less.
+        Cost: 0.5 us an update less than `commit`.
         """
         state = self._commit([updates], 1, cursor, None)
         self._forget(state)
@@ -250,9 +245,8 @@ class RocksDbEngine:
             cursor,
             before.origin if origin is None else origin,
         )
-        self._trail.parts += tuple(
-            group.keys for group in groups
-        )  # before they are written, see `Trail`
+        # Before they are written: see `Trail`.
+        self._trail.parts += tuple(group.keys for group in groups)
         self._in_doubt = state
         self._write(lambda: self._batch_of(groups, state))
         if self.sync_each:
@@ -268,7 +262,7 @@ class RocksDbEngine:
         cursor: WatchCursor,
         progress: Progress | None = None,
     ) -> None:
-        """Fill an empty store, which nobody reads yet, so that it is at batch `seq` and `cursor`.
+        """Fill an empty store, which nobody reads yet, up to batch `seq` and `cursor`.
 
         Not atomic.
         """
@@ -307,10 +301,8 @@ class RocksDbEngine:
     def _write(self, make: Callable[[], WriteBatch]) -> None:
         """Hand a write batch to RocksDB.
 
-        Where it wants writers to wait, wait here, without the interpreter lock.
-
-        `make` makes the batch, once more for each attempt: the binding uses it up, whatever comes
-        of it.
+        If RocksDB wants writers to wait, wait here, without the interpreter lock. `make` makes the
+        batch anew for each attempt: the binding consumes it even if the write fails.
         """
         stop_s = 0.0
         while True:
@@ -328,14 +320,14 @@ class RocksDbEngine:
                 time.sleep(_STALL_PAUSE_S)
 
     def _flush_wal(self) -> None:
-        # Not a synced write: that one holds the interpreter lock until the disk has answered.
+        # Not a synced write: it would hold the interpreter lock until the disk has answered.
         try:
             self._db.flush_wal(True)
         except Exception as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> Exception:
-        """RocksDB writes no more after an error; nor does this."""
+        """The error to raise. RocksDB writes no more after an error; nor does the engine."""
         found = typed(error, self.path)
         if self._source.db is not None:
             self.failure = str(error)
@@ -348,7 +340,10 @@ class RocksDbEngine:
             self._settle()
 
     def resume(self) -> RocksDbFold:
-        """After whoever wrote has died: go on from what the database holds. Snapshots stay valid."""
+        """After the writer has died, continue from what the database holds.
+
+        Snapshots stay valid.
+        """
         self._check_open()
         self.check_file()
         self._settle()
@@ -356,7 +351,7 @@ class RocksDbEngine:
 
     @property
     def state(self) -> State:
-        """The record of the state that was published last."""
+        """The state record that was published last."""
         return self._state
 
     def _check_open(self) -> None:
@@ -368,9 +363,7 @@ class RocksDbEngine:
             raise LogPoisonedError(self.path, self.failure)
 
     def _settle(self) -> None:
-        """After an exception in the middle of a commit: what the database holds is what was
-        committed.
-        """
+        """After an exception in the middle of a commit: publish what the database holds."""
         state = state_of(self._db, self.path)
         assert state is not None
         if state.seq != self._state.seq:
@@ -383,7 +376,7 @@ class RocksDbEngine:
         try:
             self._turns.enter(_getframe())
             self._check_open()
-            state = self._state  # before the flush: what is committed meanwhile may not be in it
+            state = self._state  # before the flush, which may miss later commits
             self._flush_wal()
             self._synced = state.seq, state.cursor
         finally:
@@ -404,11 +397,11 @@ class RocksDbEngine:
             raise LogChangedError(self.path, "was replaced by another directory")
 
     def confirm_file(self) -> None:
-        """See `Engine`: nothing can be put right."""
+        """See `Engine`. Nothing can be repaired."""
         self.check_file()
 
     def mark_deleted(self, reason: str) -> bool:
-        """See `Engine`. No: what was deleted is gone."""
+        """See `Engine`. Returns False: what was deleted is gone."""
         return False
 
     @property
@@ -418,15 +411,14 @@ class RocksDbEngine:
 
     @property
     def keeps_origin(self) -> bool:
-        """See `Engine`: it is in the record of the state."""
+        """See `Engine`. The state record holds it."""
         return True
 
     def heal(self) -> RocksDbFold:
-        """See `Engine`: the database is opened anew, and what its write-ahead log holds is
-        written to files and synced.
+        """See `Engine`. Reopens the database, and flushes its write-ahead log to synced tables.
 
-        Snapshots taken before raise StoreClosed from then on. Batches in doubt are settled by
-        what the database holds.
+        Earlier snapshots raise StoreClosed from then on. What the database holds decides whether a
+        batch in doubt was committed.
         """
         try:
             self._turns.enter(_getframe())
@@ -453,36 +445,36 @@ class RocksDbEngine:
             self._forget(self._state)
         return self._newest()
 
-    # Compaction: RocksDB's own, in threads of its own.
+    # Compaction is RocksDB's, in its own threads.
 
     @property
     def is_compact(self) -> bool:
-        """See `Engine`. True if nothing was committed since everything was compacted."""
+        """See `Engine`. True if nothing was committed since the last full compaction."""
         return self._compacted_seq == self._state.seq
 
     def should_compact(self, threshold_bytes: int) -> bool:
-        """Never: RocksDB compacts when it sees fit."""
+        """Returns False: RocksDB decides when to compact."""
         return False
 
     @property
     def size_bytes(self) -> int:
-        """Nothing: see `limit_bytes`."""
+        """Returns 0: see `limit_bytes`."""
         return 0
 
     def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> None:
-        """See `Engine`: RocksDB makes writers wait by itself."""
+        """See `Engine`. No limit: RocksDB makes writers wait by itself."""
 
     def begin_compaction(self) -> Compaction:
-        """See `Engine`: of everything, on request."""
+        """See `Engine`. Compacts all tables."""
         self._check_usable()
         return FullCompaction(self._state.seq, self._compact_range)
 
     def next_pass(self, job: object) -> bool:
-        """See `Engine`: one is enough."""
+        """See `Engine`. One pass is enough."""
         return False
 
     def allowed_bytes(self, job: object, threshold_bytes: int) -> float:
-        """See `Engine`: no bound."""
+        """See `Engine`. No bound."""
         return math.inf
 
     def finish_compaction(self, job: FullCompaction) -> RocksDbFold:
@@ -491,13 +483,13 @@ class RocksDbEngine:
         return self._newest()
 
     def drop_compaction(self, job: FullCompaction) -> None:
-        """See `Engine`. RocksDB goes on with what it has begun."""
+        """See `Engine`. RocksDB finishes what it has begun."""
         job.cancelled = True
 
     def compact(self) -> None:
-        """Let RocksDB compact everything now.
+        """Let RocksDB compact all tables now.
 
-        It does so by itself; this frees what was overwritten or removed at once.
+        It compacts by itself, too; this frees at once what was overwritten or removed.
         """
         self._check_usable()
         self._compact_range()
@@ -509,10 +501,10 @@ class RocksDbEngine:
         except Exception as error:
             raise self._failed(error) from error
 
-    # The past.
+    # Past batches.
 
     def _remember(self, seq: int, batches: Sequence[Batch]) -> None:
-        """Keep the batches after number `seq` for `batches_since`, and let go of the oldest."""
+        """Keep the batches after number `seq` for `batches_since`, and drop the oldest."""
         past = self._past
         for number, batch in enumerate(batches, seq + 1):
             past.append((number, bytes(batch.cursor), batch.item))
@@ -523,7 +515,7 @@ class RocksDbEngine:
             self._past_start = number, WatchCursor(cursor)
 
     def _forget(self, state: State) -> None:
-        """Begin the past anew at a batch that was not seen."""
+        """Drop the past batches; the past starts at `state`."""
         self._past.clear()
         self._past_bytes = 0
         self._past_start = state.seq, state.cursor
@@ -548,35 +540,41 @@ class RocksDbEngine:
         )
 
     def _remembered(self) -> list[tuple[int, bytes, bytes]]:
-        """The past, for any thread: the writer may add to it and drop of it meanwhile."""
+        """The past batches, for any thread: the writer may add and drop some meanwhile."""
         while True:
             try:
                 return list(self._past)
-            except RuntimeError:  # it was changed while it was copied
+            except RuntimeError:  # changed during the copy
                 continue
 
     def difference(
         self, old: RocksDbFold, new: RocksDbFold, prefix: str = ""
     ) -> Iterator[Put | Delete]:
-        """See `Engine`, and `fold.difference` for the cost. TypeError for a snapshot of another engine."""
+        """See `Engine`, and `fold.difference` for the cost.
+
+        TypeError for a snapshot of another engine.
+        """
         if not (isinstance(old, RocksDbFold) and isinstance(new, RocksDbFold)):
             raise TypeError("the difference of a RocksDB store is between snapshots of RocksDB")
         return difference(old, new, prefix)
 
-    # What export and verify read.
+    # Export and verify.
 
     def export(
         self, snapshot: object, dest_dir: StrPath, progress: Progress | None = None
     ) -> ExportManifest:
         """See `Engine`.
 
-        The state is the newest, whatever `snapshot` is: the manifest has its cursor.
+        Exports the newest state, whatever `snapshot` is. The manifest has its cursor.
         """
         self._newest()
         return artifact.export(self.path, self._checkpoint, dest_dir, progress)
 
     def begin_export(self, format: str | None) -> Export:
-        """See `Engine`: the state is that of the moment at which it is written. ValueError for any format but None."""
+        """See `Engine`. Exports the state at the moment of writing.
+
+        ValueError for any format but None.
+        """
         if format is not None:
             raise ValueError(
                 "a RocksDB store exports RocksDB's files only: `convert_to_log` makes a log of it"
@@ -592,7 +590,7 @@ class RocksDbEngine:
         return verify_open(self._db, self.path, progress)
 
     def _checkpoint(self, path: Path) -> None:
-        """A copy of the newest state in the directory `path`; its tables are links."""
+        """Copy the newest state to the directory `path`; its tables are hard links."""
         db = self._db
         try:
             db.flush()  # without the interpreter lock, which the checkpoint holds
@@ -616,7 +614,7 @@ class RocksDbEngine:
         )
 
     def held(self) -> Held:
-        """See `Engine`. RocksDB keeps on disk what the oldest needs."""
+        """See `Engine`. RocksDB keeps what the oldest needs on disk."""
         ages = [
             fold.created
             for fold in list(self._held)
@@ -629,7 +627,7 @@ class RocksDbEngine:
     def close(self) -> None:
         """See `Engine`.
 
-        Snapshots raise StoreClosed from then on: RocksDB's own do not outlive its database.
+        Snapshots raise StoreClosed from then on: RocksDB's do not outlive the database.
         """
         try:
             self._turns.enter(_getframe())
@@ -667,10 +665,7 @@ class RocksDbEngine:
         self._end()
 
     def _stop_writing(self) -> None:
-        """RocksDB flushes what it frees, by names that may be somebody else's by now.
-
-        This keeps it from that.
-        """
+        """Keep RocksDB from flushing when it is freed: its file names may be another's by now."""
         if self._source.db is not None:
             with contextlib.suppress(Exception):
                 self._source.db.cancel_all_background(True)
@@ -682,7 +677,7 @@ class RocksDbEngine:
         self._release(StoreClosed(reason))
 
     def _release(self, ended: FoldlogError) -> None:
-        """Let go of the database and of all snapshots of it, so that it can be opened again."""
+        """Release the database and all its snapshots, so that it can be opened again."""
         self._source.ended = ended
         self._source.db = None
         for fold in list(self._held):
@@ -690,9 +685,9 @@ class RocksDbEngine:
         self._held.clear()
 
     def after_fork(self) -> None:
-        """In a forked child:
+        """In a forked child, keep the database from being freed.
 
-        RocksDB's threads are not there, and freeing its database would wait for them for ever.
+        RocksDB's threads do not exist there, and freeing would wait for them forever.
         """
         if self._source.db is None:
             return
@@ -703,7 +698,7 @@ class RocksDbEngine:
 
     def _newest(self) -> RocksDbFold:
         fold = self.snapshot
-        fold.seq  # noqa: B018 - StoreClosed, here and not later
+        fold.seq  # noqa: B018 - raises StoreClosed here, not later
         assert isinstance(fold, RocksDbFold)
         return fold
 

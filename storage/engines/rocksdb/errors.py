@@ -1,6 +1,6 @@
-"""What RocksDB says, as foldlog's errors.
+"""RocksDB's errors as foldlog's.
 
-The binding raises a bare Exception with RocksDB's words for everything.
+The binding raises a bare Exception with RocksDB's message for everything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from foldlog.protocol.errors import (
 from foldlog.storage.engines.rocksdb.holder import lock_holder
 
 ABSENT = ("key not found",)
-"""The arguments of what reading an absent key through a snapshot raises."""
+"""The arguments of the exception that reading an absent key through a snapshot raises."""
 STALLED = "Write stall"
 
 _ERRNOS = {os.strerror(number): number for number in errno.errorcode}
@@ -34,17 +34,14 @@ _OFFSET = re.compile(r"offset (\d+)")
 
 
 def is_stall(error: Exception) -> bool:
-    """True if a write was not done since RocksDB wants writers to wait.
-
-    Nothing of it was written.
-    """
+    """True if RocksDB refused a write because writers should wait. None of it was written."""
     return STALLED in str(error)
 
 
 def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
-    """The error to raise for one of the binding's: with RocksDB's own words, and its kind by them.
+    """The error to raise for one of the binding's. RocksDB's message decides its type.
 
-    `opening`: a file that is missing then is damage to the database.
+    `opening`: treat a missing file as damage to the database.
     """
     words = str(error)
     if type(error).__name__ == "DbClosedError":
@@ -65,7 +62,7 @@ def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
 
 
 def _io_error(words: str, path: Path, opening: bool) -> Exception:
-    """OSError with the number that the operating system gave, which RocksDB tells in text only."""
+    """OSError with the operating system's errno, which RocksDB reports as text only."""
     tail = words.rsplit(": ", 1)[-1]
     number = _ERRNOS.get(tail, errno.EIO)
     if number == errno.ENOENT and opening:
@@ -74,6 +71,6 @@ def _io_error(words: str, path: Path, opening: bool) -> Exception:
 
 
 def _place(words: str, path: Path) -> tuple[Path, int]:
-    """The file that the words name, and the offset in it; else the database itself."""
+    """The file and offset that a message names; else the database itself, and 0."""
     file, offset = _FILE.search(words), _OFFSET.search(words)
     return Path(file[1]) if file else path, int(offset[1]) if offset else 0

@@ -1,4 +1,4 @@
-"""Which process has a database open, as far as the operating system tells."""
+"""Which process has a database open, if the operating system can tell."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ _FLOCK = struct.Struct("hhqqi4x")  # type, whence, start, length, pid: struct fl
 
 
 def lock_holder(path: Path) -> int | None:
-    """The process that holds RocksDB's lock on the database at `path`, or None if that cannot be
-    told.
+    """The pid of the process that holds RocksDB's lock on the database at `path`.
 
-    Not for a database that this process itself has open: closing any descriptor of a file drops
-    all locks of POSIX that the process has on it.
+    None if it is unknown. Not for a database that this process itself has open: closing any
+    descriptor of a file drops all POSIX locks that the process holds on it.
     """
     if not sys.platform.startswith("linux") or struct.calcsize("P") != 8:
         return None

@@ -1,4 +1,4 @@
-"""What one key of the database holds: an entry, or the record that says where the fold is.
+"""The value of a key of the database: an entry, or the record of the fold's state.
 
     entry    key              the key in UTF-8, whose byte order is the order of code points
              value            version length u8 | version | value
@@ -7,8 +7,8 @@
                               origin length u8 | origin | CRC-32C u32 of all before it
 
 UTF-8 never holds the byte FF, so no entry can have the key of the state, and all entries come
-before it. The state is written in the batch of the entries that it tells of. RocksDB checks the
-bytes of both; what is checked here is their form.
+before it. The state is written in one batch with the entries that it covers. RocksDB checksums
+both; this module checks their form.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from crc32c import crc32c
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 
 GENERATION = 1
-"""Of this encoding. A database of a newer one is refused."""
+"""The generation of this encoding. A database of a newer one is refused."""
 STATE_KEY = b"\xfffoldlog"
 ENTRIES_END = b"\xff"
 """The least key above all entries."""
@@ -33,7 +33,7 @@ _CRC = struct.Struct("<I")
 
 
 def encode_entry(value: bytes, version: bytes) -> bytes:
-    """The value of an entry's key. The caller has checked both against their limits."""
+    """The encoded entry. The caller has checked both against their limits."""
     return VERSION_PREFIXES[len(version)] + version + value if version else b"\0" + value
 
 
@@ -52,7 +52,7 @@ class NewerGeneration(ValueError):
 
 
 class State(NamedTuple):
-    """Where the fold in a database is."""
+    """The sequence, cursor and origin of the fold in a database."""
 
     store_id: bytes
     """16 random bytes, made when the database was created; a copy keeps them."""
@@ -77,7 +77,7 @@ class State(NamedTuple):
 
 
 def parse_state(raw: bytes) -> State:
-    """The state that `pack` made. NewerGeneration, or ValueError for what is none."""
+    """The state that `pack` encoded. NewerGeneration, or ValueError if it is not valid."""
     if len(raw) < _HEAD.size + 2 + _CRC.size:
         raise ValueError(f"the state record has {len(raw)} bytes")
     body = raw[: -_CRC.size]

@@ -1,5 +1,6 @@
-"""Keys in order, without the binding's habit of ending a scan early: at a block that it cannot
-read, it says nothing.
+"""Scanning keys in order, with errors reported.
+
+The binding's iterator ends silently at a block that it cannot read.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ def scan(
 
     With `reverse`, descending; then `high` must be given. Raises what the binding raises.
 
-    The fast iterator of the binding ends in silence where it fails. So where it ends, another one is
-    put there, which tells: either there is nothing more, or it raises, or there is more and the scan
-    goes on.
+    The binding's fast iterator ends silently on an error. So a slower one is placed where it ended:
+    it finds nothing more, or raises, or finds another key, and the scan continues.
     """
     while high is None or low < high:
         item: tuple[bytes, bytes] | None = None

@@ -1,4 +1,4 @@
-"""Opening a RocksDB store for a writer, and going on with it after a crash."""
+"""Opening a RocksDB store for a writer, and resuming it after a crash."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
 
 
 class RocksDbSeat:
-    """See `foldlog.protocol.engine.Seat`. RocksDB holds the lock as long as the database is open."""
+    """See `foldlog.protocol.engine.Seat`. RocksDB holds the lock while the database is open."""
 
     def __init__(self, options: EngineOptions) -> None:
-        """ValueError for an option that is the append log's. ImportError, later, without the extra."""
+        """ValueError for an option of the append log.
+
+        Without the extra, `open` raises ImportError.
+        """
         if options.format is not None:
             raise ValueError("format is of an append log: a RocksDB store has one format only")
         self._options = options
 
     def open(self, crashed: RocksDbEngine | None = None) -> RocksDbEngine:
-        """See `Seat`. The database is the truth, and outlives its writer's crash: readers notice nothing."""
+        """See `Seat`. The database outlives its writer's crash: readers notice nothing."""
         if crashed is not None and not crashed.closed:
             crashed.resume()
             return crashed
@@ -39,4 +42,4 @@ class RocksDbSeat:
         return engine
 
     def release(self) -> None:
-        """See `Seat`: the lock went with the database."""
+        """See `Seat`. Closing the database released the lock."""

@@ -1,4 +1,4 @@
-"""The record of the state, read from a database, and the size of its files."""
+"""Reading the state record of a database, and the size of its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def state_of(db: Rdict, path: Path) -> State | None:
     """The state record of a database; None if the database is empty.
 
-    CorruptLogError or InvalidFormatError for another's.
+    CorruptLogError if the record is damaged, InvalidFormatError if foldlog did not write the
+    database or a newer foldlog did.
     """
     try:
         raw = db.get(STATE_KEY)
@@ -41,7 +42,7 @@ def state_of(db: Rdict, path: Path) -> State | None:
 
 
 def directory_bytes(path: Path) -> int:
-    """What the files in a directory hold, in bytes. RocksDB may remove some meanwhile."""
+    """Bytes of all files in a directory. RocksDB may remove some meanwhile."""
     total = 0
     with os.scandir(path) as entries:
         for entry in entries:

@@ -1,11 +1,9 @@
-"""Every invariant of a RocksDB store, in code, and what a database says of itself.
+"""Every invariant of a RocksDB store, in code, and facts about a database. Changes nothing.
 
-Nothing is changed here.
-
-tables      every block that holds an entry passes its checksum keys        are UTF-8 of at most
-65,535 bytes; above them is the record of the state, and nothing else entries     are what
-`encode_entry` writes, within the limits of values and versions the state   passes its checksum,
-and is of a generation that this version reads
+tables    every block that holds an entry passes its checksum
+keys      UTF-8 of at most 65,535 bytes; above them is the state record, and nothing else
+entries   what `encode_entry` writes, within the limits of values and versions
+state     passes its checksum, and is of a generation that this version reads
 """
 
 from __future__ import annotations
@@ -41,20 +39,18 @@ _MOST_PROBLEMS = 1000
 
 @dataclass(frozen=True, slots=True)
 class RocksDbReport:
-    """What verifying a RocksDB store found. `ok` is the short answer."""
+    """What verifying a RocksDB store found. `ok` sums it up."""
 
     path: Path
     size: int
     """Bytes of all files."""
     tables: int
     entries: int
-    """Valid ones."""
+    """Valid entries."""
     seq: int
     cursor: WatchCursor
     problems: tuple[str, ...]
-    """All that is wrong, in key order, with RocksDB's own words where it found it; the first
-    1000.
-    """
+    """The first 1000 problems, in key order; with RocksDB's message where it found them."""
 
     @property
     def ok(self) -> bool:
@@ -63,14 +59,14 @@ class RocksDbReport:
 
 
 class RocksDbFacts(NamedTuple):
-    """What a database says of itself."""
+    """Facts about a database."""
 
     path: Path
     size: int
     """Bytes of all files."""
     tables: int
     entries: int
-    """As RocksDB estimates them: overwritten and removed ones may count."""
+    """RocksDB's estimate: overwritten and removed entries may count."""
     seq: int
     cursor: WatchCursor
     origin: bytes
@@ -147,7 +143,7 @@ def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
             if str(error) not in problems[-1:]:  # a table is tried twice if its first block is bad
                 problems.append(str(error))
             start = next((first for first in starts if first > at), None)  # the next table
-    if state is None:  # after damage that the scan could not go past
+    if state is None:  # after damage that stopped the scan
         state = _state_alone(db, problems)
     if state is None and (entries or problems):
         problems.append("the record of the state is missing")
