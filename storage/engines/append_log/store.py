@@ -72,8 +72,8 @@ class AppendLogSnapshot(Readable):
         Returns the cursor to resume after, and the store.
 
         `compact_threshold`: `apply` compacts once the appended bytes exceed both this and the size
-        of the base. `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: keep what is
-        before the first damage and set the rest aside, for a cache whose upstream replays.
+        of the base. `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: keep what
+        is before the first damage and set the rest aside, for a cache whose upstream replays.
 
         `format`: of a new log; "foldlog" if None. An existing log has the format that its header
         states; naming another is an InvalidFormatError. "slipstream-v2" is the file of the Rust

@@ -1,12 +1,12 @@
 """Artifacts of a RocksDB store: a checkpoint with a manifest.
 
-    DEST/MANIFEST.json     as for every artifact; backend "foldlog-rocksdb", its version the
-                           generation of the encoding
+    DEST/MANIFEST.json     as in every artifact; the backend is "foldlog-rocksdb", its version
+                           the generation of the encoding
     DEST/data/...          the files of the checkpoint, all of them declared
 
-RocksDB writes its tables once, so a checkpoint links them; it copies the few small files that
-change. An export appears under its name complete or not at all. An import copies each file,
-checks the digest of what it copied, and reads the whole copy before it becomes a store.
+RocksDB never modifies its tables, so a checkpoint links them; it copies the few small files that
+change. An export appears under its name complete or not at all. An import copies each file, checks
+the digest of the copy, and verifies the whole copy before it becomes a store.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BACKEND = "foldlog-rocksdb"
 DATA = "data"
 _COPY_BYTES = 1024 * 1024
 _NO_PAYLOAD = ("rocksdict-config.json", "LOCK", "LOG")
-"""Files of an open database, and of its binding, that hold nothing of its state."""
+"""Files of an open database and of the binding that hold none of its state."""
 
 
 def export(
@@ -54,10 +54,10 @@ def export(
     dest_dir: StrPath,
     progress: Progress | None = None,
 ) -> ExportManifest:
-    """Write what `checkpoint` makes of the store at `path` as an artifact. An error leaves nothing.
+    """Write a checkpoint of the store at `path` as an artifact. An error leaves nothing.
 
-    FileExistsError if `dest_dir` exists. Cost: a read of all for the digests; and the space of what
-    is not linked, which is hardly any within one file system.
+    FileExistsError if `dest_dir` exists. Cost: a read of all files for the digests, and the space
+    of those that are not linked: hardly any within one file system.
     """
     dest = Path(os.path.abspath(dest_dir))
     if OS_FILES.exists(dest):
@@ -65,7 +65,7 @@ def export(
     stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")
     OS_FILES.make_dir(stage)
     try:
-        os.chmod(stage, stat.S_IMODE(os.stat(path).st_mode))  # no wider than the store
+        os.chmod(stage, stat.S_IMODE(os.stat(path).st_mode))  # no more permissive than the store
         checkpoint(stage / DATA)
         _drop_what_is_no_payload(stage / DATA)
         cursor = describe(stage / DATA).cursor
@@ -91,7 +91,7 @@ def _drop_what_is_no_payload(data: Path) -> None:
 
 
 def _digests(data: Path, progress: Progress | None) -> tuple[ArtifactFile, ...]:
-    """The digest of each file. They are synced here: RocksDB has synced its tables only."""
+    """Sync each file, and return its digest. RocksDB has synced its tables only."""
     paths = sorted(data.iterdir())
     total = sum(path.stat().st_size for path in paths)
     done = 0
@@ -121,10 +121,9 @@ def _write_manifest(path: Path, manifest: ExportManifest, mode: int) -> None:
 def import_artifact(
     artifact_dir: StrPath, dest_path: StrPath, *, progress: Progress | None = None
 ) -> ExportManifest:
-    """Verify an artifact in full and land its database at `dest_path`, which must not exist.
+    """Verify an artifact in full and import its database to `dest_path`, which must not exist.
 
-    ArtifactInvalidError, FileExistsError or OSError: nothing is at `dest_path` that was not there
-    before.
+    Raises ArtifactInvalidError, FileExistsError or OSError, and leaves `dest_path` as it was.
     """
     binding()
     given = Path(os.path.abspath(dest_path))
@@ -163,7 +162,7 @@ def _identify(root: Path, manifest: ExportManifest) -> None:
 def _copy_payload(
     root: Path, staged: Path, manifest: ExportManifest, progress: Progress | None
 ) -> None:
-    """Copy exactly the declared files, each compared with its digest, and synced."""
+    """Copy exactly the declared files; check the digest of each copy, and sync it."""
     total = sum(file.size for file in manifest.files)
     space = os.statvfs(staged)
     if space.f_bavail * space.f_frsize < total:
@@ -229,7 +228,7 @@ def _copy_file(root: Path, data_fd: int, staged: Path, declared: ArtifactFile) -
 
 
 def _check_copy(root: Path, staged: Path, manifest: ExportManifest) -> None:
-    """ArtifactInvalidError unless the copy verifies, and is at the manifest's cursor."""
+    """ArtifactInvalidError unless the copy verifies and is at the manifest's cursor."""
     try:
         report: RocksDbReport = verify_database(staged)
     except FoldlogError as error:
@@ -248,7 +247,7 @@ def _check_copy(root: Path, staged: Path, manifest: ExportManifest) -> None:
 
 @contextmanager
 def closing_fd(files: Files, fd: int) -> Iterator[int]:
-    """Close `fd` in the end."""
+    """Close `fd` on exit."""
     try:
         yield fd
     finally:

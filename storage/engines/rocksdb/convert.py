@@ -1,8 +1,8 @@
 """From a log to a RocksDB store, and back: the state, the versions, the cursor and the sequence.
 
-What is no state is not carried over: the history, and the origin, which a log keeps elsewhere.
-The source is only read, and may be open for writing elsewhere. The destination appears complete
-or not at all.
+Nothing else is carried over: not the history, and not the origin, which a log keeps elsewhere. The
+source is only read, and may be open for writing elsewhere. The destination appears complete or not
+at all.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ _LOAD_CACHE_BYTES = 32 * MIN_CACHE_BYTES
 
 
 def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = None) -> int:
-    """Write the state of a log, of either format, as a RocksDB store at `dest`, which must not
-    exist.
+    """Write the state of a log of either format as a RocksDB store at `dest`.
 
-    Returns the number of entries. Raises what opening the log raises, and FileExistsError. Cost:
+    `dest` must not exist. Returns the number of entries. Raises what opening the log raises, and FileExistsError. Cost:
     3 us an entry.
     """
     target = _free(dest)
@@ -65,8 +64,8 @@ def log_from_rocksdb(
 ) -> int:
     """Write the state of a RocksDB store as a log at `dest`, which must not exist.
 
-    Returns the number of entries. Raises what opening the store raises, and FileExistsError.
-    Cost: 3 us an entry.
+    Returns the number of entries. Raises what opening the store raises, and FileExistsError. Cost:
+    3 us an entry.
     """
     target = _free(dest)
     path = resolve(database)
@@ -76,7 +75,7 @@ def log_from_rocksdb(
         fold = _Streamed(RocksDbFold(source, db.snapshot(), Trail(), state.seq, state.cursor))
         lock = WriterLock(OS_FILES, target)
         try:
-            lock.write(None)  # a watermark of a log that was here before says nothing of this one
+            lock.write(None)  # the watermark of an earlier log here does not apply to this one
             write_new(OS_FILES, target, fold, FORMATS[format], progress)
         finally:
             lock.release()
@@ -92,9 +91,7 @@ def _free(dest: StrPath) -> Path:
 
 
 class _Streamed(FoldSnapshot):
-    """A RocksDB fold as what the writers of logs take: stretches of keys that have no leaf, one
-    block at a time.
-    """
+    """A RocksDB fold in the form that log writers take: spans without a leaf, a block each."""
 
     __slots__ = ("_source", "entries")
 

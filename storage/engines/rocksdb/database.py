@@ -1,12 +1,12 @@
-"""A RocksDB database, opened with the options that foldlog's promises need.
+"""Opening a RocksDB database with the options that foldlog's promises need.
 
 `rocksdict` is imported here only, when used.
 
-Three of them differ from RocksDB's defaults for a reason. Recovery refuses a damaged write-ahead
-log where the default would silently leave out all that follows the damage; a torn tail, as a
-power loss leaves it, is dropped. The blocks of indexes and filters count against the cache, so
-that memory is bounded by `cache_bytes`. And a write that RocksDB would stall is refused and tried
-again by `commit`, since the binding holds the interpreter lock while it waits.
+Three options differ from RocksDB's defaults for a reason. Recovery refuses a damaged write-ahead
+log, where the default would silently drop everything after the damage; the torn tail that a power
+loss leaves is dropped. Index and filter blocks count against the cache, so that `cache_bytes`
+bounds memory. And a write that RocksDB would stall is refused and retried by `commit`, since the
+binding holds the interpreter lock while it waits.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ Damage = Literal["refuse", "cut"]
 DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
 MIN_CACHE_BYTES = 8 * 1024 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024 * 1024
-"""Of one memtable; RocksDB holds two, and in an instant a third.
+"""Size of one memtable. RocksDB holds two, and briefly a third.
 
-A smaller cache gets smaller ones.
+With a small cache, they are smaller.
 """
 _BLOOM_BITS = 10
 _SURELY_OLD = (9, 8)
-"""RocksDB of the oldest rocksdict that the extra admits: what it or an older one wrote needs no
-further look.
+"""RocksDB's version in the oldest rocksdict that the extra allows.
+
+A database that this version or an older one wrote needs no further check.
 """
 
 _COMPARATOR = "leveldb.BytewiseComparator"
 _OPTIONS_CHARS = 1024 * 1024
 
-# What RocksDB has made in a directory before the database exists, for an open that was killed.
+# The files that RocksDB creates before the database exists: a killed open leaves them.
 _BEFORE_CURRENT = re.compile(
     r"LOCK|LOG(\.old\.\d+)?|IDENTITY|MANIFEST-\d+|OPTIONS-\d+(\.dbtmp)?|\d+\.dbtmp"
     r"|rocksdict-config\.json"
@@ -54,7 +55,7 @@ _BEFORE_CURRENT = re.compile(
 
 
 def binding() -> ModuleType:
-    """The module `rocksdict`. ImportError says what to install."""
+    """The module `rocksdict`. If it is missing, the ImportError says what to install."""
     try:
         import rocksdict
     except ImportError as error:
@@ -74,10 +75,10 @@ def open_database(
 ) -> Rdict:
     """Open the database at `path` for writing.
 
-    `create`: make it if nothing is there, or an empty directory.
+    `create`: create it if `path` is absent or an empty directory.
 
-    Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError; what is no database is
-    left as it is.
+    Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError. Anything that is not a
+    database is left as it is.
     """
     rocksdict = binding()
     exists = look_at(path, create=create)
@@ -94,9 +95,9 @@ def open_database(
 
 @contextlib.contextmanager
 def reading(path: Path, cache_bytes: int = MIN_CACHE_BYTES):  # type: ignore[no-untyped-def]
-    """The database at `path`, opened to be read.
+    """The database at `path`, opened read-only.
 
-    Works beside a writer, and leaves the state of the files as it is.
+    Works while a writer has it open, and leaves its state as it is.
     """
     rocksdict = binding()
     look_at(path, create=False)
@@ -139,10 +140,10 @@ def _options(rocksdict: ModuleType, cache_bytes: int, on_damage: Damage) -> Opti
 
 
 def look_at(path: Path, *, create: bool) -> bool:
-    """True if a database is at `path`, False if one may be made there. Changes nothing.
+    """True if a database is at `path`, False if one may be created there. Changes nothing.
 
-    InvalidFormatError for a file, a directory of something else, or a database of a newer
-    RocksDB; FileNotFoundError if nothing is there and `create` is False.
+    InvalidFormatError for a file, a directory of other files, or a database of a newer RocksDB;
+    FileNotFoundError if nothing is there and `create` is False.
     """
     try:
         info = os.stat(path)
@@ -182,11 +183,10 @@ def _what_file(path: Path) -> str:
 
 
 def _refuse_foreign(path: Path, names: list[str]) -> None:
-    """InvalidFormatError for a database that this binding must not even try to open, by the file
-    of its options.
+    """InvalidFormatError for a database that this binding must not try to open.
 
-    A newer RocksDB could have written what ours would drop; and where the order of keys is
-    another one, the binding fails, but not before it has overwritten a file of its own in there.
+    Its options file decides. A newer RocksDB may have written data that ours would drop. And if its
+    keys have another order, the binding fails only after overwriting a file of its own there.
     """
     numbers = [int(m[1]) for m in map(re.compile(r"OPTIONS-(\d+)").fullmatch, names) if m]
     if not numbers:
@@ -219,18 +219,16 @@ def _read_options(file: Path) -> str:
 
 
 def version_in(options: str) -> tuple[int, int] | None:
-    """RocksDB's version (major, minor) in the text of a file of its options; None if it tells
-    none.
-    """
+    """RocksDB's version (major, minor) in the text of an options file; None if it has none."""
     found = re.search(r"^\s*rocksdb_version=(\d+)\.(\d+)", options, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
 @functools.cache
 def own_version() -> tuple[int, int] | None:
-    """The version (major, minor) of the RocksDB that the binding carries.
+    """The version (major, minor) of the binding's RocksDB; None if unknown.
 
-    It tells it only in the files of a database.
+    RocksDB states it only in the files of a database.
     """
     rocksdict = binding()
     with tempfile.TemporaryDirectory(prefix="foldlog-") as directory:
@@ -240,7 +238,7 @@ def own_version() -> tuple[int, int] | None:
 
 
 def property_of(db: Rdict, name: str) -> int:
-    """One of RocksDB's counters; 0 where it does not tell."""
+    """One of RocksDB's counters; 0 if it has no value."""
     try:
         return db.property_int_value(f"rocksdb.{name}") or 0
     except Exception as error:

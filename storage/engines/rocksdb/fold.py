@@ -1,15 +1,15 @@
 """The state of a RocksDB database at one batch, immutable, read through RocksDB's own snapshot.
 
-A key is read through the snapshot. A range is not: the iterators of the binding read the newest
-state, whichever snapshot they are asked of. So a range takes the newest state and mends it: each
-commit leaves the keys that it changes in a `Trail` before it writes them, and a fold reads the
-keys that were changed after it through its snapshot. An iterator never outlives the block that it
-fills, for it would keep the database open after its close, and old files on disk.
+A key is read through the snapshot. A range is not: the binding's iterators read the newest state,
+even those of a snapshot. So a range reads the newest state and corrects it: each commit notes the
+keys that it changes in a `Trail` before it writes them, and a fold rereads the keys that were
+changed after it through its snapshot. An iterator never outlives the block that it fills: it would
+keep the database open after its close, and old files on disk.
 
     Trail(keys of batch 8)  ->  Trail(keys of batch 9)  ->  Trail()
     ^ fold at batch 7           ^ fold at batch 8           ^ fold at batch 9, the newest
 
-The engine holds the newest trail only, so that what nobody's fold needs is freed.
+The engine holds the newest trail only, so that trails no fold needs are freed.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 BLOCK_ENTRIES = 1024
 BLOCK_BYTES = 1024 * 1024
-"""A block ends with the entry that brings its values to so much."""
+"""A block ends with the entry that brings its values to this size."""
 _new_entry = tuple.__new__
 D = TypeVar("D")
 
 
 class Trail:
-    """What one commit changed, and the trail of the next.
+    """The keys that one commit changed, and the trail of the next commit.
 
-    The newest is empty but while a commit is under way.
+    The newest trail is empty, except during a commit.
     """
 
     __slots__ = ("__weakref__", "following", "parts")
 
     def __init__(self) -> None:
-        # Written by the engine alone. Invariant: names a key before the database holds its change.
+        # Written by the engine only. Invariant: names a key before the database holds its change.
         self.parts: tuple[Sequence[bytes], ...] = ()
-        """The changed keys, encoded, in one or more collections."""
+        """The changed keys, encoded, in one or more sequences."""
         self.following: Trail | None = None
 
     def keys(self) -> Iterator[bytes]:
@@ -60,18 +60,16 @@ class Trail:
 
 
 class View(Protocol):
-    """Encoded entries by encoded key: RocksDB's snapshot, or what stands for one."""
+    """Encoded entries by encoded key: RocksDB's snapshot, or a substitute."""
 
     def __getitem__(self, raw_key: bytes, /) -> bytes:
-        """Raises what the binding raises, for an absent key an exception with the arguments
-        `ABSENT`.
-        """
+        """Raises what the binding raises: for an absent key, an exception whose args are `ABSENT`."""
 
 
 class Source:
     """The open database that folds read from.
 
-    Once it has ended, it is the view of them all, and every read raises.
+    Once it has ended, it becomes the view of all of them, and every read raises.
     """
 
     __slots__ = ("db", "ended", "path", "read_options")
@@ -84,8 +82,8 @@ class Source:
         """What a read raises once `db` is None."""
 
     def refuse(self) -> NoReturn:
-        """Raise what a read of a source that has ended raises."""
-        raise copy.copy(self.ended)  # one each: threads would mix their tracebacks
+        """Raise the error of a source that has ended."""
+        raise copy.copy(self.ended)  # a copy for each: threads would mix their tracebacks
 
     def __getitem__(self, raw_key: bytes, /) -> NoReturn:
         self.refuse()
@@ -96,8 +94,8 @@ class RocksDbFold:
 
     Any thread may read it until the store is closed; then it raises StoreClosed.
 
-    While it is held, RocksDB keeps what it needs on disk, and the keys that were changed since
-    are kept in memory.
+    While it is held, RocksDB keeps the data it needs on disk, and the keys that were changed since
+    stay in memory.
     """
 
     __slots__ = (
@@ -130,13 +128,11 @@ class RocksDbFold:
         self._entries: int | None = None
         self._cursor = cursor
         self.origin = origin
-        """Whose position the cursor is; empty where nobody said."""
+        """The stream that the cursor is a position in; empty if it was never named."""
         self.seq = seq
-        """The sequence of the last batch in it: 0 for the empty store, +1 for each batch, for
-        ever.
-        """
+        """The sequence of its last batch: 0 if empty, +1 for each batch."""
         self.created = time.monotonic()
-        """When the fold was published, by the monotonic clock, in seconds."""
+        """The time of publication, in seconds of the monotonic clock."""
 
     @overload
     def get(self, key: str) -> KvEntry | None: ...
@@ -145,7 +141,7 @@ class RocksDbFold:
     def get(self, key: str, default: object = None) -> object:
         """The live entry of `key`, or `default` if it is absent or deleted.
 
-        Cost: a few us for an entry in a cache, a read of the disk for others.
+        Cost: a few us for a cached entry, a disk read for others.
         """
         try:
             raw = self.view[key.encode()]
@@ -188,10 +184,11 @@ class RocksDbFold:
         limit: int | None = None,
         reverse: bool = False,
     ) -> list[KvEntry]:
-        """All live entries under `prefix`, ascending by key (by code point).
+        """The live entries under `prefix`, ascending by key (by code point).
 
-        Of these, only keys with `start` <= key < `stop`, and no more than the first `limit`. With
-        `reverse`, descending by key: the bounds stay the same, and `limit` counts from the last key.
+        Only keys with `start` <= key < `stop` are returned, and at most the first `limit`. With
+        `reverse`, descending by key: the bounds stay the same, and `limit` counts from the last
+        key.
         """
         return list(self.iter_range(prefix, start=start, stop=stop, limit=limit, reverse=reverse))
 
@@ -204,28 +201,25 @@ class RocksDbFold:
         limit: int | None = None,
         reverse: bool = False,
     ) -> Iterator[KvEntry]:
-        """`range`, entry by entry: reads and holds a block at a time."""
+        """`range`, entry by entry: reads and holds one block at a time."""
         low, high = _encoded_bounds(*range_bounds(prefix, start, stop))
         check_limit(limit)
         if self._source.db is None:
-            self._source.refuse()  # at the call, and not at the first entry
+            self._source.refuse()  # at the call, not at the first entry
         entries = chain.from_iterable(self._entry_blocks(low, high, reverse))
         return entries if limit is None else islice(entries, limit)
 
     def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """Call `f` with each live entry under `prefix`, ascending, holding a block of them at a
-        time.
+        """Call `f` with each live entry under `prefix`, ascending. Memory: one block.
 
-        An error of `f` stops the scan and propagates.
+        An exception from `f` stops the scan and propagates.
         """
         for block in self.blocks(prefix):
             for entry in block:
                 f(entry)
 
     def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
-        """`range` in pieces of at most 1024 entries, none empty; only keys after `after`, if
-        given.
-        """
+        """`range` in pieces of at most 1024 entries, none empty; only keys after `after`, if given."""
         low, high = range_bounds(prefix, None if after is None else after + "\0", None)
         yield from self._entry_blocks(*_encoded_bounds(low, high))
 
@@ -264,9 +258,9 @@ class RocksDbFold:
         return isinstance(key, str) and self.get(key) is not None
 
     def __len__(self) -> int:
-        """Live entries, exactly.
+        """The exact number of live entries.
 
-        Cost on the first call: reads them all, about 1 us each; then nothing.
+        Cost of the first call: reads them all, about 1 us each; then nothing.
         """
         if self._source.db is None:
             self._source.refuse()
@@ -275,10 +269,10 @@ class RocksDbFold:
         return self._entries
 
     def __bool__(self) -> bool:
-        return True  # a snapshot of an empty store is a snapshot still
+        return True  # a snapshot of an empty store is still a snapshot
 
     def cursor(self) -> WatchCursor:
-        """The position in the stream up to which every update is folded in."""
+        """Every update of the stream up to this position is folded in."""
         return self._cursor
 
     def __repr__(self) -> str:
@@ -289,20 +283,20 @@ class RocksDbFold:
             "a snapshot reads from its database and cannot be pickled; send its entries"
         )
 
-    # What the engine builds on.
+    # For the engine.
 
     def parts(self) -> list[object]:
-        """See `Snapshot`: freeing one takes no time."""
+        """See `Snapshot`. Returns []: freeing a fold is cheap."""
         return []
 
     def end(self) -> None:
-        """Let go of RocksDB's snapshot: every read raises from now on what the source says."""
+        """Release RocksDB's snapshot: every read raises the source's error from now on."""
         self.view = self._source
 
     def changed_since(self) -> list[bytes]:
-        """The keys that were changed after this fold, and maybe more, ascending.
+        """The keys that were changed after this fold, ascending; possibly a few more.
 
-        Cost: nothing where no commit came since.
+        Cost: nothing if no commit followed.
         """
         node, keys = self._changed
         fresh: set[bytes] = set()
@@ -317,7 +311,7 @@ class RocksDbFold:
         return keys
 
     def lookup(self, raw_key: bytes) -> bytes | None:
-        """The encoded entry of an encoded key."""
+        """The encoded entry of an encoded key; None if it is absent."""
         try:
             return self.view[raw_key]
         except Exception as error:
@@ -337,11 +331,11 @@ class RocksDbFold:
     ) -> Iterator[list[tuple[bytes, bytes]]]:
         """The encoded entries with low <= key < high in pieces, none empty, each ascending.
 
-        With `reverse`, the last of them first.
+        With `reverse`, the last piece first.
         """
         while low < high:
             block, edge = self._newest_block(low, high, reverse)
-            # After the iterator was made: all that it can have seen is in here.
+            # Read after the iterator was created: this covers all changes that it can have seen.
             keys = self.changed_since()
             if edge is None:
                 start, stop, low = low, high, high
@@ -358,7 +352,10 @@ class RocksDbFold:
     def _newest_block(
         self, low: bytes, high: bytes, reverse: bool
     ) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
-        """The first block of the newest state, or the last, and what bounds the rest: None for none."""
+        """The first block of the newest state (with `reverse`, the last), and the bound of the rest.
+
+        The bound is None if nothing remains.
+        """
         source = self._source
         db = source.db
         if db is None:
@@ -382,7 +379,7 @@ class RocksDbFold:
     def _mended(
         self, block: list[tuple[bytes, bytes]], keys: Iterable[bytes]
     ) -> list[tuple[bytes, bytes]]:
-        """`block` with what this fold has under `keys`."""
+        """`block` with this fold's entries for `keys`."""
         entries = dict(block)
         for key in keys:
             raw = self.lookup(key)
@@ -407,9 +404,7 @@ class _StagedView:
 
 
 class StagedFold(RocksDbFold):
-    """A fold with batches on top that are not written yet: for writes that depend on what they
-    find.
-    """
+    """A fold plus batches that are not yet written, for writes that depend on the state."""
 
     __slots__ = ("staged",)
 
@@ -424,19 +419,19 @@ class StagedFold(RocksDbFold):
         view = _StagedView(base.view, staged)
         super().__init__(base._source, view, base._trail, seq, cursor, origin)
         self.staged = staged
-        """Encoded entries by encoded key, None for one that is removed."""
+        """Encoded entries by encoded key; None for a removed one."""
 
     def changed_since(self) -> list[bytes]:
         return sorted({*super().changed_since(), *self.staged})
 
 
 def difference(old: RocksDbFold, new: RocksDbFold, prefix: str = "") -> Iterator[Put | Delete]:
-    """What leads from `old` to `new`: a Put or Delete for each key under `prefix` that differs,
-    ascending by key.
+    """The changes that lead from `old` to `new`, ascending by key.
 
-    Exact, also if `new` is the older one, or of another database. A Delete carries no version:
-    the removed key is gone. Cost: two reads for each key that was written between the two, if one
-    process published both; else it reads both whole, a block at a time.
+    A Put or Delete for each key under `prefix` that differs. Exact, even if `new` is the older one,
+    or of another database. A Delete carries no version: the database does not keep it. Cost: two
+    reads for each key that was written between the two, if one process published both; otherwise
+    it reads both in full, a block at a time.
     """
     low, high = _encoded_bounds(*range_bounds(prefix, None, None))
     suspects = _written_between(old, new)
@@ -458,7 +453,7 @@ def difference(old: RocksDbFold, new: RocksDbFold, prefix: str = "") -> Iterator
 
 
 def _written_between(old: RocksDbFold, new: RocksDbFold) -> set[bytes] | None:
-    """The keys of the commits after `old`, up to `new`; None if no trail leads there."""
+    """The keys of the commits after `old`, up to `new`; None if no trail connects them."""
     if isinstance(old, StagedFold) or isinstance(new, StagedFold):
         return None
     keys: set[bytes] = set()
@@ -489,9 +484,9 @@ def _merged_difference(old: RocksDbFold, new: RocksDbFold, prefix: str) -> Itera
 
 
 def _encoded_bounds(low: str, high: str | None) -> tuple[bytes, bytes]:
-    """The bounds of encoded keys. A bound may hold a surrogate, which no key does.
+    """The encoded bounds. A bound may hold a surrogate, which no key does.
 
-    Surrogates lie between U+D7FF and U+E000 in the order of bytes, too.
+    Surrogates sort between U+D7FF and U+E000 in the order of bytes, too.
     """
     stop = ENTRIES_END if high is None else high.encode(errors="surrogatepass")
     return low.encode(errors="surrogatepass"), stop

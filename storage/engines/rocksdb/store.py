@@ -1,4 +1,4 @@
-"""RocksDbSnapshot: the contract of `SnapshotStore` on RocksDB, for one thread."""
+"""RocksDbSnapshot: the RocksDB engine as a `SnapshotStore`, for one thread."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ from foldlog.storage.readable import Publisher, Readable
 
 
 class RocksDbSnapshot(Readable):
-    """A durable fold in a RocksDB database, for one thread at a time: for more entries than
-    memory holds.
+    """A durable fold in a RocksDB database, for one thread at a time.
 
-    It needs the extra `rocksdb`. What an answered `apply` means: it survives a killed process,
-    always; it survives a power loss once `sync` or `close` has returned, or at once with
-    `sync="always"`. Its snapshots end with it.
+    It may hold more entries than fit in memory, and needs the extra `rocksdb`. Once `apply` has
+    returned, its batch survives a killed process. It survives a power loss once `sync` or `close`
+    has returned, or at once with `sync="always"`. Closing the store ends its snapshots.
 
     >>> cursor, snap = RocksDbSnapshot.open("routes.db")
     >>> cursor.is_none
@@ -59,16 +58,17 @@ class RocksDbSnapshot(Readable):
         on_damage: Damage = "refuse",
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> tuple[WatchCursor, Self]:
-        """Open or create the database in the directory `path`. Returns the cursor to resume after.
+        """Open or create the database in the directory `path`.
 
-        `sync`: whether each `apply` waits for the disk. `on_damage="cut"` drops what follows the
-        first damage of the write-ahead log, for a cache whose upstream replays. `cache_bytes`: of
-        RocksDB's block cache, indexes and filters included; up to 192 MiB of memtables come on
-        top.
+        Returns the cursor to resume after, and the store.
 
-        Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError, and leaves what is no
-        database of foldlog as it is. ImportError without the extra. Cost: 0.1-0.5 s at any size,
-        and the replay of up to 64 MiB of write-ahead log.
+        `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: drop what follows the
+        first damage in the write-ahead log, for a cache whose upstream replays. `cache_bytes`: size
+        of RocksDB's block cache, indexes and filters included; memtables take up to 192 MiB more.
+
+        Raises StoreLocked, CorruptLogError, InvalidFormatError or OSError, and leaves anything that
+        is not a database of foldlog as it is. ImportError without the extra. Cost: 0.1-0.5 s at any
+        size, and the replay of up to 64 MiB of write-ahead log.
         """
         check_options(sync, on_damage, cache_bytes)
         engine = RocksDbEngine(
@@ -81,39 +81,32 @@ class RocksDbSnapshot(Readable):
     def import_artifact(
         cls, artifact_dir: StrPath, dest_path: StrPath, *, progress: Progress | None = None
     ) -> tuple[WatchCursor, Self]:
-        """Verify an exported artifact of a RocksDB store in full, land it at `dest_path`, and
-        open it.
+        """Verify an artifact of a RocksDB store in full, import it to `dest_path`, and open it.
 
-        ArtifactInvalidError for anything wrong with it, FileExistsError if `dest_path` exists:
-        then nothing was written. A crash part-way leaves nothing at `dest_path`; a crash after
+        ArtifactInvalidError for anything wrong with the artifact, FileExistsError if `dest_path`
+        exists: nothing was written. A crash part-way leaves nothing at `dest_path`; a crash after
         the rename leaves a valid store.
         """
         artifact.import_artifact(artifact_dir, dest_path, progress=progress)
         return cls.open(resolve(dest_path))
 
     def apply(self, updates: Iterable[Update], cursor: CursorLike) -> int:
-        """Atomically fold the updates, in order, and advance the cursor.
-
-        Returns the batch's sequence.
+        """Atomically fold the updates, in order, and move the cursor. Returns the batch's sequence.
 
         TypeError or ValueError for an update that is not valid: nothing was written. OSError if
-        RocksDB could not write. It survives a killed process on return; a power loss only with
-        sync="always". Cost: 10 us, and 1-2 us an update.
+        RocksDB could not write. On return, the batch survives a killed process; a power loss only
+        with sync="always". Cost: 10 us, and 1-2 us an update.
         """
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
         cursor = as_cursor(cursor)
         return self._engine.commit_raw(raw_updates(updates), cursor)
 
     def snapshot(self) -> RocksDbFold:  # type: ignore[override]
-        """The state that reads see now: immutable, safe to share among threads; it ends when the
-        store is closed.
-        """
+        """The current state: immutable, safe to share among threads. Closing the store ends it."""
         return cast(RocksDbFold, super().snapshot())
 
     def compact(self) -> None:
-        """Let RocksDB compact everything now, which frees at once what was overwritten or
-        removed.
-        """
+        """Let RocksDB compact all tables now: frees at once what was overwritten or removed."""
         self._engine.snapshot.seq  # noqa: B018
         self._engine.compact()
 
@@ -126,11 +119,10 @@ class RocksDbSnapshot(Readable):
         self._engine.sync()
 
     def heal(self) -> None:
-        """Open the database anew after RocksDB refused to write, as it does after any error of
-        the disk.
+        """Reopen the database after RocksDB refused to write, as it does after any disk error.
 
-        Snapshots taken before raise StoreClosed from then on. A batch whose `apply` failed may be
-        there: `cursor` tells.
+        Earlier snapshots raise StoreClosed from then on. A batch whose `apply` failed may have been
+        written: `cursor` tells.
         """
         self._engine.snapshot.seq  # noqa: B018
         self._engine.heal()
@@ -138,40 +130,38 @@ class RocksDbSnapshot(Readable):
     def export_to(self, dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
         """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError).
 
-        Complete or absent.
-
-        The tables are hard links where the file system allows, so it takes hardly any space;
-        their digests are computed, which takes a read of all. Never edit an artifact's files in
-        place: the store reads them, too.
+        The artifact appears complete or not at all. Its tables are hard links if the file system
+        allows, so it takes hardly any space. Cost: a read of all files, for their digests. Never
+        edit an artifact's files in place: the store reads them, too.
         """
         return self._engine.export(self.snapshot(), dest_dir, progress)
 
     def verify(self, progress: Progress | None = None) -> RocksDbReport:
         """Read every entry, with all checksums.
 
-        Tells all that is wrong, and changes nothing. Cost: about 1 us an entry.
+        Reports everything that is wrong, and changes nothing. Cost: about 1 us an entry.
         """
         self._engine.snapshot.seq  # noqa: B018
         return self._engine.verify(progress)
 
     def sizes(self) -> Sizes:
-        """What the store takes on disk."""
+        """What the store takes on disk, in bytes."""
         return self._engine.sizes()
 
     def held(self) -> Held:
-        """How many snapshots are held beside the newest, and the age of the oldest."""
+        """How many snapshots besides the newest are held, and the age of the oldest."""
         return self._engine.held()
 
     def close(self) -> None:
-        """Sync and release the database; snapshots end.
+        """Sync and release the database; its snapshots end.
 
-        Closing twice is fine; everything else raises StoreClosed then.
+        Every other method raises StoreClosed from then on. Closing twice is fine.
         """
         self._engine.close()
 
 
 def check_options(sync: object, on_damage: object, cache_bytes: object) -> None:
-    """TypeError or ValueError unless these can be options of `open`."""
+    """TypeError or ValueError unless these are valid options of `open`."""
     if sync not in ("never", "always"):
         raise ValueError(f'sync is "never" or "always", not {sync!r}')
     if on_damage not in ("refuse", "cut"):
