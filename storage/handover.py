@@ -9,7 +9,7 @@ thread that should notify it may have been interrupted just before.
     Bell      wakes all threads that wait for a condition
     Latch     set once, for good
     Wakeup    wakes one thread that sleeps between polls
-    Turns     one owner at a time, first come, first served; a frame that is over holds nothing
+    Turns     one owner at a time, first come, first served; an ended frame holds nothing
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def is_over(frame: object) -> bool:
 
 
 def is_below(frame: object) -> bool:
-    """True if `frame` is a caller, direct or not, of this call: it cannot continue before us."""
+    """True if `frame` is a caller, direct or not, of this call: it waits for this call to end."""
     below: FrameType | None = _getframe(1)
     while below is not None:
         if below is frame:
@@ -52,7 +52,7 @@ def is_below(frame: object) -> bool:
 
 
 class Endable(Protocol):
-    """A future, say."""
+    """Anything that ends, such as a future."""
 
     def done(self) -> bool: ...
 

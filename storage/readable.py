@@ -26,7 +26,7 @@ class Reads:
     StoreClosed if the store is closed; ValueError or TypeError for bad arguments.
     """
 
-    _published: Publisher  # not the store: a dropped store is freed at once, which is noticed
+    _published: Publisher  # not the store: a dropped store is then freed, and noticed, at once
 
     @overload
     def get(self, key: str) -> KvEntry | None: ...

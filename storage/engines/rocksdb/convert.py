@@ -37,8 +37,8 @@ _LOAD_CACHE_BYTES = 32 * MIN_CACHE_BYTES
 def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = None) -> int:
     """Write the state of a log of either format as a RocksDB store at `dest`.
 
-    `dest` must not exist. Returns the number of entries. Raises what opening the log raises, and FileExistsError. Cost:
-    3 us an entry.
+    `dest` must not exist. Returns the number of entries. Raises what opening the log raises, and
+    FileExistsError. Cost: 3 us an entry.
     """
     target = _free(dest)
     fold = load_intact(ReadHandle(OS_FILES, resolve(log))).fold

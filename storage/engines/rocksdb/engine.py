@@ -302,7 +302,7 @@ class RocksDbEngine:
         """Hand a write batch to RocksDB.
 
         If RocksDB wants writers to wait, wait here, without the interpreter lock. `make` makes the
-        batch anew for each attempt: the binding consumes it even if the write fails.
+        batch again for each attempt: the binding consumes it even if the write fails.
         """
         stop_s = 0.0
         while True:

@@ -63,7 +63,7 @@ class View(Protocol):
     """Encoded entries by encoded key: RocksDB's snapshot, or a substitute."""
 
     def __getitem__(self, raw_key: bytes, /) -> bytes:
-        """Raises what the binding raises: for an absent key, an exception whose args are `ABSENT`."""
+        """Raises what the binding raises: for an absent key, an error with the args `ABSENT`."""
 
 
 class Source:
@@ -219,7 +219,7 @@ class RocksDbFold:
                 f(entry)
 
     def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
-        """`range` in pieces of at most 1024 entries, none empty; only keys after `after`, if given."""
+        """`range` in pieces of 1 to 1024 entries; only keys after `after`, if given."""
         low, high = range_bounds(prefix, None if after is None else after + "\0", None)
         yield from self._entry_blocks(*_encoded_bounds(low, high))
 
@@ -352,7 +352,7 @@ class RocksDbFold:
     def _newest_block(
         self, low: bytes, high: bytes, reverse: bool
     ) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
-        """The first block of the newest state (with `reverse`, the last), and the bound of the rest.
+        """The first block of the newest state, or the last; and the bound of the rest.
 
         The bound is None if nothing remains.
         """
