@@ -1,4 +1,5 @@
-"""A griffe extension for the build of the site: examples in docstrings (`>>>`) become code blocks."""
+"""A griffe extension for the build of the site: examples in docstrings (`>>>`) become code
+blocks."""
 
 from __future__ import annotations
 

@@ -45,7 +45,8 @@ def on_post_build(config: Any) -> None:
 
 
 def without_links_outside(markdown: str, depth: int) -> str:
-    """`markdown`, with links to the source written out. Its page is `depth` directories below `docs/`."""
+    """`markdown`, with links to the source written out. Its page is `depth` directories below
+    `docs/`."""
 
     def plain(match: re.Match[str]) -> str:
         if match.group(0).count("../") != depth + 1:

@@ -37,7 +37,8 @@ class AppendLogSnapshot(Readable):
     >>> cursor, snap = AppendLogSnapshot.open("routes.log")
     >>> cursor.is_none
     True
-    >>> snap.apply([Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2"), Delete("b")], WatchCursor.from_u64(7))
+    >>> batch = [Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2"), Delete("b")]
+    >>> snap.apply(batch, WatchCursor.from_u64(7))
     1
     >>> snap.get("a").value, snap.get("b"), snap.cursor()
     (b'10.0.0.1', None, WatchCursor.from_u64(7))
