@@ -675,7 +675,7 @@ class AsyncWatch(AsyncIterator[Event]):
         if loop.time() >= self._slice_ends:
             await asyncio.sleep(0)
             self._slice_ends = loop.time() + SLICE_S
-        return self._events.popleft()
+        return self._events.popleft() if self._events else None  # it may have been closed
 
     async def _fetch(self) -> None:
         """Wait until there are events or the watch has ended."""

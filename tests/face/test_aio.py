@@ -344,7 +344,7 @@ def test_a_call_that_is_cancelled_is_withdrawn_if_it_was_not_begun(run: Any, pat
             with pytest.raises(asyncio.CancelledError) as caught:
                 await first
             assert aio.outcome(caught.value) == "unknown"
-            assert "in hand" in caught.value.__notes__[0]
+            assert "will carry it out" in caught.value.__notes__[0]
             gate.open.set()
             await third
             assert list(store) == ["first", "third"]

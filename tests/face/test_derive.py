@@ -93,14 +93,17 @@ def test_the_value_always_belongs_to_the_snapshot_beside_it(path: Path):
 
 def test_it_is_built_anew_after_a_lag(path: Path, monkeypatch: Any):
     monkeypatch.setattr("foldlog.actors.feeds.BUFFER_GROUPS", 3)
-    go_on = threading.Event()
+    began, go_on = threading.Event(), threading.Event()
 
     def slow(value: Pairs, updates: Sequence[Update]) -> Pairs:
+        began.set()
         go_on.wait(DEADLINE_S)
         return update(value, updates)
 
     with foldlog.open(path, sync="never") as store, foldlog.derive(store, build, slow) as derived:
-        for number in range(1, 21):
+        store.put("01", b"")
+        assert began.wait(DEADLINE_S)
+        for number in range(2, 21):
             store.put(f"{number:02}", b"")
         go_on.set()
         derived.wait_for(seq=20, timeout_s=DEADLINE_S)

@@ -270,9 +270,9 @@ def test_a_put_here_can_be_awaited_there(path: Path):
 def test_waiting_takes_one_position_and_ends_with_its_time(path: Path):
     with foldlog.open(path) as store, foldlog.follow(path) as follower:
         for waiter in (store, follower):
-            with pytest.raises(TypeError, match="one of the two"):
+            with pytest.raises(TypeError, match="either a cursor or seq="):
                 waiter.wait_for()
-            with pytest.raises(TypeError, match="one of the two"):
+            with pytest.raises(TypeError, match="either a cursor or seq="):
                 waiter.wait_for(1, seq=1)
             for seq, error in ((True, TypeError), ("1", TypeError), (-1, ValueError)):
                 with pytest.raises(error):

@@ -573,7 +573,8 @@ def test_a_forked_child_refuses_and_ends(path: Path) -> None:
     never ended.
     """
     done = subprocess.run(
-        [sys.executable, "-c", FORKED, str(path)],
+        # From 3.12 on, Python warns of every fork of a process with threads.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, str(path)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

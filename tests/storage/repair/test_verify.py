@@ -136,7 +136,7 @@ BAD_BASES = [
     ("digest of the leaves is not", [(KIND_LEAF, BOTH), base_end([BOTH], 3, digest=bytes(32))]),
     ("1 leaves and 3 entries", [(KIND_LEAF, BOTH), base_end([BOTH], 4)]),
     ("1 leaves and 3 entries", [(KIND_LEAF, BOTH), base_end([BOTH], 3, leaves=2)]),
-    ("bad field", [(KIND_LEAF, BOTH), base_end([BOTH], 3, cursor=bytes(11))]),
+    ("an invalid field", [(KIND_LEAF, BOTH), base_end([BOTH], 3, cursor=bytes(11))]),
     ("ends too early", [(KIND_LEAF, ONE), (KIND_LEAF, TWO), base_end([ONE, TWO], 3)]),
     ("not in key order", [(KIND_LEAF, TWO), (KIND_LEAF, ONE), base_end([TWO, ONE], 3)]),
     (
