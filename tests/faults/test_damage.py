@@ -27,6 +27,7 @@ from foldlog import (
     ExportManifest,
     FoldlogError,
     InvalidFormatError,
+    LogRegressedError,
     Put,
     VersionToken,
 )
@@ -79,7 +80,7 @@ def read(path: Path, files: Files = OS_FILES) -> State | FoldlogError:
         fold = load_intact(ReadHandle(files, path)).fold
         entries = {entry.key: (entry.value, bytes(entry.version)) for entry in fold.range("")}
         return State(fold.seq, bytes(fold.cursor()), entries)
-    except (CorruptLogError, InvalidFormatError) as error:
+    except (CorruptLogError, InvalidFormatError, LogRegressedError) as error:
         return error
 
 
@@ -89,7 +90,7 @@ def all_refused(path: Path, images: Iterator[tuple[int, bytes]]) -> int:
     for bit, image in images:
         path.write_bytes(image)
         found = read(path)
-        assert isinstance(found, (CorruptLogError, InvalidFormatError)), (
+        assert isinstance(found, (CorruptLogError, InvalidFormatError, LogRegressedError)), (
             f"bit {bit}: silently read as batch {found[0]}"
         )
         assert 0 <= found.offset <= bit // 8, f"bit {bit}: told at byte {found.offset}"

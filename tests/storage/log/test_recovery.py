@@ -306,8 +306,9 @@ def test_cutting_keeps_all_before_the_damage_and_sets_the_rest_aside(path):
 
 
 @pytest.mark.parametrize("policy", [None, "", "keep", True])
-def test_an_unknown_policy_is_a_value_error_and_makes_no_file(path, policy):
-    with pytest.raises(ValueError, match="on_damage"):
+def test_an_unknown_policy_is_refused_and_makes_no_file(path, policy):
+    error = ValueError if isinstance(policy, str) else TypeError
+    with pytest.raises(error, match="on_damage"):
         AppendLogSnapshot.open(path, on_damage=policy)
     assert not path.exists()
 

@@ -107,7 +107,7 @@ def test_a_length_that_does_not_verify_is_refused_unread(path, raw, length, rebo
 
 @BOOTS
 @pytest.mark.parametrize(
-    "lies", [{"kind": 0}, {"kind": 6}, {"kind": 255}, {"flags": 2}, {"flags": 3}, {"flags": 0x80}]
+    "lies", [{"kind": 0}, {"kind": 6}, {"kind": 255}, {"flags": 4}, {"flags": 5}, {"flags": 0x80}]
 )
 def test_a_frame_of_a_newer_format_is_never_skipped_and_never_cut(
     path, raw, lies, rebooted, monkeypatch
