@@ -524,7 +524,7 @@ def test_sequences_go_on_across_compactions_and_crashes_in_one_process(path: Pat
         crashed.log.abandon()
         engine = Engine(path, crashed=crashed.log)
         assert engine.fold.seq == seq
-        assert engine.log.file.headerer.log_id == crashed.log.file.header.log_id
+        assert engine.log.file.header.log_id == crashed.log.file.header.log_id
         assert state_of(engine) == state_of(crashed)
     engine.close()
     assert read_state(path).seq == 2, "another process counts anew: the base, and a batch behind it"
@@ -546,7 +546,7 @@ def test_a_file_that_another_put_in_its_place_is_not_taken_for_the_crashed_ones(
     ):
         meddle()
         successor = Engine(path, crashed=engine.log)
-        known = successor.log.file.headerer.log_id == engine.log.file.header.log_id
+        known = successor.log.file.header.log_id == engine.log.file.header.log_id
         assert not known or successor.fold.seq < engine.fold.seq
         successor.log.abandon()
 
@@ -569,7 +569,7 @@ def test_a_rewrite_that_died_between_the_rename_and_the_writers_note_of_it_is_kn
     engine.log.abandon()
     successor = Engine(path, crashed=engine.log)
     assert (successor.fold.seq, successor.is_compact) == (3, True)
-    assert successor.log.file.headerer.log_id == engine.log.file.header.log_id
+    assert successor.log.file.header.log_id == engine.log.file.header.log_id
     successor.close()
 
 
