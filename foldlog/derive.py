@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Generic, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from foldlog.actors.feeds import Buffer, Feeds, Group, Lost
 from foldlog.follow import Follower
@@ -27,7 +27,7 @@ from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
 
 log = logging.getLogger("foldlog")
 V = TypeVar("V")
-Build: TypeAlias = Callable[[Snapshot], V]
+Build: TypeAlias = Callable[[Any], V]
 ApplyUpdates: TypeAlias = Callable[[V, Sequence[Update]], V]
 
 
