@@ -51,6 +51,7 @@ from foldlog import (
     WatchCursor,
     aio,
 )
+from foldlog.protocol.engine import Snapshot
 from foldlog.testing import Fault, FaultyFiles, crash_at
 
 
@@ -142,7 +143,7 @@ def through_views(path: Path) -> int:
                         break
         with foldlog.derive(store, keys_of, longer) as derived:
             assert_type(derived.value, frozenset[str])
-            assert_type(derived.state.snapshot, FoldSnapshot)
+            assert_type(derived.state.snapshot, Snapshot)
         assert_type(store.get("a", 7), KvEntry | int)
         assert_type(store.get_many(["a"]), dict[str, KvEntry])
         follower.wait_for(seq=store.put("a", b""))
