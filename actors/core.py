@@ -175,7 +175,7 @@ class Stats:
     """How long the oldest of them has been held."""
 
 
-class Books:
+class Statistics:
     """Counters. The writer and the supervisor write them, each its own."""
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ class Core:
         # Written by the writer at each (re)start, for the syncer and the statistics.
         self.engine: Engine | None = None
         self.report: OpenReport | None = None
-        self.books = Books()
+        self.statistics = Statistics()
         self.feeds = Feeds()
         self.ended = Latch()
         """Set when the store is CLOSED and its threads have ended."""

@@ -398,7 +398,7 @@ class Supervisor:
         delay_s *= random.uniform(0.5, 1.0)
         if not interrupted:
             restarts_s.append(now)
-        core.books.note_restart(Restart(actor.name, reason, time.time(), delay_s), error)
+        core.statistics.note_restart(Restart(actor.name, reason, time.time(), delay_s), error)
         log.log(
             logging.INFO if interrupted else logging.WARNING,
             "%s: %s died (%s); restarting in %.2f s",

@@ -344,14 +344,14 @@ class Writer(SharedActor):
                 sum(len(batch.item) for batch in batches),
             )
         self._step("writer.after_publish")
-        books, now = core.books, time.monotonic()
-        books.batches += len(written)
-        books.groups += 1
-        books.group_size.add(len(written))
-        books.largest_group = max(books.largest_group, len(written))
+        statistics, now = core.statistics, time.monotonic()
+        statistics.batches += len(written)
+        statistics.groups += 1
+        statistics.group_size.add(len(written))
+        statistics.largest_group = max(statistics.largest_group, len(written))
         for request in written:
-            books.latencies_s.append(now - request.created)
-            books.latency.add(now - request.created)
+            statistics.latencies_s.append(now - request.created)
+            statistics.latency.add(now - request.created)
             request.succeed(request.seq)
         return undecided
 
@@ -444,16 +444,16 @@ class Writer(SharedActor):
         self._failures = 0
         core.publish(fold)
         core.feeds.jump(fold)  # the same state: lets subscribers release the old file
-        books = core.books
-        books.compactions += 1
-        books.compaction_error = ""
-        books.last_compaction_s = time.monotonic() - self._rewrite_started
-        books.last_compaction_unix_s = time.time()
+        statistics = core.statistics
+        statistics.compactions += 1
+        statistics.compaction_error = ""
+        statistics.last_compaction_s = time.monotonic() - self._rewrite_started
+        statistics.last_compaction_unix_s = time.time()
         log.info(
             "%s: compacted to %d bytes in %.2f s",
             engine.path,
             engine.sizes().log_bytes,
-            books.last_compaction_s,
+            statistics.last_compaction_s,
         )
         self._step("compact.finished")
         self._answer_wanted(None, rewrite.seq)
@@ -470,7 +470,7 @@ class Writer(SharedActor):
         self._failures += 1
         self._retry_at = time.monotonic() + delay_s
         self._failed_at, self._live = time.monotonic(), rewrite.live_bytes
-        self._core.books.compaction_error = f"{type(error).__name__}: {error}"
+        self._core.statistics.compaction_error = f"{type(error).__name__}: {error}"
         log.warning(
             "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",
             self.engine.path,
@@ -507,7 +507,7 @@ class Writer(SharedActor):
             time.sleep(HOLD_S)
         if began:
             held_s = time.monotonic() - began
-            self._core.books.throttled_s += held_s
+            self._core.statistics.throttled_s += held_s
             self._patience_s = max(self._patience_s - held_s, 0.0)
 
     def _log_is_full(self, size: int) -> bool:
@@ -524,7 +524,7 @@ class Writer(SharedActor):
 
     def _refuse(self, requests: list[WriteRequest]) -> None:
         """Stop the log from growing, rather than fill the disk with what cannot be compacted."""
-        size, reason = self.engine.size_bytes, self._core.books.compaction_error
+        size, reason = self.engine.size_bytes, self._core.statistics.compaction_error
         for request in requests:
             request.fail(
                 Backpressure(f"the log has {size} bytes and cannot be compacted ({reason})")

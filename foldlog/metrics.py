@@ -71,7 +71,7 @@ def _health(observed: Observed, _: object) -> Reading:
 
 
 def _restarts(store: Store, _: Stats) -> Reading:
-    counts = store._core.books.restarts_by_cause
+    counts = store._core.statistics.restarts_by_cause
     return (
         (count, {"foldlog.actor": actor, "error.type": error})
         for (actor, error), count in counts.items()
@@ -323,8 +323,11 @@ class _Meters:
                 raise MetricNameTaken(name)
             self.observed[name] = weakref.ref(observed)
             if isinstance(observed, Store):
-                books = observed._core.books
-                self._reported[name] = _Reported(books.latency), _Reported(books.group_size)
+                statistics = observed._core.statistics
+                self._reported[name] = (
+                    _Reported(statistics.latency),
+                    _Reported(statistics.group_size),
+                )
 
     def remove(self, observed: Observed, name: str) -> None:
         with self._lock:

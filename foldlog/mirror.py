@@ -122,7 +122,7 @@ class _Sink:
         return request.future
 
     def note_restart(self, restart: Restart) -> None:
-        self._core.books.restarts.append(restart)
+        self._core.statistics.restarts.append(restart)
 
 
 class Mirror(Store):

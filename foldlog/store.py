@@ -458,10 +458,10 @@ class Store(Readable):
         """The store's statistics. Cost: microseconds, plus counting the entries on the first call
         after a batch."""
         core = self._core
-        snapshot, engine, books = self.snapshot(), core.engine, core.books
+        snapshot, engine, statistics = self.snapshot(), core.engine, core.statistics
         sizes = Sizes(0, 0, 0) if engine is None else engine.sizes()
         held = Held(0, 0.0) if engine is None else engine.held()
-        latencies, unsynced_since = sorted(books.latencies_s), core.unsynced_since
+        latencies, unsynced_since = sorted(statistics.latencies_s), core.unsynced_since
         return Stats(
             state=core.state,
             reason=core.reason,
@@ -473,17 +473,17 @@ class Store(Readable):
             base_bytes=sizes.base_bytes,
             appended_bytes=sizes.appended_bytes,
             mailbox_depth=len(self._supervisor.writer.inbox),
-            batches=books.batches,
-            groups=books.groups,
-            largest_group=books.largest_group,
+            batches=statistics.batches,
+            groups=statistics.groups,
+            largest_group=statistics.largest_group,
             latency_mean_s=sum(latencies) / len(latencies) if latencies else 0.0,
             latency_p99_s=latencies[len(latencies) * 99 // 100] if latencies else 0.0,
-            restarts=tuple(books.restarts),
-            compactions=books.compactions,
-            last_compaction_s=books.last_compaction_s,
-            last_compaction_unix_s=books.last_compaction_unix_s,
-            compaction_error=books.compaction_error,
-            throttled_s=books.throttled_s,
+            restarts=tuple(statistics.restarts),
+            compactions=statistics.compactions,
+            last_compaction_s=statistics.last_compaction_s,
+            last_compaction_unix_s=statistics.last_compaction_unix_s,
+            compaction_error=statistics.compaction_error,
+            throttled_s=statistics.throttled_s,
             snapshot_age_s=time.monotonic() - core.published_at,
             unsynced_s=0.0 if unsynced_since is None else time.monotonic() - unsynced_since,
             subscriptions=len(core.feeds.backlog),

@@ -31,13 +31,13 @@ from foldlog.protocol.updates import MAX_GROUP as MAX_GROUP
 FORMAT_VERSION = 1
 # As in PNG: a non-ASCII byte and both line endings reveal a transfer that mangled text.
 FILE_MAGIC = b"\x89FLG\r\n\x1a\n"
-FILE_HEAD = struct.Struct("<8sHHI16sQQI")
+FILE_HEADER = struct.Struct("<8sHHI16sQQI")
 
 FRAME_MAGIC = b"\xf5fr\xa7"  # no zero byte: a lost (zeroed) sector never looks like a frame's start
-FRAME_HEAD = struct.Struct("<4sIIIQQQIBBH")
+FRAME_HEADER = struct.Struct("<4sIIIQQQIBBH")
 _CHECKED = struct.Struct("<IIQQQIBBH")  # the frame header after its checksum
 TRAILER = b"\xa5\x5a\xc3\x3c"  # no zero byte: the last sector of a whole frame is never all zero
-FRAME_OVERHEAD = FRAME_HEAD.size + len(TRAILER)
+FRAME_OVERHEAD = FRAME_HEADER.size + len(TRAILER)
 
 KIND_OPEN = 1
 """A writer's session starts; precedes its first append. Body: msgpack {"boot": boot id, "nonce": 8
@@ -71,7 +71,7 @@ _BODY_LIMITS = {
 }
 
 
-class FileHead(NamedTuple):
+class FileHeader(NamedTuple):
     """The header of a log file."""
 
     log_id: bytes
@@ -82,17 +82,17 @@ class FileHead(NamedTuple):
     """The sequence of the base."""
 
     @classmethod
-    def new(cls, log_id: bytes | None = None, base_seq: int = 0) -> FileHead:
+    def new(cls, log_id: bytes | None = None, base_seq: int = 0) -> FileHeader:
         """A header with a random generation, and a random log id unless `log_id` is given."""
         return cls(log_id or secrets.token_bytes(16), secrets.randbits(64), base_seq)
 
     def pack(self) -> bytes:
         """The 52 bytes of the header."""
-        body = FILE_HEAD.pack(
+        body = FILE_HEADER.pack(
             FILE_MAGIC,
             FORMAT_VERSION,
             0,
-            FILE_HEAD.size,
+            FILE_HEADER.size,
             self.log_id,
             self.generation,
             self.base_seq,
@@ -111,28 +111,28 @@ class FileHead(NamedTuple):
         return int.from_bytes(self.pack()[-4:], "little")
 
 
-def parse_file_head(raw: bytes) -> FileHead:
+def parse_file_header(raw: bytes) -> FileHeader:
     """The file header in the first bytes of a log. ValueError says what is wrong with it."""
-    if len(raw) < FILE_HEAD.size:
+    if len(raw) < FILE_HEADER.size:
         raise ValueError(
             "not a foldlog log: shorter than a file header"
             if raw
             else "not a foldlog log: the file is empty"
         )
-    magic, version, flags, length, log_id, generation, base_seq, crc = FILE_HEAD.unpack_from(raw)
+    magic, version, flags, length, log_id, generation, base_seq, crc = FILE_HEADER.unpack_from(raw)
     if magic != FILE_MAGIC:
         raise ValueError("not a foldlog log: wrong magic")
-    if crc32c(raw[: FILE_HEAD.size - 4]) != crc:
+    if crc32c(raw[: FILE_HEADER.size - 4]) != crc:
         raise ValueError("the file header does not verify")
-    if version != FORMAT_VERSION or flags or length != FILE_HEAD.size:
+    if version != FORMAT_VERSION or flags or length != FILE_HEADER.size:
         raise ValueError(
             f"format version {version}, flags {flags:#x}: "
             f"this foldlog reads version {FORMAT_VERSION}"
         )
-    return FileHead(log_id, generation, base_seq)
+    return FileHeader(log_id, generation, base_seq)
 
 
-class FrameHead(NamedTuple):
+class FrameHeader(NamedTuple):
     """A frame header whose checksum is valid."""
 
     crc: int
@@ -155,19 +155,19 @@ class FrameHead(NamedTuple):
         return FRAME_OVERHEAD + self.body_len
 
 
-def parse_frame_head(
+def parse_frame_header(
     buffer: bytes | bytearray | memoryview, at: int, seed: int
-) -> FrameHead | None:
+) -> FrameHeader | None:
     """The frame header at `buffer[at:]`; None if there is none with a valid checksum."""
-    if len(buffer) - at < FRAME_HEAD.size:
+    if len(buffer) - at < FRAME_HEADER.size:
         return None
-    magic, *fields = FRAME_HEAD.unpack_from(buffer, at)
-    if magic != FRAME_MAGIC or crc32c(buffer[at + 8 : at + FRAME_HEAD.size], seed) != fields[0]:
+    magic, *fields = FRAME_HEADER.unpack_from(buffer, at)
+    if magic != FRAME_MAGIC or crc32c(buffer[at + 8 : at + FRAME_HEADER.size], seed) != fields[0]:
         return None
-    return FrameHead(*fields)
+    return FrameHeader(*fields)
 
 
-def oversize(frame: FrameHead) -> str | None:
+def oversize(frame: FrameHeader) -> str | None:
     """Why the body length in `frame` is too long for its kind; None if it is not. Checked before
     the body is read."""
     limit = _BODY_LIMITS.get(frame.kind, MAX_BODY_BYTES)

@@ -27,7 +27,7 @@ from foldlog.protocol.frames import (
     KIND_LEAF,
     KIND_OPEN,
     KIND_SEAL,
-    FrameHead,
+    FrameHeader,
     parse_open,
 )
 from foldlog.protocol.tokens import VersionToken
@@ -93,23 +93,23 @@ def as_lines(stretch: object, bodies: bool) -> Iterator[str]:
 
 @as_fields.register
 def _(piece: HeaderPiece, bodies: bool) -> dict[str, Any]:
-    head = piece.head
-    fields: dict[str, Any] = {"offset": piece.offset, "kind": "HEAD"}
-    if head is not None:
+    header = piece.header
+    fields: dict[str, Any] = {"offset": piece.offset, "kind": "HEADER"}
+    if header is not None:
         fields |= {
-            "log_id": head.log_id.hex(),
-            "generation": f"{head.generation:016x}",
-            "base_seq": head.base_seq,
+            "log_id": header.log_id.hex(),
+            "generation": f"{header.generation:016x}",
+            "base_seq": header.base_seq,
         }
     return {**fields, "ok": not piece.reason, "reason": piece.reason}
 
 
 @as_lines.register
 def _(piece: HeaderPiece, bodies: bool) -> Iterator[str]:
-    head, shown = piece.head, ""
-    if head is not None:
-        ids = f"log {head.log_id.hex()} generation {head.generation:016x}"
-        shown = f"{ids} base batch {head.base_seq}  "
+    header, shown = piece.header, ""
+    if header is not None:
+        ids = f"log {header.log_id.hex()} generation {header.generation:016x}"
+        shown = f"{ids} base batch {header.base_seq}  "
     yield f"{piece.offset:>12}  {shown}{piece.reason or 'ok'}"
 
 
@@ -151,26 +151,26 @@ def _record_json(record: Record) -> dict[str, Any]:
 @as_lines.register
 def _(piece: Piece, bodies: bool) -> Iterator[str]:
     yield _piece_text(piece)
-    if bodies and not piece.reason and piece.head is not None:
-        for line in _body_lines(piece.head, piece.body):
+    if bodies and not piece.reason and piece.header is not None:
+        for line in _body_lines(piece.header, piece.body):
             yield f"{'':>12}    {line}"
 
 
-def _kind(head: FrameHead) -> str:
-    return KIND_NAMES.get(head.kind, f"kind {head.kind}")
+def _kind(header: FrameHeader) -> str:
+    return KIND_NAMES.get(header.kind, f"kind {header.kind}")
 
 
 def _piece_text(piece: Piece) -> str:
-    head = piece.head
-    if head is None:
+    header = piece.header
+    if header is None:
         return f"{piece.offset:>12}  {counted(piece.size, 'byte')}: {piece.reason}"
-    batches = f" {counted(head.batches, 'batch')}" if head.batches else ""
-    sequences = f"seq {head.seq} synced {head.synced_seq}  flags {head.flags}"
-    checksums = f"header {head.crc:08x} link {head.link:08x} body {head.body_crc:08x}"
-    moved = "" if head.offset == piece.offset else f"  written for byte {head.offset}"
+    batches = f" {counted(header.batches, 'batch')}" if header.batches else ""
+    sequences = f"seq {header.seq} synced {header.synced_seq}  flags {header.flags}"
+    checksums = f"header {header.crc:08x} link {header.link:08x} body {header.body_crc:08x}"
+    moved = "" if header.offset == piece.offset else f"  written for byte {header.offset}"
     verdict = f"{piece.reason or 'ok'}{moved}"
     return (
-        f"{piece.offset:>12}  {_kind(head):<8} {head.size} bytes{batches}  {sequences}  "
+        f"{piece.offset:>12}  {_kind(header):<8} {header.size} bytes{batches}  {sequences}  "
         f"{checksums}  {verdict}"
     )
 
@@ -183,49 +183,49 @@ def _(piece: Piece, bodies: bool) -> dict[str, Any]:
         "ok": not piece.reason,
         "reason": piece.reason,
     }
-    head = piece.head
-    if head is None:
+    header = piece.header
+    if header is None:
         return {**fields, "kind": None}
     fields |= {
-        "kind": _kind(head),
-        "seq": head.seq,
-        "synced_seq": head.synced_seq,
-        "batches": head.batches,
-        "flags": head.flags,
+        "kind": _kind(header),
+        "seq": header.seq,
+        "synced_seq": header.synced_seq,
+        "batches": header.batches,
+        "flags": header.flags,
     }
-    fields |= {"written_for": head.offset, "body_len": head.body_len}
+    fields |= {"written_for": header.offset, "body_len": header.body_len}
     fields |= {
-        "head_crc": f"{head.crc:08x}",
-        "link": f"{head.link:08x}",
-        "body_crc": f"{head.body_crc:08x}",
+        "header_crc": f"{header.crc:08x}",
+        "link": f"{header.link:08x}",
+        "body_crc": f"{header.body_crc:08x}",
     }
     if bodies and not piece.reason:
-        fields["body"] = list(_body_lines(head, piece.body))
+        fields["body"] = list(_body_lines(header, piece.body))
     return fields
 
 
-def _body_lines(head: FrameHead, body: bytes) -> Iterator[str]:
+def _body_lines(header: FrameHeader, body: bytes) -> Iterator[str]:
     try:
-        if head.kind == KIND_BATCHES:
+        if header.kind == KIND_BATCHES:
             for number, batch in enumerate(
-                decode_batches(body, head.batches), head.seq - head.batches + 1
+                decode_batches(body, header.batches), header.seq - header.batches + 1
             ):
                 yield (
                     f"batch {number} at cursor {token_text(batch.cursor)}, "
                     f"{counted(len(batch.keys), 'update')}"
                 )
                 yield from map("  ".__add__, _update_lines(batch))
-        elif head.kind == KIND_LEAF:
+        elif header.kind == KIND_LEAF:
             keys = leaf.check_order(body)
             yield f"{counted(len(keys), 'entry')}, {printable(keys[0])} to {printable(keys[-1])}"
-        elif head.kind == KIND_BASE_END:
+        elif header.kind == KIND_BASE_END:
             cursor, leaves, entries, digest = base_end_of(body)
             where = f"cursor {token_text(cursor)}"
             yield (
                 f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest "
                 f"{digest.hex()}"
             )
-        elif head.kind == KIND_OPEN:
+        elif header.kind == KIND_OPEN:
             yield f"boot {printable(parse_open(body)) or 'unknown'}"
     except Undecodable as error:
         yield f"undecodable: {printable(str(error))}"

@@ -21,10 +21,10 @@ from foldlog.cli.keyboard import Keyboard
 from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import FoldlogError
-from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, parse_frame_head
+from foldlog.protocol.frames import FILE_HEADER, FRAME_HEADER, KIND_BASE_END, parse_frame_header
 from foldlog.protocol.options import PICTURE_INTERVAL_S
 from foldlog.storage.fold.diff import diff
-from foldlog.storage.formats.registry import read_own_head
+from foldlog.storage.formats.registry import read_own_header
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import writer_of
 
@@ -67,13 +67,13 @@ class Picture(NamedTuple):
 def base_end(handle: ReadHandle) -> int | None:
     """The offset of the end of a log's base; None if the frames do not lead there. Cost: a read of
     48 bytes per leaf."""
-    seed, offset = read_own_head(handle).seed, FILE_HEAD.size
+    seed, offset = read_own_header(handle).seed, FILE_HEADER.size
     while True:
-        head = parse_frame_head(OS_FILES.read(handle.fd, FRAME_HEAD.size, offset), 0, seed)
-        if head is None:
+        header = parse_frame_header(OS_FILES.read(handle.fd, FRAME_HEADER.size, offset), 0, seed)
+        if header is None:
             return None
-        offset += head.size
-        if head.kind == KIND_BASE_END:
+        offset += header.size
+        if header.kind == KIND_BASE_END:
             return offset
 
 

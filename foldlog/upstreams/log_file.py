@@ -29,7 +29,7 @@ from foldlog.protocol.upstream import (
     UpstreamRefused,
 )
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.foldlog.replay import read_head
+from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.log.backlog import batches_after_seq
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 
@@ -57,7 +57,7 @@ class LogFile:
         try:
             path = resolve(self.path)
             handle = ReadHandle(OS_FILES, path)
-            head = read_head(handle)
+            header = read_header(handle)
             if self._follower is None:
                 self._follower = follow(path)
             fold = self._follower.snapshot()
@@ -67,10 +67,10 @@ class LogFile:
             raise UpstreamRefused(str(error)) from None
         except (OSError, CorruptLogError) as error:
             raise UpstreamLost(str(error)) from None
-        if self._follower.state is not FollowerState.FOLLOWING or fold.seq < head.base_seq:
+        if self._follower.state is not FollowerState.FOLLOWING or fold.seq < header.base_seq:
             raise UpstreamLost(f"{self.path}: the follower is {self._follower.state}")
         name = blake2b(b"log\0" + os.fsencode(path), digest_size=NAME_BYTES)
-        return Identity(name.digest() + head.log_id, _at(head.base_seq), _at(fold.seq))
+        return Identity(name.digest() + header.log_id, _at(header.base_seq), _at(fold.seq))
 
     async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
         """The batches after `after`, then new ones as they arrive. UpstreamLost if a compaction has

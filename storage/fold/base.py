@@ -103,7 +103,7 @@ class Base:
         first, last = leaf.range_bounds(body)
         if last < first or (self.firsts and first <= self._last):
             raise Undecodable("leaves are not in key order")
-        count, index_len, _, index_crc = leaf.HEAD.unpack_from(body)
+        count, index_len, _, index_crc = leaf.HEADER.unpack_from(body)
         self._last = last
         self._sound.append(0)
         self.firsts.append(first)

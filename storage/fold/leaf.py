@@ -46,7 +46,7 @@ MAX_LEAF_BYTES = 256 * 1024
 """A leaf ends with the entry that brings its keys and values to this size."""
 _BOUNDARY_MASK = 127  # one key in 128 ends a leaf that is long enough: 256 entries on average
 
-HEAD = struct.Struct("<IIII")
+HEADER = struct.Struct("<IIII")
 _U32 = struct.Struct("<I")
 _U32_PAIR = struct.Struct("<II")
 _U16 = struct.Struct("<H")
@@ -99,7 +99,7 @@ def encode_leaf(keys: Sequence[str], values: Sequence[bytes], versions: Sequence
             *versions,
         )
     )
-    sizes = struct.pack("<III", len(keys), HEAD.size + len(index), len(key_blob))
+    sizes = struct.pack("<III", len(keys), HEADER.size + len(index), len(key_blob))
     crc = crc32c(index, crc32c(sizes))
     return b"".join((sizes, crc.to_bytes(4, "little"), index, *values))
 
@@ -124,17 +124,17 @@ def range_bounds(body: bytes | memoryview) -> tuple[str, str]:
     Undecodable unless the lengths in its header fit. The rest of the index is checked when it is
     first used: see `Index`. Cost: 2 us.
     """
-    if len(body) < HEAD.size:
-        raise Undecodable("a leaf is shorter than its head")
-    count, index_len, keys_len, _ = HEAD.unpack_from(body)
+    if len(body) < HEADER.size:
+        raise Undecodable("a leaf is shorter than its header")
+    count, index_len, keys_len, _ = HEADER.unpack_from(body)
     if (
         not 0 < count <= MAX_COUNT
         or index_len > len(body)
         or keys_len < count + 1
-        or HEAD.size + keys_len + 10 * count > index_len
+        or HEADER.size + keys_len + 10 * count > index_len
     ):
         raise Undecodable("a leaf's lengths do not fit")
-    start, end = HEAD.size + 1, HEAD.size + keys_len - 1
+    start, end = HEADER.size + 1, HEADER.size + keys_len - 1
     if body[start - 1] != 0xFF or body[end] != 0xFF:
         raise Undecodable("a leaf's keys are not separated")
     first = bytes(body[start : min(start + _KEY_GUESS, end)]).partition(_SEPARATOR)[0]
@@ -151,11 +151,11 @@ def range_bounds(body: bytes | memoryview) -> tuple[str, str]:
 
 def check_index(index: bytes | memoryview) -> None:
     """Undecodable unless the index of a leaf, read without its values, verifies."""
-    if len(index) < HEAD.size or HEAD.unpack_from(index)[1] != len(index):
+    if len(index) < HEADER.size or HEADER.unpack_from(index)[1] != len(index):
         raise Undecodable("a leaf's index has another length")
     if (
-        crc32c(memoryview(index)[HEAD.size :], crc32c(index[: HEAD.size - 4]))
-        != HEAD.unpack_from(index)[3]
+        crc32c(memoryview(index)[HEADER.size :], crc32c(index[: HEADER.size - 4]))
+        != HEADER.unpack_from(index)[3]
     ):
         raise Undecodable("a leaf's index does not verify")
 
@@ -168,11 +168,11 @@ def _checked_keys(index: bytes, size: int) -> list[str]:
     body and the index end. Cost: 60 ns a key.
     """
     check_index(index)
-    count, index_len, keys_len, _ = HEAD.unpack_from(index)
-    ends_at = HEAD.size + keys_len
+    count, index_len, keys_len, _ = HEADER.unpack_from(index)
+    ends_at = HEADER.size + keys_len
     if not 0 < count <= MAX_COUNT or keys_len < count + 1 or ends_at + 10 * count > index_len:
         raise Undecodable("a leaf's lengths do not fit")
-    if index[HEAD.size] != 0xFF or index[ends_at - 1] != 0xFF:
+    if index[HEADER.size] != 0xFF or index[ends_at - 1] != 0xFF:
         raise Undecodable("a leaf's keys are not separated")
     try:
         keys = decode_keys(index)
@@ -228,9 +228,9 @@ class Index:
         count: int
         values_at: int
         keys_len: int
-        count, values_at, keys_len, self.crc = HEAD.unpack_from(raw)
+        count, values_at, keys_len, self.crc = HEADER.unpack_from(raw)
         self._count, self._values_at = count, values_at
-        self._places_at = HEAD.size + keys_len
+        self._places_at = HEADER.size + keys_len
         self._places = raw[self._places_at :]  # value ends, checksums, version ends, versions
 
     def find(self, key: str) -> int:
@@ -271,8 +271,8 @@ class Index:
 
 def decode_keys(index: bytes | memoryview) -> list[str]:
     """The keys of a leaf, from its index or its body. Cost: 25 to 60 ns a key."""
-    keys_len = HEAD.unpack_from(index)[2]
-    blob = bytes(index[HEAD.size + 1 : HEAD.size + keys_len - 1])
+    keys_len = HEADER.unpack_from(index)[2]
+    blob = bytes(index[HEADER.size + 1 : HEADER.size + keys_len - 1])
     if b"\n" in blob:
         return [key.decode() for key in blob.split(_SEPARATOR)]
     return blob.replace(_SEPARATOR, b"\n").decode().split("\n")
@@ -303,8 +303,8 @@ def _bounds(keys: list[str], low: str | None, high: str | None) -> tuple[int, in
 def _entries(body: bytes | memoryview, keys: list[str], start: int, stop: int) -> Columns:
     if start >= stop:
         return Columns([], [], [])
-    count, index_len, keys_len, _ = HEAD.unpack_from(body)
-    ends = HEAD.size + keys_len
+    count, index_len, keys_len, _ = HEADER.unpack_from(body)
+    ends = HEADER.size + keys_len
     version_ends = ends + 8 * count
     values = _slices(body, index_len, "I", ends, start, stop)
     versions = _slices(body, version_ends + 2 * count, "H", version_ends, start, stop)
@@ -339,13 +339,13 @@ def check_order(body: bytes | memoryview) -> list[str]:
     Undecodable unless the keys ascend, the lengths fit and the values verify. Cost: 0.2 us an
     entry.
     """
-    if len(body) < HEAD.size:
-        raise Undecodable("a leaf is shorter than its head")
-    count, index_len, keys_len, _ = HEAD.unpack_from(body)
+    if len(body) < HEADER.size:
+        raise Undecodable("a leaf is shorter than its header")
+    count, index_len, keys_len, _ = HEADER.unpack_from(body)
     if index_len > len(body):
         raise Undecodable("a leaf's lengths do not fit")
     keys = _checked_keys(bytes(body[:index_len]), len(body))
-    ends_at = HEAD.size + keys_len
+    ends_at = HEADER.size + keys_len
     value_crcs = struct.unpack_from(f"<{count}I", body, ends_at + 4 * count)
     if tuple(map(crc32c, _slices(body, index_len, "I", ends_at, 0, count))) != value_crcs:
         raise Undecodable("a leaf's value does not verify")
@@ -365,7 +365,7 @@ def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
     None if `changes` does anything else. Most changes that a compaction meets are of this kind:
     known keys with new values. Cost: a copy, and 4 us a change; decoding takes ten times that.
     """
-    _, index_len, keys_len, _ = HEAD.unpack_from(body)
+    _, index_len, keys_len, _ = HEADER.unpack_from(body)
     if keys_len + len(body) - index_len >= MAX_LEAF_BYTES:
         return None  # its end may depend on the lengths of its values
     try:
@@ -384,8 +384,8 @@ def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
         patched[start : start + size] = value
         patched[version_at : version_at + len(version)] = version
         _U32.pack_into(patched, index.crc_at(number), crc32c(value))
-    crc = crc32c(memoryview(patched)[HEAD.size : index_len], crc32c(body[: HEAD.size - 4]))
-    _U32.pack_into(patched, HEAD.size - 4, crc)
+    crc = crc32c(memoryview(patched)[HEADER.size : index_len], crc32c(body[: HEADER.size - 4]))
+    _U32.pack_into(patched, HEADER.size - 4, crc)
     return bytes(patched)
 
 

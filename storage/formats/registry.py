@@ -8,10 +8,10 @@ from foldlog.protocol.errors import (
     CorruptLogError,
     InvalidFormatError,
 )
-from foldlog.protocol.frames import FileHead
+from foldlog.protocol.frames import FileHeader
 from foldlog.protocol.store import FormatName
 from foldlog.storage.formats.foldlog.log import FRAMES
-from foldlog.storage.formats.foldlog.replay import read_head
+from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import Known, Loaded, LogFormat, Progress, Verdict
 from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log.files import ReadHandle
@@ -62,10 +62,10 @@ def check_own_format(handle: ReadHandle) -> None:
         )
 
 
-def read_own_head(handle: ReadHandle) -> FileHead:
+def read_own_header(handle: ReadHandle) -> FileHeader:
     """The file header of a log in foldlog's own format. For others, see `check_own_format`."""
     try:
-        return read_head(handle)
+        return read_header(handle)
     except InvalidFormatError:
         check_own_format(handle)
         raise

@@ -9,15 +9,15 @@ from foldlog.protocol.frames import (
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
-    FileHead,
-    FrameHead,
+    FileHeader,
+    FrameHeader,
     parse_base_end,
 )
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import DecodedBatch, decode_batches
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.registry import read_own_head
+from foldlog.storage.formats.registry import read_own_header
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 
@@ -36,20 +36,20 @@ def batches_since(
     if handle is None:
         return None
     try:
-        head = read_own_head(handle)
+        header = read_own_header(handle)
     except InvalidFormatError:
         return None  # only foldlog's own format has sequences to resume by
     size = handle.files.fstat(handle.fd).st_size
-    chain = Chain.start(head)
+    chain = Chain.start(header)
     try:
-        for frame, body in read_frames(handle, head, chain, size):
+        for frame, body in read_frames(handle, header, chain, size):
             if frame.kind == KIND_BASE_END and _base_cursor(frame, body) == cursor:
-                return _batches_after(handle, head, chain.after(frame), size, frame.seq, fold.seq)
+                return _batches_after(handle, header, chain.after(frame), size, frame.seq, fold.seq)
             if frame.kind == KIND_BATCHES:
                 batches = decoded(frame, body)
                 for seq, batch in enumerate(batches, chain.seq + 1):
                     if batch.cursor == cursor and seq <= fold.seq:
-                        return _batches_after(handle, head, chain, size, seq, fold.seq)
+                        return _batches_after(handle, header, chain, size, seq, fold.seq)
             chain = chain.after(frame)
             if frame.kind != KIND_LEAF and chain.seq >= fold.seq:
                 break
@@ -59,13 +59,13 @@ def batches_since(
 
 
 def _batches_after(
-    handle: ReadHandle, head: FileHead, chain: Chain, size: int, seq: int, last_seq: int
+    handle: ReadHandle, header: FileHeader, chain: Chain, size: int, seq: int, last_seq: int
 ) -> Iterator[tuple[int, DecodedBatch]]:
     """The batches after batch `seq`, up to `last_seq`, from the frames after `chain`."""
     if chain.seq >= last_seq:
         return
     try:
-        for frame, body in read_frames(handle, head, chain, size):
+        for frame, body in read_frames(handle, header, chain, size):
             if frame.kind == KIND_BATCHES:
                 for number, batch in enumerate(decoded(frame, body), frame.seq - frame.batches + 1):
                     if seq < number <= last_seq:
@@ -76,14 +76,14 @@ def _batches_after(
         raise CorruptLogError(handle.path, bad.offset, bad.reason) from None
 
 
-def _base_cursor(frame: FrameHead, body: memoryview) -> WatchCursor:
+def _base_cursor(frame: FrameHeader, body: memoryview) -> WatchCursor:
     try:
         return parse_base_end(body)[0]
     except Undecodable as error:
         raise BadFrame(frame.offset, str(error), final=True) from None
 
 
-def decoded(frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
+def decoded(frame: FrameHeader, body: memoryview) -> list[DecodedBatch]:
     """The batches of a BATCHES frame. BadFrame if they cannot be decoded."""
     try:
         return decode_batches(body, frame.batches)
@@ -101,8 +101,8 @@ def batches_after_seq(fold: FoldSnapshot, seq: int) -> Iterator[tuple[int, Decod
         return iter(())
     if handle is None:
         return None
-    head = read_own_head(handle)
-    if seq < head.base_seq:
+    header = read_own_header(handle)
+    if seq < header.base_seq:
         return None
     size = handle.files.fstat(handle.fd).st_size
-    return _batches_after(handle, head, Chain.start(head), size, seq, fold.seq)
+    return _batches_after(handle, header, Chain.start(header), size, seq, fold.seq)

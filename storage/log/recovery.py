@@ -20,11 +20,11 @@ from crc32c import crc32c
 
 from foldlog.protocol.frames import (
     FLAG_SYNC_EACH,
-    FRAME_HEAD,
+    FRAME_HEADER,
     FRAME_MAGIC,
     TRAILER,
-    FrameHead,
-    parse_frame_head,
+    FrameHeader,
+    parse_frame_header,
 )
 from foldlog.storage.formats.format import Verdict as Verdict
 from foldlog.storage.log.files import ReadHandle
@@ -55,7 +55,7 @@ class Evidence:
 class Facts:
     """The input of the table."""
 
-    head_valid: bool
+    header_valid: bool
     """The bad frame's own header is valid."""
     cut_short: bool
     """Its header is valid and it runs past the end of the file; or the rest is the beginning of a
@@ -193,13 +193,13 @@ def gather(
     """
     if not isinstance(rest, Rest):
         rest = Rest.of(rest, offset)
-    first = rest.read(0, FRAME_HEAD.size)
-    head = parse_frame_head(first, 0, seed)
-    frame_end = rest.size if head is None else min(head.size, rest.size)
+    first = rest.read(0, FRAME_HEADER.size)
+    header = parse_frame_header(first, 0, seed)
+    frame_end = rest.size if header is None else min(header.size, rest.size)
     all_zero = rest.is_zero(0, rest.size)
     found = None
     if not all_zero:
-        found = _evidence(rest, frame_end if head is not None else 1, seed, last_seq)
+        found = _evidence(rest, frame_end if header is not None else 1, seed, last_seq)
     if found is None:
         evidence = None
     elif found[1] is None:
@@ -208,26 +208,26 @@ def gather(
     else:
         durable = found[1].synced_seq > last_seq or bool(found[1].flags & FLAG_SYNC_EACH)
         evidence = Evidence(found[1].offset != offset + found[0], durable)
-    if head is not None:
-        cut_short = head.size > rest.size
+    if header is not None:
+        cut_short = header.size > rest.size
     else:
-        cut_short = rest.size < FRAME_HEAD.size and first[:4] == FRAME_MAGIC[: len(first)]
+        cut_short = rest.size < FRAME_HEADER.size and first[:4] == FRAME_MAGIC[: len(first)]
     return Facts(
-        head_valid=head is not None,
+        header_valid=header is not None,
         cut_short=cut_short,
         all_zero=all_zero,
         evidence=evidence,
         same_boot=same_boot,
-        sector_lost=_is_explained(rest, head, frame_end),
-        followed=head is not None
-        and bool(head.flags & FLAG_SYNC_EACH)
+        sector_lost=_is_explained(rest, header, frame_end),
+        followed=header is not None
+        and bool(header.flags & FLAG_SYNC_EACH)
         and not rest.is_zero(frame_end, rest.size),
     )
 
 
 def _evidence(
     rest: Rest, start: int, seed: int, last_seq: int
-) -> tuple[int, FrameHead | None] | None:
+) -> tuple[int, FrameHeader | None] | None:
     """The first valid frame header from `start` on that is not a copy of an older frame, with its
     place.
 
@@ -238,12 +238,13 @@ def _evidence(
         found = chunk.find(FRAME_MAGIC)
         while found >= 0:
             at = base + found
-            head = parse_frame_head(rest.read(at, at + FRAME_HEAD.size), 0, seed)
+            header = parse_frame_header(rest.read(at, at + FRAME_HEADER.size), 0, seed)
             # A value may hold a copy of frames of this very log: they are older, or displaced.
-            if head is not None and (
-                head.seq > last_seq or (head.seq == last_seq and head.offset == rest.offset + at)
+            if header is not None and (
+                header.seq > last_seq
+                or (header.seq == last_seq and header.offset == rest.offset + at)
             ):
-                return at, head
+                return at, header
             tried += 1
             if tried >= MAX_CANDIDATES:
                 return at, None
@@ -251,20 +252,20 @@ def _evidence(
     return None
 
 
-def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
+def _is_explained(rest: Rest, header: FrameHeader | None, frame_end: int) -> bool:
     """True if lost sectors, or zeros to the end, can explain all that is wrong with the bad frame.
 
     A sector that was not written back reads as zeros, from the bad frame to the sector's end; all
     other sectors are as they were written. So every wrong byte must be in a sector of zeros. A
     frame whose value holds a sector of zeros is not torn because a bit has flipped elsewhere.
     """
-    if rest.size <= FRAME_HEAD.size:
+    if rest.size <= FRAME_HEADER.size:
         return rest.is_lost(0) or rest.is_lost(rest.size - 1)
-    if head is None:
-        if rest.is_lost(0) or rest.is_lost(FRAME_HEAD.size - 1):
+    if header is None:
+        if rest.is_lost(0) or rest.is_lost(FRAME_HEADER.size - 1):
             return True
-        return rest.is_zero(FRAME_HEAD.size, rest.size)
-    if head.size > rest.size:
+        return rest.is_zero(FRAME_HEADER.size, rest.size)
+    if header.size > rest.size:
         return False  # it is cut short
     trailer_at = frame_end - len(TRAILER)
     trailer = rest.read(trailer_at, frame_end)
@@ -273,21 +274,21 @@ def _is_explained(rest: Rest, head: FrameHead | None, frame_end: int) -> bool:
     for at, (byte, right) in enumerate(zip(trailer, TRAILER, strict=True), trailer_at):
         if byte != right and not rest.is_lost(at):
             return False
-    wrong_by = _body_crc(rest, trailer_at) ^ head.body_crc
+    wrong_by = _body_crc(rest, trailer_at) ^ header.body_crc
     if not wrong_by:
         return trailer != TRAILER
-    if not rest.has_lost(FRAME_HEAD.size, frame_end):
+    if not rest.has_lost(FRAME_HEADER.size, frame_end):
         return False
     if trailer != TRAILER:
         return True
     return all(
-        rest.is_lost(trailer_at - 1 - after) for after in _single_errors(wrong_by, head.body_len)
+        rest.is_lost(trailer_at - 1 - after) for after in _single_errors(wrong_by, header.body_len)
     )
 
 
 def _body_crc(rest: Rest, stop: int) -> int:
     crc = 0
-    cuts = (*range(FRAME_HEAD.size, stop, _CHUNK_BYTES), stop)
+    cuts = (*range(FRAME_HEADER.size, stop, _CHUNK_BYTES), stop)
     for start, end in pairwise(cuts):
         crc = crc32c(rest.read(start, end), crc)
     return crc

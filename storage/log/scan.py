@@ -12,16 +12,16 @@ from crc32c import crc32c
 
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.frames import (
-    FILE_HEAD,
-    FRAME_HEAD,
+    FILE_HEADER,
+    FRAME_HEADER,
     KIND_BATCHES,
     KINDS,
     KNOWN_FLAGS,
     TRAILER,
-    FileHead,
-    FrameHead,
+    FileHeader,
+    FrameHeader,
     oversize,
-    parse_frame_head,
+    parse_frame_header,
 )
 from foldlog.storage.formats.format import BadBytes
 from foldlog.storage.log.files import ReadHandle
@@ -42,11 +42,11 @@ class Chain(NamedTuple):
     """The last batch that the frame before knows to be synced."""
 
     @classmethod
-    def start(cls, head: FileHead) -> Chain:
+    def start(cls, header: FileHeader) -> Chain:
         """Before the first frame of a file."""
-        return cls(FILE_HEAD.size, head.link, head.base_seq, head.base_seq)
+        return cls(FILE_HEADER.size, header.link, header.base_seq, header.base_seq)
 
-    def fault(self, frame: FrameHead) -> str | None:
+    def fault(self, frame: FrameHeader) -> str | None:
         """Why `frame`, whose checksum is valid, cannot be the next one; None if it can."""
         if frame.offset != self.offset:
             return displaced(frame)
@@ -60,12 +60,12 @@ class Chain(NamedTuple):
             return f"the frame says that batch {frame.synced_seq} was synced, which is impossible"
         return None
 
-    def after(self, frame: FrameHead) -> Chain:
+    def after(self, frame: FrameHeader) -> Chain:
         """The position after `frame`."""
         return Chain(self.offset + frame.size, frame.crc, frame.seq, frame.synced_seq)
 
 
-def displaced(frame: FrameHead) -> str:
+def displaced(frame: FrameHeader) -> str:
     """What is wrong with `frame` where it was found: its offset is another."""
     return f"the frame was written for byte {frame.offset}: frames were moved, inserted or removed"
 
@@ -74,7 +74,7 @@ class BadFrame(BadBytes):
     """The bytes at `offset` are not the next frame."""
 
 
-def header_fault(frame: FrameHead, offset: int, rest: int) -> BadFrame | None:
+def header_fault(frame: FrameHeader, offset: int, rest: int) -> BadFrame | None:
     """What the valid header of `frame`, at `offset`, shows to be wrong with it; None if nothing.
 
     `rest`: bytes from there to the end of the file.
@@ -91,7 +91,7 @@ def header_fault(frame: FrameHead, offset: int, rest: int) -> BadFrame | None:
     return None
 
 
-def body_fault(frame: FrameHead, body: bytes | memoryview, trailer: bytes | memoryview) -> str:
+def body_fault(frame: FrameHeader, body: bytes | memoryview, trailer: bytes | memoryview) -> str:
     """Why a frame's body or trailer is bad; "" if neither is."""
     if crc32c(body) != frame.body_crc:
         return "the frame's body does not verify"
@@ -99,25 +99,30 @@ def body_fault(frame: FrameHead, body: bytes | memoryview, trailer: bytes | memo
 
 
 def read_frames(
-    handle: ReadHandle, head: FileHead, chain: Chain, size: int, *, window_bytes: int = WINDOW_BYTES
-) -> Iterator[tuple[FrameHead, memoryview]]:
+    handle: ReadHandle,
+    header: FileHeader,
+    chain: Chain,
+    size: int,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+) -> Iterator[tuple[FrameHeader, memoryview]]:
     """The frames from `chain` to `size`, with their bodies. A body is valid until the next step.
 
     BadFrame at the first bytes that are not the next frame; LogChangedError if the file ends before
     `size`; OSError. Memory: one window, or the largest frame. Cost: 1-2 us a frame, plus the body
     at memory speed.
     """
-    seed = head.seed
+    seed = header.seed
     window = memoryview(bytearray(min(window_bytes, max(size - chain.offset, 0))))
     base = chain.offset  # the offset of window[0]
     filled = 0
     while chain.offset < size:
         at = chain.offset - base
         rest = size - chain.offset
-        if filled - at < FRAME_HEAD.size and filled - at < rest:
+        if filled - at < FRAME_HEADER.size and filled - at < rest:
             base, at = chain.offset, 0
             filled = _fill(handle, window, base, min(len(window), rest))
-        frame = parse_frame_head(window[:filled], at, seed)
+        frame = parse_frame_header(window[:filled], at, seed)
         if frame is None:
             raise BadFrame(chain.offset, NO_HEADER, final=False)
         fault = chain.fault(frame)
@@ -130,7 +135,7 @@ def read_frames(
                 window = memoryview(bytearray(frame.size))
             base, at = chain.offset, 0
             filled = _fill(handle, window, base, min(len(window), rest))
-        body = window[at + FRAME_HEAD.size : at + FRAME_HEAD.size + frame.body_len]
+        body = window[at + FRAME_HEADER.size : at + FRAME_HEADER.size + frame.body_len]
         trailer = window[at + frame.size - len(TRAILER) : at + frame.size]
         if reason := body_fault(frame, body, trailer):
             raise BadFrame(chain.offset, reason, final=False)

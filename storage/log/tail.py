@@ -25,20 +25,20 @@ from foldlog.protocol.errors import (
     LogRegressedError,
 )
 from foldlog.protocol.frames import (
-    FRAME_HEAD,
+    FRAME_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     TRAILER,
-    FileHead,
-    FrameHead,
+    FileHeader,
+    FrameHeader,
     parse_base_end,
-    parse_frame_head,
+    parse_frame_header,
 )
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Batch, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.replay import Replay
-from foldlog.storage.formats.registry import load_intact, read_own_head
+from foldlog.storage.formats.registry import load_intact, read_own_header
 from foldlog.storage.log.backlog import decoded
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.regression import lost_since
@@ -77,7 +77,7 @@ class _Place(NamedTuple):
 
     handle: ReadHandle
     inode: tuple[int, int]
-    head: FileHead
+    header: FileHeader
     chain: Chain
     batches_chain: Chain | None
     """The chain after the last BATCHES frame; None if there was none."""
@@ -162,7 +162,7 @@ class Tail:
         return self._read_anew("")
 
     def _read_on(self, place: _Place) -> Advance | Jump | None:
-        handle, _, head, chain, batches_chain, batches_size = place
+        handle, _, header, chain, batches_chain, batches_size = place
         size = self._files.fstat(handle.fd).st_size
         start = chain.offset
         if size == start:
@@ -172,7 +172,7 @@ class Tail:
         batches: list[DecodedBatch] = []
         bad: BadFrame | None = None
         try:
-            for frame, body in read_frames(handle, head, chain, size):
+            for frame, body in read_frames(handle, header, chain, size):
                 if frame.kind == KIND_BATCHES:
                     batches += decoded(frame, body)
                     batches_chain, batches_size = chain.after(frame), frame.body_len
@@ -222,21 +222,21 @@ class Tail:
         if (
             old is not None
             and opened.joins
-            and (place.inode, place.head, place.chain) == (old.inode, old.head, old.chain)
+            and (place.inode, place.header, place.chain) == (old.inode, old.header, old.chain)
         ):
             return None  # a torn tail: nothing has changed
         self._place, self.fold = place, opened.fold
         self.missing = False
         if old is None:
             return Jump(opened.fold, "")
-        if place.head.log_id != old.head.log_id:
+        if place.header.log_id != old.header.log_id:
             return Jump(opened.fold, "the log was replaced by another")
         if opened.fold.seq < fold.seq:
             return Jump(
                 opened.fold,
                 f"{why or 'the log went back'}: from batch {fold.seq} to {opened.fold.seq}",
             )
-        if place.head.base_seq > fold.seq:
+        if place.header.base_seq > fold.seq:
             return Jump(opened.fold, "")
         if not opened.joins:
             return Jump(
@@ -262,14 +262,14 @@ class Tail:
         return opened
 
     def _load(self, handle: ReadHandle, inode: tuple[int, int], size: int) -> _Opened:
-        head = read_own_head(handle)
-        chain = Chain.start(head)
-        replay = Replay(handle, head)
-        joint = _Joint(self._place, self.fold, head)
+        header = read_own_header(handle)
+        chain = Chain.start(header)
+        replay = Replay(handle, header)
+        joint = _Joint(self._place, self.fold, header)
         batches_chain, batches_size = None, 0
         whole = True
         try:
-            for frame, body in read_frames(handle, head, chain, size):
+            for frame, body in read_frames(handle, header, chain, size):
                 batches = replay.feed(frame, body)
                 chain = chain.after(frame)
                 joint.feed(frame, body, chain, batches)
@@ -281,27 +281,29 @@ class Tail:
             load_intact(handle)
             if not replay.base_end:
                 raise LogChangedError(self._path, "changed while it was read")
-        elif self._place is None and lost_since(handle, head.log_id, chain.seq, size) is not None:
+        elif self._place is None and lost_since(handle, header.log_id, chain.seq, size) is not None:
             load_intact(handle)  # raises LogRegressedError
-        place = _Place(handle, inode, head, chain, batches_chain, batches_size)
+        place = _Place(handle, inode, header, chain, batches_chain, batches_size)
         return _Opened(place, replay.fold(), joint.found, joint.news, joint.news_bytes)
 
 
 class _Joint:
     """Finds, in a file read from its start, the place up to which the log was read before."""
 
-    def __init__(self, place: _Place | None, fold: FoldSnapshot, head: FileHead) -> None:
+    def __init__(self, place: _Place | None, fold: FoldSnapshot, header: FileHeader) -> None:
         self._place, self._seq, self._cursor = place, fold.seq, bytes(fold.cursor())
-        self._same_file = place is not None and place.head == head
+        self._same_file = place is not None and place.header == header
         self._possible = (
-            place is not None and place.head.log_id == head.log_id and head.base_seq <= fold.seq
+            place is not None
+            and place.header.log_id == header.log_id
+            and header.base_seq <= fold.seq
         )
         self.found = False
         self.news: list[DecodedBatch] | None = []
         self.news_bytes = 0
 
     def feed(
-        self, frame: FrameHead, body: memoryview, end: Chain, batches: list[DecodedBatch]
+        self, frame: FrameHeader, body: memoryview, end: Chain, batches: list[DecodedBatch]
     ) -> None:
         """Take the next frame, the chain after it, and its batches."""
         if not self._possible:
@@ -333,11 +335,11 @@ def _folded(fold: FoldSnapshot, batches: list[DecodedBatch]) -> FoldSnapshot:
 def _is_growing(place: _Place, size: int) -> bool:
     """True if the rest of the file, `size` bytes long, can be a frame that is being written."""
     rest = size - place.chain.offset
-    if rest < FRAME_HEAD.size:
+    if rest < FRAME_HEADER.size:
         return True
-    head = parse_frame_head(
-        place.handle.files.read(place.handle.fd, FRAME_HEAD.size, place.chain.offset),
+    header = parse_frame_header(
+        place.handle.files.read(place.handle.fd, FRAME_HEADER.size, place.chain.offset),
         0,
-        place.head.seed,
+        place.header.seed,
     )
-    return head is not None and head.size > rest
+    return header is not None and header.size > rest

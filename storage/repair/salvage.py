@@ -22,12 +22,12 @@ from crc32c import crc32c
 
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.frames import (
-    FILE_HEAD,
-    FRAME_HEAD,
+    FILE_HEADER,
+    FRAME_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
-    FrameHead,
+    FrameHeader,
 )
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.undecodable import Undecodable
@@ -36,7 +36,7 @@ from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA, Run
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.foldlog.check import base_end_of, head_and_seed
+from foldlog.storage.formats.foldlog.check import base_end_of, header_and_seed
 from foldlog.storage.formats.foldlog.log import FRAMES
 from foldlog.storage.formats.foldlog.walk import Piece, Walker
 from foldlog.storage.formats.format import Progress
@@ -167,15 +167,15 @@ class _Salvage:
     def find(self, progress: Progress | None) -> None:
         """Read the file; note what is valid, and what is not."""
         size = self._handle.files.fstat(self._handle.fd).st_size
-        head, seed, reason = head_and_seed(self._handle, size)
-        if head is not None:
-            self._base_seq = head.base_seq
+        header, seed, reason = header_and_seed(self._handle, size)
+        if header is not None:
+            self._base_seq = header.base_seq
         if reason:
             self.losses.append(
-                Loss(0, FILE_HEAD.size, f"{reason}; reconstructed from the frames; no data lost")
+                Loss(0, FILE_HEADER.size, f"{reason}; reconstructed from the frames; no data lost")
             )
         for piece in Walker(self._handle, seed, size).pieces(progress=progress):
-            frame = piece.head
+            frame = piece.header
             if frame is not None and self._base_seq is None:
                 self._base_seq = frame.seq - frame.batches
             if frame is None or piece.reason:
@@ -192,14 +192,14 @@ class _Salvage:
                     _Found(frame.seq - frame.batches + 1, frame.seq, piece.offset, frame.body_len)
                 )
 
-    def _take_leaf(self, piece: Piece, frame: FrameHead) -> None:
+    def _take_leaf(self, piece: Piece, frame: FrameHeader) -> None:
         try:
             keys = leaf.check_order(piece.body)
         except Undecodable as error:
             self._take_bad(piece._replace(reason=str(error)))
             return
         if self._last_key is None or keys[0] > self._last_key:
-            self.base.add_leaf(piece.offset + FRAME_HEAD.size, piece.body, frame.body_crc)
+            self.base.add_leaf(piece.offset + FRAME_HEADER.size, piece.body, frame.body_crc)
             self._last_key = keys[-1]
         else:  # moved or repeated
             self._rescued.update(leaf.changes_of(leaf.decode_leaf(piece.body)))
@@ -207,7 +207,7 @@ class _Salvage:
 
     def _take_bad(self, piece: Piece) -> None:
         """Keep the valid entries of a damaged leaf. Other damage is reported when all is known."""
-        if piece.head is None or piece.head.kind != KIND_LEAF:
+        if piece.header is None or piece.header.kind != KIND_LEAF:
             self._bad.append(piece._replace(body=b""))
             return
         kept, lost = _entries_that_verify(piece.body)
@@ -254,7 +254,7 @@ class _Salvage:
         return fold
 
     def _batches_at(self, found: _Found) -> list[DecodedBatch]:
-        body = self._handle.read(found.size, found.offset + FRAME_HEAD.size)
+        body = self._handle.read(found.size, found.offset + FRAME_HEADER.size)
         return decode_batches(body, found.last_seq - found.first_seq + 1)
 
     def _report_lost_base(self) -> bool:
@@ -327,10 +327,12 @@ def _lost_ranges(
     ranges: list[tuple[int | None, int | None]] = []
     first = last_seq + 1
     for piece, later in zip(pieces, _first_later(pieces), strict=True):
-        head = piece.head
-        if head is not None:
-            ranges.append((head.seq - head.batches + 1, head.seq) if head.batches else (None, None))
-            first = max(first, head.seq + 1)
+        header = piece.header
+        if header is not None:
+            ranges.append(
+                (header.seq - header.batches + 1, header.seq) if header.batches else (None, None)
+            )
+            first = max(first, header.seq + 1)
             continue
         stop = next_seq if later is None else later
         if stop is None:
@@ -347,8 +349,8 @@ def _first_later(pieces: list[Piece]) -> list[int | None]:
     first: int | None = None
     for piece in reversed(pieces):
         firsts.append(first)
-        if piece.head and piece.head.batches:
-            begin = piece.head.seq - piece.head.batches + 1
+        if piece.header and piece.header.batches:
+            begin = piece.header.seq - piece.header.batches + 1
             first = begin if first is None else min(first, begin)
     return firsts[::-1]
 
@@ -360,10 +362,10 @@ def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:
     """
     kept: dict[str, Change] = {}
     lost: list[str] = []
-    if len(body) < leaf.HEAD.size:
+    if len(body) < leaf.HEADER.size:
         return {}, []
     try:
-        index = leaf.Index(body[: leaf.HEAD.unpack_from(body)[1]], len(body))
+        index = leaf.Index(body[: leaf.HEADER.unpack_from(body)[1]], len(body))
     except Undecodable:
         return {}, []
     for number, key in enumerate(index.keys):
@@ -378,5 +380,5 @@ def _entries_that_verify(body: bytes) -> tuple[dict[str, Change], list[str]]:
 
 def _count_of(body: bytes) -> int | None:
     """The number of entries of a damaged leaf by its own count; None if that is impossible."""
-    count: int = leaf.HEAD.unpack_from(body)[0] if len(body) >= leaf.HEAD.size else 0
+    count: int = leaf.HEADER.unpack_from(body)[0] if len(body) >= leaf.HEADER.size else 0
     return count if 0 < count <= leaf.MAX_ENTRIES else None

@@ -285,7 +285,7 @@ def test_a_damaged_log_ends_with_1_and_one_line(log: Path, command: tuple[str, .
 
 def test_a_folder_or_a_foreign_file_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(
-        "some text, longer than the head of a log would be, so that it is read\n"
+        "some text, longer than the header of a log would be, so that it is read\n"
     )
     assert run("info", tmp_path).exit_code == 2
     result = run("info", tmp_path / "text")

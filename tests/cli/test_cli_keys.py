@@ -105,7 +105,7 @@ def test_a_torn_tail_that_is_left_out_is_told_once(path: Path, command: str) -> 
 def test_what_knows_one_format_names_the_other_and_the_remedy(
     path: Path, arguments: tuple[str, ...]
 ) -> None:
-    """It said "not a foldlog log: shorter than a file head"."""
+    """It said "not a foldlog log: shorter than a file header"."""
     path.write_bytes(slipref.HEADER + slipref.put("a", b"1") + slipref.cursor(b"c"))
     more = {"get": ["a"], "salvage": ["--output", path.parent / "new"]}.get(arguments[0], [])
     result = run(*arguments, path, *more)
@@ -233,6 +233,6 @@ def test_top_refuses_an_interval_that_is_none(path: Path, interval: str) -> None
 
 def test_ids_are_hex_in_json(path: Path) -> None:
     run("put", path, "a", "1")
-    head = json.loads(run("dump", path, "--json").stdout.splitlines()[0])
-    assert head["generation"] == json.loads(run("info", path, "--json").stdout)["generation"]
-    assert len(head["generation"]) == 16
+    header = json.loads(run("dump", path, "--json").stdout.splitlines()[0])
+    assert header["generation"] == json.loads(run("info", path, "--json").stdout)["generation"]
+    assert len(header["generation"]) == 16

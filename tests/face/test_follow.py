@@ -173,7 +173,7 @@ def test_a_log_that_does_not_read_is_refused_at_once_and_leaves_nothing_behind(
     follow: Follow, path: Path
 ):
     path.write_bytes(
-        b"no log at all, and longer than a head needs to be, too, so that only the magic is wrong"
+        b"no log at all, and longer than a header needs to be, too, so that only the magic is wrong"
     )
     with pytest.raises(InvalidFormatError):
         follow()

@@ -97,13 +97,13 @@ def test_every_batch_is_in_the_histograms_once_however_often_they_are_collected(
             store.apply([], number)
             if number % 7 == 0:
                 collected.values("foldlog.store.apply.duration")
-        until(lambda: sum(store._core.books.latency.counts) == 30, "all are counted")
+        until(lambda: sum(store._core.statistics.latency.counts) == 30, "all are counted")
         ((labels, point),) = collected.values("foldlog.store.apply.duration").items()
         assert dict(labels) == {"foldlog.name": path.name}
         assert point.count == 30
-        assert point.sum == pytest.approx(sum(store._core.books.latency.sums))
-        assert tuple(point.explicit_bounds) == store._core.books.latency.bounds
-        assert list(point.bucket_counts) == store._core.books.latency.counts
+        assert point.sum == pytest.approx(sum(store._core.statistics.latency.sums))
+        assert tuple(point.explicit_bounds) == store._core.statistics.latency.bounds
+        assert list(point.bucket_counts) == store._core.statistics.latency.counts
         ((_, sizes),) = collected.values("foldlog.store.group.size").items()
         assert sizes.sum == 30
 
@@ -173,7 +173,7 @@ def test_prometheus_scrapes_them_from_a_real_endpoint_and_the_dashboard_asks_for
             metrics.observe(store, "flags", meter_provider=provider)
             metrics.observe(follower, "worker", meter_provider=provider)
             follower.wait_for(seq=store.put("a", b"1"))
-            store._core.books.note_restart(foldlog.Restart("writer", "x", 0.0, 0.0), OSError())
+            store._core.statistics.note_restart(foldlog.Restart("writer", "x", 0.0, 0.0), OSError())
             url = f"http://127.0.0.1:{server.server_port}/metrics"
             page = scraped(url)
             assert "foldlog_store_state{" in page

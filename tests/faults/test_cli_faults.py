@@ -39,7 +39,9 @@ def raw(path: Path) -> bytes:
 @pytest.fixture
 def damaged(path: Path, raw: bytes) -> Path:
     """A log whose batch 4 is damaged."""
-    frame = next(frame for frame in frames_of(raw) if frame.head.batches and frame.head.seq == 4)
+    frame = next(
+        frame for frame in frames_of(raw) if frame.header.batches and frame.header.seq == 4
+    )
     path.write_bytes(raw[: frame.start + 60] + b"\0\0" + raw[frame.start + 62 :])
     return path
 
@@ -55,13 +57,13 @@ def damaged(path: Path, raw: bytes) -> Path:
     ],
     ids=" ".join,
 )
-@pytest.mark.parametrize("harm", ["none", "damaged", "cut", "no head"])
+@pytest.mark.parametrize("harm", ["none", "damaged", "cut", "no header"])
 def test_no_byte_of_the_log_changes_and_nothing_is_made_beside_it(path, raw, command, harm):
     image = {
         "none": raw,
         "damaged": raw[:900] + b"\xee" + raw[901:],
         "cut": raw[:-9],
-        "no head": bytes(52) + raw[52:],
+        "no header": bytes(52) + raw[52:],
     }[harm]
     path.write_bytes(image)
     before = files_in(path.parent)
@@ -81,7 +83,9 @@ def test_verify_says_ok_and_what_it_counted(path, raw):
 
 
 def test_verify_prints_each_problem_with_its_offset(damaged, raw):
-    frame = next(frame for frame in frames_of(raw) if frame.head.batches and frame.head.seq == 4)
+    frame = next(
+        frame for frame in frames_of(raw) if frame.header.batches and frame.header.seq == 4
+    )
     result = run("verify", damaged)
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
@@ -163,12 +167,12 @@ def test_dump_prints_every_frame_where_it_stands(path, raw):
     assert len(lines) == 1 + len(frames)
     for frame, line in zip(frames, lines[1:], strict=True):
         assert line.split()[0] == str(frame.start)
-        assert f"{frame.head.crc:08x}" in line
+        assert f"{frame.header.crc:08x}" in line
         assert line.endswith("ok")
     listed = [json.loads(line) for line in run("dump", path, "--json").stdout.splitlines()]
-    assert listed[0]["kind"] == "HEAD"
+    assert listed[0]["kind"] == "HEADER"
     assert [(piece["offset"], piece["size"], piece["seq"]) for piece in listed[1:]] == [
-        (frame.start, frame.end - frame.start, frame.head.seq) for frame in frames
+        (frame.start, frame.end - frame.start, frame.header.seq) for frame in frames
     ]
 
 

@@ -32,15 +32,15 @@ from foldlog import (
     VersionToken,
 )
 from foldlog.protocol.frames import (
-    FILE_HEAD,
-    FRAME_HEAD,
+    FILE_HEADER,
+    FRAME_HEADER,
     FRAME_MAGIC,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
     KIND_OPEN,
     build_frame,
-    parse_file_head,
+    parse_file_header,
 )
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.storage.artifacts.artifact import parse_manifest
@@ -110,7 +110,7 @@ def compacted_base(path: Path) -> bytes:
     engine.compact()
     engine.close()
     raw = path.read_bytes()
-    assert sum(frame.head.kind == KIND_LEAF for frame in frames_of(raw)) >= 2
+    assert sum(frame.header.kind == KIND_LEAF for frame in frames_of(raw)) >= 2
     return raw
 
 
@@ -225,7 +225,7 @@ def spliced(path: Path, count: int) -> None:
         images = (
             image
             for _, _, image in splices(first, other, count, seed=4)
-            if len(image) > FILE_HEAD.size
+            if len(image) > FILE_HEADER.size
         )
         refused, torn = nothing_wrong_is_read(path, first, images)
         assert refused > count // 2
@@ -301,7 +301,7 @@ _cache: dict[str, bytes] = {}
 
 @settings(max_examples=150)
 @given(st.binary(max_size=300), st.integers(0, 3))
-def test_any_bytes_behind_the_head_of_the_interchange_format_read_as_a_log_or_a_typed_error(
+def test_any_bytes_behind_the_header_of_the_interchange_format_read_as_a_log_or_a_typed_error(
     folder, rest, lost
 ):
     path = folder / "state.log"
@@ -375,16 +375,16 @@ class CountedReads(Files):
 def costly(path: Path) -> dict[str, bytes]:
     """Files made to be costly to read: endless headers, false lengths, correct checksums."""
     raw = write_log(path, batches_of(3))
-    head = parse_file_head(raw[: FILE_HEAD.size])
+    header = parse_file_header(raw[: FILE_HEADER.size])
     torn = raw[:-3] + b"\xff\xff\xff"
 
-    def heads(size: int, count: int, *, displaced: int = 0) -> bytes:
+    def headers(size: int, count: int, *, displaced: int = 0) -> bytes:
         """Consecutive frame headers, each claiming a body of the next `size` bytes."""
         made = bytearray()
         for number in range(count):
             offset = len(torn) + len(made) + displaced
             frame, _ = build_frame(
-                head.seed,
+                header.seed,
                 KIND_BATCHES,
                 b"",
                 seq=9 + number,
@@ -394,23 +394,23 @@ def costly(path: Path) -> dict[str, bytes]:
                 batches=1,
                 body_crc=1,
             )
-            fields = list(FRAME_HEAD.unpack(frame[: FRAME_HEAD.size]))
+            fields = list(FRAME_HEADER.unpack(frame[: FRAME_HEADER.size]))
             fields[2] = size
-            made += repacked(fields, head.seed)
+            made += repacked(fields, header.seed)
         return bytes(made)
 
     return {
         "magic numbers": torn + FRAME_MAGIC * 30_000,
-        "heads of long bodies": torn + heads(400_000, 3_000) + bytes(400_000),
-        "displaced heads of long bodies": torn
-        + heads(400_000, 3_000, displaced=1)
+        "headers of long bodies": torn + headers(400_000, 3_000) + bytes(400_000),
+        "displaced headers of long bodies": torn
+        + headers(400_000, 3_000, displaced=1)
         + bytes(400_000),
-        "heads of bodies over the limit": torn + heads(2**32 - 1, 2_000),
+        "headers of bodies over the limit": torn + headers(2**32 - 1, 2_000),
         "zeros": torn + bytes(300_000),
         "noise": torn + random.Random(1).randbytes(300_000),
-        "no head and magic numbers": bytes(FILE_HEAD.size) + FRAME_MAGIC * 30_000,
+        "no header and magic numbers": bytes(FILE_HEADER.size) + FRAME_MAGIC * 30_000,
         "sequences without end": raw
-        + heads(0, 1)
+        + headers(0, 1)
         + bytes(100)
         + U64_MAX.to_bytes(8, "little") * 1000,
     }

@@ -124,8 +124,8 @@ class FakeNats:
 
 
 def _msg(subject: str, sid: str, body: bytes) -> bytes:
-    head = f"MSG {subject} {sid}".rstrip()
-    return f"{head} {len(body)}\r\n".encode() + body + b"\r\n"
+    header = f"MSG {subject} {sid}".rstrip()
+    return f"{header} {len(body)}\r\n".encode() + body + b"\r\n"
 
 
 def status(subject: str, sid: str, line: str, headers: str = "") -> bytes:

@@ -25,9 +25,9 @@ from foldlog.protocol.frames import (
     KIND_OPEN,
     KIND_SEAL,
     TRAILER,
-    FileHead,
+    FileHeader,
 )
-from foldlog.storage.fold.leaf import HEAD, encode_leaf
+from foldlog.storage.fold.leaf import HEADER, encode_leaf
 
 KEYS = ["", "a", "a\n", "b", "b/1", "c", "d", "e", "é", "\U00010000"]
 NUMBERS = [
@@ -103,15 +103,15 @@ def sample(chance: random.Random) -> list[Frame]:
     ]
 
 
-def written(frames: list[Frame], head: FileHead | None = None) -> bytes:
+def written(frames: list[Frame], header: FileHeader | None = None) -> bytes:
     """The log of these frames, with everything that vouches for them worked out."""
-    head = head or FileHead(b"forged log id 16", 7, 3)
-    raw, link, seq = head.pack(), head.link, head.base_seq
+    header = header or FileHeader(b"forged log id 16", 7, 3)
+    raw, link, seq = header.pack(), header.link, header.base_seq
     leaves = [frame.body for frame in frames if frame.kind == KIND_LEAF]
     end = {
         "cursor": b"c",
         "leaves": len(leaves),
-        "entries": sum(HEAD.unpack_from(body.ljust(16, b"\0"))[0] for body in leaves),
+        "entries": sum(HEADER.unpack_from(body.ljust(16, b"\0"))[0] for body in leaves),
         "digest": blake3(b"".join(leaves)).digest(),
     }
     for frame in frames:
@@ -121,7 +121,7 @@ def written(frames: list[Frame], head: FileHead | None = None) -> bytes:
             "body_len": len(body),
             "body_crc": crc32c(body),
             "seq": seq,
-            "synced_seq": seq if frame.kind == KIND_SEAL else head.base_seq,
+            "synced_seq": seq if frame.kind == KIND_SEAL else header.base_seq,
             "offset": len(raw),
             "link": link,
             "kind": frame.kind,
@@ -129,7 +129,7 @@ def written(frames: list[Frame], head: FileHead | None = None) -> bytes:
             "batches": frame.batches,
         } | frame.lies
         checked = struct.pack("<IIQQQIBBH", *fields.values())
-        link = crc32c(checked, head.seed)
+        link = crc32c(checked, header.seed)
         raw += FRAME_MAGIC + link.to_bytes(4, "little") + checked + body + TRAILER
     return raw
 
@@ -137,10 +137,10 @@ def written(frames: list[Frame], head: FileHead | None = None) -> bytes:
 def with_checksums(body: bytes) -> bytes:
     """A leaf whose index, and where they can be found whose values, have right checksums."""
     raw = bytearray(body)
-    if len(raw) < HEAD.size:
+    if len(raw) < HEADER.size:
         return body
-    count, index_len, keys_len, _ = HEAD.unpack_from(raw)
-    ends_at = HEAD.size + keys_len
+    count, index_len, keys_len, _ = HEADER.unpack_from(raw)
+    ends_at = HEADER.size + keys_len
     if count <= 512 and ends_at + 10 * count <= index_len <= len(raw):
         start = 0
         for number in range(count):
@@ -149,7 +149,7 @@ def with_checksums(body: bytes) -> bytes:
             struct.pack_into("<I", raw, ends_at + 4 * (count + number), crc32c(value))
             start = end
     if index_len <= len(raw):
-        crc = crc32c(bytes(raw[HEAD.size : index_len]), crc32c(bytes(raw[:12])))
+        crc = crc32c(bytes(raw[HEADER.size : index_len]), crc32c(bytes(raw[:12])))
         struct.pack_into("<I", raw, 12, crc)
     return bytes(raw)
 
@@ -176,8 +176,8 @@ def _edited(chance: random.Random, body: bytes) -> bytes:
 def _forge_leaf(chance: random.Random, frames: list[Frame]) -> None:
     frame = chance.choice([frame for frame in frames if frame.kind == KIND_LEAF])
     raw = bytearray(frame.body)
-    count, index_len, keys_len, _ = HEAD.unpack_from(raw)
-    ends_at = HEAD.size + keys_len
+    count, index_len, keys_len, _ = HEADER.unpack_from(raw)
+    ends_at = HEADER.size + keys_len
     how = chance.randrange(6)
     number = chance.choice([*NUMBERS, len(raw), len(raw) + 1, index_len, count + 1, count - 1])
     if how == 0:
@@ -189,7 +189,7 @@ def _forge_leaf(chance: random.Random, frames: list[Frame]) -> None:
             "<H", raw, ends_at + 8 * count + 2 * chance.randrange(count), number & 0xFFFF
         )
     elif how == 3:
-        raw[HEAD.size + chance.randrange(keys_len)] = chance.randrange(256)
+        raw[HEADER.size + chance.randrange(keys_len)] = chance.randrange(256)
     elif how == 4:
         raw[:] = _edited(chance, bytes(raw))
     else:
@@ -289,9 +289,9 @@ def forged(seed: int) -> bytes:
             chance.choice(FORGERIES)(chance, frames)
         except (struct.error, ValueError, IndexError, TypeError):
             continue  # an earlier forgery left nothing for this one to change
-    head = FileHead(b"forged log id 16", 7, chance.choice([3, 3, 3, 0, 2**64 - 1]))
+    header = FileHeader(b"forged log id 16", 7, chance.choice([3, 3, 3, 0, 2**64 - 1]))
     try:
-        raw = written(frames, head)
+        raw = written(frames, header)
     except struct.error:
         return written(sample(chance))
     if chance.random() < 0.1:

@@ -11,14 +11,14 @@ from crc32c import crc32c
 
 from foldlog import Delete, FoldlogError, Put, VersionToken, WatchCursor
 from foldlog.protocol.frames import (
-    FILE_HEAD,
-    FRAME_HEAD,
+    FILE_HEADER,
+    FRAME_HEADER,
     FRAME_MAGIC,
     TRAILER,
-    FileHead,
-    FrameHead,
-    parse_file_head,
-    parse_frame_head,
+    FileHeader,
+    FrameHeader,
+    parse_file_header,
+    parse_frame_header,
 )
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
@@ -50,12 +50,12 @@ class Frame(NamedTuple):
 
     start: int
     end: int
-    head: FrameHead
+    header: FrameHeader
     raw: bytes
 
     @property
     def body(self) -> bytes:
-        return self.raw[FRAME_HEAD.size : -len(TRAILER)]
+        return self.raw[FRAME_HEADER.size : -len(TRAILER)]
 
 
 def some_batches(count: int = 3, size: int = 20) -> list[list[Update]]:
@@ -153,7 +153,7 @@ def outcome(path: Path, raw: bytes, **options: Any) -> State | FoldlogError:
 def prefix_states(raw: bytes, path: Path) -> dict[int, State]:
     """The state at the end of each frame from the end of the base on."""
     frames = frames_of(raw)
-    base_end = next(index for index, frame in enumerate(frames) if frame.head.kind == 4)
+    base_end = next(index for index, frame in enumerate(frames) if frame.header.kind == 4)
     states = {}
     for frame in frames[base_end:]:
         state = outcome(path, raw[: frame.end])
@@ -162,26 +162,26 @@ def prefix_states(raw: bytes, path: Path) -> dict[int, State]:
     return states
 
 
-def head_of(raw: bytes) -> FileHead:
-    return parse_file_head(raw[: FILE_HEAD.size])
+def header_of(raw: bytes) -> FileHeader:
+    return parse_file_header(raw[: FILE_HEADER.size])
 
 
 def frames_of(raw: bytes) -> list[Frame]:
     """The frames of an intact log."""
-    seed = head_of(raw).seed
+    seed = header_of(raw).seed
     frames = []
-    at = FILE_HEAD.size
+    at = FILE_HEADER.size
     while at < len(raw):
-        head = parse_frame_head(raw, at, seed)
-        assert head is not None
-        frames.append(Frame(at, at + head.size, head, raw[at : at + head.size]))
-        at += head.size
+        header = parse_frame_header(raw, at, seed)
+        assert header is not None
+        frames.append(Frame(at, at + header.size, header, raw[at : at + header.size]))
+        at += header.size
     return frames
 
 
 def forge(raw: bytes, kind: int, body: bytes, **lies: int) -> bytes:
     """A frame that follows the intact log `raw`, checksums valid; `lies` replace header fields."""
-    last = frames_of(raw)[-1].head
+    last = frames_of(raw)[-1].header
     fields = {
         "body_len": len(body),
         "body_crc": crc32c(body),
@@ -193,21 +193,21 @@ def forge(raw: bytes, kind: int, body: bytes, **lies: int) -> bytes:
         "flags": last.flags,
         "batches": 0,
     } | lies
-    checked = struct.pack("<IIQQQIBBH", *(fields[name] for name in FrameHead._fields[1:]))
-    crc = crc32c(checked, head_of(raw).seed)
+    checked = struct.pack("<IIQQQIBBH", *(fields[name] for name in FrameHeader._fields[1:]))
+    crc = crc32c(checked, header_of(raw).seed)
     return FRAME_MAGIC + crc.to_bytes(4, "little") + checked + body + TRAILER
 
 
 def forge_log(frames: Iterable[tuple[int, bytes]], *, base_seq: int = 0) -> bytes:
     """A whole log of hand-made frames (kind, body), none of which holds a batch."""
-    head = FileHead(b"forged log id 16", 7, base_seq)
-    raw = head.pack()
-    link = head.link
+    header = FileHeader(b"forged log id 16", 7, base_seq)
+    raw = header.pack()
+    link = header.link
     for kind, body in frames:
         checked = struct.pack(
             "<IIQQQIBBH", len(body), crc32c(body), base_seq, base_seq, len(raw), link, kind, 0, 0
         )
-        link = crc32c(checked, head.seed)
+        link = crc32c(checked, header.seed)
         raw += FRAME_MAGIC + link.to_bytes(4, "little") + checked + body + TRAILER
     return raw
 

@@ -37,11 +37,11 @@ class LogWriter:
     """A log, built frame by frame in memory."""
 
     def __init__(self, log_id: bytes, generation: int, base_seq: int = 0) -> None:
-        head = b"\x89FLG\r\n\x1a\n" + struct.pack(
+        header = b"\x89FLG\r\n\x1a\n" + struct.pack(
             "<HHI16sQQ", 1, 0, 52, log_id, generation, base_seq
         )
-        self.link = crc(head)
-        self.raw = head + struct.pack("<I", self.link)
+        self.link = crc(header)
+        self.raw = header + struct.pack("<I", self.link)
         self.seed = crc(log_id + struct.pack("<Q", generation))
         self.seq = self.synced = base_seq
 

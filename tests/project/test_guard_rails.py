@@ -33,7 +33,7 @@ from foldlog.storage.fold.leaf import MAX_ENTRIES, MIN_ENTRIES
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats import registry
 from foldlog.storage.formats.foldlog import replay
-from foldlog.storage.formats.foldlog.replay import read_head
+from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import BUFFER_BYTES
 from foldlog.storage.log import backlog
 from foldlog.storage.log.files import ReadHandle
@@ -184,7 +184,7 @@ def test_opening_reads_the_file_once_and_decodes_no_leaf(
     with AppendLogSnapshot.open(path, files=files)[1] as snap:
         assert len(snap.snapshot().base) >= entries // MAX_ENTRIES
         assert files.bytes_read <= path.stat().st_size + 2 * NOTE_BYTES + 1, (
-            "the frames once; the head, and the lock's note"
+            "the frames once; the header, and the lock's note"
         )
         assert files.reads <= 5
         assert (files.bytes_written, files.counts["sync"]) == (LOCK_BYTES + NOTE_BYTES, 0), (
@@ -198,13 +198,13 @@ def test_opening_reads_the_file_once_and_decodes_no_leaf(
 
 def test_a_log_of_many_windows_is_read_once(copy_of: CopyOf, files: CountedFiles) -> None:
     handle = ReadHandle(files, copy_of(MANY))
-    head = read_head(handle)
+    header = read_header(handle)
     size = handle.path.stat().st_size
     window = 128 * 1024
     files.forget()
     largest = max(
         frame.size
-        for frame, _ in read_frames(handle, head, Chain.start(head), size, window_bytes=window)
+        for frame, _ in read_frames(handle, header, Chain.start(header), size, window_bytes=window)
     )
     windows = size // (window - largest) + 1
     assert files.reads <= windows

@@ -1,4 +1,4 @@
-"""The bytes of heads and frames: what is packed parses, and nothing else does."""
+"""The bytes of headers and frames: what is packed parses, and nothing else does."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldlog.protocol.frames import (
-    FILE_HEAD,
+    FILE_HEADER,
     FILE_MAGIC,
-    FRAME_HEAD,
+    FRAME_HEADER,
     FRAME_MAGIC,
     FRAME_OVERHEAD,
     KINDS,
     TRAILER,
-    FileHead,
+    FileHeader,
     build_frame,
-    parse_file_head,
-    parse_frame_head,
+    parse_file_header,
+    parse_frame_header,
 )
 
 u64 = st.integers(0, 2**64 - 1)
 u32 = st.integers(0, 2**32 - 1)
-heads = st.builds(FileHead, st.binary(min_size=16, max_size=16), u64, u64)
+headers = st.builds(FileHeader, st.binary(min_size=16, max_size=16), u64, u64)
 
 
 def test_the_sizes_are_those_of_the_format():
-    assert (FILE_HEAD.size, FRAME_HEAD.size, FRAME_OVERHEAD, len(TRAILER)) == (52, 48, 52, 4)
+    assert (FILE_HEADER.size, FRAME_HEADER.size, FRAME_OVERHEAD, len(TRAILER)) == (52, 48, 52, 4)
     assert FILE_MAGIC == b"\x89FLG\r\n\x1a\n"
     assert sorted(KINDS) == [1, 2, 3, 4, 5]
 
@@ -37,25 +37,25 @@ def test_checksums_are_crc_32c():
     assert crc32c(bytes(100)) != 0
 
 
-@given(heads)
-def test_a_file_head_packs_and_parses(head):
-    assert parse_file_head(head.pack()) == head
-    assert parse_file_head(head.pack() + b"more") == head
-    assert head.link == int.from_bytes(head.pack()[-4:], "little")
+@given(headers)
+def test_a_file_header_packs_and_parses(header):
+    assert parse_file_header(header.pack()) == header
+    assert parse_file_header(header.pack() + b"more") == header
+    assert header.link == int.from_bytes(header.pack()[-4:], "little")
 
 
-@given(heads, st.integers(0, 52 * 8 - 1))
-def test_a_file_head_with_any_bit_flipped_is_refused(head, bit):
-    raw = bytearray(head.pack())
+@given(headers, st.integers(0, 52 * 8 - 1))
+def test_a_file_header_with_any_bit_flipped_is_refused(header, bit):
+    raw = bytearray(header.pack())
     raw[bit // 8] ^= 1 << bit % 8
-    with pytest.raises(ValueError, match=r"file head|foldlog|version"):
-        parse_file_head(bytes(raw))
+    with pytest.raises(ValueError, match=r"file header|foldlog|version"):
+        parse_file_header(bytes(raw))
 
 
-@given(heads, st.integers(0, 51))
-def test_a_file_head_cut_off_is_refused(head, size):
+@given(headers, st.integers(0, 51))
+def test_a_file_header_cut_off_is_refused(header, size):
     with pytest.raises(ValueError, match="not a foldlog log"):
-        parse_file_head(head.pack()[:size])
+        parse_file_header(header.pack()[:size])
 
 
 @given(
@@ -69,7 +69,7 @@ def test_a_file_head_cut_off_is_refused(head, size):
     st.integers(0, 255),
     st.integers(0, 65535),
 )
-def test_a_frame_builds_and_its_head_parses(
+def test_a_frame_builds_and_its_header_parses(
     seed, kind, body, seq, synced_seq, offset, link, flags, batches
 ):
     raw, crc = build_frame(
@@ -86,8 +86,8 @@ def test_a_frame_builds_and_its_head_parses(
     assert len(raw) == FRAME_OVERHEAD + len(body)
     assert raw.startswith(FRAME_MAGIC)
     assert raw.endswith(body + TRAILER)
-    head = parse_frame_head(b"??" + raw, 2, seed)
-    assert head == (
+    header = parse_frame_header(b"??" + raw, 2, seed)
+    assert header == (
         crc,
         len(body),
         crc32c(body),
@@ -99,37 +99,37 @@ def test_a_frame_builds_and_its_head_parses(
         flags,
         batches,
     )
-    assert head.size == len(raw)
+    assert header.size == len(raw)
 
 
 @given(st.integers(0, 48 * 8 - 1), u32)
-def test_a_frame_head_with_any_bit_flipped_is_none(bit, seed):
+def test_a_frame_header_with_any_bit_flipped_is_none(bit, seed):
     raw = bytearray(
         build_frame(seed, 2, b"body", seq=3, synced_seq=1, offset=52, link=9, batches=1)[0]
     )
     raw[bit // 8] ^= 1 << bit % 8
-    assert parse_frame_head(raw, 0, seed) is None
+    assert parse_frame_header(raw, 0, seed) is None
 
 
 def test_a_frame_of_another_log_or_generation_is_none():
-    head = FileHead(b"a" * 16, 1, 0)
+    header = FileHeader(b"a" * 16, 1, 0)
     raw, _ = build_frame(
-        head.seed, 2, b"body", seq=1, synced_seq=0, offset=52, link=head.link, batches=1
+        header.seed, 2, b"body", seq=1, synced_seq=0, offset=52, link=header.link, batches=1
     )
-    assert parse_frame_head(raw, 0, head.seed) is not None
-    for other in (FileHead(b"b" * 16, 1, 0), FileHead(b"a" * 16, 2, 0)):
-        assert other.seed != head.seed
-        assert parse_frame_head(raw, 0, other.seed) is None
-    assert FileHead(b"a" * 16, 1, 5).link != head.link
+    assert parse_frame_header(raw, 0, header.seed) is not None
+    for other in (FileHeader(b"b" * 16, 1, 0), FileHeader(b"a" * 16, 2, 0)):
+        assert other.seed != header.seed
+        assert parse_frame_header(raw, 0, other.seed) is None
+    assert FileHeader(b"a" * 16, 1, 5).link != header.link
 
 
 @given(st.binary(max_size=60), st.integers(0, 60), u32)
 def test_parsing_any_bytes_is_none_and_never_an_error(raw, at, seed):
-    assert parse_frame_head(raw, at, seed) is None
+    assert parse_frame_header(raw, at, seed) is None
 
 
-def test_a_head_at_the_very_end_of_a_buffer_parses_and_one_byte_less_does_not():
+def test_a_header_at_the_very_end_of_a_buffer_parses_and_one_byte_less_does_not():
     raw, _ = build_frame(0, 5, b"", seq=0, synced_seq=0, offset=0, link=0)
-    assert parse_frame_head(raw[:48], 0, 0) is not None
-    assert parse_frame_head(raw[:47], 0, 0) is None
-    assert parse_frame_head(memoryview(raw), 0, 0) is not None
+    assert parse_frame_header(raw[:48], 0, 0) is not None
+    assert parse_frame_header(raw[:47], 0, 0) is None
+    assert parse_frame_header(memoryview(raw), 0, 0) is not None

@@ -22,18 +22,18 @@ from blake3 import blake3
 
 from foldlog.protocol.errors import InvalidFormatError, LogChangedError
 from foldlog.protocol.frames import (
-    FILE_HEAD,
+    FILE_HEADER,
     FILE_MAGIC,
     FORMAT_VERSION,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
     KIND_OPEN,
-    FileHead,
-    FrameHead,
+    FileHeader,
+    FrameHeader,
     parse_base_end,
     parse_base_origin,
-    parse_file_head,
+    parse_file_header,
     parse_open,
 )
 from foldlog.protocol.tokens import WatchCursor
@@ -45,7 +45,7 @@ from foldlog.storage.formats.foldlog.replay import (
     FRAME_BEFORE_BASE_END,
     wrong_counts,
 )
-from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_head, seed_of_frames
+from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_header, seed_of_frames
 from foldlog.storage.formats.format import Problem, Progress, Verdict, VerifyReport
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.note import boot_id
@@ -68,34 +68,34 @@ def check_frames(
 
 
 def _with_regression(handle: ReadHandle, report: VerifyReport) -> VerifyReport:
-    head = parse_file_head(handle.files.read(handle.fd, FILE_HEAD.size, 0))
-    mark = lost_since(handle, head.log_id, report.seq, report.size)
+    header = parse_file_header(handle.files.read(handle.fd, FILE_HEADER.size, 0))
+    mark = lost_since(handle, header.log_id, report.seq, report.size)
     if mark is None:
         return report
     lost = Problem(report.size, 0, f"the log {regression_text(report.seq, mark)}")
     return replace(report, problems=(lost,))
 
 
-def head_and_seed(handle: ReadHandle, size: int) -> tuple[FileHead | None, int, str]:
+def header_and_seed(handle: ReadHandle, size: int) -> tuple[FileHeader | None, int, str]:
     """The file header, the seed of the frames, and why the header is bad ("" if it is not).
 
     A bad header is reconstructed if possible, else None. InvalidFormatError if nothing shows that
     this is a log of this format and version.
     """
-    raw = handle.files.read(handle.fd, min(FILE_HEAD.size, size), 0)
+    raw = handle.files.read(handle.fd, min(FILE_HEADER.size, size), 0)
     try:
-        head = parse_file_head(raw)
+        header = parse_file_header(raw)
     except ValueError as error:
         reason = str(error)
     else:
-        return head, head.seed, ""
-    if raw.startswith(FILE_MAGIC) and len(raw) == FILE_HEAD.size:
-        version, flags = FILE_HEAD.unpack(raw)[1:3]
+        return header, header.seed, ""
+    if raw.startswith(FILE_MAGIC) and len(raw) == FILE_HEADER.size:
+        version, flags = FILE_HEADER.unpack(raw)[1:3]
         if reason.startswith("format version"):  # the header's checksum is right
             raise InvalidFormatError(
                 handle.path, 0, f"format version {version}, flags {flags:#x}: not {FORMAT_VERSION}"
             )
-    mended = mended_head(raw)
+    mended = mended_header(raw)
     seed = mended.seed if mended is not None else seed_of_frames(handle, size)
     if seed is None:
         raise InvalidFormatError(handle.path, 0, reason)
@@ -129,11 +129,11 @@ class _Check:
         self._boot = ""
 
     def run(self, progress: Progress | None) -> VerifyReport:
-        head, seed, reason = head_and_seed(self._handle, self._size)
+        header, seed, reason = header_and_seed(self._handle, self._size)
         if reason:
-            self._say(0, FILE_HEAD.size, reason)
-        elif head is not None:
-            self._chain, self._seq = Chain.start(head), head.base_seq
+            self._say(0, FILE_HEADER.size, reason)
+        elif header is not None:
+            self._chain, self._seq = Chain.start(header), header.base_seq
         for piece in Walker(self._handle, seed, self._size).pieces(progress=progress):
             if piece.reason:
                 if self._is_torn(piece, seed):
@@ -169,7 +169,7 @@ class _Check:
         chain = self._chain
         if not self._tail_may_be_torn or self._problems or not self._base_ended or chain is None:
             return False
-        if piece.final or (piece.head is not None and chain.fault(piece.head) is not None):
+        if piece.final or (piece.header is not None and chain.fault(piece.header) is not None):
             return False
         rest = Rest(self._handle, piece.offset, self._size - piece.offset)
         same_boot = bool(self._boot) and self._boot == boot_id()
@@ -190,31 +190,31 @@ class _Check:
         self._in_session = True  # its OPEN may be among the damage
 
     def _good(self, piece: Piece) -> None:
-        head = piece.head
-        assert head is not None
+        header = piece.header
+        assert header is not None
         fault = (
-            self._chain.fault(head)
+            self._chain.fault(header)
             if self._chain is not None
-            else self._fault_after_damage(piece, head)
+            else self._fault_after_damage(piece, header)
         )
         if fault is not None:
             self._say(piece.offset, piece.size, fault)
-        self._chain = Chain(head.offset + head.size, head.crc, head.seq, head.synced_seq)
+        self._chain = Chain(header.offset + header.size, header.crc, header.seq, header.synced_seq)
         self._shift = piece.end - self._chain.offset
         self._frames += 1
         try:
-            self._take(head, piece)
+            self._take(header, piece)
         except Undecodable as error:
             self._say(piece.offset, piece.size, str(error))
             self._base_complete &= self._base_ended
-        self._seq = head.seq
-        self._sealed = head.kind not in (KIND_LEAF, KIND_BASE_END, KIND_OPEN, KIND_BATCHES)
+        self._seq = header.seq
+        self._sealed = header.kind not in (KIND_LEAF, KIND_BASE_END, KIND_OPEN, KIND_BATCHES)
 
-    def _fault_after_damage(self, piece: Piece, head: FrameHead) -> str | None:
+    def _fault_after_damage(self, piece: Piece, header: FrameHeader) -> str | None:
         """What is wrong with the first valid frame after damage, as far as that can be known."""
-        if head.offset + self._shift != piece.offset:
-            return displaced(head)
-        first = head.seq - head.batches
+        if header.offset + self._shift != piece.offset:
+            return displaced(header)
+        first = header.seq - header.batches
         if self._frames and first > self._seq:
             missing = (
                 f"batch {first} is"
@@ -223,11 +223,11 @@ class _Check:
             )
             return f"{missing} missing before this frame"
         if self._frames and first < self._seq:
-            return f"the frame repeats batches up to {head.seq}"
+            return f"the frame repeats batches up to {header.seq}"
         return None
 
-    def _take(self, head: FrameHead, piece: Piece) -> None:
-        kind, body = head.kind, piece.body
+    def _take(self, header: FrameHeader, piece: Piece) -> None:
+        kind, body = header.kind, piece.body
         if kind in (KIND_LEAF, KIND_BASE_END):
             if self._base_ended:
                 raise Undecodable(FRAME_AFTER_BASE)
@@ -243,16 +243,16 @@ class _Check:
         if not self._in_session:
             raise Undecodable("a frame before the session's OPEN frame")
         if kind == KIND_BATCHES:
-            batches = decode_batches(body, head.batches)
+            batches = decode_batches(body, header.batches)
             self._batches += len(batches)
             self._cursor = batches[-1].cursor
         else:
             self._in_session = False
             if body:
                 raise Undecodable("a SEAL frame with a body")
-            if head.synced_seq != head.seq:
+            if header.synced_seq != header.seq:
                 raise Undecodable(
-                    f"a SEAL frame at batch {head.seq}, but synced only up to {head.synced_seq}"
+                    f"a SEAL frame at batch {header.seq}, but synced only up to {header.synced_seq}"
                 )
 
     def _take_leaf(self, piece: Piece) -> None:

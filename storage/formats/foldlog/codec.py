@@ -16,7 +16,7 @@ from foldlog.protocol.frames import (
     KIND_BATCHES,
     KIND_OPEN,
     KIND_SEAL,
-    FileHead,
+    FileHeader,
     build_frame,
 )
 from foldlog.protocol.updates import batches_body, has_origin
@@ -29,8 +29,8 @@ WRITER = "foldlog 1"
 class FrameCodec:
     """Encodes appends as frames. See `formats.format.Codec`."""
 
-    def __init__(self, head: FileHead, *, sync_each: bool) -> None:
-        self._seed = head.seed
+    def __init__(self, header: FileHeader, *, sync_each: bool) -> None:
+        self._seed = header.seed
         self._flags = FLAG_SYNC_EACH if sync_each else 0
 
     def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:

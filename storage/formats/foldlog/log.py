@@ -9,13 +9,13 @@ from pathlib import Path
 from blake3 import blake3
 
 from foldlog.protocol.errors import LogChangedError
-from foldlog.protocol.frames import FILE_MAGIC, FORMAT_VERSION, FileHead
+from foldlog.protocol.frames import FILE_MAGIC, FORMAT_VERSION, FileHeader
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.collector import no_full_collections
-from foldlog.storage.formats.foldlog.check import check_frames, head_and_seed
+from foldlog.storage.formats.foldlog.check import check_frames, header_and_seed
 from foldlog.storage.formats.foldlog.codec import FrameCodec
-from foldlog.storage.formats.foldlog.replay import Replay, read_head
+from foldlog.storage.formats.foldlog.replay import Replay, read_header
 from foldlog.storage.formats.foldlog.walk import HeaderPiece, Piece, Walker
 from foldlog.storage.formats.foldlog.writer import FrameWriter
 from foldlog.storage.formats.format import (
@@ -39,7 +39,7 @@ from foldlog.storage.log.scan import BadFrame, Chain, read_frames
 class LoadedFrames(Loaded):
     """See `Loaded`."""
 
-    header: FileHead
+    header: FileHeader
     position: Chain
     boot: str
     """The boot id of the last OPEN frame; "" if there is none."""
@@ -54,7 +54,7 @@ class FrameFormat(LogFormat):
     backend_version = str(FORMAT_VERSION)
     payload_path = "data/fold.log"
 
-    def codec(self, header: FileHead, *, sync_each: bool) -> FrameCodec:
+    def codec(self, header: FileHeader, *, sync_each: bool) -> FrameCodec:
         return FrameCodec(header, sync_each=sync_each)
 
     def new_file(
@@ -67,7 +67,7 @@ class FrameFormat(LogFormat):
         sync_each: bool = False,
         mode: int = PRIVATE,
     ) -> FrameWriter:
-        return FrameWriter(files, path, FileHead.new(log_id, seq), sync_each=sync_each, mode=mode)
+        return FrameWriter(files, path, FileHeader.new(log_id, seq), sync_each=sync_each, mode=mode)
 
     def is_compact(self, file: LogFile, position: Chain) -> bool:
         # OPEN and SEAL frames take space, but hold no batches.
@@ -79,14 +79,14 @@ class FrameFormat(LogFormat):
     def load(
         self, handle: ReadHandle, progress: Progress | None = None, known: Known | None = None
     ) -> LoadedFrames:
-        head = read_head(handle)
+        header = read_header(handle)
         size = handle.files.fstat(handle.fd).st_size
-        chain = Chain.start(head)
-        replay = Replay(handle, head)
+        chain = Chain.start(header)
+        replay = Replay(handle, header)
         bad: BadFrame | None = None
         try:
             with no_full_collections():
-                for frame, body in read_frames(handle, head, chain, size):
+                for frame, body in read_frames(handle, header, chain, size):
                     try:
                         replay.feed(frame, body)
                     except Undecodable as error:
@@ -101,7 +101,7 @@ class FrameFormat(LogFormat):
         fold = replay.fold()
         return LoadedFrames(
             self,
-            head,
+            header,
             fold,
             chain,
             size,
@@ -158,16 +158,16 @@ class FrameFormat(LogFormat):
         return check_frames(handle, size, tail_may_be_torn=tail_may_be_torn, progress=progress)
 
     def walk(self, handle: ReadHandle, size: int) -> Iterator[HeaderPiece | Piece]:
-        head, seed, reason = head_and_seed(handle, size)
-        yield HeaderPiece(head, reason)
+        header, seed, reason = header_and_seed(handle, size)
+        yield HeaderPiece(header, reason)
         yield from Walker(handle, seed, size).pieces()
 
     def facts(self, loaded: Loaded) -> FileFacts:
         assert isinstance(loaded, LoadedFrames)
-        head = loaded.header
+        header = loaded.header
         return FileFacts(
-            head.log_id.hex(),
-            f"{head.generation:016x}",
+            header.log_id.hex(),
+            f"{header.generation:016x}",
             loaded.position.seq,
             len(loaded.fold.base),
             loaded.sealed,

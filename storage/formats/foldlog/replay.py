@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.frames import (
-    FILE_HEAD,
-    FRAME_HEAD,
+    FILE_HEADER,
+    FRAME_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
     KIND_OPEN,
     KIND_SEAL,
-    FileHead,
-    FrameHead,
+    FileHeader,
+    FrameHeader,
     parse_base_end,
     parse_base_origin,
-    parse_file_head,
+    parse_file_header,
     parse_open,
 )
 from foldlog.protocol.tokens import WatchCursor
@@ -30,11 +30,11 @@ FRAME_AFTER_BASE = "a frame of the base after its end"
 FRAME_BEFORE_BASE_END = "a frame before the end of the base"
 
 
-def read_head(handle: ReadHandle) -> FileHead:
+def read_header(handle: ReadHandle) -> FileHeader:
     """The header of a log file. InvalidFormatError if it is not valid, or of a newer format."""
-    raw = handle.files.read(handle.fd, FILE_HEAD.size, 0)
+    raw = handle.files.read(handle.fd, FILE_HEADER.size, 0)
     try:
-        return parse_file_head(raw)
+        return parse_file_header(raw)
     except ValueError as error:
         raise InvalidFormatError(handle.path, 0, str(error)) from None
 
@@ -42,7 +42,7 @@ def read_head(handle: ReadHandle) -> FileHead:
 class Replay:
     """Builds a fold from frames: the base first, then batch by batch."""
 
-    def __init__(self, handle: ReadHandle, head: FileHead) -> None:
+    def __init__(self, handle: ReadHandle, header: FileHeader) -> None:
         self._handle = handle
         self.base = Base(handle)
         self.base_end = 0
@@ -50,17 +50,17 @@ class Replay:
         self.sealed = False
         self.frames = 0
         self._collected = Collected()
-        self._seq = head.base_seq
+        self._seq = header.base_seq
         self._cursor = WatchCursor.none()
         self._origin = b""
 
-    def feed(self, frame: FrameHead, body: memoryview) -> list[DecodedBatch]:
+    def feed(self, frame: FrameHeader, body: memoryview) -> list[DecodedBatch]:
         """Take the next frame. Returns its batches. Undecodable if its body is not valid."""
         batches: list[DecodedBatch] = []
         if (frame.kind in (KIND_LEAF, KIND_BASE_END)) == bool(self.base_end):
             raise Undecodable(FRAME_AFTER_BASE if self.base_end else FRAME_BEFORE_BASE_END)
         if frame.kind == KIND_LEAF:
-            self.base.add_leaf(frame.offset + FRAME_HEAD.size, body, frame.body_crc)
+            self.base.add_leaf(frame.offset + FRAME_HEADER.size, body, frame.body_crc)
         elif frame.kind == KIND_BASE_END:
             self._cursor = _end_of_base(body, self.base)
             self._origin = parse_base_origin(body)

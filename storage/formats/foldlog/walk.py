@@ -12,15 +12,15 @@ from typing import NamedTuple
 from crc32c import crc32c
 
 from foldlog.protocol.frames import (
-    FILE_HEAD,
-    FRAME_HEAD,
+    FILE_HEADER,
+    FRAME_HEADER,
     FRAME_MAGIC,
     KINDS,
-    FileHead,
-    FrameHead,
+    FileHeader,
+    FrameHeader,
     oversize,
-    parse_file_head,
-    parse_frame_head,
+    parse_file_header,
+    parse_frame_header,
 )
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
     offset: int
     size: int
-    head: FrameHead | None
+    header: FrameHeader | None
     """None: no frame begins here."""
     body: bytes
     """Of the frame. If its checksum is wrong, the bytes in its place; else empty for bad pieces."""
@@ -62,7 +62,7 @@ class Piece(NamedTuple):
 class HeaderPiece(NamedTuple):
     """The file's header, as `FrameFormat.walk` yields it before the frames."""
 
-    head: FileHead | None
+    header: FileHeader | None
     reason: str
     """Why it is bad; "" if it is valid."""
     offset: int = 0
@@ -81,7 +81,7 @@ class Walker:
         self._spare = _SPARE_FACTOR * size + _SPARE_BYTES
 
     def pieces(
-        self, start: int = FILE_HEAD.size, progress: Progress | None = None
+        self, start: int = FILE_HEADER.size, progress: Progress | None = None
     ) -> Iterator[Piece]:
         """The file from `start` on, as pieces without gaps.
 
@@ -100,9 +100,9 @@ class Walker:
                 piece = Piece(at, stop - at, None, b"", NO_HEADER)
             elif piece.reason:
                 stop = min(piece.end, self._size)
-                if stop == self._size or self._head(stop) is None:
+                if stop == self._size or self._header(stop) is None:
                     # Its length may be right, and some of its bytes missing.
-                    stop = min(stop, self._next_frame(at + FRAME_HEAD.size))
+                    stop = min(stop, self._next_frame(at + FRAME_HEADER.size))
                 piece = piece._replace(size=stop - at)
             yield piece
             at = piece.end
@@ -111,23 +111,23 @@ class Walker:
 
     def frame(self, at: int) -> Piece | None:
         """The frame at `at`, valid or not; None if there is no valid frame header."""
-        head = self._head(at)
-        if head is None:
+        header = self._header(at)
+        if header is None:
             return None
         rest = self._size - at
-        if (bad := header_fault(head, at, rest)) is not None:
-            return Piece(at, head.size, head, b"", bad.reason, final=bad.final)
-        raw = self._handle.read(head.size - FRAME_HEAD.size, at + FRAME_HEAD.size)
-        body = raw[: head.body_len]
-        reason = body_fault(head, body, raw[head.body_len :])
+        if (bad := header_fault(header, at, rest)) is not None:
+            return Piece(at, header.size, header, b"", bad.reason, final=bad.final)
+        raw = self._handle.read(header.size - FRAME_HEADER.size, at + FRAME_HEADER.size)
+        body = raw[: header.body_len]
+        reason = body_fault(header, body, raw[header.body_len :])
         if reason:
-            self._spare -= head.size
-        return Piece(at, head.size, head, body, reason)
+            self._spare -= header.size
+        return Piece(at, header.size, header, body, reason)
 
-    def _head(self, at: int) -> FrameHead | None:
-        if self._size - at < FRAME_HEAD.size:
+    def _header(self, at: int) -> FrameHeader | None:
+        if self._size - at < FRAME_HEADER.size:
             return None
-        return parse_frame_head(self._handle.read(FRAME_HEAD.size, at), 0, self._seed)
+        return parse_frame_header(self._handle.read(FRAME_HEADER.size, at), 0, self._seed)
 
     def _next_frame(self, start: int) -> int:
         """The offset of the next frame, from `start` on; the end of the file if there is none.
@@ -135,29 +135,31 @@ class Walker:
         A displaced header counts only with a valid body, since a value may hold bytes that look
         like a header.
         """
-        for at, head in _heads(self._handle, self._seed, start, self._size):
-            if head.offset == at:
+        for at, header in _headers(self._handle, self._seed, start, self._size):
+            if header.offset == at:
                 return at
             piece = self.frame(at)
             if piece is not None and not piece.reason:
-                self._spare -= head.size
+                self._spare -= header.size
                 return at
             if self._spare < 0:
                 return at
         return self._size
 
 
-def _heads(handle: ReadHandle, seed: int, start: int, size: int) -> Iterator[tuple[int, FrameHead]]:
+def _headers(
+    handle: ReadHandle, seed: int, start: int, size: int
+) -> Iterator[tuple[int, FrameHeader]]:
     """The valid frame headers from `start` on, displaced or not, with their places."""
     for at, raw in _magics(handle, start, size):
-        head = parse_frame_head(raw, 0, seed)
-        if head is not None:
-            yield at, head
+        header = parse_frame_header(raw, 0, seed)
+        if header is not None:
+            yield at, header
 
 
 def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, bytes]]:
     """The places of frame magics with room for a header, and the bytes of that header."""
-    overlap = FRAME_HEAD.size - 1
+    overlap = FRAME_HEADER.size - 1
     base, step = start, _FIRST_CHUNK_BYTES
     while base < size - overlap:
         data = handle.files.data_after(handle.fd, base)
@@ -168,8 +170,8 @@ def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, by
             continue
         chunk = handle.read(min(step + overlap, size - base), base)
         at = chunk.find(FRAME_MAGIC)
-        while 0 <= at <= min(len(chunk) - FRAME_HEAD.size, step - 1):
-            yield base + at, chunk[at : at + FRAME_HEAD.size]
+        while 0 <= at <= min(len(chunk) - FRAME_HEADER.size, step - 1):
+            yield base + at, chunk[at : at + FRAME_HEADER.size]
             at = chunk.find(FRAME_MAGIC, at + 1)
         base, step = base + step, min(2 * step, _CHUNK_BYTES)
 
@@ -180,13 +182,13 @@ _SEED_FRAMES = 4096
 """Frames tried for their seed."""
 
 
-def mended_head(raw: bytes) -> FileHead | None:
+def mended_header(raw: bytes) -> FileHeader | None:
     """The valid file header that differs from `raw` in one bit; None if there is none."""
-    for bit in range(8 * min(len(raw), FILE_HEAD.size)):
+    for bit in range(8 * min(len(raw), FILE_HEADER.size)):
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8
         try:
-            return parse_file_head(bytes(flipped))
+            return parse_file_header(bytes(flipped))
         except ValueError:
             continue
     return None
@@ -201,19 +203,19 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
     for tried, (at, raw) in enumerate(_magics(handle, 0, size)):
         if tried >= _SEED_FRAMES or read > _SPARE_FACTOR * size + _SPARE_BYTES:
             break
-        head = FrameHead(*FRAME_HEAD.unpack(raw)[1:])
+        header = FrameHeader(*FRAME_HEADER.unpack(raw)[1:])
         if (
-            head.offset != at
-            or head.kind not in KINDS
-            or head.size > size - at
-            or oversize(head) is not None
+            header.offset != at
+            or header.kind not in KINDS
+            or header.size > size - at
+            or oversize(header) is not None
         ):
             continue
-        rest = handle.read(head.size - FRAME_HEAD.size, at + FRAME_HEAD.size)
+        rest = handle.read(header.size - FRAME_HEADER.size, at + FRAME_HEADER.size)
         read += len(rest)
-        if body_fault(head, rest[: head.body_len], rest[head.body_len :]):
+        if body_fault(header, rest[: header.body_len], rest[header.body_len :]):
             continue
-        seed = _crc32c_before(raw[8:], head.crc)
+        seed = _crc32c_before(raw[8:], header.crc)
         if seed in seen:
             return seed
         seen.add(seed)

@@ -11,12 +11,12 @@ from crc32c import crc32c
 from foldlog.protocol.frames import (
     FLAG_ORIGIN,
     FLAG_SYNC_EACH,
-    FRAME_HEAD,
+    FRAME_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
     KIND_OPEN,
-    FileHead,
+    FileHeader,
     build_frame,
 )
 from foldlog.storage.fold.base import Base
@@ -35,20 +35,20 @@ class FrameWriter(NewFile):
     """A new file of foldlog's own format."""
 
     base: Base
-    header: FileHead
+    header: FileHeader
     position: Chain
 
     def __init__(
         self,
         files: Files,
         path: Path,
-        head: FileHead,
+        header: FileHeader,
         *,
         sync_each: bool = False,
         mode: int = PRIVATE,
     ) -> None:
-        super().__init__(files, path, head, head.pack(), Chain.start(head), mode)
-        self._seed = head.seed
+        super().__init__(files, path, header, header.pack(), Chain.start(header), mode)
+        self._seed = header.seed
         self._carried_flags = FLAG_SYNC_EACH if sync_each else 0
 
     def add(
@@ -77,7 +77,7 @@ class FrameWriter(NewFile):
         )
         self.position = Chain(chain.offset + len(frame), link, seq, self.header.base_seq)
         self.put(frame)
-        return chain.offset + FRAME_HEAD.size
+        return chain.offset + FRAME_HEADER.size
 
     def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
         self.base, self._copied = write_base(self, fold, progress)
@@ -88,7 +88,7 @@ class FrameWriter(NewFile):
 
     def carry(self, source: LogFile, start: Chain, stop: int) -> Chain:
         header = source.header
-        assert isinstance(header, FileHead)
+        assert isinstance(header, FileHeader)
         chain = start
         flags = self._carried_flags
         for frame, body in read_frames(source.handle, header, chain, stop):

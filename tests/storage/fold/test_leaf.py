@@ -38,7 +38,7 @@ def encode(entries):
 
 
 def index_of(body):
-    return body[: leaf.HEAD.unpack_from(body)[1]]
+    return body[: leaf.HEADER.unpack_from(body)[1]]
 
 
 @given(stores | same_sized)
@@ -178,8 +178,8 @@ def test_an_end_once_decided_holds_whatever_follows(keys, cut, size):
 def compacted_bodies(engine):
     engine.compact()
     raw = engine.path.read_bytes()
-    frames = [frame for frame in frames_of(raw) if frame.head.kind in (KIND_LEAF, KIND_BASE_END)]
-    return [(frame.head.kind, frame.body) for frame in frames], msgpack.unpackb(frames[-1].body)[
+    frames = [frame for frame in frames_of(raw) if frame.header.kind in (KIND_LEAF, KIND_BASE_END)]
+    return [(frame.header.kind, frame.body) for frame in frames], msgpack.unpackb(frames[-1].body)[
         "digest"
     ]
 

@@ -73,7 +73,7 @@ def seen(state: State) -> tuple[dict[str, tuple[bytes, bytes]], bytes]:
 # Byte for byte.
 
 
-def test_a_new_log_is_its_head(path: Path) -> None:
+def test_a_new_log_is_its_header(path: Path) -> None:
     open_at(path).close()
     assert path.read_bytes() == b"PGSS\x02\x00"
 
@@ -140,7 +140,7 @@ def test_a_compacted_log_is_a_put_for_each_key_in_order_and_one_cursor(path: Pat
 
 def test_a_file_that_the_origin_wrote_is_worked_on_in_place(path: Path) -> None:
     path.write_bytes(slipref.HEADER + b"".join(three_batches()))
-    cursor, snap = AppendLogSnapshot.open(path)  # the head tells the format
+    cursor, snap = AppendLogSnapshot.open(path)  # the header tells the format
     assert cursor == u64(3)
     assert (snap.report.frames, snap.report.batches, snap.report.compacted) == (7, 2, True)
     assert [tuple(entry) for entry in snap.range()] == [

@@ -297,8 +297,8 @@ def test_one_slot_that_is_lost_hides_no_regression_older_than_the_other(path, sl
     note_path(path).unlink()
     path.unlink()
     log_of(path, 1)
-    head = path.read_bytes()
-    assert head != whole
+    header = path.read_bytes()
+    assert header != whole
     with open(note_path(path), "r+b") as file:
         for turn in range(2):
             found = parse_note(bytes(note[turn * SLOT_BYTES :][:SLOT_BYTES]).ljust(1024, b"\0"))

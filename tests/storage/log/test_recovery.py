@@ -36,7 +36,7 @@ from foldlog import (
     Put,
     WatchCursor,
 )
-from foldlog.protocol.frames import FILE_HEAD
+from foldlog.protocol.frames import FILE_HEADER
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.log.files import Files
 from foldlog.storage.log.lock import note_path
@@ -61,11 +61,11 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 def base_end(raw: bytes) -> int:
-    return next(frame.end for frame in frames_of(raw) if frame.head.kind == 4)
+    return next(frame.end for frame in frames_of(raw) if frame.header.kind == 4)
 
 
 def last_batches(raw: bytes) -> Frame:
-    return [frame for frame in frames_of(raw) if frame.head.batches][-1]
+    return [frame for frame in frames_of(raw) if frame.header.batches][-1]
 
 
 # Cut off.
@@ -127,12 +127,12 @@ def test_appending_after_a_cut_lands_clean(path):
         engine.log.abandon()
 
 
-def test_a_log_cut_within_its_head_or_base_is_refused(path):
+def test_a_log_cut_within_its_header_or_base_is_refused(path):
     raw = write_log(path, some_batches(3), base=some_batches(2))
     for size in range(base_end(raw)):
         error = outcome(path, raw[:size])
         assert isinstance(
-            error, InvalidFormatError if size < FILE_HEAD.size else CorruptLogError
+            error, InvalidFormatError if size < FILE_HEADER.size else CorruptLogError
         ), size
         assert error.path == path
         assert error.offset <= size
@@ -334,7 +334,7 @@ def test_a_log_cut_at_a_frames_boundary_after_a_sync_is_refused(path):
                 Engine(path)
             assert caught.value.path == path
             assert path.read_bytes() == raw[: frame.end]
-        assert read_state(path, on_damage="cut").seq == frame.head.seq
+        assert read_state(path, on_damage="cut").seq == frame.header.seq
         assert path.read_bytes() == raw[: frame.end]
 
 
@@ -389,12 +389,12 @@ def test_a_note_that_a_crash_left_unfinished_is_ignored(path, note):
     assert path.read_bytes() == raw
 
 
-# The head alone.
+# The header alone.
 
 
-def test_an_empty_log_is_its_head_and_the_end_of_its_base(path):
+def test_an_empty_log_is_its_header_and_the_end_of_its_base(path):
     raw = write_log(path, [])
-    assert [frame.head.kind for frame in frames_of(raw)] == [4]
+    assert [frame.header.kind for frame in frames_of(raw)] == [4]
     assert outcome(path, raw) == State(0, b"", {})
     assert path.read_bytes() == raw
 

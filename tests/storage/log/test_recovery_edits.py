@@ -30,7 +30,7 @@ SYNCS = pytest.mark.parametrize("sync_each", [False, True], ids=["never synced",
 
 def behind_the_base(raw: bytes) -> list[Frame]:
     frames = frames_of(raw)
-    return frames[1 + next(index for index, frame in enumerate(frames) if frame.head.kind == 4) :]
+    return frames[1 + next(index for index, frame in enumerate(frames) if frame.header.kind == 4) :]
 
 
 def assert_refused(path, raw: bytes, what: object) -> None:
@@ -70,7 +70,9 @@ def test_a_sector_punched_out_anywhere_loses_nothing_that_was_synced(
         if isinstance(found, State):
             assert hit is not None
             assert found == states[hit.start], start
-            whole_behind = [frame for frame in frames if frame.start >= stop and frame.head.batches]
+            whole_behind = [
+                frame for frame in frames if frame.start >= stop and frame.header.batches
+            ]
             assert not whole_behind or (rebooted and not sync_each), (
                 f"hole at {start}: a later frame shows that it was lost"
             )
@@ -157,7 +159,7 @@ def test_frames_of_another_log_are_refused_wherever_they_stand(path, rebooted, m
         assert_refused(path, raw + foreign.raw, "foreign frame at the end")
     assert_refused(path, raw + other, "another log at the end")
     assert_refused(path, raw[:52] + other[52:], "the frames of another log")
-    assert_refused(path, other[:52] + raw[52:], "the head of another log")
+    assert_refused(path, other[:52] + raw[52:], "the header of another log")
 
 
 @BOOTS
@@ -174,7 +176,7 @@ def test_frames_of_this_logs_own_past_are_refused_after_a_compaction(path, reboo
         reboot(monkeypatch)
     for frame in frames_of(old):
         assert_refused(path, new + frame.raw, f"the frame that stood at {frame.start}")
-    assert_refused(path, new[:52] + old[52:], "the old frames under the new head")
+    assert_refused(path, new[:52] + old[52:], "the old frames under the new header")
 
 
 @BOOTS

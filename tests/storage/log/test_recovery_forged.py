@@ -21,7 +21,7 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.protocol.frames import (
-    FILE_HEAD,
+    FILE_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
@@ -60,9 +60,9 @@ def test_a_length_that_lies_allocates_nothing_and_reads_as_nothing_wrong(
 ):
     frames = frames_of(raw)
     target = frames[-1] if last else frames[-2]
-    kept = target.head._asdict()
+    kept = target.header._asdict()
     del kept["crc"], kept["kind"]
-    lying = forge(raw, target.head.kind, target.body, **kept | {"body_len": length})
+    lying = forge(raw, target.header.kind, target.body, **kept | {"body_len": length})
     before = read_state_before(path, raw, target.start)
     if rebooted:
         reboot(monkeypatch)
@@ -131,13 +131,13 @@ def test_a_frame_of_a_newer_format_is_never_skipped_and_never_cut(
     ("version", "flags", "length"), [(0, 0, 52), (2, 0, 52), (65535, 0, 52), (1, 1, 52), (1, 0, 60)]
 )
 def test_a_log_of_another_format_version_is_refused_and_named(path, raw, version, flags, length):
-    head = bytearray(raw[: FILE_HEAD.size])
-    head[8:16] = (
+    header = bytearray(raw[: FILE_HEADER.size])
+    header[8:16] = (
         version.to_bytes(2, "little") + flags.to_bytes(2, "little") + length.to_bytes(4, "little")
     )
-    head[-4:] = crc32c(bytes(head[:-4])).to_bytes(4, "little")
+    header[-4:] = crc32c(bytes(header[:-4])).to_bytes(4, "little")
     for policy in ("refuse", "cut"):
-        error = outcome(path, bytes(head) + raw[FILE_HEAD.size :], on_damage=policy)
+        error = outcome(path, bytes(header) + raw[FILE_HEADER.size :], on_damage=policy)
         assert isinstance(error, InvalidFormatError)
         assert str(version) in error.reason
 
@@ -417,7 +417,7 @@ def test_damage_to_a_leaf_while_the_log_is_open_is_never_read_as_a_value(path):
     leaf = frames_of(raw)[0]
     for at in range(
         leaf.start + 48, leaf.end - 4, 53
-    ):  # a frame's head and trailer are read at opening, once
+    ):  # a frame's header and trailer are read at opening, once
         path.write_bytes(raw)
         engine = Engine(path)
         with open(path, "r+b") as file:
@@ -437,14 +437,14 @@ def test_a_file_crafted_of_magic_numbers_is_refused_in_bounded_work(path, monkey
 
     raw = write_log(path, some_batches(2))
     tried = 0
-    real = recovery.parse_frame_head
+    real = recovery.parse_frame_header
 
     def counted(*arguments):
         nonlocal tried
         tried += 1
         return real(*arguments)
 
-    monkeypatch.setattr(recovery, "parse_frame_head", counted)
+    monkeypatch.setattr(recovery, "parse_frame_header", counted)
     reboot(monkeypatch)
     damaged = bytearray(raw)
     damaged[-10] ^= 1

@@ -16,7 +16,7 @@ from foldlog.storage.log import recovery
 from foldlog.storage.log.recovery import Evidence, Facts, Rest, Verdict, gather, judge
 
 BOOLEANS = [
-    "head_valid",
+    "header_valid",
     "cut_short",
     "all_zero",
     "same_boot",
@@ -106,7 +106,7 @@ SCENARIOS = {
     ),
     "facts.cut_short": (
         "a killed writer",
-        {"head_valid": True, "cut_short": True, "same_boot": True},
+        {"header_valid": True, "cut_short": True, "same_boot": True},
         Verdict.TORN,
     ),
     "facts.all_zero": (
@@ -121,7 +121,7 @@ SCENARIOS = {
     ),
     "facts.followed": (
         "a synced frame with a lost sector and junk behind it",
-        {"head_valid": True, "sector_lost": True, "followed": True},
+        {"header_valid": True, "sector_lost": True, "followed": True},
         Verdict.CORRUPT,
     ),
     "facts.sector_lost": (
@@ -211,7 +211,7 @@ def test_a_later_frame_is_evidence_and_an_older_one_is_not():
     assert facts_of(bad + frame(4, end)).evidence == Evidence(displaced=False, durable=False)
 
 
-def test_evidence_is_sought_behind_a_frame_whose_head_verifies_and_within_one_whose_head_does_not():
+def test_evidence_is_sought_behind_a_frame_whose_header_verifies_and_within_one_whose_header_does_not():
     inner = frame(9, 77)
     holder = frame(5, 1000, body=b"x" * 9 + inner)
     assert facts_of(damaged(holder, 50)).evidence is None
@@ -306,7 +306,7 @@ def test_a_header_that_is_wrong_is_not_explained_by_a_sector_that_it_does_not_li
 def test_the_beginning_of_a_frame_is_cut_short(size):
     facts = facts_of(frame(5, 1000)[:size])
     assert facts.cut_short
-    assert facts.head_valid == (size >= 48)
+    assert facts.header_valid == (size >= 48)
 
 
 @given(st.binary(max_size=200), st.booleans())

@@ -25,7 +25,7 @@ def regressed(path: Path) -> Path:
         for number in (1, 2):
             snap.apply([Put("a", b"%d" % number)], WatchCursor.from_u64(number))
     raw = path.read_bytes()
-    last = [frame for frame in frames_of(raw) if frame.head.kind == KIND_BATCHES][-1]
+    last = [frame for frame in frames_of(raw) if frame.header.kind == KIND_BATCHES][-1]
     path.write_bytes(raw[: last.start])
     return path
 

@@ -11,7 +11,13 @@ import pytest
 
 import foldlog
 from foldlog import AppendLogSnapshot, CorruptLogError, Delete, InvalidFormatError, Put, WatchCursor
-from foldlog.protocol.frames import FILE_HEAD, KIND_BATCHES, KIND_OPEN, build_frame, parse_file_head
+from foldlog.protocol.frames import (
+    FILE_HEADER,
+    KIND_BATCHES,
+    KIND_OPEN,
+    build_frame,
+    parse_file_header,
+)
 from foldlog.protocol.updates import batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -212,7 +218,7 @@ def test_a_frame_whose_body_does_not_decode_is_refused_at_once(path, snap):
     place = followed.tail._place
     assert place is not None
     frame, _ = build_frame(
-        place.head.seed,
+        place.header.seed,
         KIND_BATCHES,
         b"junk",
         seq=2,
@@ -517,7 +523,7 @@ def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_c
     path.write_bytes(before)
     note_path(path).unlink()  # which remembers batch 2
     raw = path.read_bytes()
-    head = parse_file_head(raw[: FILE_HEAD.size])
+    header = parse_file_header(raw[: FILE_HEADER.size])
     again = Tail(OS_FILES, path)
     again.poll()
     place = again._place
@@ -530,7 +536,7 @@ def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_c
         (KIND_OPEN, open_body(), 2, 0),
     ):
         frame, link = build_frame(
-            head.seed,
+            header.seed,
             kind,
             body,
             seq=seq,

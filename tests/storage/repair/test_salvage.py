@@ -11,7 +11,7 @@ from faultkit import View, batch, descriptors, fold_of, view
 from logfiles import commit_all, frames_of, write_log
 
 from foldlog import AppendLogSnapshot, InvalidFormatError, Put, WatchCursor
-from foldlog.protocol.frames import FILE_HEAD, FRAME_HEAD, KIND_BASE_END, KIND_LEAF
+from foldlog.protocol.frames import FILE_HEADER, FRAME_HEADER, KIND_BASE_END, KIND_LEAF
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.repair.salvage import SalvageReport, salvage_log
 from foldlog.storage.repair.verify import verify_log
@@ -79,7 +79,9 @@ def test_a_sound_log_is_salvaged_whole(path, raw):
 
 @pytest.mark.parametrize("lost", range(5, COUNT + 1))
 def test_a_batch_that_is_damaged_is_lost_alone_and_named(path, raw, lost):
-    frame = next(frame for frame in frames_of(raw) if frame.head.batches and frame.head.seq == lost)
+    frame = next(
+        frame for frame in frames_of(raw) if frame.header.batches and frame.header.seq == lost
+    )
     for at in (frame.start + 20, frame.start + 70):
         report, found = salvaged(path, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         assert found == fold_of([number for number in range(1, COUNT + 1) if number != lost])
@@ -121,13 +123,13 @@ def test_one_bit_loses_one_frame_at_most(path, raw):
         assert report.batches >= COUNT - 4 - 1
 
 
-def test_a_file_head_that_is_gone_loses_nothing(path, raw):
-    for head in (
-        bytes(FILE_HEAD.size),
-        b"\xff" * FILE_HEAD.size,
-        raw[:30] + b"\x00\x01" + raw[32 : FILE_HEAD.size],
+def test_a_file_header_that_is_gone_loses_nothing(path, raw):
+    for header in (
+        bytes(FILE_HEADER.size),
+        b"\xff" * FILE_HEADER.size,
+        raw[:30] + b"\x00\x01" + raw[32 : FILE_HEADER.size],
     ):
-        report, found = salvaged(path, head + raw[FILE_HEAD.size :])
+        report, found = salvaged(path, header + raw[FILE_HEADER.size :])
         assert found == fold_of(list(range(1, COUNT + 1)))
         assert (report.cursor.as_u64(), report.seq) == (COUNT, COUNT)
         assert "no data lost" in report.losses[0].reason
@@ -154,8 +156,8 @@ def test_a_leaf_whose_index_is_damaged_is_counted(path):
     engine.compact()
     engine.close()
     raw = path.read_bytes()
-    leaves = [frame for frame in frames_of(raw) if frame.head.kind == KIND_LEAF]
-    at = leaves[2].start + FRAME_HEAD.size + 30
+    leaves = [frame for frame in frames_of(raw) if frame.header.kind == KIND_LEAF]
+    at = leaves[2].start + FRAME_HEADER.size + 30
     report, found = salvaged(path, raw[:at] + b"\x00" + raw[at + 1 :])
     (loss,) = report.losses
     assert loss.entries == 2000 - len(found) > 100
@@ -163,7 +165,7 @@ def test_a_leaf_whose_index_is_damaged_is_counted(path):
 
 
 def test_frames_that_change_places_are_put_in_order(path, raw):
-    frames = [frame for frame in frames_of(raw) if frame.head.batches]
+    frames = [frame for frame in frames_of(raw) if frame.header.batches]
     first, second = frames[2], frames[3]
     swapped = raw[: first.start] + second.raw + first.raw + raw[second.end :]
     report, found = salvaged(path, swapped)
@@ -172,27 +174,29 @@ def test_frames_that_change_places_are_put_in_order(path, raw):
 
 
 def test_a_frame_that_is_there_twice_is_folded_once(path, raw):
-    frame = [frame for frame in frames_of(raw) if frame.head.batches][2]
+    frame = [frame for frame in frames_of(raw) if frame.header.batches][2]
     report, found = salvaged(path, raw + frame.raw)
     assert found == fold_of(list(range(1, COUNT + 1)))
     assert report.batches == COUNT - 4
 
 
 def test_a_frame_that_is_missing_is_told(path, raw):
-    frame = [frame for frame in frames_of(raw) if frame.head.batches][2]
+    frame = [frame for frame in frames_of(raw) if frame.header.batches][2]
     report, found = salvaged(path, raw[: frame.start] + raw[frame.end :])
-    assert found == fold_of([number for number in range(1, COUNT + 1) if number != frame.head.seq])
+    assert found == fold_of(
+        [number for number in range(1, COUNT + 1) if number != frame.header.seq]
+    )
     (loss,) = report.losses
     assert (loss.offset, loss.size, loss.first_seq, loss.last_seq) == (
         frame.start,
         0,
-        frame.head.seq,
-        frame.head.seq,
+        frame.header.seq,
+        frame.header.seq,
     )
 
 
 def test_without_the_end_of_the_base_its_entries_are_kept_and_the_cursor_is_not_trusted(path, raw):
-    end = next(frame for frame in frames_of(raw) if frame.head.kind == KIND_BASE_END)
+    end = next(frame for frame in frames_of(raw) if frame.header.kind == KIND_BASE_END)
     report, found = salvaged(path, raw[: end.start] + bytes(end.end - end.start) + raw[end.end :])
     assert found == fold_of(list(range(1, COUNT + 1)))
     assert report.cursor.is_none
@@ -200,7 +204,7 @@ def test_without_the_end_of_the_base_its_entries_are_kept_and_the_cursor_is_not_
 
 
 def test_the_cursor_of_the_last_batch_can_be_asked_for(path, raw):
-    frame = [frame for frame in frames_of(raw) if frame.head.batches][2]
+    frame = [frame for frame in frames_of(raw) if frame.header.batches][2]
     path.write_bytes(raw[: frame.start + 60] + b"\0\0\0" + raw[frame.start + 63 :])
     report = salvage_log(path, path.with_name("saved.log"), cursor="last")
     assert report.cursor == report.last_cursor == WatchCursor.from_u64(COUNT)
@@ -213,7 +217,7 @@ def test_a_splice_of_two_logs_gives_only_what_the_first_one_held(path, tmp_path,
     other.mkdir()
     foreign = write_log(other / "b.log", [[Put(f"foreign{n}", b"x" * 50)] for n in range(20)])
     for left, right, image in splices(raw, foreign, 40, seed=2):
-        if left < FILE_HEAD.size:
+        if left < FILE_HEADER.size:
             continue
         report, found = salvaged(path, image)
         assert not any(key.startswith("foreign") for key in found), (left, right)

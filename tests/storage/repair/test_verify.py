@@ -22,7 +22,7 @@ from logfiles import (
 import foldlog
 from foldlog import AppendLogSnapshot, InvalidFormatError, Put, StoreClosed, WatchCursor
 from foldlog.protocol.frames import (
-    FILE_HEAD,
+    FILE_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
@@ -66,7 +66,7 @@ def test_a_sound_log_verifies_and_is_counted(path, entries, sync_each, sealed):
 
 def test_all_that_is_wrong_is_told_and_not_only_the_first(path):
     raw = write_log(path, some_batches(9), base=some_batches(2))
-    hit = [frame for frame in frames_of(raw) if frame.head.batches][1:8:3]
+    hit = [frame for frame in frames_of(raw) if frame.header.batches][1:8:3]
     damaged = bytearray(raw)
     for frame in hit:
         damaged[frame.start + 60] ^= 4
@@ -76,7 +76,7 @@ def test_all_that_is_wrong_is_told_and_not_only_the_first(path):
     for frame in hit:
         assert at[frame.start].size == frame.end - frame.start
         assert "does not verify" in at[frame.start].reason
-        assert at[frame.end].reason == f"batch {frame.head.seq} is missing before this frame"
+        assert at[frame.end].reason == f"batch {frame.header.seq} is missing before this frame"
     assert len(report.problems) == 6
     assert report.batches == 6
     assert path.read_bytes() == damaged
@@ -86,7 +86,7 @@ def test_all_that_is_wrong_is_told_and_not_only_the_first(path):
 def test_verify_and_opening_agree_on_flips_and_cuts(path, after_a_reboot):
     raw = write_log(path, some_batches(3, 600), base=some_batches(2))
     cases = [*sampled_flips(raw, 150, seed=5), *list(truncations(raw))[::7]]
-    zeroed = range(FILE_HEAD.size, len(raw), 97)
+    zeroed = range(FILE_HEADER.size, len(raw), 97)
     cases += [(at, raw[:at] + bytes(min(512, len(raw) - at)) + raw[at + 512 :]) for at in zeroed]
     told = torn = 0
     for where, image in cases:
@@ -105,7 +105,7 @@ def test_verify_and_opening_agree_on_flips_and_cuts(path, after_a_reboot):
         if report is None or not report.ok:
             told += 1
             offset = getattr(opened, "offset", None)
-            if report is not None and where >= FILE_HEAD.size * 8:
+            if report is not None and where >= FILE_HEADER.size * 8:
                 assert report.problems[0].offset == offset, (where, report, opened)
         else:
             torn += bool(report.torn_bytes)
@@ -185,14 +185,14 @@ def test_what_is_no_log_is_no_damaged_log_either(path, content):
         verify_log(path)
 
 
-def test_a_head_that_does_not_verify_hides_nothing_behind_it(path):
+def test_a_header_that_does_not_verify_hides_nothing_behind_it(path):
     raw = write_log(path, some_batches(4), base=some_batches(2))
-    for head in (
-        bytes(FILE_HEAD.size),
-        raw[:20] + b"\xff" * 12 + raw[32 : FILE_HEAD.size],
-        b"\x88" + raw[1 : FILE_HEAD.size],
+    for header in (
+        bytes(FILE_HEADER.size),
+        raw[:20] + b"\xff" * 12 + raw[32 : FILE_HEADER.size],
+        b"\x88" + raw[1 : FILE_HEADER.size],
     ):
-        path.write_bytes(head + raw[FILE_HEAD.size :])
+        path.write_bytes(header + raw[FILE_HEADER.size :])
         report = verify_log(path)
         assert (report.problems[0].offset, len(report.problems)) == (0, 1)
         assert (report.batches, report.seq) == (4, 6)
