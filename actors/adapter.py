@@ -62,7 +62,7 @@ def start_aside(thread: threading.Thread, failed: Callable[[BaseException], obje
     """Start `thread` from a thread of its own: an interrupt within `Thread.start` can leave locks
     of `threading` held.
 
-    RuntimeError, raised here or passed to `failed`, if no thread can be started.
+    If no thread can be started, calls `failed` with the RuntimeError.
     """
 
     def start() -> None:
@@ -71,7 +71,10 @@ def start_aside(thread: threading.Thread, failed: Callable[[BaseException], obje
         except BaseException as error:
             failed(error)
 
-    _thread.start_new_thread(start, ())
+    try:
+        _thread.start_new_thread(start, ())
+    except RuntimeError as error:
+        failed(error)
 
 
 Notice = Started | Ended

@@ -261,9 +261,11 @@ class Supervisor:
                 exc_info=True,
             )
             self._give_up(f"the supervisor died: {error!r}")
-            self._answer_opened(error)
+            self._stop_error = self._stop_error or error
             self._stop_all()
+            self._answer_opened(error)
         finally:
+            self._answer_closed()
             self.core.ended.set()
             self._answer_late()
 
@@ -290,7 +292,8 @@ class Supervisor:
             self._closing.append(notice)
             self._begin_close()
         else:
-            self._on_reopen(notice)
+            self._reopening.append(notice)
+            self._begin_reopen()
 
     def _next_notice(self, timeout_s: float) -> Notice | CloseNow | Reopen | None:
         began = time.monotonic()
@@ -473,11 +476,9 @@ class Supervisor:
     def _closed(self) -> Exception:
         return StoreClosed(f"{self.core.config.path} is closed")
 
-    def _on_reopen(self, request: Reopen) -> None:
-        """Begin to reopen. If that has begun already, or the writer is restarting, wait for the
-        outcome."""
+    def _begin_reopen(self) -> None:
+        """Begin to reopen, unless that has begun already or the writer is restarting."""
         core = self.core
-        self._reopening.append(request)
         if core.state is State.FAILED:
             self._end_failed(State.RESTARTING)
             if self.writer not in self._running:
@@ -556,8 +557,12 @@ class Supervisor:
             actor.retire()
             actor.inbox.end(self._closed)
             actor.abandon(self._closed())
-        self.syncer.close_watch()
-        self.writer.let_go()
+        try:
+            self.syncer.close_watch()
+            self.writer.let_go()
+        except Exception as error:  # nobody could try again
+            log.warning("%s: not closed in order", core.config.path, exc_info=True)
+            self._stop_error = self._stop_error or error
         core.feeds.end(f"{core.config.path} was closed")
         core.snapshot, core.engine = ClosedFold(f"{core.config.path} is closed"), None
         core.state = State.CLOSED

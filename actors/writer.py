@@ -197,11 +197,19 @@ class Writer(SharedActor):
 
     # Serving.
 
+    def work_in_turn(self, mail: Mail) -> bool:
+        """See `SharedActor`. While writes are held back for a compaction, the writer's own thread
+        waits, so that each caller can keep its deadline."""
+        return not self._holds_back(mail.weight) and super().work_in_turn(mail)
+
     def work_for_others(self) -> None:
         """Serve a few batches that arrived while a caller had the turn. Under sync="always" they
         wait and form a larger group."""
-        if self._core.config.sync == "always" or not isinstance(
-            self.inbox.mails[0].message, WriteRequest
+        first = self.inbox.mails[0]
+        if (
+            self._core.config.sync == "always"
+            or not isinstance(first.message, WriteRequest)
+            or self._holds_back(GROUP_BYTES)
         ):
             return
         self.inbox.move(self.taken, self.group, TURN_BATCHES)
@@ -480,6 +488,14 @@ class Writer(SharedActor):
         self._answer_wanted(error, rewrite.seq)
         self._compact_if_due()
 
+    def _holds_back(self, size: int) -> bool:
+        """True if a write of `size` bytes would wait for the running compaction. Any thread."""
+        rewrite, engine = self._rewrite, self._engine
+        if rewrite is None or engine is None:
+            return False
+        allowed = engine.allowed_bytes(rewrite, self._core.config.compact_threshold)
+        return engine.size_bytes + size > allowed
+
     def _hold_back(self, size: int) -> None:
         """Delay a write of `size` bytes while the running compaction lags, so that the log stays
         bounded.
@@ -566,10 +582,13 @@ class Writer(SharedActor):
     def let_go(self) -> None:
         """Release the log as a killed process would. Called by the supervisor once the thread has
         ended for good."""
-        if self._engine is not None:
-            self._engine.abandon()
-        self._seat.release()
-        self._engine = None  # frees its read descriptor too, unless a snapshot holds it
+        # Dropping the engine frees its read descriptor too, unless a snapshot holds it.
+        engine, self._engine = self._engine, None
+        try:
+            if engine is not None:
+                engine.abandon()
+        finally:
+            self._seat.release()
 
     def abandon_requests(self, error: Exception, not_begun: Exception | None = None) -> None:
         """Fail all requests that are taken or wait for a compaction, when the supervisor gives up.

@@ -127,8 +127,10 @@ def open(
     Invalid options raise TypeError or ValueError at once. In every call, `timeout_s` is in seconds:
     0 does not wait, None and infinity wait forever, nan and negative numbers raise ValueError.
 
-    Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError. On an
-    error, nothing stays open.
+    Raises StoreLocked, CorruptLogError, InvalidFormatError, LogRegressedError or OSError; also
+    RuntimeError if no thread can be started, as in an isolated subinterpreter. On an error, nothing
+    stays open. If this process has just dropped a store on the same log without closing it, waits
+    for it to close.
 
     >>> with foldlog.open("routes.log") as routes:
     ...     routes.apply([Put("a", b"10.0.0.1"), Put("b", b"10.0.0.2")], WatchCursor.from_u64(1))
@@ -155,6 +157,7 @@ def open(
         files=files,
         step=step or no_step,
     )
+    _await_dropped(config.path)
     core = Core(config)
     supervisor = Supervisor(core)
     try:
@@ -553,6 +556,8 @@ class Store(Readable):
 # Life cycle beyond the with statement: dropped stores, interpreter exit, forks.
 
 _live: weakref.WeakKeyDictionary[Supervisor, int] = weakref.WeakKeyDictionary()
+_dropped: weakref.WeakSet[Supervisor] = weakref.WeakSet()
+"""Of stores that were dropped without `close`, those that may still be closing."""
 
 
 def _would_wait_for_itself(supervisor: Supervisor) -> bool:
@@ -581,8 +586,16 @@ def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
 
 def _close_dropped(supervisor: Supervisor, pid: int) -> None:
     if os.getpid() == pid and supervisor.thread.is_alive():
+        _dropped.add(supervisor)
         supervisor.post(CloseNow(Answer()))  # first: warnings may be errors
         warnings.warn("a foldlog store was dropped without close()", ResourceWarning, stacklevel=2)
+
+
+def _await_dropped(path: Path) -> None:
+    """Wait for dropped stores on this log to close: an interrupt right after `open` drops one."""
+    for supervisor in tuple(_dropped):
+        if supervisor.core.config.path == path:
+            supervisor.core.ended.wait(UNOPENED_TIMEOUT_S)
 
 
 @atexit.register
@@ -601,6 +614,7 @@ def _after_fork_in_child() -> None:
     for supervisor in list(_live):
         supervisor.after_fork()
     _live.clear()
+    _dropped.clear()
 
 
 call_after_fork(_after_fork_in_child, Rank.STORE)

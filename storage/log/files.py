@@ -300,6 +300,8 @@ class Retiring:
     """Closes a descriptor exactly once, even if `close` is interrupted and called again.
 
     By the second call the number may belong to another file; it is closed only if it does not.
+    An OSError is dropped if the descriptor is closed nevertheless: whether its data is on disk is
+    for `sync` to say, and what is left to do must not be skipped.
     """
 
     def __init__(self, files: Files, fd: int) -> None:
@@ -314,6 +316,9 @@ class Retiring:
         self._begun = True
         try:
             self._files.close(self._fd)
+        except OSError:
+            if self._is_open():
+                raise
         finally:
             if not self._is_open():
                 self._fd = -1

@@ -120,6 +120,28 @@ def test_writes_wait_for_a_compaction_that_is_behind_and_the_statistics_tell(
     assert store.stats().compactions
 
 
+def test_a_caller_keeps_its_deadline_while_writes_wait_for_a_compaction(
+    open_store, steps, monkeypatch
+):
+    """It had taken the writer's turn, and slept there past any deadline."""
+    monkeypatch.setattr(writer_module, "PATIENCE_S", DEADLINE_S)
+    store = open_store(compact_threshold=MIB)
+    gate = steps.park("compact.write")
+    store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))  # due: it begins, and waits at the gate
+    gate.wait_until_reached()
+    writer = store._supervisor.writer
+    turns = []
+    monkeypatch.setattr(
+        type(writer), "_hold_back", lambda self, size: turns.append(threading.current_thread())
+    )
+    for number in range(2, 12):
+        store.apply([Put("k", b"w" * MIB)], cursor(number))
+    assert turns[-1] is writer.thread
+    assert turns[0] is threading.current_thread()
+    monkeypatch.undo()
+    gate.open()
+
+
 def test_closing_does_not_wait_for_a_compaction_that_is_behind(open_store, steps, monkeypatch):
     monkeypatch.setattr(writer_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)

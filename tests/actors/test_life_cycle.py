@@ -283,3 +283,18 @@ def test_messages_sent_to_a_store_that_closes_all_end(open_store, steps):
     closing.result(DEADLINE_S)
     assert [ask.get(timeout=DEADLINE_S) for ask in asks] == list(range(2, 12))
     assert {read.get(timeout=DEADLINE_S).value for read in reads} == {b"v"}
+
+
+def test_a_dropped_store_is_waited_for_by_the_next_open_of_its_log(path, steps):
+    """An interrupt right after `open` drops the store: opening again raised StoreLocked."""
+    store = foldlog.open(path, step=steps)
+    store.apply(batch(1), cursor(1))
+    gate = steps.park("writer.stop")
+    with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031
+        del store
+        gc.collect()
+    gate.wait_until_reached()
+    opening = in_thread(foldlog.open, path)
+    gate.open()
+    with opening.result(DEADLINE_S) as store:
+        assert store.cursor() == cursor(1)

@@ -115,7 +115,9 @@ def test_an_interrupt_frees_a_blocked_apply_and_the_store_goes_on(path):
     except KeyboardInterrupt:
         print("interrupted")
     gate.set()
-    print(store.apply([foldlog.Put("b", b"2")], foldlog.WatchCursor.from_u64(2)), store.get("a").value, store.state)
+    seq = store.apply([foldlog.Put("b", b"2")], foldlog.WatchCursor.from_u64(2))
+    store.reopen()  # waits for the end of the restart, which may have answered before
+    print(seq, store.get("a").value, store.state)
     store.close()
     """,
         path,

@@ -28,6 +28,7 @@ from foldlog import (
     WriterCrashed,
 )
 from foldlog.actors.supervisor import Supervisor
+from foldlog.actors.writer import Writer
 
 
 def test_bad_arguments_are_answered_and_the_actor_lives_on(open_store, steps):
@@ -398,3 +399,38 @@ def test_a_supervisor_that_dies_fails_the_store_for_good_and_reads_go_on(
     assert store.get("shared/0").value == b"1"
     store.close()
     assert read_back(path).cursor == cursor(1)
+
+
+def test_an_error_while_the_log_is_let_go_is_told_and_the_store_is_closed(
+    open_store, path, monkeypatch, nothing_left
+):
+    """The supervisor died of it; `close` waited for ever, and descriptors stayed open."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    let_go = Writer.let_go
+
+    def fail(self: Writer) -> None:
+        let_go(self)
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(Writer, "let_go", fail)
+    with pytest.raises(OSError, match="injected"):
+        store.close(DEADLINE_S)
+    monkeypatch.undo()
+    assert store.state is State.CLOSED
+    assert read_back(path).cursor == cursor(1)
+
+
+@pytest.mark.parametrize("waits", ["close", "reopen"])
+def test_a_supervisor_that_dies_answers_all_who_wait_for_it(open_store, monkeypatch, waits):
+    store = open_store()
+
+    def die(self: Supervisor, *_: object) -> None:
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(Supervisor, "_begin_close" if waits == "close" else "_begin_reopen", die)
+    with pytest.raises((MemoryError, StoreFailed, StoreClosed)):
+        getattr(store, waits)(DEADLINE_S)
+    assert store._core.ended.wait(DEADLINE_S)
+    monkeypatch.undo()
+    store.close(DEADLINE_S)

@@ -221,8 +221,6 @@ REST = [pair for pair in itertools.product(KINDS, ("never", "always")) if pair n
 
 @pytest.mark.parametrize(("kind", "sync"), QUICK)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-# Known to fail for `close`: a fault while a file is closed can leave a descriptor open.
-@pytest.mark.slow
 def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, sync):
     every_call_fails(template, folder, operation, kind, sync)
 

@@ -177,9 +177,6 @@ def one_fault(bench: Bench, operation: Operation, fault: Fault) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-# Known to fail: a fault while a file is closed can leave a descriptor open, and a compaction that
-# fails at its first call can hold up the close. Slow until that is mended.
-@pytest.mark.slow
 def test_every_call_of_a_stores_operation_may_fail(folder, operation, kind):
     def attempt(own: Path, nth: int) -> bool:
         bench = Bench(own)
