@@ -289,12 +289,13 @@ def test_a_dropped_store_is_waited_for_by_the_next_open_of_its_log(path, steps):
     """An interrupt right after `open` drops the store: opening again raised StoreLocked."""
     store = foldlog.open(path, step=steps)
     store.apply(batch(1), cursor(1))
-    gate = steps.park("writer.stop")
+    gate, ended = steps.park("writer.stop"), store._core.ended
     with pytest.warns(ResourceWarning, match="without close"):  # noqa: PT031
         del store
         gc.collect()
     gate.wait_until_reached()
     opening = in_thread(foldlog.open, path)
+    until(lambda: ended._bell._spots or opening.done(), "it waits")
     gate.open()
     with opening.result(DEADLINE_S) as store:
         assert store.cursor() == cursor(1)
