@@ -20,6 +20,7 @@ from actor_kit import (
     read_back,
     results,
     until,
+    waiting,
 )
 
 from foldlog import (
@@ -268,7 +269,7 @@ def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
     for number, name in enumerate((b"A", b"B", b"C"), 1):
         creations.append(in_thread(store.create, "lock", name))
         until(
-            lambda number=number: len(store._supervisor.writer.inbox) == number,
+            lambda number=number: waiting(store) == number,
             "it waits behind the first",
         )
     group = steps.park("writer.before_write")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from actor_kit import DEADLINE_S, Steps, until
+from actor_kit import DEADLINE_S, Steps, until, waiting
 
 import foldlog
 from foldlog import (
@@ -141,7 +141,7 @@ def test_a_conditional_write_sees_what_waits_in_its_own_group(
     threads = [threading.Thread(target=create) for _ in range(2)]
     for thread in threads:
         thread.start()
-    until(lambda: store.stats().mailbox_depth == 2, "both wait")
+    until(lambda: waiting(store) == 2, "both wait")
     gate.open()
     for thread in threads:
         thread.join(DEADLINE_S)

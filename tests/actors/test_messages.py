@@ -8,7 +8,17 @@ import threading
 
 import pykka
 import pytest
-from actor_kit import DEADLINE_S, FATAL, assert_whole, batch, cursor, in_thread, results, until
+from actor_kit import (
+    DEADLINE_S,
+    FATAL,
+    assert_whole,
+    batch,
+    cursor,
+    in_thread,
+    results,
+    until,
+    waiting,
+)
 
 from foldlog import (
     Apply,
@@ -73,7 +83,7 @@ def test_a_conflict_within_a_commit_group_is_seen(open_store, steps):
     first = store.apply_async(batch(1), cursor(1))
     gate.wait_until_reached()
     creating = [in_thread(store.create, "k", b"%d" % number) for number in range(8)]
-    until(lambda: len(store._supervisor.writer.inbox) == 8, "all wait in the mailbox")
+    until(lambda: waiting(store) == 8, "all wait in the mailbox")
     gate.open()
     first.result(DEADLINE_S)
     outcomes = [future.exception(DEADLINE_S) for future in creating]

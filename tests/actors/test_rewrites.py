@@ -14,6 +14,7 @@ from actor_kit import (
     nothing_pending,
     read_back,
     until,
+    waiting,
 )
 from logfiles import companions
 
@@ -104,7 +105,7 @@ def test_a_full_mailbox_does_not_keep_maintenance_from_reporting(open_store, ste
     parked.wait_until_reached()
     answers.append(store.apply_async(batch(5), cursor(5)))  # the one that fits
     gate.open()
-    until(lambda: len(store._supervisor.writer.inbox) == 2, "maintenance has reported")
+    until(lambda: waiting(store) == 2, "maintenance has reported")
     parked.open()
     compaction.result(DEADLINE_S)
     assert [answer.result(DEADLINE_S) for answer in answers] == [4, 5]

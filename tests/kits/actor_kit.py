@@ -36,6 +36,7 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
+from foldlog.actors.internal import CheckFile, Heal
 from foldlog.storage.log.files import Files
 
 DEADLINE_S = 20.0
@@ -359,6 +360,12 @@ def results(futures: list[Future[Any]]) -> list[Any]:
     """The results of all, in DEADLINE_S together."""
     end = time.monotonic() + DEADLINE_S
     return [future.result(max(end - time.monotonic(), 0.01)) for future in futures]
+
+
+def waiting(store: foldlog.Store) -> int:
+    """How many messages wait for the writer, but for the syncer's, which come when they like."""
+    mails = tuple(store._supervisor.writer.inbox.mails)
+    return sum(not isinstance(mail.message, (CheckFile, Heal)) for mail in mails)
 
 
 def nothing_pending(store: foldlog.Store) -> None:
