@@ -10,7 +10,6 @@ from foldlog.actors.core import Restart, State, Stats
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.feeds import Watch
 from foldlog.actors.follower import FollowerState
-from foldlog.actors.link import LinkState, LinkStats
 from foldlog.codecs import Codec
 from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow
@@ -70,6 +69,7 @@ from foldlog.views import Decoded, MutableView, Removed, Undecodable, View, View
 if TYPE_CHECKING:
     from foldlog import aio as aio
     from foldlog import metrics as metrics
+    from foldlog.actors.link import LinkState, LinkStats
 
 __all__ = [
     "AppendLogSnapshot",
@@ -166,10 +166,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import `foldlog.aio` and `foldlog.metrics` on first access."""
-    if name in ("aio", "metrics"):
-        from importlib import import_module
+_LAZY = {
+    "aio": "foldlog.aio",
+    "metrics": "foldlog.metrics",
+    "LinkState": "foldlog.actors.link",
+    "LinkStats": "foldlog.actors.link",
+}
 
-        return import_module(f"foldlog.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    """Import on first access what needs asyncio or an extra: a store needs neither."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(_LAZY[name])
+    return getattr(module, name, module)

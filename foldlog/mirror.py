@@ -10,20 +10,12 @@ import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pykka
 
 from foldlog.actors.adapter import Inbox, Mail
 from foldlog.actors.core import Core, Restart, Stats
-from foldlog.actors.link import (
-    Link,
-    LinkConfig,
-    LinkState,
-    LinkStats,
-    OnApplied,
-    Parse,
-)
 from foldlog.actors.requests import LocalWrite, Request, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
@@ -33,6 +25,11 @@ from foldlog.protocol.updates import Batch, Update
 from foldlog.protocol.upstream import MirrorReadOnly, Upstream
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.store import Store, open
+
+if TYPE_CHECKING:
+    from foldlog.actors.link import Link, LinkConfig, LinkStats, OnApplied, Parse
+
+# The link is imported on first use: it needs asyncio, which a store does not.
 
 SYNC_TIMEOUT_S = 30.0
 
@@ -81,6 +78,8 @@ def mirror(
         raise ValueError(
             "an empty sequence of prefixes selects nothing; leave prefix out to select everything"
         )
+    from foldlog.actors.link import LinkConfig
+
     config = LinkConfig(
         prefixes=() if "" in prefixes else prefixes,
         parse=parse,
@@ -131,6 +130,8 @@ class Mirror(Store):
 
     def __init__(self, store: Store, upstream: Upstream, config: LinkConfig) -> None:
         """Not for callers: use `foldlog.mirror`."""
+        from foldlog.actors.link import Link
+
         store._finalizer.detach()
         super().__init__(store._core, store._supervisor)
         sink = _Sink(store._core, store._supervisor.writer.inbox)
@@ -152,6 +153,8 @@ class Mirror(Store):
         RequestTimeout after `timeout_s`, with the link's state and reason. Raises the link's error
         if it has FAILED.
         """
+        from foldlog.actors.link import LinkState
+
         if os.getpid() != self.link._pid:
             raise ForkedStore(f"{self.path} was opened before this process was forked")
         timeout_s = check_timeout(timeout_s)

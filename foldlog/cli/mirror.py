@@ -13,7 +13,6 @@ from pathlib import Path
 import click
 
 import foldlog
-from foldlog.actors.link import LinkState
 from foldlog.cli.show import printable
 from foldlog.protocol.upstream import ResetHeld
 from foldlog.upstreams import from_url
@@ -109,7 +108,7 @@ def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> No
         if not accept_reset:
             raise
         copy.accept_reset()
-        while copy.link.state is LinkState.FAILED and time.monotonic() < deadline:
+        while copy.link.state is foldlog.LinkState.FAILED and time.monotonic() < deadline:
             time.sleep(0.01)
         copy.wait_synced(max(deadline - time.monotonic(), 0.0))
 
@@ -122,7 +121,7 @@ def _watch(
     printed, updates, at = "", 0, time.monotonic()
     while not stop.wait(LINE_S if live else LINE_S / 4):
         link, now = copy.link, time.monotonic()
-        if link.state is LinkState.FAILED:
+        if link.state is foldlog.LinkState.FAILED:
             if not (accept_reset and isinstance(link.error, ResetHeld)):
                 raise link.error or foldlog.FoldlogError(link.reason)
             accept_reset = False

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import pickle
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -373,13 +371,3 @@ def test_a_view_keeps_its_store_from_being_dropped(path: Path):
     gc.collect()
     view["a"] = b"1"
     view._source.close()
-
-
-def test_views_import_no_codec_library_of_their_own():
-    program = (
-        "import sys, foldlog; print({'msgspec', 'pydantic', 'pydantic_core'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "set()\n"

@@ -211,6 +211,28 @@ def test_a_write_to_a_private_field_is_found_in_every_spelling() -> None:
     assert foreign_writes(source) == {"log._x", "log._y", "log._z", "log._q", "log._w"}
 
 
+def test_importing_foldlog_imports_nothing_that_a_store_does_not_need() -> None:
+    program = "import sys, foldlog; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    imported = set(done.stdout.split())
+    assert "pykka" in imported
+    extras = {"msgspec", "nats", "opentelemetry", "pydantic", "pydantic_core", "rocksdict"}
+    for_some_uses = {"asyncio", "click", "rich", "ssl"}
+    assert not imported & (extras | for_some_uses)
+
+
+def test_a_name_that_is_imported_on_first_access_is_there() -> None:
+    program = "import foldlog; print(foldlog.LinkState.LIVE, foldlog.LinkStats.__name__, foldlog.aio.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "live LinkStats foldlog.aio\n"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        foldlog.nothing  # noqa: B018
+
+
 def test_every_package_of_the_ladder_was_looked_at() -> None:
     assert {rung_of(package_of(file)) for file in FILES} == set(range(len(LADDER)))
 
