@@ -24,7 +24,7 @@ from foldlog import AppendLogSnapshot, Put, WatchCursor
 gunicorn = pytest.importorskip("gunicorn", reason="gunicorn does not run on this platform")
 
 WORKERS = 4
-CLIENTS = 6
+CLIENTS = 3
 KILLS = 3
 
 SERVICE = """
@@ -208,7 +208,7 @@ def test_four_workers_serve_whole_states_and_never_an_older_one_while_the_writer
             command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
                 assert writer.stdout is not None
-                for _ in range(8):
+                for _ in range(6):
                     line = writer.stdout.readline()
                     assert line, "the writer works"
                     assert not any(client.done() for client in clients), "and all clients"

@@ -10,7 +10,7 @@ import pytest
 import slipref
 from actor_kit import DEADLINE_S
 from cli_kit import files_in, run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from logfiles import frames_of
 
@@ -73,7 +73,6 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=150)
 @given(st.lists(STEP, max_size=12))
 def test_a_history_through_both_formats_gives_the_same_fold_cursor_and_artifacts(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Any]

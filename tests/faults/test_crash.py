@@ -188,7 +188,7 @@ SCRIPTS += [a_failed_fsync_and_a_new_process, a_torn_tail_that_is_cut]
 @pytest.mark.parametrize("sync", ["never", "always"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_power_loss_after_any_change_loses_nothing_that_was_promised(folder, script, sync):
-    campaign = CrashCampaign(folder)
+    campaign = CrashCampaign(folder, limit=6)
     script(campaign, sync)
     assert campaign.faults == []
     assert campaign.crashes >= 5

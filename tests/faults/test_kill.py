@@ -103,7 +103,7 @@ def die_before_calls(story: str, folder: Path, stride: int) -> int:
 
 @pytest.mark.parametrize("story", ["engine", "store", "importing"])
 def test_a_process_that_dies_before_a_call_loses_nothing_that_it_answered(folder, story):
-    count = die_before_calls(story, folder, stride=3)
+    count = die_before_calls(story, folder, stride=5)
     assert count >= 10
     print(f"{count} deaths before a call, {story}, 0 losses")
 
@@ -117,7 +117,7 @@ def test_a_process_that_dies_before_any_call_loses_nothing_that_it_answered(fold
     print(f"{count} deaths before a call, {story}, 0 losses")
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(300, marks=CAMPAIGN)])
+@pytest.mark.parametrize("count", [12, pytest.param(300, marks=CAMPAIGN)])
 @pytest.mark.parametrize("story", ["engine", "store"])
 def test_a_process_that_is_killed_at_any_moment_loses_nothing_that_it_answered(
     folder, story, count
@@ -133,7 +133,7 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing_that_it_answered(
     print(f"{answers} answers before deaths at moments by chance, {story}, 0 losses")
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=CAMPAIGN)])
+@pytest.mark.parametrize("count", [6, pytest.param(100, marks=CAMPAIGN)])
 @pytest.mark.parametrize("story", ["engine", "store"])
 def test_processes_that_die_one_after_the_other_lose_nothing_and_leave_a_follower_right(
     folder, story, count

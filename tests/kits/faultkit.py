@@ -265,7 +265,9 @@ class CrashCampaign:
                 self.look(f"before {call.operation} {call.nth}")
 
     def look(self, when: str) -> None:
-        """Check every image of this moment."""
+        """Check every image of this moment, unless a mutant was found out before."""
+        if self._mutant is not None and self.faults:
+            return
         self.crashes += 1
         allowed = self.model.after_power_loss()
         self.end()

@@ -209,7 +209,7 @@ class FoldMachine(RuleBasedStateMachine):
 
 def test_any_history_reads_as_a_dict_would():
     run_state_machine_as_test(
-        FoldMachine, settings=settings(max_examples=60, stateful_step_count=40)
+        FoldMachine, settings=settings(max_examples=20, stateful_step_count=40)
     )
 
 
@@ -237,7 +237,7 @@ def everything_small(monkeypatch):
 @pytest.mark.usefixtures("everything_small")
 def test_any_history_reads_as_a_dict_would_with_leaves_runs_and_pieces_of_a_handful():
     run_state_machine_as_test(
-        FoldMachine, settings=settings(max_examples=100, stateful_step_count=40)
+        FoldMachine, settings=settings(max_examples=30, stateful_step_count=40)
     )
 
 

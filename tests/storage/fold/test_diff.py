@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from crc32c import crc32c
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from foldlog import (
@@ -75,7 +75,6 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150)
 @given(steps=STEPS, prefix=st.sampled_from(["", "a", "a/", "b00", "ü", "\U0010ffff", "nothing"]))
 def test_a_difference_applied_to_the_old_state_gives_the_new_one(tmp_path_factory, steps, prefix):
     """Across batches, compactions in the process and reopened files; in both directions."""

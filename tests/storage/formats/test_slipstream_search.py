@@ -65,7 +65,9 @@ def some_record(rng: random.Random) -> bytes:
     return slipref.put(key, noise(rng, rng.choice([0, 1, 300, 4000, 5000, 70_000])), version)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize(
+    "seed", [*range(15), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(15, 100))]
+)
 def test_the_search_finds_what_a_look_at_every_offset_finds(
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

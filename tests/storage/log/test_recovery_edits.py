@@ -17,6 +17,7 @@ from logfiles import (
     some_batches,
     write_log,
 )
+from sampling import every, sample
 
 from foldlog import CorruptLogError, InvalidFormatError, Put
 from foldlog.protocol.frames import FRAME_MAGIC
@@ -80,15 +81,16 @@ def test_a_sector_punched_out_anywhere_loses_nothing_that_was_synced(
 
 @BOOTS
 @SYNCS
+@every(17)
 def test_a_byte_removed_is_refused_unless_the_last_frame_is_short_by_it(
-    path, sync_each, rebooted, monkeypatch
+    path, sync_each, rebooted, every, monkeypatch
 ):
     raw = write_log(path, some_batches(4), base=some_batches(1), sync_each=sync_each)
     states = prefix_states(raw, path)
     last = frames_of(raw)[-1]
     if rebooted:
         reboot(monkeypatch)
-    for at in range(0, len(raw), 5):
+    for at in sample(range(len(raw)), every):
         found = outcome(path, raw[:at] + raw[at + 1 :])
         if at >= last.start + 48 and isinstance(found, State):
             assert (
@@ -101,12 +103,13 @@ def test_a_byte_removed_is_refused_unless_the_last_frame_is_short_by_it(
 @BOOTS
 @SYNCS
 @pytest.mark.parametrize("byte", [0, 10, 0xF5])
-def test_a_byte_inserted_is_refused(path, byte, sync_each, rebooted, monkeypatch):
+@every(17)
+def test_a_byte_inserted_is_refused(path, byte, sync_each, rebooted, every, monkeypatch):
     raw = write_log(path, some_batches(4), base=some_batches(1), sync_each=sync_each)
     whole = outcome(path, raw)
     if rebooted:
         reboot(monkeypatch)
-    for at in [*range(0, len(raw), 5), len(raw)]:
+    for at in sample(range(len(raw) + 1), every):
         damaged = raw[:at] + bytes([byte]) + raw[at:]
         if at == len(raw) and byte in (0, 0xF5):
             assert outcome(path, damaged) == whole  # the beginning of a frame that never came

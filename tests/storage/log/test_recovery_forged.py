@@ -8,7 +8,7 @@ import tracemalloc
 import msgpack
 import pytest
 from crc32c import crc32c
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from logfiles import State, forge, forge_log, frames_of, outcome, reboot, some_batches, write_log
 
@@ -293,7 +293,6 @@ def test_an_open_frame_that_does_not_decode_is_corruption(path, raw, body):
     assert error.offset == len(raw)
 
 
-@settings(max_examples=400)
 @given(st.binary(max_size=60))
 def test_decoding_any_bytes_gives_batches_or_a_value_error(body):
     try:
@@ -321,7 +320,6 @@ json_like = st.recursive(
 )
 
 
-@settings(max_examples=400)
 @given(st.one_of(json_like, st.lists(st.lists(json_like, min_size=4, max_size=4), max_size=2)))
 def test_decoding_any_value_gives_batches_or_a_value_error(value):
     try:

@@ -9,6 +9,7 @@ import textwrap
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sampling import every, sample
 
 from foldlog.protocol import frames
 from foldlog.protocol.frames import FLAG_SYNC_EACH, FRAME_MAGIC, KIND_BATCHES, TRAILER, build_frame
@@ -259,11 +260,12 @@ def hollow_frame() -> bytes:
     return frame(5, 1000, body=HOLLOW)
 
 
-def test_a_flip_is_not_explained_by_zeros_that_the_value_holds_itself():
+@every(7)
+def test_a_flip_is_not_explained_by_zeros_that_the_value_holds_itself(every):
     """A batch was synced, and its value held a sector of zeros. After a reboot, each flipped bit of
     it read as a torn tail."""
     raw = hollow_frame()
-    for at in range(len(raw)):
+    for at in sample(range(len(raw)), every):
         flipped = raw[:at] + bytes((raw[at] ^ 1 << at % 8,)) + raw[at + 1 :]
         assert not facts_of(flipped).sector_lost, at
 
