@@ -20,6 +20,7 @@ from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
 from foldlog.protocol.engine import Engine, OpenReport, Snapshot
 from foldlog.protocol.options import (
     BACKEND,
+    CACHE_BYTES,
     COMPACT_THRESHOLD,
     FORMAT,
     MAILBOX_BATCHES,
@@ -65,6 +66,7 @@ _NUMBERS: tuple[Count | Seconds, ...] = (
     READERS,
     SYNC_INTERVAL_S,
     COMPACT_THRESHOLD,
+    CACHE_BYTES,
     MAILBOX_BATCHES,
     MAILBOX_BYTES,
     MAX_RESTARTS,
@@ -87,6 +89,7 @@ class Config:
     sync_interval_s: float = SYNC_INTERVAL_S.default
     compact_threshold: int = COMPACT_THRESHOLD.default
     on_damage: OnDamage = "refuse"
+    cache_bytes: int = CACHE_BYTES.default
     mailbox_batches: int = MAILBOX_BATCHES.default
     mailbox_bytes: int = MAILBOX_BYTES.default
     max_restarts: int = MAX_RESTARTS.default
@@ -173,6 +176,8 @@ class Stats:
     """Older states that snapshots keep on disk. See `Held`."""
     oldest_held_s: float
     """How long the oldest of them has been held."""
+    cached_bytes: int
+    """Memory for what was read from disk, at most `cache_bytes`. See `CacheUse`."""
 
 
 class Statistics:

@@ -65,9 +65,9 @@ class FollowerState(enum.StrEnum):
 class FollowerThread:
     """See the module."""
 
-    def __init__(self, path: Path, files: Files, poll_interval_s: float) -> None:
+    def __init__(self, path: Path, files: Files, poll_interval_s: float, cache_bytes: int) -> None:
         self.path = path
-        self._files = files
+        self._files, self._cache_bytes = files, cache_bytes
         self._poll_interval_s = poll_interval_s
         # Written by this thread alone, replaced whole.
         # Invariant: its sequence falls only with the state REPLACED.
@@ -102,7 +102,7 @@ class FollowerThread:
     def _prepare(self) -> None:
         """Set up what belongs to one process: none of it is of use after a fork."""
         self.pid = os.getpid()
-        self._tail = Tail(self._files, self.path)
+        self._tail = Tail(self._files, self.path, self._cache_bytes)
         self.woken = Wakeup()
         self.feeds = Feeds()
         self.advanced = Bell()

@@ -82,6 +82,7 @@ class Writer(SharedActor):
                 config.format,
                 config.on_damage,
                 config.sync == "always",
+                config.cache_bytes,
                 config.files,
             )
         )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from foldlog import AppendLogSnapshot, Put, RocksDbSnapshot, WatchCursor
+from foldlog.protocol.options import CACHE_BYTES
 
 LOAD_BATCH = 1000
 GETS = 100_000
@@ -63,7 +64,7 @@ class Raw:
         from foldlog.storage.engines.rocksdb import database
 
         self._rocksdict = rocksdict
-        options = database._options(rocksdict, database.DEFAULT_CACHE_BYTES, "refuse")
+        options = database._options(rocksdict, CACHE_BYTES.default, "refuse")
         self._db = rocksdict.Rdict(os.fspath(path), options)
 
     def apply(self, updates: list[Put], cursor: WatchCursor) -> None:

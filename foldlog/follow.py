@@ -17,7 +17,7 @@ from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
 from foldlog.health import Health, follower_health
 from foldlog.protocol.errors import InvalidFormatError
-from foldlog.protocol.options import POLL_INTERVAL_S
+from foldlog.protocol.options import CACHE_BYTES, POLL_INTERVAL_S
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -43,16 +43,23 @@ class FollowerStats:
     delay_s: float
     """Seconds from the write of the last batch until it was seen here, accurate to a few
     milliseconds."""
+    cached_bytes: int
+    """Memory for what was read from the log, at most `cache_bytes`."""
 
 
 def follow(
-    path: StrPath, *, poll_interval_s: float = POLL_INTERVAL_S.default, files: Files = OS_FILES
+    path: StrPath,
+    *,
+    poll_interval_s: float = POLL_INTERVAL_S.default,
+    cache_bytes: int = CACHE_BYTES.default,
+    files: Files = OS_FILES,
 ) -> Follower:
     """Follow the log at `path`, which a writer in this or another process has open or will create.
 
     On return, reads see what is in the log. Appended batches appear within milliseconds, on file
     events, or within `poll_interval_s` where those fail. Takes no lock, writes nothing, repairs
-    nothing. Memory: about 30 MB for 1,000,000 entries, plus what was read since.
+    nothing. Memory: 3 MB for 1,000,000 compacted entries, plus what was read since, at most
+    `cache_bytes`, and the changes since the last compaction.
 
     Raises CorruptLogError, InvalidFormatError or OSError if there is a log that cannot be read.
 
@@ -66,12 +73,13 @@ def follow(
     2
     """
     poll_interval_s = POLL_INTERVAL_S.check(poll_interval_s)
+    CACHE_BYTES.check(cache_bytes)
     log_path = resolve(path)
     if log_path.is_dir():
         raise InvalidFormatError(
             log_path, 0, "is a directory: only logs are followed, a RocksDB store is not"
         )
-    thread = FollowerThread(log_path, files, poll_interval_s)
+    thread = FollowerThread(log_path, files, poll_interval_s, cache_bytes)
     try:
         thread.open()
         return Follower(thread)
@@ -150,6 +158,7 @@ class Follower(Readable):
             reloads=thread.reloads,
             snapshot_age_s=time.monotonic() - thread.published_at,
             delay_s=thread.delay_s,
+            cached_bytes=snapshot.cached_bytes,
         )
 
     def health(self) -> Health:

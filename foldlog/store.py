@@ -37,11 +37,12 @@ from foldlog.actors.requests import (
 )
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
-from foldlog.protocol.engine import Engine, Held, OpenReport, Sizes
+from foldlog.protocol.engine import CacheUse, Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
 from foldlog.protocol.forks import Rank, call_after_fork
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
+    CACHE_BYTES,
     CLOSE_TIMEOUT_S,
     COMPACT_THRESHOLD,
     FORMAT,
@@ -87,6 +88,7 @@ def open(
     sync_interval_s: float = SYNC_INTERVAL_S.default,
     compact_threshold: int = COMPACT_THRESHOLD.default,
     on_damage: OnDamage = "refuse",
+    cache_bytes: int = CACHE_BYTES.default,
     mailbox_batches: int = MAILBOX_BATCHES.default,
     mailbox_bytes: int = MAILBOX_BYTES.default,
     max_restarts: int = MAX_RESTARTS.default,
@@ -118,11 +120,12 @@ def open(
     compacted in the background once this many bytes were appended, and no fewer than the base has.
     The log stays below `3 x (live + compact_threshold)` plus one batch; writes are slowed down if
     necessary. `on_damage="cut"`: keep what precedes the first damage, and set the rest aside in a
-    file. `mailbox_batches`, `mailbox_bytes`: the most that may wait for the writer. `max_restarts`:
-    restarts of one actor allowed within `restart_window_s` before the store is FAILED.
-    `stuck_after_s`: how long the writer may be unresponsive before the store is FAILED until it
-    responds again; time while the process was paused does not count. `files`, `step`: see
-    `foldlog.testing`.
+    file. `cache_bytes`: the most memory for what was read from disk, entries and indexes; the least
+    used goes first. Changes since the last compaction come on top. `mailbox_batches`,
+    `mailbox_bytes`: the most that may wait for the writer. `max_restarts`: restarts of one actor
+    allowed within `restart_window_s` before the store is FAILED. `stuck_after_s`: how long the
+    writer may be unresponsive before the store is FAILED until it responds again; time while the
+    process was paused does not count. `files`, `step`: see `foldlog.testing`.
 
     Invalid options raise TypeError or ValueError at once. In every call, `timeout_s` is in seconds:
     0 does not wait, None and infinity wait forever, nan and negative numbers raise ValueError.
@@ -147,6 +150,7 @@ def open(
         sync_interval_s,
         compact_threshold,
         on_damage,
+        cache_bytes,
         mailbox_batches,
         mailbox_bytes,
         max_restarts,
@@ -464,6 +468,7 @@ class Store(Readable):
         snapshot, engine, statistics = self.snapshot(), core.engine, core.statistics
         sizes = Sizes(0, 0, 0) if engine is None else engine.sizes()
         held = Held(0, 0.0) if engine is None else engine.held()
+        cache = CacheUse(0, 0) if engine is None else engine.cache()
         latencies, unsynced_since = sorted(statistics.latencies_s), core.unsynced_since
         return Stats(
             state=core.state,
@@ -492,6 +497,7 @@ class Store(Readable):
             subscriptions=len(core.feeds.backlog),
             held_snapshots=held.snapshots,
             oldest_held_s=held.oldest_s,
+            cached_bytes=cache.held_bytes,
         )
 
     def health(self) -> Health:

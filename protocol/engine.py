@@ -137,6 +137,15 @@ class Held(NamedTuple):
     """Age of the oldest, in seconds; 0 if there are none."""
 
 
+class CacheUse(NamedTuple):
+    """The memory for what was read from disk, in bytes."""
+
+    held_bytes: int
+    """In use. Snapshots from before the last compaction may hold what they read until then."""
+    limit_bytes: int
+    """The most: `cache_bytes`."""
+
+
 class Cancelled(Exception):
     """A compaction was cancelled."""
 
@@ -288,6 +297,9 @@ class Engine(Protocol):
 
     def held(self) -> Held:
         """The older snapshots that readers still hold, counted."""
+
+    def cache(self) -> CacheUse:
+        """The memory for what was read from disk."""
 
     def batches_since(
         self, snapshot: Any, cursor: WatchCursor

@@ -133,6 +133,8 @@ ON_DAMAGE: Words[OnDamage] = Words("on_damage", get_args(OnDamage), "refuse")
 READERS = Count("readers", 2, 1, 64)
 COMPACT_THRESHOLD = Count("compact_threshold", 10 * 1024 * 1024)
 """Appended bytes."""
+CACHE_BYTES = Count("cache_bytes", 512 * 1024 * 1024, 8 * 1024 * 1024)
+"""Memory for what was read from disk."""
 MAILBOX_BATCHES = Count("mailbox_batches", 10_000, 1)
 MAILBOX_BYTES = Count("mailbox_bytes", 64 * 1024 * 1024, 1)
 MAX_RESTARTS = Count("max_restarts", 5)

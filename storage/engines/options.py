@@ -18,4 +18,5 @@ class EngineOptions(NamedTuple):
     format: FormatName | None
     on_damage: OnDamage
     sync_each: bool
+    cache_bytes: int
     files: Files

@@ -1,7 +1,7 @@
 """The base: the leaves of a log's last compaction, on disk, read on demand.
 
-Opening notes the offset and first key of each leaf. A `get` reads the leaf's index once (kept:
-about 90 bytes an entry) and the one value. Values are kept in a bounded cache, so that a hot key
+Opening notes the offset and first key of each leaf. A `get` reads the leaf's index once (about 90
+bytes an entry) and the one value. Both are kept in a bounded cache (`cache.py`), so that a hot key
 costs one dict probe. Once a fifth of a leaf has been read, prefetch the rest, if the cache can
 hold the whole base. A range reads whole leaves and caches nothing.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from itertools import chain, count
+from itertools import count
 
 from crc32c import crc32c
 
@@ -24,19 +24,10 @@ from foldlog.protocol.errors import CorruptLogError
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Change
 from foldlog.storage.fold import leaf
+from foldlog.storage.fold.cache import ENTRY_OVERHEAD, Cache
 from foldlog.storage.fold.leaf import Columns, Index
 from foldlog.storage.log.files import ReadHandle
 
-SHARDS = 256
-"""The cache is split by hash, so that making room frees only a 256th of it.
-
-Freeing all of it at once would stop every thread.
-"""
-CACHE_BYTES = 512 * 1024 * 1024
-"""Limit of each base's cache, by an estimate of its memory."""
-# Bytes of the objects around a cached value: tuple, key, token, dict slot (CPython 3.11).
-_ENTRY_OVERHEAD = 250
-_SHARD_BYTES = CACHE_BYTES // SHARDS
 _uids = count()
 _READ_AHEAD_PART = 5
 """Prefetch a leaf once one in this many of its entries has been read singly.
@@ -49,11 +40,10 @@ class Base:
     """The leaves of one file, in key order."""
 
     __slots__ = (
-        "_cached_bytes",
+        "_cache",
         "_crcs",
         "_index_crcs",
         "_index_lens",
-        "_indexes",
         "_last",
         "_lengths",
         "_offsets",
@@ -80,17 +70,15 @@ class Base:
         self._crcs = array("I")
         self._index_lens = array("I")
         self._index_crcs = array("I")
-        self._indexes: list[Index | None] = []
         self._last = ""  # key of the last leaf
         self._sound = bytearray()  # by leaf; 1: its whole contents were checked
         # A leaf's identity, wherever it is now: the base and the number that it was created with.
         # Never equal for two leaves that differ; checksums could be forged to be.
         self._uid = next(_uids)
         self._origins: dict[int, tuple[int, int]] = {}
-        # Entries that were read, by hash. A full shard is replaced. Losing a race loses a cached
-        # entry, no more.
-        self.cache: list[dict[str, Change]] = [{} for _ in range(SHARDS)]
-        self._cached_bytes = [0] * SHARDS
+        self._cache = Cache()
+        self.cache = self._cache.recent
+        """Entries that were read lately, in shards by hash: for `FoldSnapshot.get`."""
         # Reads of single entries, by leaf, since its last prefetch. Races lose some.
         self._reads: list[int] = []
         self._weight = 0  # bytes that all entries would take in the cache
@@ -112,9 +100,9 @@ class Base:
         self._crcs.append(crc)
         self._index_lens.append(index_len)
         self._index_crcs.append(index_crc)
-        self._indexes.append(None)
+        self._cache.add_leaf()
         self._reads.append(0)
-        self._weight += len(body) + count * _ENTRY_OVERHEAD
+        self._weight += len(body) + index_len + count * (ENTRY_OVERHEAD + leaf.KEY_OVERHEAD)
         self.entries += count
 
     def inherit(
@@ -128,20 +116,7 @@ class Base:
         self._origins = {number: old.identity(origin) for number, origin in copies.items()}
         for number, origin in copies.items():
             self._sound[number] = old._sound[origin]
-        if not any(old.cache):
-            return
-        # Copied first: an entry read meanwhile is then counted too high, never too low.
-        self._cached_bytes = old._cached_bytes.copy()
-        self.cache = [shard.copy() for shard in old.cache]
-        for key, change in chain.from_iterable(piece.items() for piece in changes):
-            shard = hash(key) & SHARDS - 1
-            read = self.cache[shard].pop(key, None)
-            if read is not None:
-                self._cached_bytes[shard] -= _cached_size(read)
-                if change[1] is not None:
-                    self._remember(change)
-        for number, origin in copies.items():
-            self._indexes[number] = old._indexes[origin]
+        self._cache.inherit(old._cache, copies, changes)
 
     def __len__(self) -> int:
         """The number of leaves."""
@@ -176,10 +151,13 @@ class Base:
 
     def read(self, key: str) -> Change | None:
         """The entry of `key`, from disk. Cost: 3-8 us; 20 us more on the first read of a leaf."""
+        older = self._cache.take_older(key)
+        if older is not None:
+            return older
         number = bisect_right(self.firsts, key) - 1
         if number < 0:
             return None
-        index = self._indexes[number] or self.index(number)
+        index = self._cache.use_index(number) or self.index(number)
         entry = index.find(key)
         if entry < 0:
             return None
@@ -188,28 +166,16 @@ class Base:
         if crc32c(value) != crc:
             raise self._corrupt(number, f"the value of key {key[:40]!r} does not verify")
         change = (index.keys[entry], value, version)
-        self._remember(change)
+        self._cache.add(change)
         self._reads[number] += 1
         if self._reads[number] * _READ_AHEAD_PART > len(index.keys):
             self._read_ahead(number)
         return change
 
-    def _remember(self, change: Change) -> None:
-        key = change[0]
-        size = _cached_size(change)
-        if size > _SHARD_BYTES // 4:
-            return
-        shard = hash(key) & SHARDS - 1
-        if self._cached_bytes[shard] + size > _SHARD_BYTES:
-            self.cache[shard] = {}
-            self._cached_bytes[shard] = 0
-        self._cached_bytes[shard] += size
-        self.cache[shard][key] = change
-
     def _read_ahead(self, number: int) -> None:
         """Cache all entries of a leaf, if the whole base fits the cache. Cost: 1 us an entry."""
         self._reads[number] = 0
-        if self._weight > CACHE_BYTES or self._lengths[number] > leaf.MAX_LEAF_BYTES:
+        if self._weight > self._cache.limit_bytes or self._lengths[number] > leaf.MAX_LEAF_BYTES:
             return
         try:
             columns = self.columns(number)
@@ -218,15 +184,11 @@ class Base:
                 raise  # not from the disk: a signal handler's TimeoutError, say
             return  # a read of the damaged entry reports it; the others can still be read singly
         keys = self.index(number).keys  # equal to those in the columns, and already in memory
-        cache, weights = self.cache, self._cached_bytes
-        for change in zip(keys, columns.values, columns.versions, strict=True):
-            shard = hash(change[0]) & SHARDS - 1
-            if cache[shard].setdefault(change[0], change) is change:
-                weights[shard] += _cached_size(change)
+        self._cache.add_all(zip(keys, columns.values, columns.versions, strict=True))
 
     def index(self, number: int) -> Index:
-        """The index of a leaf, kept from its first read on."""
-        index = self._indexes[number]
+        """The index of a leaf, kept from its first read on while the cache has room."""
+        index = self._cache.use_index(number)
         if index is None:
             try:
                 raw = self._pread(self._index_lens[number], self._offsets[number])
@@ -235,12 +197,25 @@ class Base:
                 raise self._corrupt(number, str(error)) from None
             if index.crc != self._index_crcs[number]:
                 raise self._corrupt(number, "a leaf's index is another than it was")
-            self._indexes[number] = index
+            self._cache.keep_index(number, index)
         return index
 
     def parts(self) -> list[object]:
         """What the base keeps in memory, in pieces of a leaf or a shard."""
-        return [*self._indexes, *self.cache]
+        return self._cache.parts()
+
+    @property
+    def cached_bytes(self) -> int:
+        """What the cache holds, in bytes: see `Cache.held_bytes`."""
+        return self._cache.held_bytes
+
+    def limit_cache(self, limit_bytes: int) -> None:
+        """Bound the cache. For a base that nobody reads yet; the next base inherits the limit."""
+        self._cache.set_limit(limit_bytes)
+
+    def retire(self) -> None:
+        """Let the cache grow no more: another base has taken over."""
+        self._cache.retire()
 
     def body(self, number: int) -> bytes:
         """The body of a leaf, read and verified."""
@@ -279,10 +254,6 @@ class Base:
     def _corrupt(self, number: int, reason: str) -> CorruptLogError:
         assert self.handle is not None
         return CorruptLogError(self.handle.path, self._offsets[number], reason)
-
-
-def _cached_size(change: Change) -> int:
-    return len(change[1] or b"") + _ENTRY_OVERHEAD
 
 
 EMPTY_BASE = Base(None)

@@ -56,6 +56,13 @@ _KEY_GUESS = 256  # bytes; the first and the last key of a leaf mostly fit
 _SIZES = {"I": 4, "H": 2}
 _MASKS = {"I": 0xFFFFFFFF, "H": 0xFFFF}
 _value_of = itemgetter(1)  # of a change
+KEY_OVERHEAD = 66
+"""Bytes that a key takes in memory besides its text: the object, and its place in a list."""
+
+
+def text_bytes(text: str) -> int:
+    """Bytes that the characters of `text` take in memory, at most."""
+    return len(text) if text.isascii() else 4 * len(text)
 
 
 class Columns(NamedTuple):
@@ -217,7 +224,7 @@ def _even_ends(width: str, step: int) -> bytes:
 class Index:
     """The index of a leaf, as kept in memory: the keys decoded, the rest as encoded."""
 
-    __slots__ = ("_count", "_places", "_places_at", "_values_at", "crc", "keys")
+    __slots__ = ("_count", "_places", "_places_at", "_values_at", "crc", "kept_bytes", "keys")
 
     def __init__(self, raw: bytes, size: int) -> None:
         """From the bytes before the values, of a body of `size` bytes.
@@ -232,6 +239,8 @@ class Index:
         self._count, self._values_at = count, values_at
         self._places_at = HEADER.size + keys_len
         self._places = raw[self._places_at :]  # value ends, checksums, version ends, versions
+        self.kept_bytes = text_bytes("".join(self.keys)) + KEY_OVERHEAD * count + len(self._places)
+        """An estimate of its memory, rather too high."""
 
     def find(self, key: str) -> int:
         """The number of `key`, or -1."""

@@ -20,7 +20,8 @@ from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import SLICE, Batch, Change, KvEntry
 from foldlog.storage.fold import leaf
-from foldlog.storage.fold.base import EMPTY_BASE, SHARDS, Base
+from foldlog.storage.fold.base import EMPTY_BASE, Base
+from foldlog.storage.fold.cache import SHARDS
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.fold.leaf import Columns
@@ -253,6 +254,21 @@ class FoldSnapshot:
         other snapshots stay alive.
         """
         return [self.base.handle, *self.base.parts(), *self.delta, *self.runs]
+
+    @property
+    def cached_bytes(self) -> int:
+        """The memory that entries and leaf indexes read from the base take, in bytes."""
+        return self.base.cached_bytes
+
+    def limit_cache(self, limit_bytes: int) -> None:
+        """Bound `cached_bytes`, in later folds, too. For a fold that nobody reads yet."""
+        if self.base is not EMPTY_BASE:
+            self.base.limit_cache(limit_bytes)
+
+    def retire(self) -> None:
+        """Another base has taken over: keep nothing more that is read from this one."""
+        if self.base is not EMPTY_BASE:
+            self.base.retire()
 
     @property
     def is_base(self) -> bool:

@@ -34,6 +34,7 @@ from foldlog.protocol.frames import (
     parse_base_end,
     parse_frame_header,
 )
+from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Batch, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -111,8 +112,8 @@ class _Opened(NamedTuple):
 class Tail:
     """A log that is being followed. Not thread-safe: one thread polls it."""
 
-    def __init__(self, files: Files, path: Path) -> None:
-        self._files, self._path = files, path
+    def __init__(self, files: Files, path: Path, cache_bytes: int = CACHE_BYTES.default) -> None:
+        self._files, self._path, self._cache_bytes = files, path, cache_bytes
         self._place: _Place | None = None
         self._stalled = (0, 0)  # offset of half a frame, and the file's size when it was seen
         self._stalled_polls = 0  # how often it was seen
@@ -225,6 +226,8 @@ class Tail:
             and (place.inode, place.header, place.chain) == (old.inode, old.header, old.chain)
         ):
             return None  # a torn tail: nothing has changed
+        opened.fold.limit_cache(self._cache_bytes)
+        fold.retire()
         self._place, self.fold = place, opened.fold
         self.missing = False
         if old is None:

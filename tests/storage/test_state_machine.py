@@ -213,6 +213,11 @@ def test_any_history_reads_as_a_dict_would():
     )
 
 
+def tiny_cache(base: foldlog.storage.fold.base.Base, limit_bytes: int) -> None:
+    """In place of `limit_cache`: room for some entries and indexes, so that most are dropped."""
+    base._cache.set_limit(20_000)
+
+
 @pytest.fixture
 def everything_small(monkeypatch):
     for module, name, value in [
@@ -225,7 +230,7 @@ def everything_small(monkeypatch):
         (foldlog.storage.fold.delta, "STEP_ENTRIES", 1),
         (foldlog.storage.fold.delta.EMPTY_DELTA, "settle_entries", 8),
         (foldlog.storage.fold.delta, "COLLECTED_ENTRIES", 16),
-        (foldlog.storage.fold.base, "_SHARD_BYTES", 2600),
+        (foldlog.storage.fold.base.Base, "limit_cache", tiny_cache),
         (foldlog.protocol.updates, "SLICE", 3),
         (foldlog.protocol.updates, "_SMALL_BATCH", 4),
     ]:

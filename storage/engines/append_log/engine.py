@@ -8,9 +8,9 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 
-from foldlog.protocol.engine import Export, Held, Sizes
+from foldlog.protocol.engine import CacheUse, Export, Held, Sizes
 from foldlog.protocol.errors import LogChangedError, LogPoisonedError
-from foldlog.protocol.options import OnDamage
+from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Delete, Put
@@ -61,6 +61,7 @@ class LogEngine:
         format: FormatName | None = None,
         on_damage: OnDamage = "refuse",
         sync_each: bool = False,
+        cache_bytes: int = CACHE_BYTES.default,
         files: Files = OS_FILES,
         progress: Progress | None = None,
         lock: WriterLock | None = None,
@@ -81,6 +82,8 @@ class LogEngine:
             lock=lock,
             crashed=crashed,
         )
+        self.fold.limit_cache(cache_bytes)
+        self._cache_bytes = cache_bytes
         # Invariant: fold.seq == log.position.seq, or the log is poisoned. A KeyboardInterrupt may
         # come between the write and the assignment after it; then `_next` is what the log holds.
         self._next = self.fold
@@ -216,6 +219,10 @@ class LogEngine:
         since = [since_s for file, since_s in self._replaced if file() is not None]
         return Held(len(since), time.monotonic() - min(since) if since else 0.0)
 
+    def cache(self) -> CacheUse:
+        """See `Engine`. Entries and leaf indexes; a log in the Rust crate's format has none."""
+        return CacheUse(self.fold.cached_bytes, self._cache_bytes)
+
     def _note_replaced(self) -> None:
         """Note that the base's file is being replaced, while snapshots may still read it."""
         handle = self.fold.source
@@ -326,6 +333,7 @@ class LogEngine:
     def _move_to(self, fold: FoldSnapshot) -> None:
         if fold.source is not self.fold.source:
             self._note_replaced()
+            self.fold.retire()
         self.fold = self.snapshot = self._next = fold
         self._since = self._finishing = None
 

@@ -27,6 +27,7 @@ class LogSeat:
             format=options.format,
             on_damage=options.on_damage,
             sync_each=options.sync_each,
+            cache_bytes=options.cache_bytes,
             files=options.files,
             lock=self._lock,
             crashed=None if crashed is None else crashed.log,

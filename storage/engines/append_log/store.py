@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import FoldlogError, LogAccessError, ReentrantCall, check_forward
-from foldlog.protocol.options import COMPACT_THRESHOLD, ENGINE_SYNC, OnDamage
+from foldlog.protocol.options import CACHE_BYTES, COMPACT_THRESHOLD, ENGINE_SYNC, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.protocol.updates import Batch, Update, encode_batch
@@ -65,6 +65,7 @@ class AppendLogSnapshot(Readable):
         format: FormatName | None = None,
         sync: Literal["never", "always"] = "never",
         on_damage: OnDamage = "refuse",
+        cache_bytes: int = CACHE_BYTES.default,
         files: Files = OS_FILES,
         progress: Progress | None = None,
     ) -> tuple[WatchCursor, Self]:
@@ -75,6 +76,7 @@ class AppendLogSnapshot(Readable):
         `compact_threshold`: `apply` compacts once the appended bytes exceed both this and the size
         of the base. `sync="always"`: each `apply` waits for the disk. `on_damage="cut"`: keep what
         is before the first damage and set the rest aside, for a cache whose upstream replays.
+        `cache_bytes`: bound of the memory for what was read from the base; see `foldlog.open`.
 
         `format`: of a new log; "foldlog" if None. An existing log has the format that its header
         states; naming another is an InvalidFormatError. "slipstream-v2" is the file of the Rust
@@ -90,11 +92,13 @@ class AppendLogSnapshot(Readable):
         """
         COMPACT_THRESHOLD.check(compact_threshold)
         ENGINE_SYNC.check(sync)
+        CACHE_BYTES.check(cache_bytes)
         engine = LogEngine(
             path,
             format=format,
             on_damage=on_damage,
             sync_each=sync == "always",
+            cache_bytes=cache_bytes,
             files=files,
             progress=progress,
         )

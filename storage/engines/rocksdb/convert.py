@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change
-from foldlog.storage.engines.rocksdb.database import MIN_CACHE_BYTES, binding, reading
+from foldlog.storage.engines.rocksdb.database import binding, reading
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
 from foldlog.storage.engines.rocksdb.fold import RocksDbFold, Source, Trail
 from foldlog.storage.engines.rocksdb.record import State
@@ -31,7 +32,7 @@ from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import WriterLock
 
-_LOAD_CACHE_BYTES = 32 * MIN_CACHE_BYTES
+_LOAD_CACHE_BYTES = 32 * CACHE_BYTES.least
 
 
 def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = None) -> int:

@@ -19,19 +19,17 @@ import stat
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
 from foldlog.protocol.frames import FILE_MAGIC
+from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.storage.engines.rocksdb.errors import typed
 from foldlog.storage.formats.registry import MAGICS
 
 if TYPE_CHECKING:
     from rocksdict import Options, Rdict
 
-Damage = Literal["refuse", "cut"]
-DEFAULT_CACHE_BYTES = 512 * 1024 * 1024
-MIN_CACHE_BYTES = 8 * 1024 * 1024
 WRITE_BUFFER_BYTES = 64 * 1024 * 1024
 """Size of one memtable. RocksDB holds two, and briefly a third.
 
@@ -70,8 +68,8 @@ def open_database(
     path: Path,
     *,
     create: bool = False,
-    cache_bytes: int = DEFAULT_CACHE_BYTES,
-    on_damage: Damage = "refuse",
+    cache_bytes: int = CACHE_BYTES.default,
+    on_damage: OnDamage = "refuse",
 ) -> Rdict:
     """Open the database at `path` for writing.
 
@@ -94,7 +92,7 @@ def open_database(
 
 
 @contextlib.contextmanager
-def reading(path: Path, cache_bytes: int = MIN_CACHE_BYTES):  # type: ignore[no-untyped-def]
+def reading(path: Path, cache_bytes: int = CACHE_BYTES.least):  # type: ignore[no-untyped-def]
     """The database at `path`, opened read-only.
 
     Works while a writer has it open, and leaves its state as it is.
@@ -115,7 +113,7 @@ def reading(path: Path, cache_bytes: int = MIN_CACHE_BYTES):  # type: ignore[no-
             db.close()
 
 
-def _options(rocksdict: ModuleType, cache_bytes: int, on_damage: Damage) -> Options:
+def _options(rocksdict: ModuleType, cache_bytes: int, on_damage: OnDamage) -> Options:
     options = rocksdict.Options(raw_mode=True)
     recovery = rocksdict.DBRecoveryMode
     options.set_wal_recovery_mode(

@@ -19,7 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foldlog.protocol.engine import Cancelled, Compaction, Export, Held, OpenReport, Sizes
+from foldlog.protocol.engine import (
+    CacheUse,
+    Cancelled,
+    Compaction,
+    Export,
+    Held,
+    OpenReport,
+    Sizes,
+)
 from foldlog.protocol.errors import (
     FoldlogError,
     ForkedStore,
@@ -28,6 +36,7 @@ from foldlog.protocol.errors import (
     StoreClosed,
 )
 from foldlog.protocol.forks import Rank, tell_after_fork
+from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import (
@@ -42,8 +51,8 @@ from foldlog.protocol.updates import (
     decode_batches,
 )
 from foldlog.storage.artifacts.artifact import ExportManifest
-from foldlog.storage.engines.rocksdb import artifact, database
-from foldlog.storage.engines.rocksdb.database import Damage, binding, open_database, property_of
+from foldlog.storage.engines.rocksdb import artifact
+from foldlog.storage.engines.rocksdb.database import binding, open_database, property_of
 from foldlog.storage.engines.rocksdb.errors import is_stall, typed
 from foldlog.storage.engines.rocksdb.fold import RocksDbFold, Source, StagedFold, Trail, difference
 from foldlog.storage.engines.rocksdb.record import STATE_KEY, State, encode_entry
@@ -99,8 +108,8 @@ class RocksDbEngine:
         path: str | os.PathLike[str],
         *,
         sync_each: bool = False,
-        on_damage: Damage = "refuse",
-        cache_bytes: int = database.DEFAULT_CACHE_BYTES,
+        on_damage: OnDamage = "refuse",
+        cache_bytes: int = CACHE_BYTES.default,
     ) -> None:
         """Open or create the database at `path`.
 
@@ -621,6 +630,10 @@ class RocksDbEngine:
             if fold is not self.snapshot and not isinstance(fold, StagedFold)
         ]
         return Held(len(ages), time.monotonic() - min(ages) if ages else 0.0)
+
+    def cache(self) -> CacheUse:
+        """See `Engine`. RocksDB's block cache, indexes and filters included; no memtables."""
+        return CacheUse(property_of(self._db, "block-cache-usage"), self._cache_bytes)
 
     # Ending.
 

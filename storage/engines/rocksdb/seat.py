@@ -26,7 +26,10 @@ class RocksDbSeat:
             return crashed
         options = self._options
         engine = RocksDbEngine(
-            options.path, sync_each=options.sync_each, on_damage=options.on_damage
+            options.path,
+            sync_each=options.sync_each,
+            on_damage=options.on_damage,
+            cache_bytes=options.cache_bytes,
         )
         if crashed is not None:
             before, now = crashed.state, engine.state

@@ -6,16 +6,12 @@ from collections.abc import Iterable
 from typing import Literal, Self, cast
 
 from foldlog.protocol.engine import Held, OpenReport, Sizes
+from foldlog.protocol.options import CACHE_BYTES, ENGINE_SYNC, ON_DAMAGE, OnDamage
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import Update, raw_updates
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb import artifact
-from foldlog.storage.engines.rocksdb.database import (
-    DEFAULT_CACHE_BYTES,
-    MIN_CACHE_BYTES,
-    Damage,
-)
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
 from foldlog.storage.engines.rocksdb.fold import RocksDbFold
 from foldlog.storage.engines.rocksdb.verify import RocksDbReport
@@ -55,8 +51,8 @@ class RocksDbSnapshot(Readable):
         path: StrPath,
         *,
         sync: Literal["never", "always"] = "never",
-        on_damage: Damage = "refuse",
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        on_damage: OnDamage = "refuse",
+        cache_bytes: int = CACHE_BYTES.default,
     ) -> tuple[WatchCursor, Self]:
         """Open or create the database in the directory `path`.
 
@@ -70,7 +66,9 @@ class RocksDbSnapshot(Readable):
         is not a database of foldlog as it is. ImportError without the extra. Cost: 0.1-0.5 s at any
         size, and the replay of up to 64 MiB of write-ahead log.
         """
-        check_options(sync, on_damage, cache_bytes)
+        ENGINE_SYNC.check(sync)
+        ON_DAMAGE.check(on_damage)
+        CACHE_BYTES.check(cache_bytes)
         engine = RocksDbEngine(
             path, sync_each=sync == "always", on_damage=on_damage, cache_bytes=cache_bytes
         )
@@ -158,15 +156,3 @@ class RocksDbSnapshot(Readable):
         Every other method raises StoreClosed from then on. Closing twice is fine.
         """
         self._engine.close()
-
-
-def check_options(sync: object, on_damage: object, cache_bytes: object) -> None:
-    """TypeError or ValueError unless these are valid options of `open`."""
-    if sync not in ("never", "always"):
-        raise ValueError(f'sync is "never" or "always", not {sync!r}')
-    if on_damage not in ("refuse", "cut"):
-        raise ValueError(f'on_damage is "refuse" or "cut", not {on_damage!r}')
-    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int):
-        raise TypeError(f"cache_bytes is an int, not {type(cache_bytes).__name__}")
-    if cache_bytes < MIN_CACHE_BYTES:
-        raise ValueError(f"cache_bytes is at least {MIN_CACHE_BYTES}, got {cache_bytes}")

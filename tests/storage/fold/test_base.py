@@ -15,7 +15,9 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
-from foldlog.storage.fold import base, leaf
+from foldlog.storage.fold import leaf
+from foldlog.storage.fold.base import Base
+from foldlog.storage.fold.cache import cached_size
 from foldlog.testing import FaultyFiles
 
 ENTRIES = leaf.MIN_ENTRIES - 1  # one leaf
@@ -64,8 +66,8 @@ def test_a_base_that_the_cache_cannot_hold_is_read_entry_by_entry(
 ) -> None:
     path = made(tmp_path / "log")
     monkeypatch.setattr(
-        base, "CACHE_BYTES", path.stat().st_size
-    )  # less than the objects would take
+        Base, "limit_cache", lambda held, _: held._cache.set_limit(held._weight - 1)
+    )
     assert reads_of_each(path) == [2] + [1] * (ENTRIES - 1)
 
 
@@ -102,9 +104,7 @@ def test_reading_ahead_counts_each_entry_once(tmp_path: Path) -> None:
         held = snap.snapshot().base
         assert sum(map(len, held.cache)) == ENTRIES
         cached = [change for shard in held.cache for change in shard.values()]
-        assert sum(held._cached_bytes) == sum(
-            len(change[1] or b"") + base._ENTRY_OVERHEAD for change in cached
-        )
+        assert held._cache._entry_bytes == sum(map(cached_size, cached))
 
 
 def test_a_compaction_leaves_what_was_read_in_memory_and_up_to_date(tmp_path: Path) -> None:
@@ -148,9 +148,7 @@ def test_a_compaction_leaves_what_was_read_in_memory_and_up_to_date(tmp_path: Pa
         held = snap.snapshot().base
         cached = [change for shard in held.cache for change in shard.values()]
         assert len(cached) == len(live) + 1
-        assert sum(held._cached_bytes) == sum(
-            len(change[1] or b"") + base._ENTRY_OVERHEAD for change in cached
-        )
+        assert held._cache._entry_bytes == sum(map(cached_size, cached))
 
 
 def test_a_compaction_of_what_was_never_read_remembers_nothing(tmp_path: Path) -> None:
