@@ -61,10 +61,10 @@ class Raw:
     def __init__(self, path: Path) -> None:
         import rocksdict
 
-        from foldlog.storage.engines.rocksdb import database
+        from foldlog.storage.engines.rocksdb.database import opening
 
         self._rocksdict = rocksdict
-        options = database._options(rocksdict, CACHE_BYTES.default, "refuse")
+        options = opening._options(rocksdict, CACHE_BYTES.default, "refuse")
         self._db = rocksdict.Rdict(os.fspath(path), options)
 
     def apply(self, updates: list[Put], cursor: WatchCursor) -> None:

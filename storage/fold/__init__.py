@@ -1,6 +1,7 @@
 """The fold: one immutable state, made of a base in the log and the changes since.
 
 snapshot.py   base + delta + runs: one immutable state
+reading.py    the reads of any engine's snapshot
 delta.py      changes newer than the base: runs, and the delta they settle into
 base.py       the leaves of a log, read on demand
 cache.py      what was read from the base, within a bound

@@ -18,7 +18,8 @@ from foldlog.protocol.updates import Change, Delete, Put
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import Run
-from foldlog.storage.fold.snapshot import FoldSnapshot, prefix_end
+from foldlog.storage.fold.reading import prefix_end
+from foldlog.storage.fold.snapshot import FoldSnapshot
 
 
 def diff(old: FoldSnapshot, new: FoldSnapshot, prefix: str = "") -> Iterator[Put | Delete]:

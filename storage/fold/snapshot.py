@@ -11,9 +11,9 @@ the old one, so that the cost of publishing is proportional to the batch, not to
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from heapq import merge
-from itertools import chain, islice, pairwise, repeat
+from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple, NoReturn, TypeVar, overload
 
 from foldlog.protocol.errors import StoreClosed
@@ -22,13 +22,12 @@ from foldlog.protocol.updates import SLICE, Batch, Change, KvEntry
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import EMPTY_BASE, Base
 from foldlog.storage.fold.cache import SHARDS
-from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.fold.leaf import Columns
+from foldlog.storage.fold.reading import SnapshotReads
 from foldlog.storage.log.files import ReadHandle
 
 _SHARD_MASK = SHARDS - 1
-_SMALL_RANGE_BLOCKS = 16  # a range of fewer leaves ends before a full garbage collection starts
 # Keys in a span of a fold that is all runs: the least that a range with a limit looks at.
 _UNSETTLED_SPAN_KEYS = 256
 _new_entry = tuple.__new__
@@ -49,7 +48,7 @@ class Span(NamedTuple):
     """All changes in the span that are newer than the base."""
 
 
-class FoldSnapshot:
+class FoldSnapshot(SnapshotReads):
     """An immutable state of a store. Any thread may read it, for any length of time.
 
     A snapshot held across a compaction keeps the replaced file of its base open. The file has no
@@ -98,16 +97,6 @@ class FoldSnapshot:
             return self._get_older(key, default)
         return _new_entry(KvEntry, change)
 
-    def get_many(self, keys: Iterable[str]) -> dict[str, KvEntry]:
-        """The live entries among `keys`, by key, in the order of `keys`.
-
-        Absent keys are left out.
-        """
-        if isinstance(keys, str):
-            raise TypeError("keys is an iterable of str, not a str")
-        get = self.get
-        return {key: entry for key in keys if (entry := get(key)) is not None}
-
     def _get_older(self, key: str, default: object) -> object:
         if not isinstance(key, str):
             raise TypeError(f"a key is a str, not {type(key).__name__}")
@@ -115,67 +104,6 @@ class FoldSnapshot:
         if change is None:
             change = self.base.cache[hash(key) & _SHARD_MASK].get(key) or self.base.read(key)
         return default if change is None or change[1] is None else _new_entry(KvEntry, change)
-
-    def range(
-        self,
-        prefix: str = "",
-        *,
-        start: str | None = None,
-        stop: str | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-    ) -> list[KvEntry]:
-        """The live entries under `prefix`, ascending by key.
-
-        Keys are ordered by code point, which is the order of their UTF-8 bytes. Only keys with
-        `start` <= key < `stop` are returned, and at most the first `limit`. With `reverse`,
-        descending by key: the bounds stay the same, and `limit` counts from the last key.
-
-        Cost: 0.3-0.5 us an entry, and up to 20 us for each end that cuts through a leaf.
-        """
-        if limit is not None or reverse or start is not None or stop is not None:
-            return list(
-                self.iter_range(prefix, start=start, stop=stop, limit=limit, reverse=reverse)
-            )
-        entries: list[KvEntry] = []
-        blocks = self.blocks(prefix)
-        for block in islice(blocks, _SMALL_RANGE_BLOCKS):
-            entries += block
-        with no_full_collections():
-            for block in blocks:
-                entries += block
-        return entries
-
-    def iter_range(
-        self,
-        prefix: str = "",
-        *,
-        start: str | None = None,
-        stop: str | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-    ) -> Iterator[KvEntry]:
-        """`range`, entry by entry: reads and holds one leaf at a time, only as needed."""
-        low, high = range_bounds(prefix, start, stop)
-        check_limit(limit)
-        entries = chain.from_iterable(self._entry_blocks(low, high, reverse))
-        return entries if limit is None else islice(entries, limit)
-
-    def for_each_in_range(self, prefix: str, f: Callable[[KvEntry], Any]) -> None:
-        """Call `f` with each live entry under `prefix`, ascending. Memory: one leaf.
-
-        An exception from `f` stops the scan and propagates.
-        """
-        for block in self.blocks(prefix):
-            for entry in block:
-                f(entry)
-
-    def blocks(self, prefix: str = "", after: str | None = None) -> Iterator[list[KvEntry]]:
-        """`range` in pieces of one leaf or less, none empty; only keys after `after`, if given."""
-        if not isinstance(prefix, str):
-            raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-        low = prefix if after is None else max(prefix, after + "\0")
-        yield from self._entry_blocks(low, prefix_end(prefix))
 
     def _entry_blocks(
         self, low: str, high: str | None, reverse: bool = False
@@ -186,27 +114,6 @@ class FoldSnapshot:
                 if reverse:
                     block.reverse()
                 yield block
-
-    def entries_after(self, prefix: str, after: str | None) -> Iterator[KvEntry]:
-        """The live entries under `prefix` after the key `after`, one by one."""
-        for block in self.blocks(prefix, after):
-            yield from block
-
-    def keys(self, prefix: str = "") -> Iterator[str]:
-        """The live keys under `prefix`, ascending."""
-        return (entry.key for entry in self.iter_range(prefix))
-
-    def __iter__(self) -> Iterator[str]:
-        """The live keys, ascending."""
-        return self.keys()
-
-    def items(self, prefix: str = "") -> Iterator[tuple[str, bytes]]:
-        """(key, value) of the live entries under `prefix`, ascending."""
-        return ((entry.key, entry.value) for entry in self.iter_range(prefix))
-
-    def __contains__(self, key: object) -> bool:
-        """True if `key` is live."""
-        return isinstance(key, str) and self.get(key) is not None
 
     def __len__(self) -> int:
         """The number of live entries.
@@ -222,9 +129,6 @@ class FoldSnapshot:
                     entries += sum(change[1] is not None for change in span.changes.values())
             self._entries = entries
         return self._entries
-
-    def __bool__(self) -> bool:
-        return True  # a snapshot of an empty store is still a snapshot
 
     def cursor(self) -> WatchCursor:
         """Every update of the stream up to this position is folded in."""
@@ -369,35 +273,6 @@ def _between(starts: list[str], low: str, high: str | None, reverse: bool = Fals
     stop = len(starts) if high is None else bisect_left(starts, high)
     numbers = range(bisect_right(starts, low), stop)
     return map(starts.__getitem__, reversed(numbers) if reverse else numbers)
-
-
-def check_limit(limit: object) -> None:
-    """TypeError or ValueError unless `limit` is None or an int of at least 0."""
-    if limit is None:
-        return
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"limit is an int, not {type(limit).__name__}")
-    if limit < 0:
-        raise ValueError(f"limit is at least 0, got {limit}")
-
-
-def range_bounds(prefix: str, start: str | None, stop: str | None) -> tuple[str, str | None]:
-    """Bounds, low <= key < high, of the keys under `prefix` with start <= key < stop."""
-    if not isinstance(prefix, str):
-        raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-    for name, bound in (("start", start), ("stop", stop)):
-        if bound is not None and not isinstance(bound, str):
-            raise TypeError(f"{name} is a str, not {type(bound).__name__}")
-    high = prefix_end(prefix)
-    if stop is not None:
-        high = stop if high is None else min(high, stop)
-    return max(prefix, start or ""), high
-
-
-def prefix_end(prefix: str) -> str | None:
-    """The least string above all that start with `prefix`; None if there is none."""
-    stem = prefix.rstrip("\U0010ffff")
-    return stem[:-1] + chr(ord(stem[-1]) + 1) if stem else None
 
 
 class ClosedFold:

@@ -13,21 +13,11 @@ import secrets
 import sys
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foldlog.protocol.engine import (
-    CacheUse,
-    Cancelled,
-    Compaction,
-    Export,
-    Held,
-    OpenReport,
-    Sizes,
-)
+from foldlog.protocol.engine import CacheUse, Compaction, Export, Held, OpenReport, Sizes
 from foldlog.protocol.errors import (
     FoldlogError,
     ForkedStore,
@@ -47,57 +37,31 @@ from foldlog.protocol.updates import (
     KvEntry,
     Put,
     RawUpdates,
-    batches_body,
-    decode_batches,
 )
 from foldlog.storage.artifacts.artifact import ExportManifest
-from foldlog.storage.engines.rocksdb import artifact
-from foldlog.storage.engines.rocksdb.database import binding, open_database, property_of
-from foldlog.storage.engines.rocksdb.errors import is_stall, typed
-from foldlog.storage.engines.rocksdb.fold import RocksDbFold, Source, StagedFold, Trail, difference
-from foldlog.storage.engines.rocksdb.record import STATE_KEY, State, encode_entry
-from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
-from foldlog.storage.engines.rocksdb.verify import RocksDbReport, verify_open
+from foldlog.storage.engines.rocksdb.compaction import FullCompaction
+from foldlog.storage.engines.rocksdb.database.errors import is_stall, typed
+from foldlog.storage.engines.rocksdb.database.opening import binding, open_database, property_of
+from foldlog.storage.engines.rocksdb.database.record import State, encode_entry
+from foldlog.storage.engines.rocksdb.database.state import directory_bytes, state_of
+from foldlog.storage.engines.rocksdb.exchange import artifact
+from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, verify_open
+from foldlog.storage.engines.rocksdb.fold.difference import difference
+from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
+from foldlog.storage.engines.rocksdb.fold.source import Source
+from foldlog.storage.engines.rocksdb.fold.staged import StagedFold
+from foldlog.storage.engines.rocksdb.fold.trail import Trail
+from foldlog.storage.engines.rocksdb.past import Past
+from foldlog.storage.engines.rocksdb.writes import Writes
 from foldlog.storage.fold.snapshot import ClosedFold
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.handover import Turns
 from foldlog.storage.log.files import OS_FILES, resolve
 
 if TYPE_CHECKING:
-    from rocksdict import Rdict, WriteBatch
-
-BACKLOG_BYTES = 16 * 1024 * 1024
-"""Bytes of encoded batches kept in memory, for subscribers that resume from a cursor."""
-STALL_LIMIT_S = 60.0
-"""Seconds that a write waits for RocksDB before it fails."""
-_STALL_PAUSE_S = 0.001
-
+    from rocksdict import Rdict
 
 _getframe = sys._getframe
-
-
-class FullCompaction:
-    """A compaction of all tables, which RocksDB runs in one pass. See `Compaction`."""
-
-    written = False
-    live_bytes = 0
-
-    def __init__(self, seq: int, compact: Callable[[], None]) -> None:
-        self.seq, self._compact = seq, compact
-        self.cancelled = False
-        self.outcome: object = None
-
-    def run(self, progress: Progress | None = None) -> None:
-        """Run the compaction to its end. It cannot be stopped half-way."""
-        if self.cancelled:
-            raise Cancelled
-        self._compact()
-
-    def measure_live(self, progress: Progress | None = None) -> None:
-        """Nothing to do: RocksDB bounds its own size."""
-
-    def discard(self) -> None:
-        """There is nothing to undo."""
 
 
 class RocksDbEngine:
@@ -127,14 +91,12 @@ class RocksDbEngine:
         self._turns = Turns()
         self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
         self._pid = os.getpid()
-        # Sequence, cursor and item of each batch: plain values, see `Change`.
-        self._past: deque[tuple[int, bytes, bytes]] = deque()
-        self._past_bytes = 0
+        self._past = Past()
         created = not self.path.exists()
         self._open_source()
         if created:
             OS_FILES.sync_dir(self.path.parent)
-        self._past_start = self.snapshot.seq, self.snapshot.cursor()
+        self._past.begin(self._state.cursor)
         self.report = OpenReport(
             self.path,
             created=created,
@@ -150,9 +112,8 @@ class RocksDbEngine:
         db = open_database(
             self.path, create=True, cache_bytes=self._cache_bytes, on_damage=self._on_damage
         )
-        self._options = self._rocksdict.WriteOptions()
-        self._options.no_slowdown = True  # a stall would hold the interpreter lock, see `_write`
         self._source = Source(db, self.path, self._rocksdict.ReadOptions)
+        self._writes = Writes(self._source)
         self._identity = _identity(self.path)
         self._trail = Trail()
         self._in_doubt: State | None = None  # what the current commit writes
@@ -168,7 +129,7 @@ class RocksDbEngine:
     def _begin(self) -> State:
         """Write the first state record to an empty database."""
         state = State(secrets.token_bytes(16), 0, WatchCursor.none())
-        self._write(lambda: self._batch_of((), state))
+        self._write((), state)
         self._flush_wal()
         return state
 
@@ -187,10 +148,7 @@ class RocksDbEngine:
 
     @property
     def _db(self) -> Rdict:
-        db = self._source.db
-        if db is None:
-            self._source.refuse()
-        return db
+        return self._source.opened()
 
     # Writing.
 
@@ -231,7 +189,7 @@ class RocksDbEngine:
         """
         groups = [_raw(part) for batch in batches for part in batch.changes]
         state = self._commit(groups, len(batches), batches[-1].cursor, batches[-1].origin or origin)
-        self._remember(state.seq - len(batches), batches)
+        self._past.add(state.seq - len(batches), batches)
         return self._newest()
 
     def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
@@ -240,7 +198,7 @@ class RocksDbEngine:
         Cost: 0.5 us an update less than `commit`.
         """
         state = self._commit([updates], 1, cursor, None)
-        self._forget(state)
+        self._past.begin(state.cursor)
         return state.seq
 
     def _commit(
@@ -257,7 +215,7 @@ class RocksDbEngine:
         # Before they are written: see `Trail`.
         self._trail.parts += tuple(group.keys for group in groups)
         self._in_doubt = state
-        self._write(lambda: self._batch_of(groups, state))
+        self._write(groups, state)
         if self.sync_each:
             self._flush_wal()
             self._synced = state.seq, state.cursor
@@ -277,61 +235,28 @@ class RocksDbEngine:
         """
         done = 0
         for block in blocks:
-            self._write(partial(self._batch_of_entries, block))
+            self._writes.load(block)
             done += len(block)
             if progress is not None:
                 progress(done, done)
         state = State(self._state.store_id, seq, cursor, self._state.origin)
-        self._write(lambda: self._batch_of((), state))
+        self._write((), state)
         self._publish(state)
-        self._forget(state)
+        self._past.begin(state.cursor)
         self.sync()
 
-    def _batch_of(self, groups: Sequence[RawUpdates], state: State) -> WriteBatch:
-        write: WriteBatch = self._rocksdict.WriteBatch(raw_mode=True)
-        put, delete = write.put, write.delete
-        for group in groups:
-            for key, value, version in zip(*group, strict=True):
-                if value is None or value is False:
-                    delete(key)
-                elif version:
-                    put(key, encode_entry(value, version))  # type: ignore[arg-type]
-                else:
-                    put(key, b"\0" + value)  # type: ignore[operator]
-        put(STATE_KEY, state.pack())
-        return write
-
-    def _batch_of_entries(self, entries: Iterable[KvEntry]) -> WriteBatch:
-        write: WriteBatch = self._rocksdict.WriteBatch(raw_mode=True)
-        for key, value, version in entries:
-            write.put(key.encode(), encode_entry(value, version))
-        return write
-
-    def _write(self, make: Callable[[], WriteBatch]) -> None:
-        """Hand a write batch to RocksDB.
-
-        If RocksDB wants writers to wait, wait here, without the interpreter lock. `make` makes the
-        batch again for each attempt: the binding consumes it even if the write fails.
-        """
-        stop_s = 0.0
-        while True:
-            try:
-                self._db.write(make(), self._options)
-                return
-            except Exception as error:
-                if not is_stall(error):
-                    raise self._failed(error) from error
-                now = time.monotonic()
-                stop_s = stop_s or now + STALL_LIMIT_S
-                if now > stop_s:
-                    self._in_doubt = None
-                    raise typed(error, self.path) from error
-                time.sleep(_STALL_PAUSE_S)
+    def _write(self, groups: Sequence[RawUpdates], state: State) -> None:
+        try:
+            self._writes.commit(groups, state)
+        except Exception as error:
+            if is_stall(error):
+                self._in_doubt = None  # none of it was written
+                raise typed(error, self.path) from error
+            raise self._failed(error) from error
 
     def _flush_wal(self) -> None:
-        # Not a synced write: it would hold the interpreter lock until the disk has answered.
         try:
-            self._db.flush_wal(True)
+            self._writes.sync()
         except Exception as error:
             raise self._failed(error) from error
 
@@ -377,7 +302,7 @@ class RocksDbEngine:
         assert state is not None
         if state.seq != self._state.seq:
             self._publish(state)
-            self._forget(state)
+            self._past.begin(state.cursor)
         self._in_doubt = None
 
     def sync(self) -> None:
@@ -451,7 +376,7 @@ class RocksDbEngine:
                 self.path, f"holds batch {self._state.seq}, where {before.seq} was published"
             )
         if self._state.seq != before.seq:
-            self._forget(self._state)
+            self._past.begin(self._state.cursor)
         return self._newest()
 
     # Compaction is RocksDB's, in its own threads.
@@ -510,25 +435,6 @@ class RocksDbEngine:
         except Exception as error:
             raise self._failed(error) from error
 
-    # Past batches.
-
-    def _remember(self, seq: int, batches: Sequence[Batch]) -> None:
-        """Keep the batches after number `seq` for `batches_since`, and drop the oldest."""
-        past = self._past
-        for number, batch in enumerate(batches, seq + 1):
-            past.append((number, bytes(batch.cursor), batch.item))
-            self._past_bytes += len(batch.item)
-        while self._past_bytes > BACKLOG_BYTES:
-            number, cursor, item = past.popleft()
-            self._past_bytes -= len(item)
-            self._past_start = number, WatchCursor(cursor)
-
-    def _forget(self, state: State) -> None:
-        """Drop the past batches; the past starts at `state`."""
-        self._past.clear()
-        self._past_bytes = 0
-        self._past_start = state.seq, state.cursor
-
     def batches_since(
         self, snapshot: RocksDbFold, cursor: WatchCursor
     ) -> Iterator[tuple[int, DecodedBatch]] | None:
@@ -536,25 +442,7 @@ class RocksDbEngine:
 
         Reaches back to the opening of the store, or over the last 16 MiB of encoded batches.
         """
-        start, past = self._past_start, self._remembered()
-        if start[1] != cursor:
-            at = next((at for at, entry in enumerate(past, 1) if entry[1] == cursor), None)
-            if at is None:
-                return None
-            past = past[at:]
-        return (
-            (seq, decode_batches(batches_body([item]), 1)[0])
-            for seq, _, item in past
-            if seq <= snapshot.seq
-        )
-
-    def _remembered(self) -> list[tuple[int, bytes, bytes]]:
-        """The past batches, for any thread: the writer may add and drop some meanwhile."""
-        while True:
-            try:
-                return list(self._past)
-            except RuntimeError:  # changed during the copy
-                continue
+        return self._past.since(cursor, snapshot.seq)
 
     def difference(
         self, old: RocksDbFold, new: RocksDbFold, prefix: str = ""
@@ -686,7 +574,7 @@ class RocksDbEngine:
     def _end(self) -> None:
         reason = f"{self.path} is closed"
         self.snapshot = ClosedFold(reason)
-        self._past.clear()
+        self._past.begin(self._state.cursor)
         self._release(StoreClosed(reason))
 
     def _release(self, ended: FoldlogError) -> None:

@@ -11,10 +11,10 @@ from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import Update, raw_updates
 from foldlog.storage.artifacts.artifact import ExportManifest
-from foldlog.storage.engines.rocksdb import artifact
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
-from foldlog.storage.engines.rocksdb.fold import RocksDbFold
-from foldlog.storage.engines.rocksdb.verify import RocksDbReport
+from foldlog.storage.engines.rocksdb.exchange import artifact
+from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport
+from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import resolve
 from foldlog.storage.readable import Publisher, Readable

@@ -33,9 +33,10 @@ from foldlog import (
 )
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.updates import DecodedBatch, encode_batch
-from foldlog.storage.engines.rocksdb import RocksDbEngine, database
-from foldlog.storage.engines.rocksdb import engine as engine_module
-from foldlog.storage.engines.rocksdb import fold as fold_module
+from foldlog.storage.engines.rocksdb import RocksDbEngine, writes
+from foldlog.storage.engines.rocksdb import past as past_module
+from foldlog.storage.engines.rocksdb.database import opening
+from foldlog.storage.engines.rocksdb.fold import difference, snapshot
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 60
@@ -106,7 +107,7 @@ def test_held_snapshots_stay_as_they_were(
     """The binding's iterators read the newest state even where they are asked of an older
     snapshot: a range of a snapshot that was held across a commit showed what came later.
     """
-    monkeypatch.setattr(fold_module, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(snapshot, "BLOCK_ENTRIES", block_entries)
     chance = random.Random(17)
     model: dict[str, bytes] = {}
     held = []
@@ -253,7 +254,7 @@ def test_a_difference_leads_from_any_state_to_any_other(
     engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     if not known:
-        monkeypatch.setattr(fold_module, "_written_between", lambda old, new: None)
+        monkeypatch.setattr(difference, "_written_between", lambda old, new: None)
     chance = random.Random(5)
     folds = [engine.snapshot]
     for number in range(12):
@@ -304,7 +305,7 @@ def test_batches_since_a_cursor_are_those_that_this_process_wrote(
     assert [seq for seq, _ in batches_since(engine, WatchCursor.none()) or ()] == [1, 2, 3, 4, 5]
     assert list(batches_since(engine, cursor(5)) or ()) == []
     assert batches_since(engine, cursor(9)) is None
-    monkeypatch.setattr(engine_module, "BACKLOG_BYTES", 60)
+    monkeypatch.setattr(past_module, "BACKLOG_BYTES", 60)
     commit(engine, [Put("a", b"6")], 6)
     assert batches_since(engine, cursor(1)) is None
     assert [seq for seq, _ in batches_since(engine, cursor(5)) or ()] == [6]
@@ -382,7 +383,7 @@ def test_a_commit_that_an_exception_cut_short_is_settled_by_what_the_database_ho
 
 def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let RocksDB want its writers to wait, again and again, until a flush is through."""
-    options_of = database._options
+    options_of = opening._options
 
     def options(*args: Any) -> Any:
         options = options_of(*args)
@@ -392,7 +393,7 @@ def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
         options.set_level_zero_stop_writes_trigger(3)
         return options
 
-    monkeypatch.setattr(database, "_options", options)
+    monkeypatch.setattr(opening, "_options", options)
 
 
 def test_a_write_that_would_stall_waits_without_the_interpreter_lock_and_is_written_once(
@@ -425,7 +426,7 @@ def test_a_write_that_stalls_for_too_long_is_refused_and_nothing_of_it_is_writte
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stalling(monkeypatch)
-    monkeypatch.setattr(engine_module, "STALL_LIMIT_S", -1)
+    monkeypatch.setattr(writes, "STALL_LIMIT_S", -1)
     engine = RocksDbEngine(path, cache_bytes=CACHE)
 
     def fill() -> None:
@@ -608,7 +609,7 @@ def test_a_store_that_is_open_here_is_locked(path: Path) -> None:
 def test_a_range_with_bounds_is_that_part_of_the_whole_in_either_direction(
     engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch, block_entries: int
 ) -> None:
-    monkeypatch.setattr(fold_module, "BLOCK_ENTRIES", block_entries)
+    monkeypatch.setattr(snapshot, "BLOCK_ENTRIES", block_entries)
     commit(engine, [Put(f"k{n:02}", b"old") for n in range(0, 40, 2)])
     fold = engine.snapshot
     commit(engine, [Put(f"k{n:02}", b"new") for n in range(40)])

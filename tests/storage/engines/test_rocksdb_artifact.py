@@ -23,8 +23,8 @@ from foldlog import (
 )
 from foldlog.protocol.store import FormatName
 from foldlog.storage.artifacts.artifact import read_manifest
-from foldlog.storage.engines.rocksdb.convert import log_from_rocksdb, rocksdb_from_log
-from foldlog.storage.engines.rocksdb.verify import describe, verify_database
+from foldlog.storage.engines.rocksdb.exchange.convert import log_from_rocksdb, rocksdb_from_log
+from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_database
 
 CACHE = 8 * 1024 * 1024
 CURSOR = WatchCursor(b"versionst!")

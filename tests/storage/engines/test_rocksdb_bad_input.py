@@ -29,8 +29,8 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
-from foldlog.storage.engines.rocksdb import database
-from foldlog.storage.engines.rocksdb.record import (
+from foldlog.storage.engines.rocksdb.database import opening
+from foldlog.storage.engines.rocksdb.database.record import (
     STATE_KEY,
     NewerGeneration,
     State,
@@ -38,7 +38,7 @@ from foldlog.storage.engines.rocksdb.record import (
     encode_entry,
     parse_state,
 )
-from foldlog.storage.engines.rocksdb.verify import describe, verify_database
+from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_database
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 60
@@ -222,7 +222,7 @@ def test_a_database_of_a_newer_rocksdb_is_refused(path: Path) -> None:
 
 def test_a_database_of_an_older_rocksdb_or_a_newer_patch_of_ours_is_opened(path: Path) -> None:
     filled(path)
-    own = database.own_version()
+    own = opening.own_version()
     assert own is not None
     for version in ("6.1.1", f"{own[0]}.{own[1]}.99"):
         written_by(path, version)

@@ -18,11 +18,13 @@ from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change
-from foldlog.storage.engines.rocksdb.database import binding, reading
+from foldlog.storage.engines.rocksdb.database.opening import binding, reading
+from foldlog.storage.engines.rocksdb.database.record import State
+from foldlog.storage.engines.rocksdb.database.state import state_of
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
-from foldlog.storage.engines.rocksdb.fold import RocksDbFold, Source, Trail
-from foldlog.storage.engines.rocksdb.record import State
-from foldlog.storage.engines.rocksdb.state import state_of
+from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
+from foldlog.storage.engines.rocksdb.fold.source import Source
+from foldlog.storage.engines.rocksdb.fold.trail import Trail
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import FoldSnapshot, Span

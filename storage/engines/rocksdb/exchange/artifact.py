@@ -32,9 +32,9 @@ from foldlog.storage.artifacts.artifact import (
     ExportManifest,
     read_manifest,
 )
-from foldlog.storage.engines.rocksdb.database import binding
-from foldlog.storage.engines.rocksdb.record import GENERATION
-from foldlog.storage.engines.rocksdb.verify import RocksDbReport, describe, verify_database
+from foldlog.storage.engines.rocksdb.database.opening import binding
+from foldlog.storage.engines.rocksdb.database.record import GENERATION
+from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import OS_FILES, Files, resolve, write_all
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
-from foldlog.storage.engines.rocksdb.database import binding, property_of, reading
-from foldlog.storage.engines.rocksdb.errors import typed
-from foldlog.storage.engines.rocksdb.record import (
+from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.opening import binding, property_of, reading
+from foldlog.storage.engines.rocksdb.database.record import (
     ENTRIES_END,
     STATE_KEY,
     State,
     decode_entry,
     parse_state,
 )
-from foldlog.storage.engines.rocksdb.scan import scan
-from foldlog.storage.engines.rocksdb.state import directory_bytes, state_of
+from foldlog.storage.engines.rocksdb.database.scan import scan
+from foldlog.storage.engines.rocksdb.database.state import directory_bytes, state_of
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import resolve
 

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
-from foldlog.storage.engines.rocksdb.database import binding
-from foldlog.storage.engines.rocksdb.errors import typed
-from foldlog.storage.engines.rocksdb.record import STATE_KEY, NewerGeneration, State, parse_state
-from foldlog.storage.engines.rocksdb.scan import scan
+from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.opening import binding
+from foldlog.storage.engines.rocksdb.database.record import (
+    STATE_KEY,
+    NewerGeneration,
+    State,
+    parse_state,
+)
+from foldlog.storage.engines.rocksdb.database.scan import scan
 
 if TYPE_CHECKING:
     from rocksdict import Rdict

@@ -17,7 +17,7 @@ from foldlog.protocol.errors import (
     StoreClosed,
     StoreLocked,
 )
-from foldlog.storage.engines.rocksdb.holder import lock_holder
+from foldlog.storage.engines.rocksdb.database.holder import lock_holder
 
 ABSENT = ("key not found",)
 """The arguments of the exception that reading an absent key through a snapshot raises."""

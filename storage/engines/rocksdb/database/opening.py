@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
 from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
-from foldlog.storage.engines.rocksdb.errors import typed
+from foldlog.storage.engines.rocksdb.database.errors import typed
 from foldlog.storage.formats.registry import MAGICS
 
 if TYPE_CHECKING:

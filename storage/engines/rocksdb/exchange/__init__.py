@@ -1,0 +1,6 @@
+"""A store as a whole: checked, exported, imported, converted.
+
+verify.py    every invariant, in code, and the facts of a database
+artifact.py  export by checkpoint, and import
+convert.py   from the append log, and to it
+"""

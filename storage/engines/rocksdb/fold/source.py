@@ -1,0 +1,49 @@
+"""The open database, as folds read it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+from foldlog.protocol.errors import FoldlogError, StoreClosed
+
+if TYPE_CHECKING:
+    from rocksdict import Rdict, ReadOptions
+
+
+class View(Protocol):
+    """Encoded entries by encoded key: RocksDB's snapshot, or a substitute."""
+
+    def __getitem__(self, raw_key: bytes, /) -> bytes:
+        """Raises what the binding raises: for an absent key, an error with the args `ABSENT`."""
+
+
+class Source:
+    """The open database that folds read from.
+
+    Once it has ended, it becomes the view of all of them, and every read raises.
+    """
+
+    __slots__ = ("db", "ended", "path", "read_options")
+
+    def __init__(self, db: Rdict, path: Path, read_options: Callable[[], ReadOptions]) -> None:
+        self.db: Rdict | None = db
+        self.path = path
+        self.read_options = read_options
+        self.ended: FoldlogError = StoreClosed(f"{path} is closed")
+        """What a read raises once `db` is None."""
+
+    def opened(self) -> Rdict:
+        """The database. Raises `ended` if it was closed."""
+        if self.db is None:
+            self.refuse()
+        return self.db
+
+    def refuse(self) -> NoReturn:
+        """Raise the error of a source that has ended."""
+        raise copy.copy(self.ended)  # a copy for each: threads would mix their tracebacks
+
+    def __getitem__(self, raw_key: bytes, /) -> NoReturn:
+        self.refuse()
