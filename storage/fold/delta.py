@@ -18,7 +18,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-from foldlog.protocol.updates import Change
+from foldlog.protocol.updates import Change, KvEntry
 
 MERGE_RATIO = 4
 SETTLE_ENTRIES = 8192
@@ -30,6 +30,9 @@ STEP_ENTRIES = 256
 
 A step copies the list of pieces, at 4 ns each.
 """
+HOT_ENTRIES = 4096
+HOT_VALUE_BYTES = 1024
+"""An entry with a longer value is not kept at hand; so what is takes at most 6 MB."""
 SORT_ENTRIES = 8192
 """Keys sorted by one call, which holds the interpreter lock for about 4 ms."""
 
@@ -87,7 +90,7 @@ _NOTHING = Run()
 class Delta:
     """Settled changes, in pieces by key, and the run that is settling into them. Immutable."""
 
-    __slots__ = ("_done", "_pieces", "firsts", "settle_entries", "settling")
+    __slots__ = ("_done", "_pieces", "firsts", "hot", "settle_entries", "settling")
 
     def __init__(
         self,
@@ -100,6 +103,12 @@ class Delta:
         # firsts[i] <= every key of pieces[i] < firsts[i + 1]. firsts[0] is "", so that every key
         # has a piece.
         self.firsts, self._pieces = firsts, pieces
+        self.hot: dict[str, KvEntry] = {}
+        """Live entries that were read through this delta, from it or from the base below.
+
+        A hot key then costs one probe here, not a search of the pieces and one of the base. Any
+        thread may add and replace; losing a race loses an entry, no more.
+        """
         self.settling = settling
         """The run that is settling, newer than the pieces; empty if none is.
 
@@ -125,6 +134,13 @@ class Delta:
 
     def get(self, key: str) -> Change | None:
         return self.settling.get(key) or self._pieces[bisect_right(self.firsts, key) - 1].get(key)
+
+    def remember(self, entry: KvEntry) -> None:
+        """Keep an entry at hand that was just read."""
+        if len(entry.value) <= HOT_VALUE_BYTES:
+            if len(self.hot) >= HOT_ENTRIES:
+                self.hot = {}
+            self.hot[entry.key] = entry
 
     def with_due(self, runs: tuple[Run, ...], arrived: int) -> tuple[Delta, tuple[Run, ...]]:
         """The delta and the runs, newest first, after a batch of `arrived` changes.

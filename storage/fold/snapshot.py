@@ -89,21 +89,31 @@ class FoldSnapshot(SnapshotReads):
         Cost: 0.2-0.3 us for an entry that was read before, 3-8 us for the first read from disk.
         """
         for run in self.runs:
-            change = run.get(key)
-            if change is not None:
+            if key in run:
+                change = run[key]
                 return default if change[1] is None else _new_entry(KvEntry, change)
-        change = self.base.cache[hash(key) & _SHARD_MASK].get(key)
-        if change is None or self.delta.firsts:
-            return self._get_older(key, default)
-        return _new_entry(KvEntry, change)
+        delta = self.delta
+        if delta.firsts:
+            entry = delta.hot.get(key)
+            return self._get_older(key, default) if entry is None else entry
+        known = self.base.cache[hash(key) & _SHARD_MASK].get(key)
+        return self._get_older(key, default) if known is None else _new_entry(KvEntry, known)
 
     def _get_older(self, key: str, default: object) -> object:
         if not isinstance(key, str):
             raise TypeError(f"a key is a str, not {type(key).__name__}")
-        change = self.delta.get(key) if self.delta.firsts else None
+        delta = self.delta
+        if not delta.firsts:
+            change = self.base.read(key)
+            return default if change is None else _new_entry(KvEntry, change)
+        change = delta.get(key)
         if change is None:
             change = self.base.cache[hash(key) & _SHARD_MASK].get(key) or self.base.read(key)
-        return default if change is None or change[1] is None else _new_entry(KvEntry, change)
+        if change is None or change[1] is None:
+            return default
+        entry: KvEntry = _new_entry(KvEntry, change)
+        delta.remember(entry)
+        return entry
 
     def _entry_blocks(
         self, low: str, high: str | None, reverse: bool = False

@@ -122,16 +122,18 @@ class SentMail:
         return [message for inbox, message in self.mails if inbox is store._supervisor.writer.inbox]
 
 
-def calls_of(patch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[tuple[Any, ...]]:
-    """The arguments of each call of a module's function, as they come, while the patch holds."""
+def calls_of(
+    patch: pytest.MonkeyPatch, owner: ModuleType | type, name: str
+) -> list[tuple[Any, ...]]:
+    """The arguments of each call of a function of a module or class, while the patch holds."""
     calls: list[tuple[Any, ...]] = []
-    function = getattr(module, name)
+    function = getattr(owner, name)
 
     def noted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         return function(*arguments, **options)
 
-    patch.setattr(module, name, noted)
+    patch.setattr(owner, name, noted)
     return calls
 
 

@@ -330,6 +330,44 @@ def test_what_changed_since_the_compaction_is_not_looked_for_on_disk(
 
 
 @both
+def test_a_hot_key_below_settled_changes_is_found_without_a_search(
+    monkeypatch: pytest.MonkeyPatch, open_log: OpenLog, files: CountedFiles, entries: int
+) -> None:
+    """Each get searched the pieces of the delta and then the cache of the base: 2.5 times the
+    time of a get with nothing above the base."""
+    snap = open_log(entries)
+    changes = puts(range(100, 100 + delta.MAX_SETTLE_ENTRIES), 0)
+    snap.apply([*changes, Delete(key(3))], cursor(2))
+    changed, below = key(150), key(5)
+    first = [snap.get(changed), snap.get(below)]
+    assert all(first)
+    searches = calls_of(monkeypatch, delta.Delta, "get")
+    files.forget()
+    assert [snap.get(changed), snap.get(below)] == first
+    assert work_of(snap.get, below).lines <= 8
+    assert not searches
+    assert files.total == 0
+    assert snap.get(key(3)) is None
+    snap.apply([Put(below, b"newer")], cursor(3))
+    assert [snap.get(changed), snap.get(below).value] == [first[0], b"newer"]
+
+
+def test_what_a_delta_keeps_at_hand_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, open_log: OpenLog
+) -> None:
+    monkeypatch.setattr(delta, "HOT_ENTRIES", 10)
+    snap = open_log(FEW)
+    large = Put("large", bytes(delta.HOT_VALUE_BYTES + 1))
+    snap.apply([large, *puts(range(100, 100 + delta.MAX_SETTLE_ENTRIES), 0)], cursor(2))
+    hot = snap.snapshot().delta
+    for number in range(50):
+        assert snap.get(key(number))
+        assert snap.get("large")
+        assert 0 < len(hot.hot) <= 10
+        assert "large" not in hot.hot
+
+
+@both
 def test_counting_the_entries_reads_the_indexes_of_touched_leaves_once(
     open_log: OpenLog, files: CountedFiles, entries: int
 ) -> None:
