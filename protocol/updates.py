@@ -187,6 +187,7 @@ class _Packers(threading.local):
 
 
 _packers = _Packers()
+_new = tuple.__new__  # a NamedTuple in half the time
 
 
 def check_origin(origin: object) -> None:
@@ -208,10 +209,12 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
     TypeError or ValueError names the first invalid update. Cost: about 0.3 us an update plus 1 us a
     batch.
     """
-    cursor = as_cursor(cursor)
+    if type(cursor) is not WatchCursor:
+        cursor = as_cursor(cursor)
     if origin:
         check_origin(origin)
-    updates = _in_order(updates)
+    if type(updates) is not list:
+        updates = _in_order(updates)
     if not updates:
         item = _with_origin(msgpack.packb([cursor, [], [], []]), origin)
         return Batch(cursor, item, (), 0, origin)
@@ -224,13 +227,18 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
     except UnicodeEncodeError:
         _explain(updates)
         raise
-    item = _with_origin(item, origin)
+    if origin:
+        item = _with_origin(item, origin)
     if len(item) > MAX_ITEM_BYTES:
         raise ValueError(
             f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}"
         )
-    changes = _changes(keys, values, list(map(bytes, versions)))
-    return Batch(cursor, item, changes, len(keys), origin)
+    changes: tuple[dict[str, Change], ...]
+    if len(keys) == 1 and type(values[0]) is bytes:  # 0.5 us less than the general way
+        changes = ({keys[0]: (keys[0], values[0], bytes(versions[0]))},)
+    else:
+        changes = _changes(keys, values, list(map(bytes, versions)))
+    return _new(Batch, (cursor, item, changes, len(keys), origin))
 
 
 def _with_origin(item: bytes, origin: bytes) -> bytes:
@@ -406,6 +414,8 @@ def _changes(
 def batches_body(items: Sequence[bytes]) -> bytes:
     """The body of a BATCHES frame that holds `items`, of which there is at least one."""
     count = len(items)
+    if count == 1:
+        return b"\x91" + items[0]
     header = bytes((0x90 | count,)) if count < 16 else msgpack.Packer().pack_array_header(count)
     return b"".join((header, *items))
 

@@ -188,5 +188,7 @@ class Turns:
 
 def discard(line: deque[Any], what: object) -> None:
     """Remove `what` from a line, if it is in it. Atomic."""
-    with contextlib.suppress(ValueError):
+    try:  # noqa: SIM105 - `suppress` takes five times as long, and each write calls this
         line.remove(what)
+    except ValueError:
+        pass

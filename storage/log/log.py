@@ -201,13 +201,15 @@ class Log:
         """
         if self._forked or self.closed or self.poison is not None:
             self.check_usable()
-        if not 0 < len(items) <= MAX_GROUP:
-            raise ValueError(f"a commit group takes 1 to {MAX_GROUP} batches, got {len(items)}")
-        if (size := sum(map(len, items)) + _ARRAY_HEADER_BYTES) > MAX_BODY_BYTES:
+        count = len(items)
+        if not 0 < count <= MAX_GROUP:
+            raise ValueError(f"a commit group takes 1 to {MAX_GROUP} batches, got {count}")
+        size = _ARRAY_HEADER_BYTES + (len(items[0]) if count == 1 else sum(map(len, items)))
+        if size > MAX_BODY_BYTES:
             raise ValueError(
                 f"a commit group of {size} bytes is over the limit of {MAX_BODY_BYTES}"
             )
-        if self.position.seq + len(items) > U64_MAX:
+        if self.position.seq + count > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is exhausted")
         if self._half_written:
             self._undo("it was interrupted")

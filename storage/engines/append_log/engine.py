@@ -111,12 +111,19 @@ class LogEngine:
             self.settle()
         since = self._since
         if staged is None:
-            staged = self.fold.with_group(batches)
+            fold = self.fold
+            if len(batches) == 1:
+                only = batches[0]
+                staged = fold.with_batch(only.changes, fold.seq + 1, only.cursor, only.origin)
+            else:
+                staged = fold.with_group(batches)
         self._next = staged
-        beside_log = not log.file.format.keeps_origin and staged.origin != self.fold.origin
+        beside_log = staged.origin != self.fold.origin and not log.file.format.keeps_origin
         if beside_log:
             write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
-        log.append([batch.item for batch in batches])
+        log.append(
+            (batches[0].item,) if len(batches) == 1 else [batch.item for batch in batches]
+        )
         if beside_log:
             with contextlib.suppress(OSError):  # the name alone is safe: nobody resumes from it
                 write_origin(log.files, log.path, staged.origin)
@@ -277,7 +284,12 @@ class LogEngine:
 
     def should_compact(self, threshold_bytes: int) -> bool:
         """True if the log has grown enough since its last compaction."""
-        return should_compact(self.log.appended_bytes, self.log.file.base_end, threshold_bytes)
+        log = self.log
+        base_bytes = log.file.base_end
+        appended_bytes = log.position.offset - base_bytes
+        return appended_bytes > threshold_bytes and should_compact(
+            appended_bytes, base_bytes, threshold_bytes
+        )
 
     def begin_compaction(self) -> Rewrite:
         """Start a compaction of the current fold.
