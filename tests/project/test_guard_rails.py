@@ -29,6 +29,7 @@ from foldlog.protocol.updates import SLICE, batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import delta, leaf
 from foldlog.storage.fold.base import EMPTY_BASE
+from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.leaf import MAX_ENTRIES, MIN_ENTRIES
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats import registry
@@ -317,9 +318,7 @@ def test_what_changed_since_the_compaction_is_not_looked_for_on_disk(
         *(Delete(key(number)) for number in range(50, 100)),
         Put("new", b""),
     ]
-    for number, batch in enumerate(
-        [changes, puts(range(100, 100 + delta.MAX_SETTLE_ENTRIES), 0)], 2
-    ):
+    for number, batch in enumerate([changes, puts(range(100, 100 + delta.SETTLE_ENTRIES), 0)], 2):
         snap.apply(batch, cursor(number))
         files.forget()
         assert all(snap.get(key(number)) for number in range(50))
@@ -336,7 +335,7 @@ def test_a_hot_key_below_settled_changes_is_found_without_a_search(
     """Each get searched the pieces of the delta and then the cache of the base: 2.5 times the
     time of a get with nothing above the base."""
     snap = open_log(entries)
-    changes = puts(range(100, 100 + delta.MAX_SETTLE_ENTRIES), 0)
+    changes = puts(range(100, 100 + delta.SETTLE_ENTRIES), 0)
     snap.apply([*changes, Delete(key(3))], cursor(2))
     changed, below = key(150), key(5)
     first = [snap.get(changed), snap.get(below)]
@@ -358,7 +357,7 @@ def test_what_a_delta_keeps_at_hand_is_bounded(
     monkeypatch.setattr(delta, "HOT_ENTRIES", 10)
     snap = open_log(FEW)
     large = Put("large", bytes(delta.HOT_VALUE_BYTES + 1))
-    snap.apply([large, *puts(range(100, 100 + delta.MAX_SETTLE_ENTRIES), 0)], cursor(2))
+    snap.apply([large, *puts(range(100, 100 + delta.SETTLE_ENTRIES), 0)], cursor(2))
     hot = snap.snapshot().delta
     for number in range(50):
         assert snap.get(key(number))
@@ -596,8 +595,15 @@ def test_a_compaction_decodes_the_leaves_that_were_touched_and_copies_the_others
 @pytest.mark.parametrize("size", [VALUE_BYTES, VALUE_BYTES + 1])
 @pytest.mark.parametrize("step", [1, 2, 20])
 def test_a_compaction_that_touches_every_leaf_decodes_and_encodes_each_once(
-    open_log: OpenLog, files: CountedFiles, leaves: LeafCounter, step: int, size: int, entries: int
+    monkeypatch: pytest.MonkeyPatch,
+    open_log: OpenLog,
+    files: CountedFiles,
+    leaves: LeafCounter,
+    step: int,
+    size: int,
+    entries: int,
 ) -> None:
+    monkeypatch.setattr(EMPTY_DELTA, "settle_entries", 8192)  # of the larger store, they settle
     snap = open_log(entries)
     count = len(snap.snapshot().base)
     snap.apply(puts(range(0, entries, step), size), cursor(2))

@@ -121,9 +121,7 @@ class LogEngine:
         beside_log = staged.origin != self.fold.origin and not log.file.format.keeps_origin
         if beside_log:
             write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
-        log.append(
-            (batches[0].item,) if len(batches) == 1 else [batch.item for batch in batches]
-        )
+        log.append((batches[0].item,) if len(batches) == 1 else [batch.item for batch in batches])
         if beside_log:
             with contextlib.suppress(OSError):  # the name alone is safe: nobody resumes from it
                 write_origin(log.files, log.path, staged.origin)

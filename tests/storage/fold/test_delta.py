@@ -150,7 +150,7 @@ def test_a_change_is_copied_a_bounded_number_of_times(monkeypatch, size):
     rng = random.Random(5)
     fold = FoldSnapshot.empty()
     most_runs = 0
-    total = 24_000
+    total = 100_000
     expected = {}
     for seq in range(1, total // size + 1):
         updates = [Put(f"{rng.randrange(10**9):09}", b"%d" % seq) for _ in range(size)]
@@ -162,21 +162,21 @@ def test_a_change_is_copied_a_bounded_number_of_times(monkeypatch, size):
     assert dict(fold.items()) == expected
     assert len(fold) == len(expected)
     assert most_runs <= 9, "a get would probe too many dicts"
-    # A change moves up through at most log4(8192) runs, is rewritten up to four times in each,
+    # A change moves up through at most log4(32,768) runs, is rewritten up to four times in each,
     # then settles.
     assert Counted.copied / total < 40
 
 
 def test_no_run_or_piece_outgrows_what_one_call_may_touch():
     fold = FoldSnapshot.empty()
-    updates = [Put(f"{n:06}", b"v", VersionToken.unknown()) for n in range(60_000)]
+    updates = [Put(f"{n:06}", b"v", VersionToken.unknown()) for n in range(66_000)]
     fold = fold.with_batch(encode_batch(updates, WatchCursor.none()).changes, 1, WatchCursor.none())
     *pieces, settling = fold.delta
     assert len(pieces) == len(fold.delta) > 50
     assert all(len(piece) <= delta.PIECE_ENTRIES for piece in pieces)
     assert len(settling) <= 2 * delta.SETTLE_ENTRIES
-    assert sum(map(len, fold.runs)) < 2 * delta.MAX_SETTLE_ENTRIES
-    assert len(fold) == 60_000
+    assert sum(map(len, fold.runs)) < 2 * delta.SETTLE_ENTRIES
+    assert len(fold) == 66_000
 
 
 @given(st.lists(changes, max_size=30), keys, keys | st.none())
@@ -215,6 +215,7 @@ def test_no_batch_waits_until_a_whole_delta_is_copied(monkeypatch, size):
 
     40,000 settled changes take in 8,192 more, which fall into every one of their pieces.
     """
+    monkeypatch.setattr(delta, "SETTLE_ENTRIES", 8192)
     settled = EMPTY_DELTA.with_runs(
         (Run({f"{n:06}": change(f"{n:06}", 1) for n in range(40_000)}),)
     )
