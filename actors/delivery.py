@@ -1,24 +1,27 @@
-"""A subscription delivered to an actor: each event is a message, sent from a thread that waits on
-the actor's behalf."""
+"""A subscription delivered to an actor: each event is a message, sent by the dispatcher."""
 
 from __future__ import annotations
 
-import threading
+import sys
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import pykka
+from pykka._envelope import Envelope
 
 from foldlog.actors.adapter import log
-from foldlog.actors.feeds import Subscription
-from foldlog.protocol.events import Ended
+from foldlog.actors.bookmark import Bookmark
+from foldlog.actors.feeds import Feeds
+from foldlog.actors.subscription import Since, Subscription
+from foldlog.protocol.engine import Snapshot
+from foldlog.protocol.events import Ended, Event
+from foldlog.storage.handover import Latch
 
 IN_FLIGHT = 64
 """Events that may be in an actor's mailbox, unhandled, before sending pauses."""
 MAX_FAILURES = 3
 """Events in a row that an actor may fail on before it is unsubscribed."""
-CHECK_S = 1.0
-"""How long it may take to notice, while no events come, that the actor is dead."""
 
 
 class Delivery:
@@ -29,16 +32,23 @@ class Delivery:
     unsubscribed. The last message is `Ended`, if the actor is still alive.
     """
 
-    def __init__(self, ref: pykka.ActorRef[Any], subscription: Subscription) -> None:
+    def __init__(
+        self,
+        ref: pykka.ActorRef[Any],
+        feeds: Feeds,
+        current: Callable[[], Snapshot],
+        prefix: str,
+        since: Since,
+    ) -> None:
         """Not public: use `store.subscribe` or `follower.subscribe`."""
-        self._ref, self._subscription = ref, subscription
-        self._in_flight: deque[pykka.Future[Any]] = deque()
-        self._failures = 0
-        self.thread = threading.Thread(target=self._run, name="foldlog-delivery", daemon=True)
+        self._sending = sending = _Sending(ref, feeds, prefix)
+        self._subscription = sending.subscription = Subscription(
+            feeds, current, prefix, since, sending.bookmark, feeds.dispatcher.index
+        )
         try:
-            self.thread.start()
+            feeds.dispatcher.add(sending)
         except RuntimeError:
-            subscription.close()
+            self._subscription.close()
             raise
 
     @property
@@ -50,63 +60,147 @@ class Delivery:
         """Stop delivering. Returns at once; one event may still be on its way."""
         self._subscription.close()
 
-    def _run(self) -> None:
-        subscription = self._subscription
+    def wait_ended(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing more is sent, `Ended` included. False after `timeout_s`."""
+        return self._sending.over.wait(timeout_s)
+
+
+class _Receipt(pykka.Future[Any]):
+    """Set by the actor once it has handled an event. It keeps no value and wakes nobody, unless
+    that matters."""
+
+    def __init__(self, sending: _Sending) -> None:
+        super().__init__()
+        self._sending = sending
+
+    def set(self, value: Any = None) -> None:
+        self._sending.note(None)
+
+    def set_exception(self, exc_info: Any = None) -> None:
+        self._sending.note((exc_info or sys.exc_info())[1] or RuntimeError("unknown"))
+
+
+class _Sending:
+    """What the dispatcher does for one actor."""
+
+    def __init__(self, ref: pykka.ActorRef[Any], feeds: Feeds, prefix: str) -> None:
+        self._ref, self._dispatcher = ref, feeds.dispatcher
+        self.bookmark = Bookmark(prefix, self._wake)
+        self.subscription: Subscription
+        self.over = Latch()
+        self._in_flight = 0
+        self._answers: deque[BaseException | None] = deque()
+        """What became of events: appended by the actor, in order."""
+        self._failures = 0
+        """In a row."""
+        self._is_blocked = False
+        """It has no room, so that the next answer wakes the dispatcher."""
+        self._was_stuck = False
+
+    def _wake(self) -> None:
+        self._dispatcher.wake(self)
+
+    @property
+    def is_over(self) -> bool:
+        return self.over.is_set()
+
+    def note(self, error: BaseException | None) -> None:
+        """The actor is done with an event. On the actor's thread."""
+        self._answers.append(error)
+        if self._is_blocked or error is not None:
+            self._wake()
+
+    def serve(self, limit: int) -> bool:
+        """See `Served`."""
+        if self.is_over:
+            return False
         try:
-            self._deliver()
+            return self._serve(limit)
         except pykka.ActorDeadError:
-            subscription.close("the actor is dead")
+            self.give_up("the actor is dead")
         except Exception as error:
             log.exception("a subscription ended")
-            subscription.close(f"{type(error).__name__}: {error}")
-        else:
-            subscription.close()
-        finally:
-            subscription.ended = subscription.buffer.ended
-            if self._ref.is_alive():
-                try:
-                    self._ref.tell(Ended(subscription.ended or "over"))
-                except Exception as error:  # it died just now, or its mailbox refuses
-                    log.info("a subscriber was not told of its end: %s", error)
+            self.give_up(f"{type(error).__name__}: {error}")
+        return False
 
-    def _deliver(self) -> None:
-        subscription, in_flight = self._subscription, self._in_flight
-        while True:
-            event = subscription.next(CHECK_S)
-            if event is None:
-                if subscription.ended is not None:
-                    return
-                if not self._ref.is_alive():
-                    raise pykka.ActorDeadError
+    def _serve(self, limit: int) -> bool:
+        subscription, is_parked = self.subscription, False
+        while limit:
+            if not self._has_room() or self.is_over:
+                return False
+            event = subscription.next(0.0)
+            if event is not None:
+                self._send(event)
+                limit -= 1
+            elif subscription.ended is not None:
+                self.give_up(subscription.ended)
+                return False
+            elif is_parked:
+                return False
             else:
-                in_flight.append(self._ref.ask(event, block=False))
-            while in_flight and self._settle(
-                in_flight[0], wait=len(in_flight) >= IN_FLIGHT or self._failures > 0
-            ):
-                in_flight.popleft()
-                if self._failures >= MAX_FAILURES:
-                    subscription.close(f"the actor failed on {MAX_FAILURES} events in a row")
-                    return
+                self.bookmark.join()  # look again: a group may have come just before
+                is_parked = True
+        return True
 
-    def _settle(self, future: pykka.Future[Any], *, wait: bool) -> bool:
-        """True if the actor is done with an event. With `wait`, waits until it is."""
-        while True:
-            try:
-                future.get(timeout=CHECK_S if wait else 0.0)
-            except pykka.Timeout:
-                if not wait:
-                    return False
-                if self._subscription.buffer.ended is not None or not self._ref.is_alive():
-                    # It does not answer, and there is no reason left to wait for it.
-                    raise pykka.ActorDeadError from None
-                continue
-            except pykka.ActorDeadError:
-                if not self._ref.is_alive():
-                    raise
-                self._failures += 1  # another actor's death, raised by its handler
-            except Exception as error:
-                self._failures += 1
-                log.warning("a subscriber failed on an event: %s: %s", type(error).__name__, error)
-            else:
-                self._failures = 0
+    def _send(self, event: Event) -> None:
+        if not self._ref.is_alive():
+            raise pykka.ActorDeadError
+        self._in_flight += 1
+        self._ref.actor_inbox.put(Envelope(event, reply_to=_Receipt(self)))
+
+    def _has_room(self) -> bool:
+        self._is_blocked = False
+        self._settle()
+        if self._is_free():
             return True
+        self._is_blocked = True
+        self._settle()  # an answer may have come just before
+        if not self._is_free():
+            return False
+        self._is_blocked = False
+        return True
+
+    def _is_free(self) -> bool:
+        # After a failure, what is in flight is waited for: three in a row end it.
+        return not self._in_flight or (self._in_flight < IN_FLIGHT and not self._failures)
+
+    def _settle(self) -> None:
+        answers = self._answers
+        while answers:
+            error = answers.popleft()
+            self._in_flight -= 1
+            self._was_stuck = False
+            if error is None:
+                self._failures = 0
+                continue
+            if isinstance(error, pykka.ActorDeadError) and not self._ref.is_alive():
+                raise error  # else it is another actor's death, raised by its handler
+            self._failures += 1
+            log.warning("a subscriber failed on an event: %s: %s", type(error).__name__, error)
+            if self._failures >= MAX_FAILURES:
+                self.give_up(f"the actor failed on {MAX_FAILURES} events in a row")
+                return
+
+    def check(self) -> None:
+        """See `Served`."""
+        if not self._ref.is_alive():
+            self.give_up("the actor is dead")
+        elif self.bookmark.ended is not None and self._is_blocked:
+            if self._was_stuck:  # it does not answer, and there is no reason left to wait for it
+                self.give_up(self.bookmark.ended)
+            self._was_stuck = True
+
+    def give_up(self, reason: str) -> None:
+        """End it, and tell the actor, if it is alive."""
+        if self.is_over:
+            return
+        subscription = self.subscription
+        subscription.close(reason)
+        subscription.ended = self.bookmark.ended
+        try:
+            if self._ref.is_alive():
+                self._ref.tell(Ended(subscription.ended or "over"))
+        except Exception as error:  # it died just now, or its mailbox refuses
+            log.info("a subscriber was not told of its end: %s", error)
+        finally:
+            self.over.set()

@@ -345,13 +345,8 @@ class Writer(SharedActor):
         rewound = next((request.rewound for request in written if request.rewound), "")
         if rewound:
             core.feeds.jump(fold, rewound)
-        elif core.feeds.wanted:
-            core.feeds.publish(
-                fold,
-                fold.seq - len(batches) + 1,
-                batches,
-                sum(len(batch.item) for batch in batches),
-            )
+        else:
+            core.feeds.publish(fold, fold.seq - len(batches) + 1, batches)
         self._step("writer.after_publish")
         statistics, now = core.statistics, time.monotonic()
         statistics.batches += len(written)

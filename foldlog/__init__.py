@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from foldlog import upstreams
 from foldlog.actors.core import Restart, State, Stats
 from foldlog.actors.delivery import Delivery
-from foldlog.actors.feeds import Watch
 from foldlog.actors.follower import FollowerState
+from foldlog.actors.watch import Watch
 from foldlog.codecs import Codec
 from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow

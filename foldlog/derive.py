@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
-from foldlog.actors.feeds import Buffer, Feeds, Group, Lost
+from foldlog.actors.bookmark import Bookmark
+from foldlog.actors.feeds import Feeds
+from foldlog.actors.ring import Group, Lost, Place
 from foldlog.follow import Follower
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
@@ -44,7 +46,7 @@ class _Worker(Generic[V]):
 
     def __init__(self, feeds: Feeds, build: Build[V], update: ApplyUpdates[V], prefix: str) -> None:
         self.feeds, self.build, self.update, self.prefix = feeds, build, update, prefix
-        self.buffer = Buffer()
+        self.bookmark = Bookmark()  # of any prefix: each group moves the snapshot on
         # Written only by the thread, replaced whole. Invariant: `value` equals `build(snapshot)`.
         self.state: DerivedState[V]
         self.error: Exception | None = None
@@ -53,34 +55,34 @@ class _Worker(Generic[V]):
 
     def start(self, current: Callable[[], Snapshot]) -> None:
         """Build the first state, on the caller's thread, and start. Raises what `build` raises."""
-        self.feeds.add(self.buffer)  # first: nothing published during the build may be missed
+        self.feeds.add(self.bookmark)  # first: nothing published during the build may be missed
         try:
             at = current()
             self.state = DerivedState(self.build(at), at)
-            self.buffer.start_at(at)
+            self.bookmark.start_at(at)
             threading.Thread(target=self._run, name="foldlog-derive", daemon=True).start()
         except BaseException:
-            self.feeds.remove(self.buffer)
+            self.feeds.remove(self.bookmark)
             raise
 
     def _run(self) -> None:
         while True:
-            taken = self.buffer.first()
+            taken = self.bookmark.first()
             if taken is None:
-                if self.buffer.ended is not None:
+                if self.bookmark.ended is not None:
                     break
                 continue
-            self.buffer.drop(taken)
             self._follow(taken)
+            self.bookmark.drop(taken)
             with self._advanced:
                 self._advanced.notify_all()
-        self.feeds.remove(self.buffer)
+        self.feeds.remove(self.bookmark)
         with self._advanced:
             self._advanced.notify_all()
 
-    def _follow(self, taken: Group | Lost) -> None:
+    def _follow(self, taken: Group | Lost | Place) -> None:
         fold, at = taken.fold, self.state.snapshot
-        if isinstance(taken, Lost) or taken.rewound or self.error is not None:
+        if not isinstance(taken, Group) or taken.rewound or self.error is not None:
             self._rebuild(fold)
         elif fold.seq <= at.seq:
             if fold.seq == at.seq:  # same state in a newer file: release the old one
@@ -98,9 +100,13 @@ class _Worker(Generic[V]):
 
     def _updated(self, group: Group, seen_seq: int) -> V:
         value, prefix = self.state.value, self.prefix
-        for seq, batch in enumerate(group.batches, group.first_seq):
+        if not group.touches(prefix):
+            return value
+        for seq, changes in group.events:
             if seq > seen_seq:
-                updates = [update for update in batch.updates() if update.key.startswith(prefix)]
+                updates = [
+                    change.update for change in changes if change.update.key.startswith(prefix)
+                ]
                 if updates:
                     value = self.update(value, updates)
         return value
@@ -119,8 +125,8 @@ class _Worker(Generic[V]):
         deadline = time.monotonic() + timeout_s
         with self._advanced:
             while not position.is_reached(self.state.snapshot):
-                if self.buffer.ended is not None and not len(self.buffer):
-                    raise StoreClosed(self.buffer.ended)
+                if self.bookmark.ended is not None and not len(self.bookmark):
+                    raise StoreClosed(self.bookmark.ended)
                 rest = deadline - time.monotonic()
                 if rest <= 0:
                     raise position.timeout(self.state.snapshot, timeout_s)
@@ -167,7 +173,7 @@ class Derived(Generic[V]):
     @property
     def ended(self) -> str | None:
         """Why the value is no longer updated; None while it is."""
-        return self._worker.buffer.ended
+        return self._worker.bookmark.ended
 
     def wait_for(
         self,
@@ -197,8 +203,8 @@ class Derived(Generic[V]):
 
 
 def _end(worker: _Worker[V]) -> None:
-    worker.feeds.remove(worker.buffer)
-    worker.buffer.end("closed by its owner", drop=True)
+    worker.feeds.remove(worker.bookmark)
+    worker.bookmark.end("closed by its owner", drop=True)
 
 
 def derive(

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import pykka
 
 from foldlog.actors.delivery import Delivery
-from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.follower import FollowerState, FollowerThread
+from foldlog.actors.subscription import Since, Subscription
+from foldlog.actors.watch import Watch
 from foldlog.health import Health, follower_health
 from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.options import CACHE_BYTES, POLL_INTERVAL_S
@@ -131,7 +132,7 @@ class Follower(Readable):
     ) -> Delivery:
         """`watch` for an actor: sends it each event as a message. See `Store.subscribe`."""
         self._thread.wake()
-        return Delivery(actor_ref, Subscription(self._thread.feeds, self.snapshot, prefix, since))
+        return Delivery(actor_ref, self._thread.feeds, self.snapshot, prefix, since)
 
     @property
     def path(self) -> Path:

@@ -25,7 +25,6 @@ from foldlog.actors.adapter import Mail, start_aside
 from foldlog.actors.answers import Answer, runs_callbacks
 from foldlog.actors.core import Config, Core, State, Stats, no_step
 from foldlog.actors.delivery import Delivery
-from foldlog.actors.feeds import Since, Subscription, Watch
 from foldlog.actors.requests import (
     CompactRequest,
     ExportRequest,
@@ -35,7 +34,9 @@ from foldlog.actors.requests import (
     SyncRequest,
     WriteRequest,
 )
+from foldlog.actors.subscription import Since, Subscription
 from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
+from foldlog.actors.watch import Watch
 from foldlog.health import Health, Status, store_health
 from foldlog.protocol.engine import CacheUse, Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
@@ -412,8 +413,9 @@ class Store(Readable):
         With `since`, instead of the state: the changes after a cursor (CursorExpired if it is from
         before the last compaction), or the exact difference from a snapshot that the caller holds,
         deletes included. Local writes do not advance the cursor, so changes since a cursor may
-        repeat them. Cost for the writer: a list append per commit group. Memory: bounded; a slow
-        subscriber gets Lagged, then the difference.
+        repeat them. Cost for the writer: a wake-up for each group under the prefix, if the watch
+        sleeps. Memory: bounded, and shared by all watches; a slow one gets Lagged, then the
+        difference.
         """
         self._check_process()
         return Watch(Subscription(self._core.feeds, self.snapshot, prefix, since), self)
@@ -428,7 +430,7 @@ class Store(Readable):
         on three events in a row is unsubscribed. Does not keep the store alive.
         """
         self._check_process()
-        return Delivery(actor_ref, Subscription(self._core.feeds, self.snapshot, prefix, since))
+        return Delivery(actor_ref, self._core.feeds, self.snapshot, prefix, since)
 
     def wait_for(
         self,

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, overload
 
-from foldlog.actors.feeds import Since, Watch
+from foldlog.actors.subscription import Since
+from foldlog.actors.watch import Watch
 from foldlog.codecs import Codec, codec_of
 from foldlog.follow import Follower
 from foldlog.protocol.errors import (
@@ -117,6 +118,11 @@ class _Values(Generic[T]):
                 self._sweep.append(key)
             else:
                 self.by_key.pop(key, None)
+
+
+def values_of(codec: Any) -> _Values[Any]:
+    """No values yet, to be decoded by `codec`: see `view`."""
+    return _Values(codec_of(codec))
 
 
 class _Pinned:
@@ -255,6 +261,16 @@ class View(Mapping[str, T]):
         self._published.snapshot.seq  # noqa: B018
         return self._published.snapshot  # type: ignore[return-value]
 
+    def _encoded(self, key: str, value: T) -> bytes:
+        self._check_key(key)
+        try:
+            raw = self._values.codec.encode(value)
+            if not isinstance(raw, bytes):
+                raise TypeError(f"the codec made {type(raw).__name__}, not bytes")
+        except Exception as error:
+            raise EncodeError(key, error) from error
+        return raw
+
     def _check_key(self, key: object) -> None:
         if not isinstance(key, str):
             raise TypeError(f"a key is a str, not {type(key).__name__}")
@@ -273,14 +289,7 @@ class MutableView(View[T], MutableMapping[str, T]):
 
     def __setitem__(self, key: str, value: T) -> None:
         """`put` the encoded value. EncodeError if the codec raises; then nothing is stored."""
-        self._check_key(key)
-        try:
-            raw = self._values.codec.encode(value)
-            if not isinstance(raw, bytes):
-                raise TypeError(f"the codec made {type(raw).__name__}, not bytes")
-        except Exception as error:
-            raise EncodeError(key, error) from error
-        self._source.put(key, raw)
+        self._source.put(key, self._encoded(key, value))
 
     def __delitem__(self, key: str) -> None:
         """Remove `key`; KeyError if it is absent."""
@@ -413,7 +422,7 @@ def view(store: Reads | FoldSnapshot, codec: Any, prefix: str = "") -> View[Any]
     """
     if not isinstance(prefix, str):
         raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-    values: _Values[Any] = _Values(codec_of(codec))
+    values = values_of(codec)
     if isinstance(store, Store):
         return MutableView(store, store._published, values, prefix)
     if isinstance(store, Reads):

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from foldlog.actors.feeds import Buffer, Feeds
+from foldlog.actors.feeds import Feeds, Waiter
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import RequestTimeout, StoreClosed
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, VersionToken, as_cursor, has_reached
+from foldlog.storage.handover import RECHECK_S, Wakeup
 
 SeqLike: TypeAlias = int | VersionToken
 """A batch's sequence: a number, or the version that `put` returned."""
@@ -65,18 +66,17 @@ def wait_until(
     timeout_s = check_timeout(timeout_s)
     if position.is_reached(current()):
         return
-    buffer = Buffer()
-    feeds.add(buffer)  # before checking the snapshot: anything published later wakes us
+    woken = Wakeup()
+    waiter = Waiter(position.is_reached, woken.set)
+    feeds.add_waiter(waiter)  # before checking the snapshot: anything published later wakes us
     try:
-        buffer.deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while not position.is_reached(current()):
-            group = buffer.first()
-            if group is not None:
-                buffer.drop(group)
-                continue
-            if buffer.ended is not None:
-                raise StoreClosed(buffer.ended)
-            if time.monotonic() >= buffer.deadline:
+            if feeds.ended is not None:
+                raise StoreClosed(feeds.ended)
+            rest = min(deadline - time.monotonic(), RECHECK_S)
+            if rest <= 0:
                 raise position.timeout(current(), timeout_s)
+            woken.wait(rest)
     finally:
-        feeds.remove(buffer)
+        feeds.remove_waiter(waiter)

@@ -16,7 +16,8 @@ from actor_kit import DEADLINE_S, cursor, in_thread, results, until
 import foldlog
 from foldlog import Changed, CursorExpired, Delete, Ended, Lagged, Put, Synced
 from foldlog.actors import delivery as delivery_module
-from foldlog.actors import feeds as feeds_module
+from foldlog.actors import dispatcher as dispatcher_module
+from foldlog.actors import ring as ring_module
 
 Open = Callable[..., foldlog.Store]
 
@@ -84,7 +85,7 @@ def test_an_actor_is_told_what_a_watch_tells_and_last_of_the_end(listen, open_st
     assert delivery.ended is None
     store.close()
     assert told.next() == Ended(f"{store.path} was closed")
-    delivery.thread.join(DEADLINE_S)
+    assert delivery.wait_ended(DEADLINE_S)
     assert delivery.ended == f"{store.path} was closed"
 
 
@@ -109,7 +110,7 @@ def test_cancelling_ends_it_though_nothing_happens(listen, open_store: Open):
     assert isinstance(told.next(), Synced)
     delivery.cancel()
     assert told.next() == Ended("closed by its subscriber")
-    delivery.thread.join(DEADLINE_S)
+    assert delivery.wait_ended(DEADLINE_S)
     assert not store._core.feeds.wanted
     delivery.cancel()
 
@@ -118,7 +119,7 @@ def test_a_slow_actor_has_few_events_in_its_mailbox_lags_and_ends_up_exact(
     listen, open_store: Open, monkeypatch
 ):
     """Scenario 76. It holds up nobody: all batches are answered while it stands still."""
-    monkeypatch.setattr(feeds_module, "BUFFER_GROUPS", 8)
+    monkeypatch.setattr(ring_module, "RING_GROUPS", 8)
     monkeypatch.setattr(delivery_module, "IN_FLIGHT", 5)
     store = open_store()
     go_on = threading.Event()
@@ -130,8 +131,8 @@ def test_a_slow_actor_has_few_events_in_its_mailbox_lags_and_ends_up_exact(
             cursor(number),
             timeout_s=DEADLINE_S,
         )
-    assert len(delivery._in_flight) <= 5
-    assert len(delivery._subscription.buffer) <= 8
+    assert delivery._sending._in_flight <= 5
+    assert len(delivery._subscription.bookmark) <= 8
     go_on.set()
     want = {entry.key: entry.value for entry in store.range()}
     state: dict[str, bytes] = {}
@@ -172,20 +173,20 @@ def test_an_actor_that_fails_now_and_then_is_told_on_and_one_that_fails_three_ti
     assert 3 <= len(changes) <= 11
     assert "failed on 3 events" in events[-1].reason
     assert frail.ref.is_alive()
-    delivery.thread.join(DEADLINE_S)
-    assert len(store._core.feeds._buffers) == 1, "the hardy one's"
+    assert delivery.wait_ended(DEADLINE_S)
+    assert len(store._core.feeds.bookmarks) == 1, "the hardy one's"
 
 
 def test_an_actor_that_is_dead_is_unsubscribed_though_nothing_happens(
     listen, open_store: Open, monkeypatch
 ):
-    monkeypatch.setattr(delivery_module, "CHECK_S", 0.01)
+    monkeypatch.setattr(dispatcher_module, "CHECK_S", 0.01)
     store = open_store()
     told = listen()
     delivery = store.subscribe(told.ref)
     assert isinstance(told.next(), Synced)
     told.ref.stop()
-    delivery.thread.join(DEADLINE_S)
+    assert delivery.wait_ended(DEADLINE_S)
     assert delivery.ended == "the actor is dead"
     assert not store._core.feeds.wanted
 
@@ -193,7 +194,7 @@ def test_an_actor_that_is_dead_is_unsubscribed_though_nothing_happens(
 def test_an_actor_that_dies_with_events_in_its_mailbox_is_unsubscribed(
     listen, open_store: Open, monkeypatch
 ):
-    monkeypatch.setattr(delivery_module, "CHECK_S", 0.01)
+    monkeypatch.setattr(dispatcher_module, "CHECK_S", 0.01)
     store = open_store()
     entered, go_on = threading.Event(), threading.Event()
 
@@ -208,14 +209,13 @@ def test_an_actor_that_dies_with_events_in_its_mailbox_is_unsubscribed(
     assert entered.wait(DEADLINE_S)
     told.ref.stop(block=False)
     go_on.set()
-    delivery.thread.join(DEADLINE_S)
-    assert not delivery.thread.is_alive()
+    assert delivery.wait_ended(DEADLINE_S)
 
 
 def test_an_actor_that_never_answers_does_not_keep_the_store_or_the_thread(
     listen, open_store: Open, monkeypatch
 ):
-    monkeypatch.setattr(delivery_module, "CHECK_S", 0.01)
+    monkeypatch.setattr(dispatcher_module, "CHECK_S", 0.01)
     monkeypatch.setattr(delivery_module, "IN_FLIGHT", 1)
     store = open_store()
     go_on = threading.Event()
@@ -223,8 +223,7 @@ def test_an_actor_that_never_answers_does_not_keep_the_store_or_the_thread(
     delivery = store.subscribe(told.ref)
     store.apply([Put("k", b"")], cursor(1))
     store.close()
-    delivery.thread.join(DEADLINE_S)
-    assert not delivery.thread.is_alive()
+    assert delivery.wait_ended(DEADLINE_S)
     go_on.set()
 
 

@@ -130,7 +130,7 @@ def test_many_applies_in_flight_make_few_groups(run: Any, path: Path):
 
 
 def test_a_large_batch_is_encoded_off_the_loop(run: Any, path: Path, monkeypatch: Any):
-    monkeypatch.setattr(aio, "ENCODE_ON_LOOP", 10)
+    monkeypatch.setattr("foldlog.aio.store.ENCODE_ON_LOOP", 10)
 
     async def main() -> None:
         async with aio.open(path) as store:
@@ -235,7 +235,7 @@ def test_a_watch_goes_on_from_a_cursor_or_says_that_it_cannot(run: Any, path: Pa
 
 
 def test_a_watch_that_is_too_slow_is_told_that_it_lagged(run: Any, path: Path, monkeypatch: Any):
-    monkeypatch.setattr("foldlog.actors.feeds.BUFFER_GROUPS", 8)
+    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 8)
 
     async def main() -> None:
         async with aio.open(path, sync="never") as store, store.watch() as watch:

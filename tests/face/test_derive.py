@@ -92,7 +92,7 @@ def test_the_value_always_belongs_to_the_snapshot_beside_it(path: Path):
 
 
 def test_it_is_built_anew_after_a_lag(path: Path, monkeypatch: Any):
-    monkeypatch.setattr("foldlog.actors.feeds.BUFFER_GROUPS", 3)
+    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 3)
     began, go_on = threading.Event(), threading.Event()
 
     def slow(value: Pairs, updates: Sequence[Update]) -> Pairs:

@@ -1,0 +1,173 @@
+"""The dispatcher: one thread that serves all subscribed actors of a store or a follower.
+
+It follows the ring, and looks up whom each group concerns. It serves these in turns, a few events
+at a time, and never waits for any of them. So an actor that is slow or dead does not hold up the
+others.
+
+The thread runs while there is anyone to serve. It yields the interpreter often, since the writer
+and the actors that it feeds need it, too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Protocol
+
+from foldlog.actors.adapter import log, start_aside
+from foldlog.actors.bookmark import Bookmark
+from foldlog.actors.prefixes import PrefixIndex, listed
+from foldlog.actors.ring import Group, Place, Ring
+
+CHECK_S = 1.0
+"""How long it may take to notice, while no events come, that an actor is dead."""
+EVENTS_A_TURN = 16
+"""Events sent to one actor before the next one has its turn."""
+SLICE_S = 0.002
+"""How long it works before it yields the interpreter."""
+REST_SHARE = 1.0
+"""It then rests for this share of the time that it worked."""
+PAUSE_S = 0.001
+"""It rests at least this long between two looks, so that it is woken for many groups at once."""
+
+
+class Served(Protocol):
+    """What the dispatcher serves. It calls it on its own thread only."""
+
+    def serve(self, limit: int) -> bool:
+        """Send up to `limit` events. True if there are more and there is room for them."""
+
+    def check(self) -> None:
+        """Notice that the actor is dead, or takes nothing any more."""
+
+    def give_up(self, reason: str) -> None:
+        """End it without being served."""
+
+    @property
+    def is_over(self) -> bool:
+        """True if there is nothing more to do for it."""
+
+
+class Dispatcher:
+    """See the module."""
+
+    def __init__(self, ring: Ring, published: PrefixIndex) -> None:
+        """`published` is the index that the publisher tells."""
+        self._ring, self._published = ring, published
+        self._reset()
+
+    def _reset(self) -> None:
+        self.index = PrefixIndex()
+        """Wakes those that are served. The dispatcher tells it."""
+        self._bookmark = Bookmark()
+        self._joining: deque[Served] = deque()
+        self._ready: deque[Served] = deque()
+        """Those that may have something to send. May hold some twice."""
+        self._served: dict[Served, None] = {}
+        self._runner: dict[str, object] = {}
+        """The thread that runs, under one key: claimed and released in one step."""
+        self._next_check = 0.0
+
+    def add(self, served: Served) -> None:
+        """Serve it. RuntimeError if no thread can be started."""
+        self._joining.append(served)
+        self._start()
+
+    def wake(self, served: Served) -> None:
+        """It may have something to send, or is to end. Any thread may call it. Never blocks."""
+        self._ready.append(served)
+        self._bookmark.wake()
+
+    def _start(self) -> None:
+        """Start the thread if none runs. One too many ends at once."""
+        if self._runner:
+            self._bookmark.wake()
+        else:
+            thread = threading.Thread(target=self._run, name="foldlog-dispatcher", daemon=True)
+            start_aside(thread, self._failed_to_start)
+
+    def _failed_to_start(self, error: BaseException) -> None:
+        while self._joining and not self._runner:
+            self._joining.popleft().give_up(f"no thread could be started: {error}")
+
+    def _run(self) -> None:
+        me = object()
+        if self._runner.setdefault("thread", me) is not me:
+            self._bookmark.wake()
+            return
+        bookmark = self._bookmark
+        try:
+            bookmark.place(self._ring, self._published)
+            self.index.told = None
+            self._serve_all()
+        except Exception:
+            log.exception("the dispatcher failed")
+            for served in (*listed(self._served), *listed(self._joining)):
+                served.give_up("the dispatcher failed")
+            self._served.clear()
+            self._joining.clear()
+        finally:
+            bookmark.leave()
+            self._runner.pop("thread", None)
+        if self._joining:  # added between the last look and leaving
+            self._start()
+
+    def _serve_all(self) -> None:
+        while True:
+            while self._joining:
+                served = self._joining.popleft()
+                self._served[served] = None
+                self._ready.append(served)
+            if not self._served:
+                return
+            self._check_all()
+            began = time.thread_time()
+            if self._follow() or self._serve_ready():
+                # More may come soon: look again after a rest, and only then wait to be woken.
+                time.sleep(max((time.thread_time() - began) * REST_SHARE, PAUSE_S))
+            elif not self._joining:
+                self._bookmark.sleep(CHECK_S)
+
+    def _follow(self) -> bool:
+        """Wake those that the groups published since concern. True if there were any groups."""
+        bookmark, before = self._bookmark, self._bookmark.cell
+        bookmark.begin(0.0)
+        while (source := bookmark.first()) is not None:
+            after = Place(source.fold, source.next)
+            if isinstance(source, Group):
+                self.index.tell(source, after)
+            else:
+                self.index.wake_all()
+                self.index.told = after
+            bookmark.drop(source)
+        return bookmark.cell is not before
+
+    def _serve_ready(self) -> bool:
+        """Serve those that are ready, in turns, for a while. True if there were any."""
+        ready, until = self._ready, time.monotonic() + SLICE_S
+        did = False
+        while ready and time.monotonic() < until:
+            served = ready.popleft()
+            if served not in self._served:
+                continue
+            did = True
+            if served.serve(EVENTS_A_TURN):
+                ready.append(served)
+            if served.is_over:
+                self._served.pop(served, None)
+        return did
+
+    def _check_all(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK_S
+        for served in listed(self._served):
+            served.check()
+            if served.is_over:
+                self._served.pop(served, None)
+
+    def after_fork(self) -> None:
+        """In a forked child, where the thread is not."""
+        self._reset()

@@ -1,0 +1,138 @@
+"""Who sleeps until a key under a prefix changes.
+
+A sleeper leaves a spot under its prefix. Whoever tells of a group looks up the prefixes of the keys
+that changed, and wakes only the sleepers whose prefix is among them. So the cost of a group depends
+on its keys and on how many lengths of prefix there are, but not on how many sleep.
+
+A spot also tells the sleeper what it may skip. As long as it is not released, no group that was
+told of has changed anything under the prefix.
+
+One thread at a time tells; any thread may join or leave, and may be interrupted doing so. Telling
+may be interrupted too: the next group that is told then has unknown steps, and wakes all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from foldlog.actors.ring import Group, Place
+
+T = TypeVar("T")
+
+REFRESH = 1024
+"""Groups after which lengths that no prefix has any more are forgotten."""
+
+
+class Spot:
+    """A sleeper's place in the index, used once."""
+
+    __slots__ = ("admitted", "before", "left", "prefix", "released", "wake")
+
+    def __init__(self, prefix: str, wake: Callable[[], object]) -> None:
+        self.prefix, self.wake = prefix, wake
+        self.before: Place | None = None
+        """Set when it is released: the place before the group that did it. None if unknown."""
+        self.released = False
+        self.admitted = self.left = False
+
+    def release(self, before: Place | None) -> None:
+        if not self.released:
+            self.before = before
+            self.released = True
+        self.wake()
+
+
+class PrefixIndex:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self.told: Place | None = None
+        """Everything before it has been told. Replaced after the sleepers were woken."""
+        # Joining and leaving are left to the teller: one owner, and so no lock.
+        self._joined: dict[Spot, None] = {}
+        self._left: dict[Spot, None] = {}
+        self._parked: dict[str, dict[Spot, None]] = {}
+        self._lengths: set[int] = set()
+        self._until_refresh = REFRESH
+
+    def join(self, prefix: str, wake: Callable[[], object]) -> Spot:
+        """Call `wake` once, when a key under `prefix` has changed, or anything may have. Look at
+        the ring after this: a group may have come just before."""
+        spot = Spot(prefix, wake)
+        self._joined[spot] = None
+        return spot
+
+    def leave(self, spot: Spot) -> None:
+        """Forget the sleeper."""
+        spot.left = True  # first: `_admit` sets `admitted`, then looks at this
+        self._joined.pop(spot, None)
+        if spot.admitted and not spot.released:
+            self._left[spot] = None
+
+    def tell(self, group: Group, after: Place) -> None:
+        """Wake those whose prefix `group` touches, or all if its steps are unknown. `after` is the
+        place after the group."""
+        self._admit()
+        if self._parked:
+            before = self.told
+            if before is None or not group.follows(before.fold.seq):
+                self.wake_all()
+            else:
+                for prefix in self._touched(group):
+                    self._release(prefix, before)
+        self.told = after
+
+    def wake_all(self) -> None:
+        """Wake all sleepers: the steps that follow are not known."""
+        self._admit()
+        for prefix in listed(self._parked):
+            self._release(prefix, self.told)
+        self._lengths = set()
+
+    def _release(self, prefix: str, before: Place | None) -> None:
+        for spot in self._parked[prefix]:
+            spot.release(before)
+        del self._parked[prefix]  # last: if this is interrupted, no sleeper is forgotten
+
+    def _admit(self) -> None:
+        if self._joined:
+            for spot in listed(self._joined):
+                spot.admitted = True
+                if not spot.left:
+                    self._lengths.add(len(spot.prefix))
+                    self._parked.setdefault(spot.prefix, {})[spot] = None
+                self._joined.pop(spot, None)  # last, see `_release`
+        if self._left:
+            for spot in listed(self._left):
+                spots = self._parked.get(spot.prefix)
+                if spots is not None:
+                    spots.pop(spot, None)
+                    if not spots:
+                        del self._parked[spot.prefix]
+                self._left.pop(spot, None)
+
+    def _touched(self, group: Group) -> set[str]:
+        parked = self._parked
+        self._until_refresh -= 1
+        if self._until_refresh <= 0:
+            self._until_refresh, self._lengths = REFRESH, set(map(len, parked))
+        touched: set[str] = set()
+        for length in self._lengths:
+            if not length:
+                touched.update(("",) if "" in parked else ())
+                continue
+            for keys in group.keys:
+                touched.update(
+                    [prefix for key in keys if (prefix := key[:length]) in parked]  # one look each
+                )
+        return touched
+
+
+def listed(items: Iterable[T]) -> tuple[T, ...]:
+    """What is in a dict that other threads, or a garbage collection meanwhile, may change."""
+    while True:
+        try:
+            return tuple(items)
+        except RuntimeError:  # it changed size during the iteration
+            continue

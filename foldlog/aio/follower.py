@@ -1,0 +1,40 @@
+"""The follower for event loops."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from foldlog.actors.feeds import Feeds
+from foldlog.actors.follower import FollowerState
+from foldlog.aio.face import Face
+from foldlog.follow import Follower, FollowerStats
+
+
+class AsyncFollower(Face[Follower]):
+    """A follower for event loops. Reads are plain calls."""
+
+    def __init__(self, follower: Follower, executor: ThreadPoolExecutor | None = None) -> None:
+        """Wrap an open follower; `close` closes it. To open one, use `aio.follow`."""
+        super().__init__(follower, executor)
+
+    @property
+    def follower(self) -> Follower:
+        """The synchronous follower."""
+        return self._opened
+
+    @property
+    def _feeds(self) -> Feeds:
+        return self._opened._thread.feeds
+
+    @property
+    def state(self) -> FollowerState:
+        """The state of the log as the follower sees it."""
+        return self._opened.state
+
+    def stats(self) -> FollowerStats:
+        """The follower's statistics. Cost: as `Follower.stats`."""
+        return self._opened.stats()
+
+    def _enter(self) -> None:
+        self._opened._thread.wake()
+        self._opened._thread.woken.set()  # check the log now: its file event may be late or lost

@@ -1,0 +1,69 @@
+"""Opening off the loop: a cancelled caller leaves nothing open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from foldlog.aio.face import Face
+
+P = ParamSpec("P")
+F = TypeVar("F", bound=Face[Any])
+
+
+class Opening(Generic[F]):
+    """What `open`, `follow` and `mirror` return: use it with `async with`, or await it."""
+
+    def __init__(
+        self, run: Callable[[], Any], face: Callable[[Any, ThreadPoolExecutor], F]
+    ) -> None:
+        """Not for callers: use `aio.open` or `aio.follow`."""
+        self._run, self._face = run, face
+        self._opened: F | None = None
+
+    async def _open(self) -> F:
+        executor = ThreadPoolExecutor(1, thread_name_prefix="foldlog-aio")
+        opening = executor.submit(self._run)
+        try:
+            opened = await asyncio.shield(asyncio.wrap_future(opening))
+        except BaseException:
+            if not opening.cancel():
+                opening.add_done_callback(_close_opened)
+            executor.shutdown(wait=False)
+            raise
+        return self._face(opened, executor)
+
+    def __await__(self) -> Generator[Any, None, F]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> F:
+        self._opened = await self._open()
+        return self._opened
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._opened is not None:
+            await self._opened.close()
+
+
+def _close_opened(opening: Future[Any]) -> None:
+    """Close what was opened after its caller had been cancelled."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+def opener(
+    run: Callable[P, Any], face: Callable[[Any, ThreadPoolExecutor], F], doc: str
+) -> Callable[P, Opening[F]]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> Opening[F]:
+        return Opening(lambda: run(*args, **kwargs), face)
+
+    call.__doc__, call.__name__, call.__qualname__ = doc, run.__name__, run.__name__
+    return call

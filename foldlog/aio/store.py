@@ -1,0 +1,221 @@
+"""The store for event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import Iterable, Sized
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from foldlog.actors.core import State, Stats
+from foldlog.actors.feeds import Feeds
+from foldlog.actors.requests import (
+    CompactRequest,
+    ExportRequest,
+    LocalWrite,
+    Request,
+    SyncRequest,
+)
+from foldlog.aio.answers import answer, note_outcome
+from foldlog.aio.face import Face
+from foldlog.protocol.errors import Backpressure
+from foldlog.protocol.options import (
+    APPLY_TIMEOUT_S,
+    CLOSE_TIMEOUT_S,
+    FORMAT,
+    JOB_TIMEOUT_S,
+    UNSET,
+    Unset,
+    check_timeout,
+)
+from foldlog.protocol.store import FormatName, StrPath
+from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
+from foldlog.protocol.updates import Update
+from foldlog.storage.artifacts.artifact import ExportManifest
+from foldlog.store import Store, write_of
+
+ENCODE_ON_LOOP = 4096
+"""The largest batch, in updates, that is encoded on the loop's thread: about 2 ms. Larger ones are
+encoded off it."""
+ROOM_CHECK_S = 0.001
+"""Between two checks for room in the mailbox."""
+
+
+class _Line:
+    """A loop's tasks that wait for room in the mailbox, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Lock()
+        """Held by the task that polls for room."""
+        self.length = 0
+
+
+class AsyncStore(Face[Store]):
+    """A store for event loops. Reads are plain calls; calls that wait for the writer are awaited.
+
+    An answered call means what it means for `foldlog.Store`. Cancelling a call withdraws its
+    request if it has not started; `aio.outcome(error)` says whether it was.
+    """
+
+    def __init__(self, store: Store, executor: ThreadPoolExecutor | None = None) -> None:
+        """Wrap an open store; `close` closes it. To open one, use `aio.open`."""
+        super().__init__(store, executor)
+        self._lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    @property
+    def store(self) -> Store:
+        """The synchronous store, with everything it offers. Any thread may use it."""
+        return self._opened
+
+    @property
+    def _feeds(self) -> Feeds:
+        return self._opened._core.feeds
+
+    def _enter(self) -> None:
+        self._opened._check_process()
+
+    @property
+    def state(self) -> State:
+        """The state of the store."""
+        return self._opened.state
+
+    @property
+    def synced_cursor(self) -> WatchCursor:
+        """The position up to which every update survives a power loss."""
+        return self._opened.synced_cursor
+
+    def stats(self) -> Stats:
+        """The store's statistics. Cost: microseconds, plus counting the entries on the first call
+        after a batch."""
+        return self._opened.stats()
+
+    async def apply(
+        self,
+        updates: Iterable[Update],
+        cursor: CursorLike,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
+        *,
+        forward_only: bool = False,
+    ) -> int:
+        """`Store.apply`, awaited. Returns the batch's sequence once it is written and published.
+
+        Calls in flight share commit groups. Waits for room in a full mailbox, within `timeout_s`.
+        """
+        self._opened._core.snapshot.seq  # noqa: B018 - StoreClosed before TypeError or ValueError
+        timeout_s = check_timeout(timeout_s)
+        if isinstance(updates, Sized) and len(updates) > ENCODE_ON_LOOP:
+            request = await self._off_loop(lambda: write_of(updates, cursor, forward_only))
+        else:
+            request = write_of(updates, cursor, forward_only)
+        seq: int = await self._ask(request, timeout_s)
+        return seq
+
+    async def put(
+        self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
+    ) -> VersionToken:
+        """`Store.put`, awaited."""
+        return await self._write(LocalWrite(key, value), timeout_s)
+
+    async def create(
+        self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
+    ) -> VersionToken:
+        """`Store.create`, awaited."""
+        return await self._write(LocalWrite(key, value, must_be_new=True), timeout_s)
+
+    async def update(
+        self,
+        key: str,
+        value: bytes,
+        *,
+        expected: VersionToken,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
+    ) -> VersionToken:
+        """`Store.update`, awaited."""
+        return await self._write(LocalWrite(key, value, expected=expected), timeout_s)
+
+    async def delete(
+        self,
+        key: str,
+        *,
+        expected: VersionToken | Unset = UNSET,
+        timeout_s: float | None = APPLY_TIMEOUT_S,
+    ) -> VersionToken:
+        """`Store.delete`, awaited."""
+        return await self._write(LocalWrite(key, UNSET, expected=expected), timeout_s)
+
+    async def sync(self, timeout_s: float | None = APPLY_TIMEOUT_S) -> None:
+        """`Store.sync`, awaited."""
+        await self._ask(SyncRequest(), timeout_s)
+
+    async def compact(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
+        """`Store.compact`, awaited."""
+        await self._ask(CompactRequest(), timeout_s)
+
+    async def export_to(
+        self,
+        dest_dir: StrPath,
+        timeout_s: float | None = JOB_TIMEOUT_S,
+        *,
+        format: FormatName | None = None,
+    ) -> ExportManifest:
+        """`Store.export_to`, awaited."""
+        FORMAT.check(format)
+        request = ExportRequest(os.path.abspath(os.fspath(dest_dir)), format)
+        manifest: ExportManifest = await self._ask(request, timeout_s)
+        return manifest
+
+    async def reopen(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
+        """`Store.reopen`, off the loop."""
+        await self._off_loop(lambda: self._opened.reopen(timeout_s))
+
+    async def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
+        """`Store.close`, off the loop. Closing twice is fine. If cancelled, it still closes."""
+        await self._close(lambda: self._opened.close(timeout_s))
+
+    async def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
+        return VersionToken.from_u64(await self._ask(request, timeout_s))
+
+    async def _ask(self, request: Request, timeout_s: float | None) -> Any:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + check_timeout(timeout_s)
+        line = self._lines.get(loop)
+        if line is None:
+            line = self._lines.setdefault(loop, _Line())
+        if line.length:
+            await self._wait_for_room(request, line, deadline)
+        else:
+            try:
+                self._opened._submit(request)
+            except Backpressure:
+                await self._wait_for_room(request, line, deadline)
+        return await answer(request.future, max(deadline - loop.time(), 0.0))
+
+    async def _wait_for_room(self, request: Request, line: _Line, deadline: float) -> None:
+        """Submit the request as soon as the mailbox has room. Backpressure if it has none by the
+        deadline."""
+        full: Backpressure | None = None
+        line.length += 1
+        try:
+            async with asyncio.timeout_at(deadline) as waiting, line.first:
+                while True:
+                    try:
+                        self._opened._submit(request)
+                        return
+                    except Backpressure as error:
+                        full = error
+                    await asyncio.sleep(ROOM_CHECK_S)
+        except asyncio.CancelledError as error:
+            note_outcome(error, "withdrawn", "the request was not yet in the mailbox")
+            raise
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            raise full or Backpressure(
+                "other tasks are already waiting for room in the mailbox"
+            ) from None
+        finally:
+            line.length -= 1
