@@ -1,0 +1,197 @@
+"""One thread serves all subscribed actors, and none of them can hold up the others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pykka
+import pytest
+from actor_kit import DEADLINE_S, cursor, until
+from counting import usual, work_of
+
+import foldlog
+from foldlog import Changed, Ended, FoldSnapshot, Put, Synced
+from foldlog.actors import dispatcher as dispatcher_module
+from foldlog.actors.bookmark import Bookmark
+from foldlog.actors.feeds import Feeds
+from foldlog.actors.ring import Group
+from foldlog.protocol.updates import encode_batch
+
+Open = Callable[..., foldlog.Store]
+
+
+class Hearing(pykka.ThreadingActor):
+    """Puts what it hears into a queue, under its number, once `gate` is open."""
+
+    use_daemon_thread = True
+
+    def __init__(self, number: int, heard: queue.SimpleQueue[Any], gate: threading.Event) -> None:
+        super().__init__()
+        self.number, self.heard, self.gate = number, heard, gate
+
+    def on_receive(self, message: Any) -> None:
+        self.gate.wait(DEADLINE_S)
+        self.heard.put((self.number, message))
+
+
+class Crowd:
+    """Actors that share one queue."""
+
+    def __init__(self) -> None:
+        self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.refs: list[pykka.ActorRef[Any]] = []
+
+    def start(self, gate: threading.Event | None = None) -> pykka.ActorRef[Any]:
+        if gate is None:
+            gate = threading.Event()
+            gate.set()
+        self.refs.append(Hearing.start(len(self.refs), self.heard, gate))
+        return self.refs[-1]
+
+    def next(self, kind: type) -> tuple[int, Any]:
+        """The next message of a kind, and who heard it."""
+        while True:
+            number, message = self.heard.get(timeout=DEADLINE_S)
+            if isinstance(message, kind):
+                return number, message
+
+
+@pytest.fixture
+def crowd(nothing_left: None) -> Iterator[Crowd]:
+    crowd = Crowd()
+    yield crowd
+    for ref in crowd.refs:
+        ref.stop(block=True, timeout=DEADLINE_S)
+
+
+def dispatchers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "dispatcher" in thread.name]
+
+
+def test_a_hundred_subscriptions_take_one_thread_and_none_once_they_have_ended(
+    crowd: Crowd, open_store: Open
+):
+    store = open_store()
+    ref = crowd.start()
+    deliveries = [store.subscribe(ref, f"{number:03}/") for number in range(100)]
+    for _ in deliveries:
+        crowd.next(Synced)
+    assert dispatchers() == ["foldlog-dispatcher"]
+    store.apply([Put(f"{number:03}/k", b"") for number in range(0, 100, 7)], cursor(1))
+    told = {crowd.next(Changed)[1].update.key for _ in range(15)}
+    assert told == {f"{number:03}/k" for number in range(0, 100, 7)}
+    for delivery in deliveries:
+        delivery.cancel()
+    assert all(delivery.wait_ended(DEADLINE_S) for delivery in deliveries)
+    until(lambda: not dispatchers(), "its thread has ended")
+    store.subscribe(ref)
+    crowd.next(Synced)
+    assert dispatchers(), "another one begins when it is needed again"
+
+
+def test_actors_that_are_stuck_do_not_hold_up_the_others(crowd: Crowd, open_store: Open):
+    store = open_store(sync="never")
+    gate = threading.Event()
+    for _ in range(5):
+        store.subscribe(crowd.start(gate))
+    store.subscribe(crowd.start())
+    for number in range(1, 200):
+        store.apply([Put("k", b"%d" % number)], cursor(number), timeout_s=DEADLINE_S)
+        if number % 20 == 0:
+            seen = crowd.next(Changed)
+            while seen[1].seq < number:
+                seen = crowd.next(Changed)
+            assert seen[0] == 5
+    gate.set()
+
+
+def test_an_actor_whose_mailbox_raises_is_unsubscribed_and_the_others_are_served(
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_store()
+    odd, well = crowd.start(), crowd.start()
+
+    class Full:
+        def put(self, envelope: Any) -> None:
+            raise OverflowError("the mailbox is full")
+
+    inbox = odd.actor_inbox
+    monkeypatch.setattr(odd, "actor_inbox", Full())
+    delivery = store.subscribe(odd)
+    store.subscribe(well)
+    assert delivery.wait_ended(DEADLINE_S)
+    assert "the mailbox is full" in (delivery.ended or "")
+    monkeypatch.setattr(odd, "actor_inbox", inbox)
+    store.apply([Put("k", b"")], cursor(1))
+    assert crowd.next(Changed)[0] == 1
+
+
+def test_an_actor_whose_prefix_is_untouched_for_longer_than_the_ring_holds_misses_nothing(
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 8)
+    store = open_store(sync="never")
+    asleep = crowd.start()
+    store.subscribe(asleep, "rare/")
+    crowd.next(Synced)
+    bookmark = store._core.feeds.dispatcher._bookmark
+    for number in range(1, 100):
+        store.apply([Put("often", b"")], cursor(number))
+        if number % 5 == 0:
+            until(lambda: not len(bookmark), "the dispatcher has seen it")
+    store.apply([Put("rare/k", b"")], cursor(100))
+    number, message = crowd.heard.get(timeout=DEADLINE_S)
+    assert (number, message.update.key, message.seq) == (0, "rare/k", 100)
+
+
+def test_a_group_takes_the_same_work_of_the_dispatcher_for_any_number_that_it_does_not_concern():
+    def work(subscribed: int) -> Any:
+        feeds = Feeds()
+        index = feeds.dispatcher.index
+        bookmarks = [Bookmark(f"{n:04}/") for n in range(subscribed)]
+        for bookmark in bookmarks:
+            feeds.add(bookmark, index)
+            bookmark.join()
+        works = []
+        fold = FoldSnapshot.empty()
+        for _ in range(10):
+            batch = encode_batch([Put("other", b"")], cursor(1))
+            fold = fold.with_group([batch])
+            group = Group(fold, fold.seq, [batch])
+            after = feeds._ring.append(group)
+            works.append(work_of(index.tell, group, after))
+        return usual(works)
+
+    few, many = work(2), work(1000)
+    assert few.is_like(many), (few, many)
+
+
+def test_where_no_thread_can_be_started_the_subscription_ends_and_says_why(
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_store()
+    ref = crowd.start()
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatcher_module, "start_aside", refuse)
+        with pytest.raises(RuntimeError):
+            store.subscribe(ref)
+    assert not store._core.feeds.wanted
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dispatcher_module,
+            "start_aside",
+            lambda thread, failed: failed(RuntimeError("can't start new thread")),
+        )
+        delivery = store.subscribe(ref)
+    assert delivery.wait_ended(DEADLINE_S)
+    assert "can't start new thread" in (delivery.ended or "")
+    crowd.next(Ended)
+    store.subscribe(ref)
+    crowd.next(Synced)
