@@ -3,6 +3,9 @@
 They share one mailbox, and whichever is free takes the next message. So a long range delays only
 its own reader, and any reader's reference reaches all of them. They keep no state. So a crashed one
 is replaced, and what it had in hand is tried once more.
+
+An `ask` for one key costs less than waking a thread. So the asker's thread takes the turn of a
+reader that is idle, as `SharedActor` explains. Ranges are left to the readers' own threads.
 """
 
 from __future__ import annotations
@@ -11,19 +14,58 @@ import time
 from itertools import islice
 from typing import Any
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, reply, stop_only
-from foldlog.actors.core import Core
+from pykka._envelope import Envelope
+
+from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, log, reply, stop_only
+from foldlog.actors.core import Core, no_step
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
 from foldlog.protocol.messages import Get, Page, Range, RangePage
 from foldlog.protocol.updates import KvEntry
 
 
-class Reader(SupervisedActor):
+class ReaderInbox(Inbox):
+    """The mailbox of all readers of a store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: list[Reader] = []
+
+    def put(self, envelope: Envelope[Any] | Mail) -> None:
+        """Called by actor references. Serves it on this thread, if it is for one key and a reader
+        is idle."""
+        message, reply_to = envelope.message, envelope.reply_to
+        if reply_to is None or not self._is_served_here(Mail(message, reply_to)):
+            super().put(envelope)
+
+    def _is_served_here(self, mail: Mail) -> bool:
+        for reader in self.readers:
+            if not reader.turn:
+                if type(mail.message) is Get:
+                    return self._is_served_by(reader, mail)
+            elif reader.is_in_turn():  # a signal handler, say: it would wait for itself
+                reader.answer(mail)
+                return True
+        return False
+
+    def _is_served_by(self, reader: Reader, mail: Mail) -> bool:
+        try:
+            return reader.work_in_turn(mail)
+        except BaseException as error:
+            for _ in self.readers:
+                self.wake()  # each looks after its own turn
+            if not reader.is_own_fault(error):
+                raise
+            return True  # the reader died of it, and answers when it restarts
+
+
+class Reader(SharedActor):
     """See the module."""
 
-    def __init__(self, core: Core, post: Post, inbox: Inbox, number: int) -> None:
+    def __init__(self, core: Core, post: Post, inbox: ReaderInbox, number: int) -> None:
         super().__init__(f"reader-{number}", post, inbox)
-        self._core, self._step = core, core.config.step
+        inbox.readers.append(self)
+        step = core.config.step
+        self._core, self._step = core, no_step if step is no_step else self.hooked(step)
         self._retried: Mail | None = None
 
     def on_start(self) -> None:
@@ -40,8 +82,11 @@ class Reader(SupervisedActor):
         self.taken[:] = stops
 
     def handle(self, mails: list[Mail]) -> None:
-        mail = mails[0]
         self._step("reader.handle")
+        self.answer(mails[0])
+
+    def answer(self, mail: Mail) -> None:
+        """Answer it from the published snapshot."""
         try:
             value = self._answer(mail.message)
         except (FoldlogError, OSError, TypeError, ValueError) as error:

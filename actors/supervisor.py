@@ -66,7 +66,6 @@ from foldlog.actors.adapter import (
     STOP,
     DiedInTurn,
     Ended,
-    Inbox,
     Mail,
     Notice,
     Started,
@@ -76,7 +75,7 @@ from foldlog.actors.adapter import (
 from foldlog.actors.answers import Answer
 from foldlog.actors.core import Core, Restart, State
 from foldlog.actors.maintenance import Maintenance
-from foldlog.actors.readers import Reader
+from foldlog.actors.readers import Reader, ReaderInbox
 from foldlog.actors.syncer import Syncer
 from foldlog.actors.writer import Writer
 from foldlog.protocol.errors import (
@@ -180,7 +179,7 @@ class Supervisor:
     def __init__(self, core: Core) -> None:
         self.core = core
         self._notices: queue.SimpleQueue[Notice | CloseNow | Reopen] = queue.SimpleQueue()
-        self.reader_inbox = Inbox()
+        self.reader_inbox = ReaderInbox()
         self.maintenance = Maintenance(core, self.post)
         self.writer = Writer(core, self.post, self.maintenance.inbox)
         self.maintenance.writer_inbox = self.writer.inbox

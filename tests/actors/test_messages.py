@@ -35,6 +35,7 @@ from foldlog import (
     VersionMismatch,
     VersionToken,
 )
+from foldlog.actors.readers import Reader
 
 # Local writes.
 
@@ -316,3 +317,65 @@ def test_readers_share_their_mailbox_so_a_long_range_holds_up_one_of_them(open_s
     gate.open()
     assert len(slow.get(timeout=DEADLINE_S)) == 1
     assert threading.active_count() > 1
+
+
+def test_an_ask_for_one_key_is_served_on_the_asker_s_thread_while_a_reader_is_idle(
+    open_store, monkeypatch
+):
+    """Waking a thread and being woken costs ten times as much as the look-up."""
+    store = open_store(readers=2)
+    store.put("k", b"v")
+    served = []
+    answer = Reader.answer
+
+    def noted(reader, mail):
+        served.append((type(mail.message), threading.get_ident()))
+        answer(reader, mail)
+
+    monkeypatch.setattr(Reader, "answer", noted)
+    assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
+    assert store.reader.ask(Get("k"), block=False).get(timeout=0.0).value == b"v"
+    assert len(store.reader.ask(Range("k"), timeout=DEADLINE_S)) == 1
+    here = threading.get_ident()
+    assert [(kind, thread == here) for kind, thread in served] == [
+        (Get, True),
+        (Get, True),
+        (Range, False),
+    ]
+
+
+@pytest.mark.parametrize("message", [Get("k"), Range("k")])
+def test_a_signal_handler_may_ask_within_an_ask(open_store, monkeypatch, message):
+    """The handler runs in the turn that its own thread has taken: the one reader cannot serve it."""
+    store = open_store(readers=1)
+    store.put("k", b"v")
+    inner = []
+    answer = Reader.answer
+
+    def interrupted(reader, mail):
+        if not inner:
+            inner.append(None)
+            inner.append(store.reader.ask(message, timeout=DEADLINE_S))
+        answer(reader, mail)
+
+    monkeypatch.setattr(Reader, "answer", interrupted)
+    assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
+    assert inner[1] is not None
+
+
+def test_an_interrupt_in_a_reader_s_turn_reaches_the_caller_and_the_reader_lives_on(
+    open_store, monkeypatch
+):
+    store = open_store(readers=1)
+    store.put("k", b"v")
+    answer = Reader.answer
+
+    def struck(reader, mail):
+        monkeypatch.setattr(Reader, "answer", answer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reader, "answer", struck)
+    with pytest.raises(KeyboardInterrupt):
+        store.reader.ask(Get("k"))
+    assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
+    assert len(store.reader.ask(Range("k"), timeout=DEADLINE_S)) == 1
