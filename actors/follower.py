@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections import deque
+from math import inf
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ from foldlog.actors.adapter import log, start_aside
 from foldlog.actors.answers import Answer
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.filewatch import FileWatch
-from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.errors import FoldlogError, RequestTimeout
 from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
@@ -86,14 +87,17 @@ class FollowerThread:
         self._closing = False
         self._prepare()
 
-    def open(self) -> None:
-        """Read what is there, and follow what comes. Nothing stays open if this raises or is
-        interrupted."""
+    def open(self, timeout_s: float) -> None:
+        """Read what is there, and follow what comes. RequestTimeout after `timeout_s`. Nothing
+        stays open if this raises or is interrupted."""
+        deadline = time.monotonic() + timeout_s
+        self._tail.give_up_at = deadline
         self._catch_up()
         if self._error is not None:
             raise self._error
+        self._tail.give_up_at = inf
         try:
-            self._start()
+            self._start(max(deadline - time.monotonic(), 0.0))
             tell_after_fork(self, Rank.FOLLOWER)
         except BaseException:
             self.ask_to_close()
@@ -124,11 +128,16 @@ class FollowerThread:
             if self._tail.started and not self._tail.behind:
                 break
 
-    def _start(self) -> None:
+    def _start(self, timeout_s: float | None = None) -> None:
         self.woken.set()  # for changes before the watch began
         self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
         start_aside(self.thread, lambda error: self._started.finish(None, error))
-        self._started.result()
+        try:
+            self._started.result(timeout_s)
+        except TimeoutError:
+            raise RequestTimeout(
+                f"{self.path}: no thread was started within {timeout_s} s"
+            ) from None
 
     def after_fork(self) -> None:
         """In a forked child: the first use resumes following. The parent's resources are neither

@@ -18,7 +18,7 @@ from foldlog.actors.subscription import Since, Subscription
 from foldlog.actors.watch import Watch
 from foldlog.health import Health, follower_health
 from foldlog.protocol.errors import InvalidFormatError
-from foldlog.protocol.options import CACHE_BYTES, POLL_INTERVAL_S
+from foldlog.protocol.options import CACHE_BYTES, JOB_TIMEOUT_S, POLL_INTERVAL_S, check_timeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -53,6 +53,7 @@ def follow(
     *,
     poll_interval_s: float = POLL_INTERVAL_S.default,
     cache_bytes: int = CACHE_BYTES.default,
+    timeout_s: float | None = JOB_TIMEOUT_S,
     files: Files = OS_FILES,
 ) -> Follower:
     """Follow the log at `path`, which a writer in this or another process has open or will create.
@@ -62,7 +63,8 @@ def follow(
     nothing. Memory: 3 MB for 1,000,000 compacted entries, plus what was read since, at most
     `cache_bytes`, and the changes since the last compaction.
 
-    Raises CorruptLogError, InvalidFormatError or OSError if there is a log that cannot be read.
+    Raises CorruptLogError, InvalidFormatError or OSError if there is a log that cannot be read;
+    RequestTimeout if it is not read within `timeout_s`. Then nothing stays open.
 
     >>> with foldlog.open("routes.log") as routes, foldlog.follow("routes.log") as follower:
     ...     routes.put("a", b"10.0.0.1")
@@ -75,6 +77,7 @@ def follow(
     """
     poll_interval_s = POLL_INTERVAL_S.check(poll_interval_s)
     CACHE_BYTES.check(cache_bytes)
+    timeout_s = check_timeout(timeout_s)
     log_path = resolve(path)
     if log_path.is_dir():
         raise InvalidFormatError(
@@ -82,7 +85,7 @@ def follow(
         )
     thread = FollowerThread(log_path, files, poll_interval_s, cache_bytes)
     try:
-        thread.open()
+        thread.open(timeout_s)
         return Follower(thread)
     except BaseException:
         thread.ask_to_close()

@@ -14,6 +14,8 @@ The chain and the generation tell what happened to the file:
 
 from __future__ import annotations
 
+import time
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from foldlog.protocol.errors import (
     InvalidFormatError,
     LogChangedError,
     LogRegressedError,
+    RequestTimeout,
 )
 from foldlog.protocol.frames import (
     FRAME_HEADER,
@@ -49,6 +52,8 @@ STALLED_POLLS = 5
 """Polls that find the same half a frame before it is judged. A writer needs milliseconds."""
 STEP_BYTES = 4 * 1024 * 1024
 """One poll reads so much, or one frame: this bounds the memory of a follower that catches up."""
+FRAMES_A_LOOK = 64
+"""Frames read between two looks at the clock."""
 NEWS_BYTES = 16 * 1024 * 1024
 """Batches of a new file that are reported one by one; if there are more, the follower jumps."""
 
@@ -121,6 +126,9 @@ class Tail:
         # A file that was refused, by inode, size and time: not read again until it changes.
         self._refused: tuple[tuple[int, ...], FoldlogError] | None = None
         self.fold = FoldSnapshot.empty()
+        self.give_up_at = inf
+        """When to raise RequestTimeout in the middle of reading (time.monotonic()). What was not read
+        is read by a later poll."""
         self.missing = False
         """True if the last poll found no file at the path."""
         self.behind = False
@@ -198,6 +206,12 @@ class Tail:
                 return Advance(fold, first_seq, batches, chain.offset - start)
             return None
         return None if bad is None else self._wait_or_judge(place, bad, size)
+
+    def _check_time(self, chain: Chain, size: int) -> None:
+        if time.monotonic() >= self.give_up_at:
+            raise RequestTimeout(
+                f"{self._path}: only {chain.offset} of {size} bytes were read in time"
+            )
 
     def _wait_or_judge(self, place: _Place, bad: BadFrame, size: int) -> Advance | Jump | None:
         """Wait for the rest of half a frame. If it does not come, or the bytes cannot be half a
@@ -278,6 +292,8 @@ class Tail:
                 joint.feed(frame, body, chain, batches)
                 if batches:
                     batches_chain, batches_size = chain, frame.body_len
+                if not replay.frames % FRAMES_A_LOOK:
+                    self._check_time(chain, size)
         except (BadFrame, Undecodable):
             whole = False
         if not whole or not replay.base_end:

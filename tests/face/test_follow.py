@@ -188,6 +188,20 @@ def test_a_log_that_does_not_read_is_refused_at_once_and_leaves_nothing_behind(
         follow()
 
 
+def test_a_log_that_takes_too_long_to_read_is_given_up_and_leaves_nothing_behind(
+    follow: Follow, path: Path
+):
+    """Beside a writer at full speed, opening took 5 to 9 s, and nothing could bound it."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        for number in range(200):
+            snap.apply([Put(f"k{number}", b"")], cursor(number + 1))
+    with pytest.raises(RequestTimeout, match="bytes were read in time"):
+        follow(timeout_s=0.0)
+    with pytest.raises(ValueError, match="timeout_s"):
+        follow(timeout_s=-1.0)
+    assert len(follow(timeout_s=DEADLINE_S)) == 200
+
+
 # States.
 
 
