@@ -90,9 +90,9 @@ def test_a_request_that_ends_for_any_reason_loses_nothing(path, reason):
 
 
 def test_a_server_that_falls_silent_is_let_go_of(path, monkeypatch):
-    from foldlog.upstreams import nats_kv
+    from foldlog.upstreams import nats_pull
 
-    monkeypatch.setattr(nats_kv, "SILENCE_S", 0.2)
+    monkeypatch.setattr(nats_pull, "SILENCE_S", 0.2)
 
     def mute(frames):
         server.muted = True

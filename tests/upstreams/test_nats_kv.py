@@ -16,7 +16,8 @@ from upstream_kit import NatsSource, opened, same, until
 import foldlog
 from foldlog import Changed, LinkState, Rewound, Synced
 from foldlog.upstreams import NatsKv
-from foldlog.upstreams.nats_kv import _filters, _nanoseconds, sequences_of
+from foldlog.upstreams.nats_kv import _filters
+from foldlog.upstreams.nats_wire import nanoseconds, sequences_of
 
 names = (f"bucket{number}" for number in itertools.count())
 
@@ -179,7 +180,7 @@ def test_a_mirror_that_is_killed_leaves_a_consumer_that_removes_itself(source):
         await upstream.identify()
         changes = upstream.changes(foldlog.WatchCursor.none(), ())
         await anext(changes)
-        info = await upstream._request(f"CONSUMER.LIST.KV_{source.bucket}", {})
+        info = await upstream._connected().request(f"CONSUMER.LIST.KV_{source.bucket}", {})
         (consumer,) = info["consumers"]
         await changes.aclose()
         await upstream.close()
@@ -263,8 +264,8 @@ def test_the_sequences_in_a_reply_are_counted_from_its_end():
     assert sequences_of("$JS.ACK.S.c.1.7.5.99.3") == (5, 7, 99, 3)
     assert sequences_of("$JS.ACK.hub.ACC.S.c.1.7.5.99.3") == (5, 7, 99, 3)
     assert sequences_of("$JS.ACK.hub.ACC.S.c.1.7.5.99.3.random") == (5, 7, 99, 3)
-    assert _nanoseconds("1970-01-01T00:00:01.5Z") == 1_500_000_000
-    assert _nanoseconds("1970-01-01T00:00:01Z") == 1_000_000_000
+    assert nanoseconds("1970-01-01T00:00:01.5Z") == 1_500_000_000
+    assert nanoseconds("1970-01-01T00:00:01Z") == 1_000_000_000
 
 
 # Bad input.
@@ -368,3 +369,25 @@ def test_a_client_that_is_killed_while_it_loads_or_follows_is_exact_afterwards(s
     with mirrored(path, source) as mirror:
         assert (len(mirror), mirror.get("k.5").value) == (5997, b"2")
         assert mirror.verify().ok
+
+
+def test_what_is_used_of_nats_py_beyond_its_public_names_is_there():
+    """nats-py makes an object and a queue entry of each message, which costs ten times as much as
+    reading it. So its parser is replaced, which has no public place: any release may move it.
+    The extra `nats` allows no release that was not tried."""
+    import inspect
+    from importlib.metadata import requires, version
+
+    from nats.aio.client import Client
+    from nats.aio.subscription import Subscription
+    from nats.protocol.parser import Parser
+
+    client = Client()
+    assert isinstance(client._ps, Parser)
+    assert client._transport is None
+    assert inspect.iscoroutinefunction(client._ps.parse)
+    assert Subscription(client, 7)._id == 7
+    (extra,) = [each for each in requires("foldlog") or () if each.startswith("nats-py")]
+    newest = tuple(map(int, extra.partition("<")[2].partition(",")[0].partition(";")[0].split(".")))
+    assert tuple(map(int, version("nats-py").split(".")[:2])) < newest
+    assert newest == (2, 17)

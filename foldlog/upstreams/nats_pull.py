@@ -1,0 +1,177 @@
+"""Reading a consumer of JetStream by pull requests, without loss.
+
+The number of messages requested gives back-pressure, the consumer's sequence proves that none was
+lost (see `nats_wire`), and heartbeats show that the server is alive. On any gap, silence or
+unexpected answer, reading ends with UpstreamLost, and the link attaches again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncGenerator
+from typing import Any, NamedTuple
+
+from foldlog.protocol.updates import Update
+from foldlog.protocol.upstream import UpstreamLost
+from foldlog.upstreams.nats_connection import Connection
+from foldlog.upstreams.nats_wire import Receiver, Run, Status
+
+REQUEST_MESSAGES = 4000
+REQUEST_BYTES = 8 * 1024 * 1024
+PIECE_UPDATES = 1000
+PIECE_BYTES = 1024 * 1024
+EXPIRES_S = 30.0
+HEARTBEAT_S = 1.0
+SILENCE_S = 3.0
+"""After this long without a message or heartbeat, the consumer is considered dead."""
+_LIMIT = re.compile(r"exceeded maxrequestbatch of (\d+)")
+
+
+class Piece(NamedTuple):
+    """What was received since the last piece."""
+
+    updates: list[Update]
+    last: int = 0
+    """The stream sequence of the last message; 0 if there was none."""
+    pending: int | None = None
+    """Messages waiting upstream after these, if known."""
+    stored_ns: int = 0
+    """When the last message was stored."""
+    size: int = 0
+    """Bytes of values."""
+
+
+class Pull:
+    """Requests messages from the consumer at `subject`. They arrive in a receiver."""
+
+    def __init__(self, connection: Connection, subject: str, inbox: str, subjects: str) -> None:
+        """`subject`: of the API; `subjects`: the prefix of the stream's subjects."""
+        self._connection, self._subject, self._inbox = connection, subject, inbox
+        self._woken = asyncio.Event()
+        self.receiver = Receiver(connection.who, subjects, self._woken.set)
+        self._batch = REQUEST_MESSAGES
+        self._number = 0
+        self._asked: dict[int, int] = {}  # messages asked for by each of the newest requests
+        # Messages that the server may still deliver. It serves open requests in turn, so what is
+        # left of each one is known only once it ends.
+        self._credit = 0
+        self._wants_single = False  # request one message, without a limit on its size
+        self._single = 0  # the request that does
+        self._pending: int | None = None
+        self._heard = time.monotonic()
+        self._ended = False
+
+    async def pieces(self, once: bool) -> AsyncGenerator[Piece, None]:
+        """The messages in pieces. With `once`, they end when nothing is pending."""
+        await self._ask(once)
+        heard = self._heard = time.monotonic()
+        while True:
+            if not self.receiver.waiting:
+                await self._wait()
+            piece = self._take()
+            if once:  # nobody needs parts of a pass early: use fewer, larger pieces
+                while not self._ended and not _is_full(len(piece.updates), piece.size):
+                    await self._ask(once)
+                    if not self.receiver.waiting:
+                        await self._wait()
+                    piece = self._take(piece)
+            if piece.updates or (self._heard > heard and not once):  # silence proves nothing
+                yield piece
+            if self._ended:
+                return
+            heard = self._heard
+            await self._ask(once)
+
+    async def _wait(self) -> None:
+        """Wait for something to arrive, for half a heartbeat at most."""
+        self._woken.clear()
+        if self.receiver.error is None and not self.receiver.waiting:
+            self._connection.check()
+            try:
+                async with asyncio.timeout(HEARTBEAT_S / 2):  # wait_for swallows cancellations
+                    await self._woken.wait()
+            except TimeoutError:
+                if time.monotonic() - self._heard > SILENCE_S:
+                    reason = f"{self._connection.who}: no heartbeat for {SILENCE_S} s"
+                    raise UpstreamLost(reason) from None
+        if self.receiver.error is not None and not self.receiver.waiting:
+            raise self.receiver.error
+
+    async def _ask(self, once: bool) -> None:
+        """Keep enough requests open. The server may send no more than they ask for."""
+        while not self._single and (self._wants_single or self._credit <= self._batch):
+            self._number += 1
+            count = 1 if self._wants_single else self._batch
+            request: dict[str, Any] = {"batch": count}
+            if not self._wants_single:
+                request["max_bytes"] = REQUEST_BYTES
+            if once:
+                request["no_wait"] = True
+            else:
+                request["expires"] = int(EXPIRES_S * 1e9)
+                request["idle_heartbeat"] = int(HEARTBEAT_S * 1e9)
+            if self._wants_single:
+                self._wants_single, self._single = False, self._number
+            self._credit += count
+            self._asked[self._number] = count
+            if len(self._asked) > 64:
+                del self._asked[next(iter(self._asked))]
+            await self._connection.tell(
+                self._subject, json.dumps(request).encode(), f"{self._inbox}.{self._number}"
+            )
+
+    def _take(self, first: Piece | None = None) -> Piece:
+        """The messages received, added to `first`, up to the size of a piece."""
+        waiting = self.receiver.waiting
+        updates, size = (first.updates, first.size) if first is not None else ([], 0)
+        last: Run | None = None
+        if waiting:
+            self._heard = time.monotonic()
+        while waiting and not _is_full(len(updates), size):
+            arrived = waiting.popleft()
+            if isinstance(arrived, Status):
+                self._on_status(arrived)
+                continue
+            last = arrived
+            updates += arrived.updates
+            size += arrived.size
+            self._credit -= len(arrived.updates)
+            self._single, self._pending = 0, arrived.pending
+        pending = self._pending if not waiting else None
+        if last is not None:
+            return Piece(updates, last.last, pending, last.stored_ns, size)
+        return (first or Piece(updates))._replace(pending=pending)
+
+    def _on_status(self, status: Status) -> None:
+        """Handle a heartbeat, or the end of a request."""
+        code, text, headers = status.code, status.text.lower(), status.headers
+        who, delivered = self._connection.who, self.receiver.delivered
+        if code == "100":
+            told = headers.get("Nats-Last-Consumer")
+            if told is not None and int(told) > delivered:
+                raise UpstreamLost(f"{who}: messages up to {told} of the consumer are lost")
+            self._pending = 0  # idle although requests are open: nothing is pending
+            return
+        asked = self._asked.pop(status.number, self._batch)
+        unserved = headers.get("Nats-Pending-Messages", "")
+        left = int(unserved) if unserved.isdigit() else asked
+        self._credit = max(self._credit - left, 0)
+        if status.number == self._single:
+            self._single = 0
+        if code == "404":
+            self._ended = True
+            self._pending = 0
+        elif code == "409" and "message size exceeds" in text:
+            # The message at hand fits no open request: the server has ended them all.
+            self._credit, self._wants_single = 0, left == asked  # it brought nothing
+        elif code == "409" and (limit := _LIMIT.search(text)) and int(limit[1]) > 0:
+            self._batch = min(self._batch, int(limit[1]))
+        elif code != "408" and not (code == "409" and "batch completed" in text):
+            raise UpstreamLost(f"{who}: {code} {status.text}")
+
+
+def _is_full(updates: int, size: int) -> bool:
+    return updates >= PIECE_UPDATES or size >= PIECE_BYTES
