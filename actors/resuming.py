@@ -91,6 +91,12 @@ def plan(held: Held, found: Identity, *, accepted: bool = False) -> Plan:
     return Plan(Step.RESUME)
 
 
+def confirms(found: Identity, decided: Plan, again: Identity, decided_again: Plan) -> bool:
+    """True if a second look says what the first one did: the same upstream, and the same plan. The
+    first may have been answered by a leader that was deposed."""
+    return again.origin == found.origin and decided_again == decided
+
+
 def is_same(held: bytes, found: bytes) -> bool:
     """True if an origin as stored in a log, perhaps with a mark, is that of an upstream."""
     return held in (found, found + mark_of(held, found))
@@ -136,6 +142,12 @@ def audit_delay_s(cost_s: float, budget: float, min_s: float) -> float:
     """How long to wait after an audit that took `cost_s` of processor time, so that audits use
     `budget` of a core."""
     return max(min_s, cost_s / budget - cost_s)
+
+
+def next_audit_s(pace_s: float, *, is_clean: bool, was_clean: bool) -> float:
+    """How long to wait after an audit. What it corrected is checked at once, but only once: a
+    `parse` that is not a pure function would have it correct something each time."""
+    return 0.0 if was_clean and not is_clean else pace_s
 
 
 def retry_delay_s(attempt: int, jitter: float) -> float:

@@ -9,6 +9,7 @@ from foldlog import upstreams
 from foldlog.actors.core import Restart, State, Stats
 from foldlog.actors.delivery import Delivery
 from foldlog.actors.follower import FollowerState
+from foldlog.actors.progress import LinkState, LinkStats
 from foldlog.actors.watch import Watch
 from foldlog.codecs import Codec
 from foldlog.derive import Derived, DerivedState, derive
@@ -69,7 +70,6 @@ from foldlog.views import Decoded, MutableView, Removed, Undecodable, View, View
 if TYPE_CHECKING:
     from foldlog import aio as aio
     from foldlog import metrics as metrics
-    from foldlog.actors.link import LinkState, LinkStats
 
 __all__ = [
     "AppendLogSnapshot",
@@ -169,8 +169,6 @@ __all__ = [
 _LAZY = {
     "aio": "foldlog.aio",
     "metrics": "foldlog.metrics",
-    "LinkState": "foldlog.actors.link",
-    "LinkStats": "foldlog.actors.link",
 }
 
 

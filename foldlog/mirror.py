@@ -16,6 +16,7 @@ import pykka
 
 from foldlog.actors.adapter import Inbox, Mail
 from foldlog.actors.core import Core, Restart, Stats
+from foldlog.actors.progress import LinkState, LinkStats
 from foldlog.actors.requests import LocalWrite, Request, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
@@ -27,7 +28,8 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.store import Store, open
 
 if TYPE_CHECKING:
-    from foldlog.actors.link import Link, LinkConfig, LinkStats, OnApplied, Parse
+    from foldlog.actors.intake import LinkConfig, OnApplied, Parse
+    from foldlog.actors.link import Link
 
 # The link is imported on first use: it needs asyncio, which a store does not.
 
@@ -78,7 +80,7 @@ def mirror(
         raise ValueError(
             "an empty sequence of prefixes selects nothing; leave prefix out to select everything"
         )
-    from foldlog.actors.link import LinkConfig
+    from foldlog.actors.intake import LinkConfig
 
     config = LinkConfig(
         prefixes=() if "" in prefixes else prefixes,
@@ -153,13 +155,12 @@ class Mirror(Store):
         RequestTimeout after `timeout_s`, with the link's state and reason. Raises the link's error
         if it has FAILED.
         """
-        from foldlog.actors.link import LinkState
 
         if os.getpid() != self.link._pid:
             raise ForkedStore(f"{self.path} was opened before this process was forked")
         timeout_s = check_timeout(timeout_s)
         link, deadline = self.link, time.monotonic() + timeout_s
-        with link.changed:
+        with link.progress.changed:
             while link.state is not LinkState.LIVE:
                 if link.state is LinkState.FAILED:
                     raise link.error or FoldlogError(link.reason)
@@ -171,19 +172,19 @@ class Mirror(Store):
                     raise RequestTimeout(
                         f"not synced within {timeout_s} s; the link is {link.state}{reason}"
                     )
-                link.changed.wait(rest)
+                link.progress.changed.wait(rest)
         return True
 
     def lag(self) -> int | None:
         """Updates still waiting upstream, as last reported; 0 means in step. None if the link is
         not attached or the upstream cannot tell."""
-        return self.link.behind
+        return self.link.progress.behind
 
     @property
     def staleness_s(self) -> float:
         """Seconds since the upstream last confirmed that the mirror is in step; infinite if it has
         not since the mirror was opened."""
-        return self.link.staleness_s
+        return self.link.progress.staleness_s
 
     def accept_reset(self) -> None:
         """Allow the reset that the link is holding: to delete most of the keys, or to take over the

@@ -1,0 +1,218 @@
+"""What a link gives to its store: which updates, in which form, and one batch at a time.
+
+Only one batch is in flight, so no batch can be written after an earlier one was refused. Updates
+that arrive meanwhile form the next batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+
+from foldlog.actors.adapter import log
+from foldlog.actors.core import Restart
+from foldlog.actors.progress import Progress
+from foldlog.actors.resuming import may_delete
+from foldlog.protocol.errors import Backpressure
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import (
+    MAX_KEY_BYTES,
+    MAX_VALUE_BYTES,
+    Batch,
+    Delete,
+    Put,
+    Update,
+    encode_batch,
+)
+from foldlog.protocol.upstream import Prefixes, ResetHeld, UpstreamOversize
+from foldlog.storage.fold.snapshot import FoldSnapshot
+
+LARGE_BATCH = 20_000
+"""Batches of more updates than this are encoded off the loop, so that heartbeats are heard."""
+FULL_MAILBOX_S = 0.01
+"""How long to wait before a batch is offered again."""
+
+Parse: TypeAlias = Callable[[Update], Update | Iterable[Update] | None]
+"""Drops (None), renames or transforms an update. Must be a pure function of the update: audits and
+resets call it again."""
+OnApplied: TypeAlias = Callable[[Sequence[Update], WatchCursor], object]
+"""Called with each batch once it is written and published, on the link's thread."""
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """The options of a link. See `foldlog.mirror`."""
+
+    prefixes: Prefixes = ()
+    parse: Parse | None = None
+    on_applied: OnApplied | None = None
+    skip_oversize: bool = False
+    mass_delete: float = 0.5
+    audit_interval_s: float = 60.0
+    audit_budget: float = 0.01
+    max_restarts: int = 5
+    restart_window_s: float = 60.0
+
+
+class Sink(Protocol):
+    """What a link needs of its store."""
+
+    @property
+    def keeps_marks(self) -> bool:
+        """True if the log stores the mark next to each cursor; False if the origin is kept in a
+        file beside the log."""
+
+    def snapshot(self) -> FoldSnapshot:
+        """The published state."""
+
+    def feed(self, batch: Batch, rewound: str) -> Future[int]:
+        """Give the batch to the writer. A non-empty `rewound` is passed on to watchers. Raises
+        Backpressure, StoreFailed and the like."""
+
+    def note_restart(self, restart: Restart) -> None:
+        """Count a restart."""
+
+
+class _UnderWay(NamedTuple):
+    """The batch in flight."""
+
+    written: Future[int]
+    updates: Sequence[Update]
+    cursor: WatchCursor
+
+
+class Intake:
+    """See the module. Used on the link's loop alone."""
+
+    def __init__(self, sink: Sink, config: LinkConfig, progress: Progress) -> None:
+        self._sink, self._config, self._progress = sink, config, progress
+        self.turn = asyncio.Lock()
+        """Held while giving a batch to the store. Who holds it sees all that was received before
+        applied."""
+        self.origin = self.mark = b""
+        self.position = WatchCursor.none()
+        """What the store's cursor is, once the batch in flight is written."""
+        self.in_doubt = False
+        """True while held values may be those of another past of the upstream. Then no mark is
+        written: it would vouch for them, in case the link attaches again before they are
+        audited."""
+        self.accepted = False
+        """True if the owner has accepted a reset that is still to come."""
+        self._skipped: dict[str, bytes] = {}
+        self._under_way: _UnderWay | None = None
+
+    def wanted(self, updates: Sequence[Update]) -> Sequence[Update]:
+        """Those under the prefixes, as `parse` makes them."""
+        prefixes, parse = self._config.prefixes, self._config.parse
+        if prefixes:
+            updates = [update for update in updates if update.key.startswith(prefixes)]
+        if parse is None:
+            return updates
+        wanted: list[Update] = []
+        for update in updates:
+            parsed = _called(parse, update)
+            if isinstance(parsed, (Put, Delete)) or hasattr(parsed, "version"):
+                wanted.append(parsed)  # type: ignore[arg-type]
+            elif parsed is not None:
+                wanted += parsed
+        return wanted
+
+    def check_deletes(self, deleted: int, live: int) -> None:
+        """ResetHeld if `deleted` of `live` keys may not be removed without consent."""
+        if not self.accepted and not may_delete(deleted, live, self._config.mass_delete):
+            raise ResetHeld(f"{deleted} of {live} keys would be deleted")
+
+    @property
+    def skipped(self) -> Iterable[str]:
+        """The keys of entries over the limits."""
+        return self._skipped.keys()
+
+    async def apply(
+        self, updates: Sequence[Update], cursor: WatchCursor, mark: bytes, rewound: str = ""
+    ) -> None:
+        """Give the batch to the store. Returns once it is written and published."""
+        self.mark = mark
+        if len(updates) > LARGE_BATCH:
+            batch, updates = await asyncio.to_thread(self._encode, updates, cursor)
+        else:
+            batch, updates = self._encode(updates, cursor)
+        while True:
+            try:
+                written = self._sink.feed(batch, rewound)
+                break
+            except Backpressure:
+                await asyncio.sleep(FULL_MAILBOX_S)
+        self._under_way = _UnderWay(written, updates, cursor)
+        # Shielded: cancelling this batch while a later one is written would lose updates.
+        await asyncio.shield(asyncio.wrap_future(written))
+        self._settled()
+
+    async def settle(self) -> None:
+        """Wait for the batch in flight, if there is one: until then the store's cursor does not
+        say where to resume. Its own failure is not raised, but that of the hook is."""
+        if self._under_way is not None:
+            try:
+                await asyncio.shield(asyncio.wrap_future(self._under_way.written))
+            except Exception:
+                self._under_way = None  # the next attachment starts before it
+            else:
+                self._settled()
+
+    def _settled(self) -> None:
+        assert self._under_way is not None
+        _, updates, self.position = self._under_way
+        self._under_way = None
+        self._progress.updates += len(updates)
+        if self._config.on_applied is not None:
+            _called(self._config.on_applied, updates, self.position)
+
+    def _encode(
+        self, updates: Sequence[Update], cursor: WatchCursor
+    ) -> tuple[Batch, Sequence[Update]]:
+        origin = self.origin
+        if self._sink.keeps_marks and not self.in_doubt:
+            origin += self.mark
+        try:
+            batch = encode_batch(updates, cursor, origin)
+        except ValueError:
+            updates = [self._within_limits(update) for update in updates]
+            batch = encode_batch(updates, cursor, origin)
+        if self._skipped:
+            for update in updates:
+                if isinstance(update, Put):
+                    self._skipped.pop(update.key, None)
+            self._progress.skipped = len(self._skipped)
+        return batch, updates
+
+    def _within_limits(self, update: Update) -> Update:
+        """The update; or a delete of its key, if it is over the limits and those are skipped."""
+        size = len(update.key.encode(errors="surrogatepass"))
+        value = len(update.value) if isinstance(update, Put) else 0
+        if size <= MAX_KEY_BYTES and value <= MAX_VALUE_BYTES:
+            return update
+        what = f"its value takes {value} bytes" if value else f"it takes {size} bytes"
+        if size > MAX_KEY_BYTES or not self._config.skip_oversize:
+            raise UpstreamOversize(f"key {update.key[:80]!r} cannot be held: {what}", update.key)
+        log.warning("%s: key %r is skipped: %s", self._progress.name, update.key[:80], what)
+        self._skipped[update.key] = bytes(update.version)
+        return Delete(update.key, update.version)
+
+
+class HookFailed(Exception):
+    """A hook of the program raised `error`: the link's own failure, whatever kind of error it
+    is."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _called(hook: Callable[..., _T], *arguments: object) -> _T:
+    try:
+        return hook(*arguments)
+    except BaseException as error:  # an exit, too: it would end the event loop
+        raise HookFailed(error) from error
