@@ -51,6 +51,12 @@ class Server:
         self._command, self.port, self._log = command, port, log
         self._process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Start, and wait until it listens."""
         with self._log.open("ab") as log:

@@ -115,6 +115,21 @@ class NatsSource:
         self.loop.run(self.js.delete_key_value(self.bucket))
         self.create()
 
+    def api(self, subject: str, **body: Any) -> dict[str, Any]:
+        """The answer of the JetStream API, which may hold an `error`."""
+
+        async def ask() -> Any:
+            payload = json.dumps(body).encode()
+            return await self.client.request(f"$JS.API.{subject}", payload, timeout=DEADLINE_S)
+
+        answer: dict[str, Any] = json.loads(self.loop.run(ask()).data)
+        return answer
+
+    def configure(self, **changes: Any) -> bool:
+        """Change the stream's configuration. False if this server refuses."""
+        config = self.api(f"STREAM.INFO.KV_{self.bucket}")["config"] | changes
+        return "error" not in self.api(f"STREAM.UPDATE.KV_{self.bucket}", **config)
+
     def put(self, key: str, value: bytes) -> None:
         self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", value))
 
@@ -125,6 +140,11 @@ class NatsSource:
             await self.client.flush()
 
         self.loop.run(publish())
+
+    def put_for(self, key: str, value: bytes, ttl_s: int) -> None:
+        """Write a message that the server removes after a while, on a stream that allows it."""
+        headers = {"Nats-TTL": f"{ttl_s}s"}
+        self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", value, headers=headers))
 
     def delete(self, key: str) -> None:
         headers = {"KV-Operation": "DEL"}

@@ -1,0 +1,131 @@
+"""A cluster of three NATS servers, and a bucket in it that can be written while leaders die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import servers
+from upstream_kit import NatsSource, until
+
+from foldlog.upstreams import NatsKv
+
+
+class Cluster:
+    """Three servers on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.servers = servers.nats_cluster(folder)
+        for server in self.servers:
+            server.start()
+        self.urls = [f"nats://127.0.0.1:{server.port}" for server in self.servers]
+
+    @contextlib.contextmanager
+    def paused(self, number: int) -> Iterator[None]:
+        """A member that is stopped for a while: it neither answers nor closes its connections."""
+        pid = self.servers[number].pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        for server in self.servers:
+            server.kill()
+
+
+class ClusterSource(NatsSource):
+    """A bucket with three replicas. Every write is repeated until it is acknowledged."""
+
+    def __init__(self, cluster: Cluster, bucket: str = "b", **config: Any) -> None:
+        self.cluster = cluster
+        super().__init__(Path(), bucket, server=cluster.servers[0], replicas=3, **config)
+
+    def connect(self) -> None:
+        import nats
+
+        async def quiet(error: Exception) -> None:
+            pass
+
+        def connected() -> bool:
+            with contextlib.suppress(Exception):
+                options = {"error_cb": quiet, "max_reconnect_attempts": 2, "connect_timeout": 1}
+                self.client = self.loop.run(nats.connect(self.cluster.urls, **options))
+                return True
+            return False
+
+        until(connected, within_s=60)
+        self.js = self.client.jetstream(timeout=2)
+
+    def patiently(self, call: Any) -> Any:
+        """The result of `call()`, tried again on a new connection until it succeeds."""
+        result: list[Any] = []
+
+        def done() -> bool:
+            with contextlib.suppress(Exception):
+                result.append(call())
+                return True
+            with contextlib.suppress(Exception):
+                self.loop.run(self.client.close())
+            self.connect()
+            return False
+
+        until(done, within_s=60)
+        return result[0]
+
+    def create(self) -> None:
+        self.patiently(super().create)
+
+    def recreate(self) -> None:
+        def delete() -> None:
+            answer = self.api(f"STREAM.DELETE.KV_{self.bucket}")
+            assert answer.get("success") or answer["error"]["err_code"] == 10059, answer
+
+        self.patiently(delete)
+        self.create()
+
+    def put(self, key: str, value: bytes) -> None:
+        self.patiently(lambda: NatsSource.put(self, key, value))
+
+    def delete(self, key: str) -> None:
+        self.patiently(lambda: NatsSource.delete(self, key))
+
+    def purge(self, key: str) -> None:
+        self.patiently(lambda: NatsSource.purge(self, key))
+
+    def forget(self) -> None:
+        self.patiently(lambda: NatsSource.forget(self))
+
+    def put_many(self, entries: dict[str, bytes]) -> None:
+        for key, value in entries.items():
+            self.put(key, value)
+
+    def entries(self) -> dict[str, bytes]:
+        found: dict[str, bytes] = self.patiently(lambda: NatsSource.entries(self))
+        return found
+
+    def leader(self) -> int:
+        """The number of the server that leads the stream."""
+
+        def ask() -> int:
+            info = self.api(f"STREAM.INFO.KV_{self.bucket}")
+            return int(info["cluster"]["leader"].removeprefix("n"))
+
+        number: int = self.patiently(ask)
+        return number
+
+    def kill(self) -> None:
+        """Kill the leader, and start it again once another leads."""
+        number = self.leader()
+        server = self.cluster.servers[number]
+        server.kill()
+        until(lambda: self.leader() != number, within_s=60)
+        server.start()
+
+    def upstream(self, **options: Any) -> NatsKv:
+        return NatsKv(",".join(self.cluster.urls), bucket=self.bucket, **options)
