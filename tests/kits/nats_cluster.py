@@ -42,6 +42,8 @@ class Cluster:
 class ClusterSource(NatsSource):
     """A bucket with three replicas. Every write is repeated until it is acknowledged."""
 
+    request_s = 1.0
+
     def __init__(self, cluster: Cluster, bucket: str = "b", **config: Any) -> None:
         self.cluster = cluster
         super().__init__(Path(), bucket, server=cluster.servers[0], replicas=3, **config)
@@ -60,7 +62,7 @@ class ClusterSource(NatsSource):
             return False
 
         until(connected, within_s=60)
-        self.js = self.client.jetstream(timeout=2)
+        self.js = self.client.jetstream(timeout=self.request_s)
 
     def patiently(self, call: Any) -> Any:
         """The result of `call()`, tried again on a new connection until it succeeds."""

@@ -78,6 +78,8 @@ class Source(Protocol):
 class NatsSource:
     """A bucket of a real NATS server."""
 
+    request_s = DEADLINE_S
+
     def __init__(
         self,
         folder: Path,
@@ -106,7 +108,7 @@ class NatsSource:
         import nats
 
         self.client = self.loop.run(nats.connect(self.url, error_cb=_quiet))
-        self.js = self.client.jetstream(timeout=DEADLINE_S)
+        self.js = self.client.jetstream(timeout=self.request_s)
 
     def create(self) -> None:
         self.loop.run(self.js.create_key_value(bucket=self.bucket, **self._config))
@@ -120,7 +122,7 @@ class NatsSource:
 
         async def ask() -> Any:
             payload = json.dumps(body).encode()
-            return await self.client.request(f"$JS.API.{subject}", payload, timeout=DEADLINE_S)
+            return await self.client.request(f"$JS.API.{subject}", payload, timeout=self.request_s)
 
         answer: dict[str, Any] = json.loads(self.loop.run(ask()).data)
         return answer
