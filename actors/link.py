@@ -34,7 +34,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from foldlog.actors.adapter import log
+from foldlog.actors.adapter import log, start_aside
+from foldlog.actors.answers import Answer
 from foldlog.actors.attachment import Attachment
 from foldlog.actors.core import Restart
 from foldlog.actors.intake import HookFailed, Intake, LinkConfig, Sink
@@ -70,13 +71,16 @@ class Link:
         self._stopping = False
         self._accept: asyncio.Event | None = None
         self._intake = Intake(sink, config, self.progress)
+        self._started: Answer[None] = Answer()
         self.thread = threading.Thread(target=self._run, name="foldlog-link", daemon=True)
 
     # Called from any thread.
 
     def start(self) -> None:
         """Start the thread. RuntimeError if no thread can be started."""
-        self.thread.start()
+        started = self._started
+        start_aside(self.thread, lambda error: started.finish(None, error))
+        started.result()
 
     def ask_to_stop(self) -> None:
         """Tell the thread to end. Never blocks."""
@@ -136,6 +140,7 @@ class Link:
     # Runs on the link's thread.
 
     def _run(self) -> None:
+        self._started.finish(None)
         try:
             asyncio.run(self._main())
         except asyncio.CancelledError:

@@ -4,11 +4,11 @@ thread, read by any thread."""
 from __future__ import annotations
 
 import enum
-import threading
 import time
 from dataclasses import dataclass
 
 from foldlog.actors.adapter import log
+from foldlog.storage.handover import Bell
 
 
 class LinkState(enum.StrEnum):
@@ -52,8 +52,8 @@ class Progress:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.changed = threading.Condition()
-        """Notified of each change of state."""
+        self.changed = Bell()
+        """Rung at each change of state."""
         self.state = LinkState.ATTACHING
         self.reason = ""
         self.error: Exception | None = None
@@ -72,9 +72,8 @@ class Progress:
         if not reason or reason != self._logged:  # log a repeated failure once, not each retry
             level("%s: link %s%s", self.name, state, f": {reason}" if reason else "")
         self._logged = reason
-        with self.changed:
-            self.state, self.reason = state, reason
-            self.changed.notify_all()
+        self.state, self.reason = state, reason
+        self.changed.ring()
 
     def fail(self, error: Exception) -> None:
         """Enter FAILED."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
+from foldlog.actors.adapter import start_aside
+from foldlog.actors.answers import Answer
 from foldlog.actors.bookmark import Bookmark
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.ring import Group, Lost, Place
@@ -24,6 +25,7 @@ from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import CursorLike
 from foldlog.protocol.updates import Update
+from foldlog.storage.handover import Bell
 from foldlog.store import Store
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
 
@@ -51,7 +53,7 @@ class _Worker(Generic[V]):
         self.state: DerivedState[V]
         self.error: Exception | None = None
         self.rebuilds = 0
-        self._advanced = threading.Condition()
+        self._advanced = Bell()
 
     def start(self, current: Callable[[], Snapshot]) -> None:
         """Build the first state, on the caller's thread, and start. Raises what `build` raises."""
@@ -60,25 +62,28 @@ class _Worker(Generic[V]):
             at = current()
             self.state = DerivedState(self.build(at), at)
             self.bookmark.start_at(at)
-            threading.Thread(target=self._run, name="foldlog-derive", daemon=True).start()
+            started: Answer[None] = Answer()
+            thread = threading.Thread(
+                target=self._run, args=(started,), name="foldlog-derive", daemon=True
+            )
+            start_aside(thread, lambda error: started.finish(None, error))
+            started.result()
         except BaseException:
             self.feeds.remove(self.bookmark)
             raise
 
-    def _run(self) -> None:
-        while True:
-            taken = self.bookmark.first()
-            if taken is None:
-                if self.bookmark.ended is not None:
-                    break
-                continue
-            self._follow(taken)
-            self.bookmark.drop(taken)
-            with self._advanced:
-                self._advanced.notify_all()
-        self.feeds.remove(self.bookmark)
-        with self._advanced:
-            self._advanced.notify_all()
+    def _run(self, started: Answer[None]) -> None:
+        started.finish(None)
+        try:
+            while (taken := self.bookmark.first()) is not None or self.bookmark.ended is None:
+                if taken is not None:
+                    self._follow(taken)
+                    self.bookmark.drop(taken)
+                    self._advanced.ring()
+        finally:  # also after a SystemExit in the user's functions
+            self.feeds.remove(self.bookmark)
+            self.bookmark.end("its thread ended", drop=True)
+            self._advanced.ring()
 
     def _follow(self, taken: Group | Lost | Place) -> None:
         fold, at = taken.fold, self.state.snapshot
@@ -122,15 +127,16 @@ class _Worker(Generic[V]):
             self.state, self.error = state, None
 
     def wait_for(self, position: Position, timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        with self._advanced:
-            while not position.is_reached(self.state.snapshot):
-                if self.bookmark.ended is not None and not len(self.bookmark):
-                    raise StoreClosed(self.bookmark.ended)
-                rest = deadline - time.monotonic()
-                if rest <= 0:
-                    raise position.timeout(self.state.snapshot, timeout_s)
-                self._advanced.wait(min(rest, 1.0))
+        def is_over() -> bool:
+            return self.bookmark.ended is not None and not len(self.bookmark)
+
+        def is_reached() -> bool:
+            return position.is_reached(self.state.snapshot)
+
+        if not self._advanced.wait_for(lambda: is_reached() or is_over(), timeout_s):
+            raise position.timeout(self.state.snapshot, timeout_s)
+        if not is_reached():
+            raise StoreClosed(str(self.bookmark.ended))
 
 
 class Derived(Generic[V]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import time
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -144,7 +143,8 @@ class Mirror(Store):
         self._link_finalizer.atexit = False
         try:
             self.link.start()
-        except RuntimeError:
+        except BaseException:
+            self.link.ask_to_stop()
             super().close()
             raise
 
@@ -155,24 +155,20 @@ class Mirror(Store):
         RequestTimeout after `timeout_s`, with the link's state and reason. Raises the link's error
         if it has FAILED.
         """
-
         if os.getpid() != self.link._pid:
             raise ForkedStore(f"{self.path} was opened before this process was forked")
         timeout_s = check_timeout(timeout_s)
-        link, deadline = self.link, time.monotonic() + timeout_s
-        with link.progress.changed:
-            while link.state is not LinkState.LIVE:
-                if link.state is LinkState.FAILED:
-                    raise link.error or FoldlogError(link.reason)
-                if link.state is LinkState.CLOSED:
-                    raise StoreClosed(f"{self.path} is closed")
-                rest = deadline - time.monotonic()
-                if rest <= 0:
-                    reason = f": {link.reason}" if link.reason else ""
-                    raise RequestTimeout(
-                        f"not synced within {timeout_s} s; the link is {link.state}{reason}"
-                    )
-                link.progress.changed.wait(rest)
+        link, ends = self.link, (LinkState.LIVE, LinkState.FAILED, LinkState.CLOSED)
+        if not link.progress.changed.wait_for(lambda: link.state in ends, timeout_s):
+            reason = f": {link.reason}" if link.reason else ""
+            raise RequestTimeout(
+                f"not synced within {timeout_s} s; the link is {link.state}{reason}"
+            )
+        state = link.state
+        if state is LinkState.FAILED:
+            raise link.error or FoldlogError(link.reason)
+        if state is LinkState.CLOSED:
+            raise StoreClosed(f"{self.path} is closed")
         return True
 
     def lag(self) -> int | None:

@@ -15,6 +15,7 @@ import click
 import foldlog
 from foldlog.cli.show import printable
 from foldlog.protocol.upstream import ResetHeld
+from foldlog.storage.handover import Latch
 from foldlog.upstreams import from_url
 
 LINE_S = 1.0
@@ -87,7 +88,7 @@ def mirror(
     }
     source = from_url(upstream, **{name: v for name, v in options.items() if v is not None})
     logging.getLogger("foldlog").addHandler(logging.NullHandler())  # printed here, as single lines
-    stop = threading.Event()
+    stop = Latch()  # can be set from a signal handler
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     with foldlog.mirror(
@@ -114,7 +115,7 @@ def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> No
 
 
 def _watch(
-    copy: foldlog.Mirror, stop: threading.Event, accept_reset: bool, quiet: bool, as_json: bool
+    copy: foldlog.Mirror, stop: Latch, accept_reset: bool, quiet: bool, as_json: bool
 ) -> None:
     """Print the status: each second on a terminal, otherwise at each change of state."""
     live = sys.stderr.isatty() and not quiet and not as_json

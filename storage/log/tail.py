@@ -127,8 +127,8 @@ class Tail:
         self._refused: tuple[tuple[int, ...], FoldlogError] | None = None
         self.fold = FoldSnapshot.empty()
         self.give_up_at = inf
-        """When to raise RequestTimeout in the middle of reading (time.monotonic()). What was not read
-        is read by a later poll."""
+        """When to raise RequestTimeout in the middle of reading (time.monotonic()). A later poll
+        reads the rest."""
         self.missing = False
         """True if the last poll found no file at the path."""
         self.behind = False

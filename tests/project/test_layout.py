@@ -372,3 +372,30 @@ def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "5%" in done.stdout
     assert (tmp_path / "copy.log").exists()
+
+
+LOCKS = {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier"}
+LOCKS_OF_CALLERS = {
+    "actors/answers.py": "for `concurrent.futures.wait`, which expects one; no actor takes it",
+    "actors/follower.py": "between callers that wake a follower in a forked child",
+    "actors/supervisor.py": "pykka's own mark of a stopped actor, replaced after a fork",
+    "aio/bridge.py": "between callers that start a bridge",
+    "metrics.py": "between the exporters that collect",
+    "testing/crashes.py": "a test double",
+    "testing/faults.py": "a test double",
+    "testing/steps.py": "a test double",
+}
+
+
+def test_no_actor_can_wait_for_a_lock_that_an_interrupted_caller_left_held():
+    """A Ctrl-C within `Condition.__enter__` leaves it held. See `storage/handover.py`."""
+    found = {
+        str(file.relative_to(ROOT / "foldlog"))
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr in LOCKS
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "threading"
+    }
+    assert found == set(LOCKS_OF_CALLERS)
