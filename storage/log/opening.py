@@ -63,6 +63,36 @@ def open_log(
         # OSError for a device or a directory, before a lock file is created beside it.
         files.close(files.open_read(path))
     given_lock, lock = lock, lock or WriterLock(files, path)
+    try:
+        log, loaded, report = _open_locked(
+            path, files, lock, crashed, format, on_damage, progress, sync_each
+        )
+    except BaseException:
+        if given_lock is None:
+            lock.release()
+        raise
+    try:
+        if log.poison is None and not loaded.sealed and loaded.format.may_be_unsynced(loaded):
+            log.sync()  # what a killed writer left may be in the page cache only
+    except BaseException:
+        log.abandon(keep_lock=given_lock is not None)
+        raise
+    if not loaded.format.keeps_origin:
+        loaded.fold.origin = read_origin(files, path)
+    return log, loaded.fold, report
+
+
+def _open_locked(
+    path: Path,
+    files: Files,
+    lock: WriterLock,
+    crashed: Log | None,
+    format: FormatName | None,
+    on_damage: OnDamage,
+    progress: Progress | None,
+    sync_each: bool,
+) -> tuple[Log, Loaded, OpenReport]:
+    """Read the log, after creating it if it does not exist, and set a torn tail aside."""
     fd = -1
     try:
         created = not files.exists(path)
@@ -86,28 +116,14 @@ def open_log(
             loaded.format, loaded.header, fd, handle, loaded.position, loaded.base_end, False
         )
         log = Log(files, path, lock, file, sync_each=sync_each)
-        poisoned = lock.is_poisoned(stat.st_ino)
+        if lock.is_poisoned(stat.st_ino):
+            log.poison = "an fsync failed in an earlier process"
         lock.keep(fd)
     except BaseException:
-        try:
-            if fd >= 0:
-                files.close(fd)
-        finally:
-            if given_lock is None:
-                lock.release()
+        if fd >= 0:
+            files.close(fd)
         raise
-    try:
-        if poisoned:
-            log.poison = "an fsync failed in an earlier process"
-        elif not loaded.sealed and loaded.format.may_be_unsynced(loaded):
-            log.sync()  # what a killed writer left may be in the page cache only
-    except BaseException:
-        log.abandon(keep_lock=given_lock is not None)
-        raise
-    if not loaded.format.keeps_origin:
-        loaded.fold.origin = read_origin(files, path)
-    report = _report(path, loaded, created, cut_bytes, cut_reason, kept_at, missing)
-    return log, loaded.fold, report
+    return log, loaded, _report(path, loaded, created, cut_bytes, cut_reason, kept_at, missing)
 
 
 def _load(
