@@ -7,8 +7,9 @@
     read.py     get, range, info, export       read only, take no lock
     write.py    apply, compact, import         hold the writer's lock
     keys.py     put, delete                    write one key, through a store
-    convert.py  convert                        write a log in the other file format
+    convert.py  convert                        write a log in another format, or a database
     inspect.py  verify, salvage                inspect a log that may be damaged; read only
+    database.py what several of these do in a directory, which is a RocksDB database
     dump.py     dump                           the same, frame by frame
     top.py      top                            a live view, through a follower
     follow.py   tail, get --follow             print changes as they arrive, through a follower

@@ -1,4 +1,4 @@
-"""The command `convert`: writes a log in the other file format."""
+"""The command `convert`: writes a log in another file format, or as a database, and back."""
 
 from __future__ import annotations
 
@@ -6,39 +6,53 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
-from foldlog.cli.args import format_option, log_argument
-from foldlog.cli.read import read_log, report_torn
+from foldlog.cli import database
+from foldlog.cli.args import log_argument
+from foldlog.cli.read import read_log, read_state, report_torn
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
+from foldlog.protocol.options import FORMAT
 from foldlog.protocol.store import FormatName
-from foldlog.storage.formats.registry import format_named
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.storage.formats.registry import FORMATS, format_of
 from foldlog.storage.formats.rewrite import write_new
-from foldlog.storage.log.files import OS_FILES, resolve
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import WriterLock
 
 
 @click.command(epilog="Example: foldlog convert state.snap routes.log --to foldlog")
 @log_argument
 @click.argument("dest", type=click.Path(path_type=Path))
-@format_option(
-    "The format of DEST: foldlog's own, or that of the Rust crate beyond-slipstream.",
+@click.option(
     "--to",
+    type=click.Choice((*FORMAT.words, database.ROCKSDB)),
     required=True,
+    help="The format of DEST: foldlog's own, that of the Rust crate beyond-slipstream, or a RocksDB"
+    " database.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> None:
-    """Write the state of LOG, in either format, as a new log at DEST, which must not exist.
+def convert(log: Path, dest: Path, to: str, as_json: bool) -> None:
+    """Write the state of LOG, a log or a RocksDB database, in another format at DEST, which must
+    not exist.
 
     LOG is only read. It may be open for writing; DEST then holds the state from the start of the
     conversion. DEST appears complete or not at all. The entries and the cursor are copied exactly;
-    the history is not, nor, with --to slipstream-v2, are the log id and the sequence.
+    the history is not, nor, with --to slipstream-v2, are the log id and the sequence. From and to a
+    RocksDB database, a directory, the sequence is copied, too.
     """
     given = Path(os.path.abspath(dest))
     if OS_FILES.exists(given):
         raise FileExistsError(errno.EEXIST, "convert never overwrites", str(given))
+    if database.is_database(log) or to == database.ROCKSDB:
+        with progress_bar("converting", "entries") as progress:
+            entries = database.convert(log, dest, to, progress)
+        with read_state(dest) as state:
+            cursor = state.cursor()
+        _report(log, dest, (_format_of(log), to), entries, cursor, as_json)
+        return
     with progress_bar("converting", "entries", os.stat(log).st_size) as progress:
         handle, loaded = read_log(log, progress)
         fold, source = loaded.fold, OS_FILES.access(handle.fd)
@@ -47,28 +61,46 @@ def convert(log: Path, dest: Path, format_name: FormatName, as_json: bool) -> No
             # A note left by an earlier log at this path does not apply to the new one.
             lock.write(None)
             dest_path = resolve(given)
-            write_new(OS_FILES, dest_path, fold, format_named(format_name), progress, source=source)
+            write_new(
+                OS_FILES, dest_path, fold, FORMATS[cast(FormatName, to)], progress, source=source
+            )
             lock.keep(handle.fd)
         finally:
             lock.release()
     report_torn(loaded)
+    _report(log, dest, (loaded.format.name, to), len(fold), fold.cursor(), as_json)
+
+
+def _format_of(log: Path) -> str:
+    if database.is_database(log):
+        return database.ROCKSDB
+    return format_of(ReadHandle(OS_FILES, resolve(log))).name
+
+
+def _report(
+    log: Path,
+    dest: Path,
+    formats: tuple[str, str],
+    entries: int,
+    cursor: WatchCursor,
+    as_json: bool,
+) -> None:
+    size = database.size_of(dest)
     if as_json:
         facts: dict[str, Any] = {
             "path": os.fspath(log),
             "dest": os.fspath(dest),
-            "from": loaded.format.name,
-            "to": format_name,
-        }
-        facts |= {
-            "entries": len(fold),
-            "cursor": token_json(fold.cursor()),
-            "size_bytes": os.stat(given).st_size,
+            "from": formats[0],
+            "to": formats[1],
+            "entries": entries,
+            "cursor": token_json(cursor),
+            "size_bytes": size,
         }
         click.echo(json.dumps(facts))
         return
-    what = f"{counted(len(fold), 'entry')} at cursor {token_text(fold.cursor())}"
-    shown = f"{printable(os.fspath(dest))}, {size_text(os.stat(given).st_size)}"
-    click.echo(f"converted {what} from {loaded.format.name} to {format_name}: {shown}")
+    what = f"{counted(entries, 'entry')} at cursor {token_text(cursor)}"
+    shown = f"{printable(os.fspath(dest))}, {size_text(size)}"
+    click.echo(f"converted {what} from {formats[0]} to {formats[1]}: {shown}")
 
 
 COMMANDS = (convert,)

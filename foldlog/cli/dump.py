@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from foldlog.cli import database
 from foldlog.cli.args import log_argument
 from foldlog.cli.show import (
     counted,
@@ -65,6 +66,7 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
 
     Exit code 1 if anything does not verify.
     """
+    database.refuse_directory(log, "a database has no frames")
     handle = ReadHandle(OS_FILES, resolve(log))
     size = OS_FILES.fstat(handle.fd).st_size
     damaged = False

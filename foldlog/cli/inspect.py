@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import click
 
+from foldlog.cli import database
 from foldlog.cli.args import log_argument
 from foldlog.cli.show import (
     counted,
@@ -37,6 +38,10 @@ def verify(log: Path, as_json: bool) -> None:
     Exit code 0 if nothing is wrong, 1 if LOG is damaged. A torn tail, as a killed writer leaves it,
     is reported but is not damage.
     """
+    if database.is_database(log):
+        if not database.verify(log, as_json):
+            raise click.exceptions.Exit(_DAMAGED)
+        return
     with progress_bar("verifying", "bytes") as progress:
         report = verify_log(log, progress=progress)
     if as_json:
@@ -107,6 +112,7 @@ def salvage(log: Path, output: Path, cursor: Literal["safe", "last"], as_json: b
 
     Exit code 0 if nothing was lost, 1 if something was. LOG is not changed.
     """
+    database.refuse_directory(log, "RocksDB repairs its own databases")
     with progress_bar("salvaging", "entries", os.stat(log).st_size) as progress:
         report = salvage_log(log, output, cursor=cursor, progress=progress)
     if as_json:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from foldlog.cli import database
 from foldlog.cli.args import format_option, log_argument, on_damage_option, utf8
 from foldlog.cli.show import printable, token_json, token_text
 from foldlog.protocol.options import UNSET, OnDamage, Unset
@@ -116,6 +117,10 @@ def delete(
 
 
 def _open(log: Path, on_damage: OnDamage, format_name: FormatName | None) -> Store:
+    if database.is_database(log):
+        database.refuse_format(log, format_name)
+        with database.needs_extra():
+            return open_store(log, backend="rocksdb", sync="always", readers=1, on_damage=on_damage)
     return open_store(log, sync="always", readers=1, on_damage=on_damage, format=format_name)
 
 

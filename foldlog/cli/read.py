@@ -4,16 +4,17 @@ has the log open for writing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
+from foldlog.cli import database
 from foldlog.cli.args import format_option, log_argument, utf8
 from foldlog.cli.show import (
     counted,
@@ -29,7 +30,7 @@ from foldlog.cli.show import (
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
-from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.fold.reading import SnapshotReads
 from foldlog.storage.formats.format import Loaded, Progress
 from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
@@ -54,12 +55,17 @@ def read_log(log: Path, progress: Progress | None = None) -> Opened:
     return Opened(handle, load_intact(handle, progress))
 
 
-def read_state(log: Path) -> FoldSnapshot:
-    """The state of a log, read without changing it. A torn tail is left out and reported on
-    stderr."""
+@contextlib.contextmanager
+def read_state(log: Path) -> Iterator[SnapshotReads]:
+    """The state of a log or a database, read without changing it. A torn tail is left out and
+    reported on stderr."""
+    if database.is_database(log):
+        with database.read_database(log) as state:
+            yield state
+        return
     loaded = read_log(log).loaded
     report_torn(loaded)
-    return loaded.fold
+    yield loaded.fold
 
 
 def report_torn(loaded: Loaded) -> None:
@@ -104,7 +110,8 @@ def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
 
         follow_key(log, key, as_json)
         return
-    entry = read_state(log).get(key)
+    with read_state(log) as state:
+        entry = state.get(key)
     if entry is None:
         click.echo(f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True)
         raise click.exceptions.Exit(1)
@@ -126,14 +133,14 @@ def range_(log: Path, prefix: str, as_json: bool, keys_only: bool, limit: int | 
     A line is the key, a tab and the value. Anything not UTF-8 or not printable is escaped as \\xNN,
     \\uNNNN or \\UNNNNNNNN.
     """
-    entries: Iterator[KvEntry] = chain.from_iterable(read_state(log).blocks(prefix))
     out = sys.stdout.buffer
     buffer = bytearray()
-    for entry in islice(entries, limit):
-        buffer += _line(entry, as_json, keys_only).encode() + b"\n"
-        if len(buffer) >= _WRITE_BYTES:
-            out.write(buffer)
-            buffer.clear()
+    with read_state(log) as state:
+        for entry in state.iter_range(prefix, limit=limit):
+            buffer += _line(entry, as_json, keys_only).encode() + b"\n"
+            if len(buffer) >= _WRITE_BYTES:
+                out.write(buffer)
+                buffer.clear()
     out.write(buffer)
 
 
@@ -150,6 +157,9 @@ def _line(entry: KvEntry, as_json: bool, keys_only: bool) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(log: Path, as_json: bool) -> None:
     """Print facts about LOG: identity, cursor, sizes, and whether a writer has it open."""
+    if database.is_database(log):
+        database.print_facts(log, as_json)
+        return
     with progress_bar("reading", "bytes") as progress:
         opened = read_log(log, progress)
     facts = describe(opened)
@@ -242,8 +252,13 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
     """Write the state of LOG as an artifact to the new directory DEST_DIR; `import` verifies it.
 
     Takes no lock: LOG may be open for writing. The artifact holds the state from the start of the
-    export.
+    export. A RocksDB database must not be open elsewhere, unless --format names that of a log.
     """
+    if database.is_database(log):
+        with progress_bar("exporting", "entries") as progress:
+            manifest = database.export(log, dest_dir, format_name, progress)
+        _report_export(dest_dir, manifest, None, as_json)
+        return
     with progress_bar("reading", "bytes") as progress:
         handle, loaded = read_log(log, progress)
         fold = loaded.fold
@@ -256,18 +271,20 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
             source=OS_FILES.access(handle.fd),
             progress=progress,
         )
+    _report_export(dest_dir, manifest, len(fold), as_json)
+
+
+def _report_export(
+    dest_dir: Path, manifest: ExportManifest, entries: int | None, as_json: bool
+) -> None:
+    """`entries`: None for a database, where counting them would take a read of all."""
     if as_json:
-        click.echo(
-            json.dumps(
-                {"dest_dir": os.fspath(dest_dir), "entries": len(fold), **manifest_json(manifest)}
-            )
-        )
+        facts = {"dest_dir": os.fspath(dest_dir), "entries": entries, **manifest_json(manifest)}
+        click.echo(json.dumps(facts))
         return
     shown, size = printable(os.fspath(dest_dir)), size_text(payload_bytes(manifest))
-    click.echo(
-        f"exported {counted(len(fold), 'entry')} at cursor {token_text(manifest.cursor)} to "
-        f"{shown}, {size}"
-    )
+    what = "the state" if entries is None else counted(entries, "entry")
+    click.echo(f"exported {what} at cursor {token_text(manifest.cursor)} to {shown}, {size}")
 
 
 def payload_bytes(manifest: ExportManifest) -> int:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import click
 
+from foldlog.cli import database
 from foldlog.cli.args import format_option, log_argument, on_damage_option
 from foldlog.cli.read import manifest_json, payload_bytes
 from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
@@ -31,8 +32,10 @@ from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.options import OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.artifacts.artifact import import_artifact
+from foldlog.storage.artifacts.artifact import import_artifact, read_manifest
 from foldlog.storage.engines.append_log import AppendLogSnapshot
+from foldlog.storage.engines.rocksdb import RocksDbSnapshot
+from foldlog.storage.engines.rocksdb.exchange.artifact import BACKEND
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import resolve
 
@@ -81,7 +84,7 @@ class BadStreamError(ValueError):
 
 
 def fold_stream(
-    snap: AppendLogSnapshot,
+    snap: AppendLogSnapshot | RocksDbSnapshot,
     changes: Iterable[Change | None],
     name: str,
     batch_size: int = DEFAULT_BATCH,
@@ -178,9 +181,13 @@ def apply(
     """
     name = "stdin" if getattr(file, "name", "-") in ("-", "<stdin>") else printable(str(file.name))
     with progress_bar("applying", "bytes") as progress:
-        _, snap = AppendLogSnapshot.open(
-            log, format=format_name, on_damage=on_damage, progress=progress
-        )
+        snap: AppendLogSnapshot | RocksDbSnapshot
+        if database.is_database(log):
+            snap = database.open_database(log, on_damage, format_name)
+        else:
+            _, snap = AppendLogSnapshot.open(
+                log, format=format_name, on_damage=on_damage, progress=progress
+            )
         report_missing_batches(snap.report)
         with snap:
             start = time.perf_counter()
@@ -238,13 +245,18 @@ def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
     """Compact LOG: rewrite it as one entry per live key, without history. Needs disk space for both
     files meanwhile."""
     path = resolve(log)
-    before = os.stat(path).st_size  # fails if LOG is missing; opening would create it
+    before = database.size_of(path)  # fails if LOG is missing; opening would create it
     with progress_bar("compacting", "entries", before) as progress:
-        _, snap = AppendLogSnapshot.open(path, on_damage=on_damage, progress=progress)
-        report_missing_batches(snap.report)
-        with snap:
-            entries, compacted = len(snap), snap.report.compacted
-    after = os.stat(path).st_size
+        if database.is_database(path):
+            with database.open_database(path, on_damage, None) as opened:
+                opened.compact()
+                entries, compacted = len(opened), True
+        else:
+            _, snap = AppendLogSnapshot.open(path, on_damage=on_damage, progress=progress)
+            report_missing_batches(snap.report)
+            with snap:
+                entries, compacted = len(snap), snap.report.compacted
+    after = database.size_of(path)
     if as_json:
         facts = {
             "compacted": compacted,
@@ -270,12 +282,16 @@ def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatNa
     exist.
 
     The artifact is from foldlog or from the append log of the Rust crate beyond-slipstream; its
-    manifest says which.
+    manifest says which. That of a RocksDB database becomes such a database again.
     """
     if not artifact_dir.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "no such directory", str(artifact_dir))
     with progress_bar("importing", "bytes") as progress:
-        manifest = import_artifact(artifact_dir, dest, format=format_name, progress=progress)
+        if read_manifest(artifact_dir).backend == BACKEND:
+            database.refuse_format(artifact_dir, format_name)
+            manifest = database.import_(artifact_dir, dest, progress)
+        else:
+            manifest = import_artifact(artifact_dir, dest, format=format_name, progress=progress)
     if as_json:
         click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
         return

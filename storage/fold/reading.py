@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, TypeVar, overload
 
+from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.fold.collector import no_full_collections
 
@@ -126,6 +127,10 @@ class SnapshotReads(ABC):
     def __contains__(self, key: object) -> bool:
         """True if `key` is live."""
         return isinstance(key, str) and self.get(key) is not None
+
+    @abstractmethod
+    def cursor(self) -> WatchCursor:
+        """Every update of the stream up to this position is folded in."""
 
     @abstractmethod
     def __len__(self) -> int:

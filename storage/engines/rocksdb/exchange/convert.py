@@ -2,7 +2,7 @@
 
 Nothing else is carried over: not the history, and not the origin, which a log keeps elsewhere. The
 source is only read, and may be open for writing elsewhere. The destination appears complete or not
-at all.
+at all, and admits nobody whom the source does not.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ from pathlib import Path
 
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.store import FormatName, StrPath
-from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change
-from foldlog.storage.engines.rocksdb.database.opening import binding, reading
-from foldlog.storage.engines.rocksdb.database.record import State
-from foldlog.storage.engines.rocksdb.database.state import state_of
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
+from foldlog.storage.engines.rocksdb.exchange.artifact import closing_fd
+from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_fold
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
-from foldlog.storage.engines.rocksdb.fold.source import Source
-from foldlog.storage.engines.rocksdb.fold.trail import Trail
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import FoldSnapshot, Span
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
+from foldlog.storage.log.access import narrow
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 from foldlog.storage.log.lock import WriterLock
 
@@ -44,14 +41,18 @@ def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = No
     FileExistsError. Cost: 3 us an entry.
     """
     target = _free(dest)
-    fold = load_intact(ReadHandle(OS_FILES, resolve(log))).fold
+    source = ReadHandle(OS_FILES, resolve(log))
+    fold = load_intact(source).fold
     staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     try:
+        OS_FILES.make_dir(staged, 0o700)
         engine = RocksDbEngine(staged, cache_bytes=_LOAD_CACHE_BYTES)
         try:
             engine.load(fold.blocks(), fold.seq, fold.cursor(), progress)
         finally:
             engine.close()
+        with closing_fd(OS_FILES, OS_FILES.open_dir(staged)) as directory:
+            narrow(OS_FILES, directory, OS_FILES.access(source.fd), directory=True)
         OS_FILES.rename_new(staged, target)
         OS_FILES.sync_dir(target.parent)
     finally:
@@ -71,19 +72,22 @@ def log_from_rocksdb(
     3 us an entry.
     """
     target = _free(dest)
-    path = resolve(database)
-    with reading(path) as db:
-        state = state_of(db, path) or State(b"", 0, WatchCursor.none())
-        source = Source(db, path, binding().ReadOptions)
-        fold = _Streamed(RocksDbFold(source, db.snapshot(), Trail(), state.seq, state.cursor))
+    with stored_fold(database) as stored:
+        fold = writable(stored)
         lock = WriterLock(OS_FILES, target)
         try:
             lock.write(None)  # the watermark of an earlier log here does not apply to this one
-            write_new(OS_FILES, target, fold, FORMATS[format], progress)
+            write_new(
+                OS_FILES,
+                target,
+                fold,
+                FORMATS[format],
+                progress,
+                source=access_of(resolve(database)),
+            )
         finally:
             lock.release()
-            source.db = None
-    return fold.entries
+        return fold.entries
 
 
 def _free(dest: StrPath) -> Path:
@@ -91,6 +95,11 @@ def _free(dest: StrPath) -> Path:
     if OS_FILES.exists(given):
         raise FileExistsError(errno.EEXIST, "a conversion never overwrites", str(given))
     return resolve(given)
+
+
+def writable(fold: RocksDbFold) -> _Streamed:
+    """The fold in the form that log writers take."""
+    return _Streamed(fold)
 
 
 class _Streamed(FoldSnapshot):
