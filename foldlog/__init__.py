@@ -59,9 +59,9 @@ from foldlog.protocol.upstream import (
     UpstreamRefused,
 )
 from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
+from foldlog.storage.difference import diff
 from foldlog.storage.engines.append_log import AppendLogSnapshot
 from foldlog.storage.engines.rocksdb import RocksDbSnapshot
-from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.store import Store, open
 from foldlog.version import __version__

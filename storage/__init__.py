@@ -2,6 +2,7 @@
 
     handover.py   thread synchronization that survives exceptions
     readable.py   the reads that every open store offers
+    difference.py the difference between two snapshots
     engines/      what stores a fold: an append-only log, or RocksDB
     log/          the log file: appending, reading in order, recovery, the lock
     fold/         the state: a base in the log, and the changes since

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from faultkit import quick_folder
 
+import foldlog
 from foldlog import (
+    AppendLogSnapshot,
     Delete,
     FoldlogError,
     ForkedStore,
@@ -247,6 +249,29 @@ def test_staged_batches_are_seen_by_who_staged_them_only(engine: RocksDbEngine) 
     assert state(engine.snapshot) == {"a": b"1", "b": b"1", "c": b"1"}
     fold = engine.commit(batches, staged)
     assert (state(fold), fold.seq, fold.cursor()) == (state(staged), 3, cursor(3))
+
+
+def test_the_difference_of_any_two_snapshots_is_exact(engine: RocksDbEngine, path: Path) -> None:
+    """`foldlog.diff` took snapshots of logs only, and failed on others with an AttributeError."""
+    first = commit(engine, [Put("a", b"1"), Put("b", b"1"), Put("p/x", b"1")])
+    second = commit(engine, [Put("b", b"2"), Delete("a")], 2)
+    assert list(foldlog.diff(first, second)) == [Delete("a"), Put("b", b"2")]
+    assert list(foldlog.diff(second, first)) == [Put("a", b"1"), Put("b", b"1")]
+    assert list(foldlog.diff(second, second)) == []
+    with AppendLogSnapshot.open(path.with_name("log"))[1] as log:
+        log.apply([Put("b", b"2"), Put("p/y", b"3")], cursor(1))
+        state = log.snapshot()
+        assert list(foldlog.diff(second, state)) == [Delete("p/x"), Put("p/y", b"3")]
+        assert list(foldlog.diff(state, second, "p/")) == [Put("p/x", b"1"), Delete("p/y")]
+        assert list(foldlog.diff(state, second, "q")) == []
+    for wrong in (None, {}, engine):
+        with pytest.raises(TypeError, match="two snapshots"):
+            foldlog.diff(second, wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="prefix"):
+        foldlog.diff(second, second, b"p")  # type: ignore[arg-type]
+    engine.close()
+    with pytest.raises(StoreClosed):
+        list(foldlog.diff(first, second))
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["by the trail", "by reading both"])

@@ -10,6 +10,7 @@ from foldlog.storage.engines.rocksdb.database.record import decode_entry
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold, encoded_bounds
 from foldlog.storage.engines.rocksdb.fold.staged import StagedFold
 from foldlog.storage.engines.rocksdb.fold.trail import Trail
+from foldlog.storage.fold.diff import merged_diff
 from foldlog.storage.fold.reading import range_bounds
 
 
@@ -26,7 +27,7 @@ def difference(old: RocksDbFold, new: RocksDbFold, prefix: str = "") -> Iterator
     if suspects is None:
         suspects = _written_between(new, old)
     if suspects is None:
-        yield from _merged_difference(old, new, prefix)
+        yield from merged_diff(old, new, prefix)
         return
     for raw_key in sorted(key for key in suspects if low <= key < high):
         before, after = old.lookup(raw_key), new.lookup(raw_key)
@@ -52,20 +53,3 @@ def _written_between(old: RocksDbFold, new: RocksDbFold) -> set[bytes] | None:
         keys.update(node.keys())
         node = node.following
     return None
-
-
-def _merged_difference(old: RocksDbFold, new: RocksDbFold, prefix: str) -> Iterator[Put | Delete]:
-    before, after = old.entries_after(prefix, None), new.entries_after(prefix, None)
-    mine, theirs = next(before, None), next(after, None)
-    while mine is not None or theirs is not None:
-        if theirs is None or (mine is not None and mine.key < theirs.key):
-            assert mine is not None
-            yield Delete(mine.key)
-            mine = next(before, None)
-        elif mine is None or theirs.key < mine.key:
-            yield Put(*theirs)
-            theirs = next(after, None)
-        else:
-            if mine != theirs:
-                yield Put(*theirs)
-            mine, theirs = next(before, None), next(after, None)
