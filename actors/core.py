@@ -176,6 +176,8 @@ class Stats:
     """Older states that snapshots keep on disk. See `Held`."""
     oldest_held_s: float
     """How long the oldest of them has been held."""
+    held_bytes: int
+    """Memory kept for them, as far as it is counted. See `Held`."""
     cached_bytes: int
     """Memory for what was read from disk, at most `cache_bytes`. See `CacheUse`."""
 

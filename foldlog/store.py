@@ -499,6 +499,7 @@ class Store(Readable):
             subscriptions=len(core.feeds.backlog),
             held_snapshots=held.snapshots,
             oldest_held_s=held.oldest_s,
+            held_bytes=held.memory_bytes,
             cached_bytes=cache.held_bytes,
         )
 

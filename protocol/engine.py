@@ -135,6 +135,9 @@ class Held(NamedTuple):
     snapshots still read."""
     oldest_s: float
     """Age of the oldest, in seconds; 0 if there are none."""
+    memory_bytes: int = 0
+    """Memory kept for them. RocksDB: the keys that were changed since the oldest. For an append
+    log: not counted, and bounded by the changes since the compaction before."""
 
 
 class CacheUse(NamedTuple):

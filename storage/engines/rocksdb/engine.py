@@ -45,6 +45,7 @@ from foldlog.storage.engines.rocksdb.database.opening import binding, open_datab
 from foldlog.storage.engines.rocksdb.database.record import State, encode_entry
 from foldlog.storage.engines.rocksdb.database.state import directory_bytes, state_of
 from foldlog.storage.engines.rocksdb.exchange import artifact
+from foldlog.storage.engines.rocksdb.exchange.reading import stored_fold
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, verify_open
 from foldlog.storage.engines.rocksdb.fold.difference import difference
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
@@ -92,6 +93,7 @@ class RocksDbEngine:
         self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
         self._pid = os.getpid()
         self._past = Past()
+        self._bridge = contextlib.ExitStack()  # what `heal` opened to keep reads alive
         created = not self.path.exists()
         self._open_source()
         if created:
@@ -135,7 +137,7 @@ class RocksDbEngine:
 
     def _publish(self, state: State) -> RocksDbFold:
         """Take RocksDB's snapshot of what was written, and publish it to readers."""
-        newest = Trail()
+        newest = Trail(self._trail.end_bytes)
         fold = RocksDbFold(
             self._source, self._db.snapshot(), newest, state.seq, state.cursor, state.origin
         )
@@ -351,8 +353,9 @@ class RocksDbEngine:
     def heal(self) -> RocksDbFold:
         """See `Engine`. Reopens the database, and flushes its write-ahead log to synced tables.
 
-        Earlier snapshots raise StoreClosed from then on. What the database holds decides whether a
-        batch in doubt was committed.
+        The newest snapshot stays readable, through a second opening meanwhile, unless the database
+        holds a batch that was in doubt. Earlier snapshots raise FoldlogError from then on. What the
+        database holds decides whether a batch in doubt was committed.
         """
         try:
             self._turns.enter(_getframe())
@@ -362,10 +365,21 @@ class RocksDbEngine:
 
     def _heal(self) -> RocksDbFold:
         self.check_file()
-        before = self._state
+        before, fold = self._state, self._newest()
         self._stop_writing()
+        self._bridge.close()
+        kept = self._read_beside(fold)
         self._release(FoldlogError(f"{self.path} was opened anew after an error: {self.failure}"))
+        if kept is not None:
+            fold.read_through(kept)
+            self._held.add(fold)
         self._open_source()
+        if self._state == before:
+            fold.read_through(self._newest())
+            self._held.add(fold)
+        elif kept is not None:
+            fold.end()
+        self._bridge.close()
         try:
             self._db.flush()
         except Exception as error:
@@ -378,6 +392,18 @@ class RocksDbEngine:
         if self._state.seq != before.seq:
             self._past.begin(self._state.cursor)
         return self._newest()
+
+    def _read_beside(self, fold: RocksDbFold) -> RocksDbFold | None:
+        """The same state, read through a second, read-only opening of the database.
+
+        So that reads go on while it is reopened, and if that fails. None if that cannot be: a batch
+        in doubt is in the database.
+        """
+        try:
+            kept = self._bridge.enter_context(stored_fold(self.path))
+        except (FoldlogError, OSError):
+            return None
+        return kept if (kept.seq, kept.cursor()) == (fold.seq, fold.cursor()) else None
 
     # Compaction is RocksDB's, in its own threads.
 
@@ -511,13 +537,17 @@ class RocksDbEngine:
         )
 
     def held(self) -> Held:
-        """See `Engine`. RocksDB keeps what the oldest needs on disk."""
-        ages = [
-            fold.created
+        """See `Engine`. RocksDB keeps what the oldest needs on disk, and the trail in memory."""
+        older = [
+            fold
             for fold in list(self._held)
             if fold is not self.snapshot and not isinstance(fold, StagedFold)
         ]
-        return Held(len(ages), time.monotonic() - min(ages) if ages else 0.0)
+        if not older:
+            return Held(0, 0.0)
+        age_s = time.monotonic() - min(fold.created for fold in older)
+        noted_bytes = min(fold.noted_bytes for fold in older)
+        return Held(len(older), age_s, self._trail.start_bytes - noted_bytes)
 
     def cache(self) -> CacheUse:
         """See `Engine`. RocksDB's block cache, indexes and filters included; no memtables."""
@@ -576,6 +606,7 @@ class RocksDbEngine:
         self.snapshot = ClosedFold(reason)
         self._past.begin(self._state.cursor)
         self._release(StoreClosed(reason))
+        self._bridge.close()
 
     def _release(self, ended: FoldlogError) -> None:
         """Release the database and all its snapshots, so that it can be opened again."""

@@ -119,8 +119,8 @@ class RocksDbSnapshot(Readable):
     def heal(self) -> None:
         """Reopen the database after RocksDB refused to write, as it does after any disk error.
 
-        Earlier snapshots raise StoreClosed from then on. A batch whose `apply` failed may have been
-        written: `cursor` tells.
+        Reads continue meanwhile, unless a batch whose `apply` failed was written, which `cursor`
+        tells. Snapshots older than the newest raise FoldlogError from then on.
         """
         self._engine.snapshot.seq  # noqa: B018
         self._engine.heal()

@@ -186,7 +186,7 @@ def test_readers_in_threads_see_whole_states_while_one_thread_writes(engine: Roc
 def test_a_snapshot_that_nobody_holds_is_released_and_the_others_are_told(
     engine: RocksDbEngine,
 ) -> None:
-    assert engine.held() == (0, 0.0)
+    assert engine.held() == (0, 0.0, 0)
     fold = engine.snapshot
     commit(engine, [Put("a", b"1")])
     commit(engine, [Put("a", b"2")])
@@ -230,6 +230,22 @@ def test_a_snapshot_ends_with_its_store_and_does_not_keep_it_locked(path: Path) 
         len(fold)
     assert len(again) == 3000
     again.close()
+
+
+def test_the_keys_that_are_noted_for_a_held_snapshot_are_counted(engine: RocksDbEngine) -> None:
+    commit(engine, [Put("a", b"1")])
+    assert engine.held().memory_bytes == 0
+    held = engine.snapshot
+    for number in range(10):
+        commit(engine, [Put(f"key/{n:04d}", b"v") for n in range(100)], number)
+    real = sum(sys.getsizeof(b"key/0000") + 8 for _ in range(1000))
+    assert real * 9 // 10 < engine.held().memory_bytes < real * 11 // 10
+    newer = engine.snapshot
+    del held
+    commit(engine, [Put("a", b"2")])
+    assert 0 < engine.held().memory_bytes < 100
+    del newer
+    assert engine.held().memory_bytes == 0
 
 
 # Staged batches, differences, the past.
@@ -492,6 +508,56 @@ def test_a_failed_sync_is_final_until_the_database_is_opened_anew(path: Path) ->
     assert (engine.failure, state(fold), engine.synced) == (None, {"a": b"1"}, (1, cursor(1)))
     commit(engine, [Put("a", b"2")])
     engine.close()
+
+
+def fail_a_sync(engine: RocksDbEngine) -> None:
+    def flush_wal(sync: bool) -> None:
+        raise Exception("IO error: While fsync: 000004.log: Input/output error")
+
+    engine._source.db = Interposed(engine._source.db, flush_wal=flush_wal)
+    with pytest.raises(OSError, match="While fsync"):
+        engine.sync()
+
+
+@pytest.mark.parametrize("reopens", [True, False])
+def test_reads_continue_while_the_database_is_healed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, reopens: bool
+) -> None:
+    """Every read raised FoldlogError from the failed sync's `heal` until the database was open."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    older = commit(engine, [Put("a", b"1")])
+    newest = commit(engine, [Put("b", b"2")], 2)
+    fail_a_sync(engine)
+    expected = {"a": b"1", "b": b"2"}
+    open_source = RocksDbEngine._open_source
+    seen: list[object] = []
+
+    def reading_meanwhile(opening: RocksDbEngine) -> None:
+        folds = (newest, opening.snapshot)
+        seen.extend((state(fold), fold.get("b"), len(fold)) for fold in folds)
+        if not reopens:
+            raise OSError(28, "no space left")
+        open_source(opening)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RocksDbEngine, "_open_source", reading_meanwhile)
+        if reopens:
+            engine.heal()
+        else:
+            with pytest.raises(OSError, match="no space"):
+                engine.heal()
+    assert seen == [(expected, KvEntry("b", b"2", VersionToken.unknown()), 2)] * 2
+    assert state(newest) == expected
+    with pytest.raises(FoldlogError, match="opened anew"):
+        older.get("a")
+    if reopens:
+        commit(engine, [Put("b", b"3"), Put("c", b"3")], 3)
+        assert state(newest) == expected, "it is still the state that it was"
+        assert engine.held().snapshots == 1
+    engine.close()
+    with pytest.raises(StoreClosed):
+        newest.get("a")
+    RocksDbEngine(path, cache_bytes=CACHE).close()  # nothing of it is open any more
 
 
 FILE_LIMIT = """

@@ -163,6 +163,17 @@ class RocksDbFold(SnapshotReads):
         """See `Snapshot`. Returns []: freeing a fold is cheap."""
         return []
 
+    def read_through(self, other: RocksDbFold) -> None:
+        """Continue to read where `other`, which is the same state, is read from."""
+        self._trail, self._changed = other._trail, (other._trail, [])  # first: see `_raw_blocks`
+        self._source = other._source
+        self.view = other.view
+
+    @property
+    def noted_bytes(self) -> int:
+        """Bytes of all keys that were noted in trails before it: see `Trail.start_bytes`."""
+        return self._trail.start_bytes
+
     def end(self) -> None:
         """Release RocksDB's snapshot: every read raises the source's error from now on."""
         self.view = self._source

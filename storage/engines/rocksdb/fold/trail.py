@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+KEY_OVERHEAD = 41
+"""Bytes that a key takes besides its own: the object, and its place in a list."""
+
 
 class Trail:
     """The keys that one commit changed, and the trail of the next commit.
@@ -12,13 +15,21 @@ class Trail:
     The newest trail is empty, except during a commit.
     """
 
-    __slots__ = ("__weakref__", "following", "parts")
+    __slots__ = ("__weakref__", "following", "parts", "start_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, start_bytes: int = 0) -> None:
+        self.start_bytes = start_bytes
+        """Bytes of all keys noted before, since the store was opened."""
         # Written by the engine only. Invariant: names a key before the database holds its change.
         self.parts: tuple[Sequence[bytes], ...] = ()
         """The changed keys, encoded, in one or more sequences."""
         self.following: Trail | None = None
+
+    @property
+    def end_bytes(self) -> int:
+        """`start_bytes` of the next trail."""
+        sizes = (sum(map(len, part)) + KEY_OVERHEAD * len(part) for part in self.parts)
+        return self.start_bytes + sum(sizes)
 
     def keys(self) -> Iterator[bytes]:
         """The changed keys, encoded."""
