@@ -195,7 +195,7 @@ def test_a_snapshot_that_nobody_holds_is_released_and_the_others_are_told(
     assert 0 < held.oldest_s < TIMEOUT_S
     assert engine._db.property_int_value("rocksdb.num-snapshots") == 2  # the newest is one, too
     del fold
-    assert engine.held() == (0, 0.0)
+    assert engine.held() == (0, 0.0, 0)
     assert engine._db.property_int_value("rocksdb.num-snapshots") == 1
 
 
