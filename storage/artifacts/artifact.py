@@ -31,7 +31,7 @@ from foldlog.protocol.options import FORMAT
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage.artifacts.strict_json import parse_object
-from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.fold.segments import Writable
 from foldlog.storage.formats.format import PRIVATE, Loaded, LogFormat, Progress
 from foldlog.storage.formats.registry import FORMATS, format_named
 from foldlog.storage.formats.rewrite import write_new
@@ -95,7 +95,7 @@ class ExportManifest(NamedTuple):
 
 
 def export_fold(
-    fold: FoldSnapshot,
+    fold: Writable,
     dest_dir: str | os.PathLike[str],
     *,
     format: FormatName = "foldlog",

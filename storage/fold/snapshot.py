@@ -11,7 +11,7 @@ the old one, so that the cost of publishing is proportional to the batch, not to
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import chain, pairwise, repeat
 from typing import Any, NamedTuple, NoReturn, TypeVar, overload
@@ -25,6 +25,7 @@ from foldlog.storage.fold.cache import SHARDS
 from foldlog.storage.fold.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.fold.leaf import Columns
 from foldlog.storage.fold.reading import SnapshotReads
+from foldlog.storage.fold.segments import Segment, carried_leaf, live_of
 from foldlog.storage.log.files import ReadHandle
 
 _SHARD_MASK = SHARDS - 1
@@ -189,6 +190,48 @@ class FoldSnapshot(SnapshotReads):
         """True if nothing is newer than the base."""
         return not self.runs and not self.delta.firsts
 
+    # For who writes it to a file.
+
+    @property
+    def base_entries(self) -> int:
+        """The number of entries in the base."""
+        return self.base.entries
+
+    @property
+    def base_leaves(self) -> int:
+        """The number of leaves in the base."""
+        return len(self.base)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """True if it has no base on disk."""
+        return self.base is EMPTY_BASE
+
+    def segments(self) -> Iterator[Segment]:
+        """All live entries, in key order, a leaf or less at a time."""
+        return (_FoldSegment(self, span) for span in self.spans("", None))
+
+    def check_base(self) -> None:
+        """Undecodable unless the leaves of the base are in order, and have the digest it states."""
+        self.base.check()
+
+    def hand_over(self, base: Base, copies: Mapping[int, int]) -> None:
+        """Let `base`, to which this fold was written, take over its cache. See `Base.inherit`."""
+        base.inherit(self.base, copies, (*self.delta, *reversed(self.runs)))
+
+    def over(self, base: Base, delta: Delta = EMPTY_DELTA) -> FoldSnapshot:
+        """The changes of this fold, which has no base, on top of `base` and `delta`."""
+        if delta.firsts:
+            newest_first = tuple(self.delta)[::-1]
+            delta = delta.with_runs(newest_first) if newest_first else delta
+        else:
+            delta = self.delta
+        return FoldSnapshot(base, delta, self.runs, self.seq, self._cursor, self.origin)
+
+    def at(self, cursor: WatchCursor) -> FoldSnapshot:
+        """The same state, at another cursor of no known upstream."""
+        return FoldSnapshot(self.base, self.delta, self.runs, self.seq, cursor)
+
     def with_batch(
         self,
         changes: tuple[dict[str, Change], ...],
@@ -283,6 +326,33 @@ def _between(starts: list[str], low: str, high: str | None, reverse: bool = Fals
     stop = len(starts) if high is None else bisect_left(starts, high)
     numbers = range(bisect_right(starts, low), stop)
     return map(starts.__getitem__, reversed(numbers) if reverse else numbers)
+
+
+class _FoldSegment:
+    """See `Segment`."""
+
+    __slots__ = ("_fold", "_span")
+
+    def __init__(self, fold: FoldSnapshot, span: Span) -> None:
+        self._fold, self._span = fold, span
+
+    @property
+    def is_leaf(self) -> bool:
+        return self._span.whole
+
+    @property
+    def unchanged_leaf(self) -> int | None:
+        span = self._span
+        return span.leaf if span.whole and not span.changes else None
+
+    def carried(self) -> tuple[bytes, int | None] | None:
+        return carried_leaf(self._fold.base, self._span.leaf, self._span.changes)
+
+    def columns(self) -> Columns:
+        return self._fold.span_columns(self._span)
+
+    def live_changes(self) -> list[Change] | None:
+        return live_of(self._span.changes) if self._span.leaf < 0 else None
 
 
 class ClosedFold:

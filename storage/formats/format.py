@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
+from foldlog.storage.fold.segments import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_all
 
@@ -226,7 +227,7 @@ class NewFile(ABC):
         self._written = 0
 
     @abstractmethod
-    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+    def write_fold(self, fold: Writable, progress: Progress | None = None) -> None:
         """Write `fold`, before anything else. Equal states give equal bytes, except for ids."""
 
     def keep_warm(self, fold: FoldSnapshot) -> None:  # noqa: B027 - not abstract

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from foldlog.protocol.engine import Cancelled
 from foldlog.protocol.errors import FoldlogError, LogChangedError, StoreClosed, StoreLocked
+from foldlog.storage.fold.segments import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
 from foldlog.storage.log.access import keep_access, narrow
@@ -171,7 +172,7 @@ class Rewrite:
         self._live = self._began
         live = 0
         with contextlib.suppress(OSError, FoldlogError):
-            for columns in fold.columns("", None):
+            for columns in (segment.columns() for segment in fold.segments()):
                 live += sum(map(len, columns.keys)) + _ENTRY_OVERHEAD * len(columns.keys)
                 live += sum(map(len, columns.values)) + sum(map(len, columns.versions))
                 if progress is not None:
@@ -309,7 +310,7 @@ class Rewrite:
 def write_new(
     files: Files,
     path: Path,
-    fold: FoldSnapshot,
+    fold: Writable,
     format: LogFormat,
     progress: Progress | None = None,
     *,

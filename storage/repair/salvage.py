@@ -128,7 +128,7 @@ def salvage_log(
         salvage.find(progress)
         fold = salvage.fold()
         safe = salvage.safe_cursor if cursor == "safe" else fold.cursor()
-        fold = FoldSnapshot(fold.base, fold.delta, fold.runs, fold.seq, safe)
+        fold = fold.at(safe)
         access = files.access(handle.fd)
         write_new(files, dest, fold, FRAMES, progress, source=access)
     except EOFError as error:
@@ -140,7 +140,7 @@ def salvage_log(
         safe,
         salvage.last_cursor,
         len(fold),
-        len(salvage.base) + salvage.rescued_leaves,
+        salvage.leaves,
         salvage.batches,
         tuple(sorted(salvage.losses, key=lambda loss: loss.offset)),
     )
@@ -217,6 +217,11 @@ class _Salvage:
         self.losses.append(
             Loss(piece.offset, piece.size, piece.reason, entries=count, keys=tuple(lost))
         )
+
+    @property
+    def leaves(self) -> int:
+        """Leaves of which something was kept."""
+        return len(self.base) + self.rescued_leaves
 
     def fold(self) -> FoldSnapshot:
         """The state from what was found. Completes `losses`, `safe_cursor` and `last_cursor`."""

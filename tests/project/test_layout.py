@@ -208,6 +208,58 @@ def test_a_write_to_a_private_field_is_found_in_every_spelling() -> None:
     assert foreign_writes(source) == {"log._x", "log._y", "log._z", "log._q", "log._w"}
 
 
+INSIDES_OF_A_FOLD = {"base", "delta", "runs", "spans", "span_columns"}
+
+
+def insides_read(source: str) -> list[str]:
+    """Reads of what a fold is made of, but not calls of methods of the same name, nor `self`'s own
+    fields."""
+    tree = ast.parse(source)
+    own = {"spans", "span_columns"}  # methods of the fold
+    called = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr not in own
+    }
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in INSIDES_OF_A_FOLD
+        and id(node) not in called
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [file for file in FILES if file.parent != ROOT / "foldlog" / "storage" / "fold"],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_what_a_fold_is_made_of_is_read_in_its_own_room_only(file: Path) -> None:
+    assert insides_read(file.read_text(encoding="utf-8")) == []
+
+
+def test_a_read_of_the_insides_of_a_fold_is_found_in_every_spelling() -> None:
+    source = """
+x = fold.base.entries
+y = [*loaded.fold.delta, *snap.snapshot().runs]
+for span in fold.spans("", None):
+    fold.span_columns(span)
+self.base = pieces.delta()
+self.base.add_leaf()
+"""
+    assert sorted(insides_read(source)) == [
+        "fold.base",
+        "fold.span_columns",
+        "fold.spans",
+        "loaded.fold.delta",
+        "snap.snapshot().runs",
+    ]
+
+
 def test_importing_foldlog_imports_nothing_that_a_store_does_not_need() -> None:
     program = "import sys, foldlog; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run(

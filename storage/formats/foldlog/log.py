@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from blake3 import blake3
-
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.frames import FILE_MAGIC, FORMAT_VERSION, FileHeader
 from foldlog.protocol.undecodable import Undecodable
-from foldlog.storage.fold import leaf
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.formats.foldlog.check import check_frames, header_and_seed
 from foldlog.storage.formats.foldlog.codec import FrameCodec
@@ -106,7 +103,7 @@ class FrameFormat(LogFormat):
             chain,
             size,
             replay.base_end,
-            fold.base.entries,
+            fold.base_entries,
             replay.frames,
             replay.sealed,
             bad,
@@ -133,18 +130,7 @@ class FrameFormat(LogFormat):
         return verdict, f"{why} ({bad.reason})"
 
     def check_payload(self, loaded: Loaded) -> None:
-        base = loaded.fold.base
-        last_key = None
-        digest = blake3()
-        for number in range(len(base)):
-            body = base.body(number)
-            keys = leaf.check_order(body)
-            if last_key is not None and keys[0] <= last_key:
-                raise Undecodable(f"leaf {number} overlaps the one before it")
-            last_key = keys[-1]
-            digest.update(body)
-        if digest.digest() != base.digest:
-            raise Undecodable("the digest of the leaves is not the one at the end of the base")
+        loaded.fold.check_base()
 
     def check(
         self,
@@ -169,7 +155,7 @@ class FrameFormat(LogFormat):
             header.log_id.hex(),
             f"{header.generation:016x}",
             loaded.position.seq,
-            len(loaded.fold.base),
+            loaded.fold.base_leaves,
             loaded.sealed,
         )
 

@@ -20,15 +20,13 @@ from foldlog.protocol.frames import (
     build_frame,
 )
 from foldlog.storage.fold.base import Base
-from foldlog.storage.fold.leaf import encode_leaf, leaf_end, patched_leaf
-from foldlog.storage.fold.snapshot import FoldSnapshot, Span
+from foldlog.storage.fold.leaf import encode_leaf, leaf_end
+from foldlog.storage.fold.segments import Writable
+from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.scan import Chain, read_frames
-
-PATCHED_CHANGES = 32
-"""Up to this many changes, patching a leaf is faster than decoding it."""
 
 
 class FrameWriter(NewFile):
@@ -79,12 +77,12 @@ class FrameWriter(NewFile):
         self.put(frame)
         return chain.offset + FRAME_HEADER.size
 
-    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+    def write_fold(self, fold: Writable, progress: Progress | None = None) -> None:
         self.base, self._copied = write_base(self, fold, progress)
         self.base_end = self.position.offset
 
     def keep_warm(self, fold: FoldSnapshot) -> None:
-        self.base.inherit(fold.base, self._copied, (*fold.delta, *reversed(fold.runs)))
+        fold.hand_over(self.base, self._copied)
 
     def carry(self, source: LogFile, start: Chain, stop: int) -> Chain:
         header = source.header
@@ -110,9 +108,7 @@ class FrameWriter(NewFile):
             self.session = True
 
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        return FoldSnapshot(
-            self.base, since.delta, since.runs, since.seq, since.cursor(), since.origin
-        )
+        return since.over(self.base)
 
     def log_file(self, format: LogFormat, handle: ReadHandle) -> LogFile:
         self.base.handle = handle
@@ -120,7 +116,7 @@ class FrameWriter(NewFile):
 
 
 def write_base(
-    out: FrameWriter, fold: FoldSnapshot, progress: Progress | None = None
+    out: FrameWriter, fold: Writable, progress: Progress | None = None
 ) -> tuple[Base, dict[int, int]]:
     """Write `fold` as leaves and a BASE_END frame.
 
@@ -133,7 +129,7 @@ def write_base(
     keys: list[str] = []
     values: list[bytes] = []
     versions: list[bytes] = []
-    total = fold.base.entries
+    total = fold.base_entries
 
     def emit(body: bytes, crc: int | None = None) -> None:
         digest.update(body)
@@ -152,14 +148,14 @@ def write_base(
             start = end
         del keys[:start], values[:start], versions[:start]
 
-    for span in fold.spans("", None):
-        copied = _copied_leaf(fold, span) if span.whole and not keys else None
-        if copied is not None:
-            if not span.changes:
-                copies[len(base)] = span.leaf
-            emit(*copied)
+    for segment in fold.segments():
+        carried = segment.carried() if segment.is_leaf and not keys else None
+        if carried is not None:
+            if segment.unchanged_leaf is not None:
+                copies[len(base)] = segment.unchanged_leaf
+            emit(*carried)
         else:
-            columns = fold.span_columns(span)
+            columns = segment.columns()
             keys += columns.keys
             values += columns.values
             versions += columns.versions
@@ -177,17 +173,3 @@ def write_base(
         end["origin"] = fold.origin
     out.add(KIND_BASE_END, msgpack.packb(end))
     return base, copies
-
-
-def _copied_leaf(fold: FoldSnapshot, span: Span) -> tuple[bytes, int | None] | None:
-    """The body of a leaf, copied or patched, with its checksum if it is unchanged.
-
-    None if it must be encoded from its entries.
-    """
-    if len(span.changes) > PATCHED_CHANGES:
-        return None
-    body = fold.base.body(span.leaf)
-    if not span.changes:
-        return body, fold.base.crc(span.leaf)
-    patched = patched_leaf(body, span.changes)
-    return None if patched is None else (patched, None)

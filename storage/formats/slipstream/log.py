@@ -22,6 +22,7 @@ from foldlog.protocol.updates import Change
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.delta import EMPTY_DELTA, PIECE_ENTRIES, Collected, Delta, Run
+from foldlog.storage.fold.segments import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import (
     BUFFER_BYTES,
@@ -103,22 +104,19 @@ class RecordFile(NewFile):
         super().__init__(files, path, header, HEADER_BYTES, start, mode)
         self._delta = EMPTY_DELTA
 
-    def write_fold(self, fold: FoldSnapshot, progress: Progress | None = None) -> None:
+    def write_fold(self, fold: Writable, progress: Progress | None = None) -> None:
         # If all entries are in memory already, keep them, compacted, for `fold_with`.
-        pieces = _Pieces() if fold.base is EMPTY_BASE else None
-        done, total = 0, fold.base.entries
-        for span in fold.spans("", None):
-            if span.leaf < 0:
-                live = [
-                    change for _, change in sorted(span.changes.items()) if change[1] is not None
-                ]
-                if pieces is not None:
-                    pieces.add(live)
+        pieces = _Pieces() if fold.is_in_memory else None
+        done, total = 0, fold.base_entries
+        for segment in fold.segments():
+            live = segment.live_changes() if pieces is not None else None
+            if pieces is not None and live is not None:
+                pieces.add(live)
                 keys: Sequence[str] = [change[0] for change in live]
                 values: Sequence[bytes] = [change[1] for change in live]  # type: ignore[misc]
                 versions: Sequence[bytes] = [change[2] for change in live]
             else:
-                keys, values, versions = fold.span_columns(span)
+                keys, values, versions = segment.columns()
             self._add_puts(keys, values, versions)
             done += len(keys)
             if progress is not None:
@@ -157,9 +155,7 @@ class RecordFile(NewFile):
         return start._replace(offset=stop, seq=start.seq + cursors)
 
     def fold_with(self, since: FoldSnapshot) -> FoldSnapshot:
-        newest_first = tuple(since.delta)[::-1]
-        delta = self._delta.with_runs(newest_first) if newest_first else self._delta
-        return FoldSnapshot(EMPTY_BASE, delta, since.runs, since.seq, since.cursor(), since.origin)
+        return since.over(EMPTY_BASE, self._delta)
 
 
 class _Pieces:

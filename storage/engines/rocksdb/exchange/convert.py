@@ -16,14 +16,14 @@ from pathlib import Path
 
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.store import FormatName, StrPath
-from foldlog.protocol.updates import Change
+from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.updates import KvEntry
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
 from foldlog.storage.engines.rocksdb.exchange.artifact import closing_fd
 from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_fold
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
-from foldlog.storage.fold.base import Base
-from foldlog.storage.fold.delta import EMPTY_DELTA
-from foldlog.storage.fold.snapshot import FoldSnapshot, Span
+from foldlog.storage.fold.leaf import Columns
+from foldlog.storage.fold.segments import Segment
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
@@ -102,21 +102,38 @@ def writable(fold: RocksDbFold) -> _Streamed:
     return _Streamed(fold)
 
 
-class _Streamed(FoldSnapshot):
-    """A RocksDB fold in the form that log writers take: spans without a leaf, a block each."""
+class _Streamed:
+    """A RocksDB fold as a `Writable`: a segment for each block."""
 
-    __slots__ = ("_source", "entries")
+    base_entries, is_in_memory = 0, False
 
     def __init__(self, source: RocksDbFold) -> None:
-        super().__init__(Base(None), EMPTY_DELTA, (), source.seq, source.cursor())
         self._source = source
+        self.seq, self.origin = source.seq, b""
         self.entries = 0
+        """The entries that were written."""
 
-    def spans(self, low: str, high: str | None, *, reverse: bool = False) -> Iterator[Span]:
-        assert (low, high, reverse) == ("", None, False), "it is written whole"
+    def cursor(self) -> WatchCursor:
+        return self._source.cursor()
+
+    def segments(self) -> Iterator[Segment]:
         for block in self._source.blocks():
             self.entries += len(block)
-            changes: dict[str, Change] = {
-                key: (key, value, bytes(version)) for key, value, version in block
-            }
-            yield Span(-1, False, block[0].key, None, changes)
+            yield _Block(block)
+
+
+class _Block:
+    is_leaf, unchanged_leaf = False, None
+
+    def __init__(self, entries: list[KvEntry]) -> None:
+        self._entries = entries
+
+    def carried(self) -> None:
+        return None
+
+    def columns(self) -> Columns:
+        keys, values, versions = zip(*self._entries, strict=True)
+        return Columns(list(keys), list(values), list(map(bytes, versions)))
+
+    def live_changes(self) -> None:
+        return None
