@@ -44,7 +44,7 @@ def test_under_green_threads_polling_takes_over_and_close_is_prompt(
         [sys.executable, "-W", "ignore", "-c", script, str(path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert result.returncode == 0, result.stderr

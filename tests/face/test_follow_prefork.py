@@ -194,7 +194,6 @@ def ask_until(service: Service, done: threading.Event) -> list[dict[str, Any]]:
     return answers
 
 
-@pytest.mark.timeout(60)
 def test_four_workers_serve_whole_states_and_never_an_older_one_while_the_writer_is_killed_and_compacts(
     service: Service, path: Path
 ):

@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = [DOCS / "index.md", DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md"))]
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', flags=re.MULTILINE | re.DOTALL)
 KINDS = {"python", "sh", "text", "console"}
-BLOCK_TIMEOUT_S = 30
+BLOCK_TIMEOUT_S = 120
 
 SESSION = """
 import json, os, sys

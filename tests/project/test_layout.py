@@ -387,7 +387,7 @@ def test_the_program_in_the_readme_runs_twice(tmp_path: Path) -> None:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=150,
             check=False,
         )
         assert (done.stderr, done.returncode) == ("", 0)
@@ -401,7 +401,7 @@ def test_the_program_with_plain_keys_in_the_readme_runs_once(tmp_path: Path) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert (done.stderr, done.returncode) == ("", 0)
@@ -418,7 +418,7 @@ def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -41,7 +41,7 @@ from foldlog.storage.engines.rocksdb.database import opening
 from foldlog.storage.engines.rocksdb.fold import difference, snapshot
 
 CACHE = 8 * 1024 * 1024
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from foldlog.storage.engines.rocksdb.database.record import (
 from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_database
 
 CACHE = 8 * 1024 * 1024
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 @pytest.fixture
