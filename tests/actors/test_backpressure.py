@@ -14,6 +14,7 @@ from actor_kit import (
     read_back,
     results,
     until,
+    waiting,
 )
 
 from foldlog import Apply, Backpressure, Put, RequestTimeout, State
@@ -76,7 +77,7 @@ def test_those_who_wait_for_room_are_told_when_the_store_closes(full):
 def test_stopping_gets_through_a_full_mailbox(full, path):
     store, gate, futures = full
     stopping = in_thread(store.close)
-    until(lambda: len(store._supervisor.writer.inbox) >= 3, "the stop is in the mailbox")
+    until(lambda: waiting(store) >= 3, "the stop is in the mailbox")
     gate.open()
     stopping.result(DEADLINE_S)
     assert results(futures) == [1, 2, 3]
