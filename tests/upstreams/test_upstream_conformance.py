@@ -8,6 +8,15 @@ from upstream_kit import EtcdSource, LogSource, NatsSource, opened, same, until
 
 import foldlog
 from foldlog import Changed, Delete, LinkState, MirrorReadOnly, Put, Synced, WatchCursor
+from foldlog.actors import attachment
+from foldlog.upstreams import etcd as etcd_upstream
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch):
+    """Do not wait a second for what a single server on loopback confirms at once."""
+    monkeypatch.setattr(attachment, "CONFIRM_S", 0.05)
+    monkeypatch.setattr(etcd_upstream, "LOOK_S", 0.05)
 
 
 @pytest.fixture(scope="module")
