@@ -29,6 +29,7 @@ from foldlog.storage.fold.cache import ENTRY_OVERHEAD, Cache
 from foldlog.storage.fold.leaf import Columns, Index
 from foldlog.storage.log.files import ReadHandle
 
+_INDEX, _ALL = 1, 2  # what of a leaf was checked
 _uids = count()
 _READ_AHEAD_PART = 5
 """Prefetch a leaf once one in this many of its entries has been read singly.
@@ -72,7 +73,7 @@ class Base:
         self._index_lens = array("I")
         self._index_crcs = array("I")
         self._last = ""  # key of the last leaf
-        self._sound = bytearray()  # by leaf; 1: its whole contents were checked
+        self._sound = bytearray()  # by leaf; what was checked: 1 its index, 2 all of it
         # A leaf's identity, wherever it is now: the base and the number that it was created with.
         # Never equal for two leaves that differ; checksums could be forged to be.
         self._uid = next(_uids)
@@ -231,13 +232,13 @@ class Base:
         Cost: on the first call, 0.2 us an entry; then that of `body`.
         """
         body = self.body(number)
-        if self._sound[number]:
+        if self._sound[number] == _ALL:
             return body, None
         try:
             keys = leaf.check_order(body)
         except Undecodable as error:
             raise self._corrupt(number, str(error)) from None
-        self._sound[number] = 1
+        self._sound[number] = _ALL
         return body, keys
 
     def check(self) -> None:
@@ -258,9 +259,21 @@ class Base:
             raise Undecodable("the digest of the leaves is not the one at the end of the base")
 
     def columns(self, number: int, low: str | None = None, high: str | None = None) -> Columns:
-        """The entries of a leaf with low <= key < high."""
-        body, keys = self.sound_body(number)
-        return leaf.decode_leaf(body, low, high, keys)
+        """The entries of a leaf with low <= key < high.
+
+        Of a leaf that was not read as a whole before, only the index and what is within the bounds
+        is checked: that is two thirds of the time of a short range.
+        """
+        body, sound = self.body(number), self._sound[number]
+        if sound == _ALL:
+            return leaf.decode_leaf(body, low, high)
+        try:
+            keys = leaf.decode_keys(body) if sound else None
+            columns = leaf.checked_columns(body, low, high, keys)
+        except Undecodable as error:
+            raise self._corrupt(number, str(error)) from None
+        self._sound[number] = _INDEX if low is not None or high is not None else _ALL
+        return columns
 
     def _pread(self, size: int, offset: int) -> bytes:
         assert self.handle is not None, "a base without a file has no leaves"

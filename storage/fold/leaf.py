@@ -355,10 +355,38 @@ def check_order(body: bytes | memoryview) -> list[str]:
         raise Undecodable("a leaf's lengths do not fit")
     keys = _checked_keys(bytes(body[:index_len]), len(body))
     ends_at = HEADER.size + keys_len
-    value_crcs = struct.unpack_from(f"<{count}I", body, ends_at + 4 * count)
-    if tuple(map(crc32c, _slices(body, index_len, "I", ends_at, 0, count))) != value_crcs:
-        raise Undecodable("a leaf's value does not verify")
+    _check_values(body, _slices(body, index_len, "I", ends_at, 0, count), 0)
     return keys
+
+
+def checked_columns(
+    body: bytes | memoryview,
+    low: str | None = None,
+    high: str | None = None,
+    keys: list[str] | None = None,
+) -> Columns:
+    """`decode_leaf`, for a leaf whose contents were not checked yet.
+
+    Undecodable unless the index is valid and the values within the bounds verify. `keys`: all keys
+    of the leaf, if its index was checked before. Cost: 40 ns a key, unless the index was checked
+    before, and 0.3 us an entry within the bounds.
+    """
+    if keys is None:
+        if len(body) < HEADER.size or (index_len := HEADER.unpack_from(body)[1]) > len(body):
+            raise Undecodable("a leaf's lengths do not fit")
+        keys = _checked_keys(bytes(body[:index_len]), len(body))
+    start, stop = _bounds(keys, low, high)
+    columns = _entries(body, keys, start, stop)
+    _check_values(body, columns.values, start)
+    return columns
+
+
+def _check_values(body: bytes | memoryview, values: list[bytes], start: int) -> None:
+    """Undecodable unless `values`, which begin with that of entry `start`, verify."""
+    count, _, keys_len, _ = HEADER.unpack_from(body)
+    crcs_at = HEADER.size + keys_len + 4 * (count + start)
+    if tuple(map(crc32c, values)) != struct.unpack_from(f"<{len(values)}I", body, crcs_at):
+        raise Undecodable("a leaf's value does not verify")
 
 
 def check_leaf(body: bytes | memoryview) -> None:

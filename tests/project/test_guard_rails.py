@@ -409,6 +409,27 @@ def test_a_range_decodes_the_leaves_that_it_lies_in_and_keeps_nothing(
 
 
 @both
+def test_a_first_short_range_checks_the_values_that_it_returns_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, open_log: OpenLog, entries: int
+) -> None:
+    """It checked every value of the leaves that it lies in, 256 for a range of 10: half of its
+    time."""
+    snap = open_log(entries)
+    checksums = calls_of(monkeypatch, leaf, "crc32c")
+    for again in (False, True):
+        checksums.clear()
+        assert len(snap.range(key(50)[:-1])) == 10
+        leaves = 0 if again else 2
+        assert len(checksums) <= 10 + 2 * leaves, "those of an index, when it is first read"
+    checksums.clear()
+    assert len(snap.range()) == entries
+    assert entries <= len(checksums) <= entries + 2 * len(snap.snapshot().base)
+    checksums.clear()
+    assert len(snap.range()) == entries
+    assert not checksums, "all of it was checked"
+
+
+@both
 def test_a_range_that_is_left_early_decodes_what_was_asked_for(
     open_log: OpenLog, leaves: LeafCounter, entries: int
 ) -> None:
