@@ -1,6 +1,7 @@
 """Measure foldlog, a plain dict, and the stores that a user would pick instead.
 
     python benchmarks/run.py                 everything, 10,000 to 10,000,000 entries: 1 to 2 hours
+    python benchmarks/run.py --quick         1,000,000 entries, once, no diskcache: 10 minutes
     python benchmarks/run.py --only get range --peers dict lmdb --entries 100000
     python benchmarks/run.py --peers         foldlog alone
 
@@ -136,9 +137,12 @@ def parse_args() -> argparse.Namespace:
         help=f"cases to run, from {', '.join(CASES)}",
     )
     parser.add_argument(
-        "--entries", nargs="+", type=int, default=[10_000, 100_000, 1_000_000, 10_000_000]
+        "--quick",
+        action="store_true",
+        help=f"unless given: --entries {LARGE} --repeat 1, and all peers but {', '.join(SLOW)}",
     )
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--entries", nargs="+", type=int)
+    parser.add_argument("--repeat", type=int)
     parser.add_argument(
         "--attempts",
         type=int,
@@ -149,13 +153,19 @@ def parse_args() -> argparse.Namespace:
         "--peers",
         nargs="*",
         choices=PEERS,
-        default=list(PEERS),
         metavar="PEER",
         help=", ".join(PEERS),
     )
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--work", type=Path, help="directory to keep prepared stores in, for reuse")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.entries is None:
+        args.entries = [LARGE] if args.quick else [10_000, 100_000, LARGE, 10_000_000]
+    if args.repeat is None:
+        args.repeat = 1 if args.quick else 3
+    if args.peers is None:
+        args.peers = [peer for peer in PEERS if not (args.quick and peer in SLOW)]
+    return args
 
 
 def measure(args: argparse.Namespace, run: dict[str, Any], entries: int, work: Path) -> None:
