@@ -14,7 +14,7 @@ Not `mmap`: if someone truncates a mapped file, the process dies of SIGBUS.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import count
 
@@ -34,7 +34,7 @@ _uids = count()
 _READ_AHEAD_PART = 5
 """Prefetch a leaf once one in this many of its entries has been read singly.
 
-An entry costs 7 us read alone, 1 us with the rest of its leaf.
+An entry costs 3 us read alone, 0.7 us with the rest of its leaf.
 """
 
 
@@ -152,22 +152,34 @@ class Base:
         self._origins[number] = other.identity(origin)
 
     def read(self, key: str) -> Change | None:
-        """The entry of `key`, from disk. Cost: 3-8 us; 20 us more on the first read of a leaf."""
-        older = self._cache.take_older(key)
-        if older is not None:
+        """The entry of `key`, from disk.
+
+        Cost: 2-4 us, 1 us for an absent key; 20 us more on the first read of a leaf.
+        """
+        cache = self._cache
+        if cache.has_older and (older := cache.take_older(key)) is not None:
             return older
         number = bisect_right(self.firsts, key) - 1
         if number < 0:
             return None
-        index = self._cache.use_index(number) or self.index(number)
-        entry = index.find(key)
-        if entry < 0:
+        index = cache.indexes[number]
+        if index is None:
+            index = self.index(number)
+        else:
+            cache.used[number] = 1
+        keys = index.keys
+        entry = bisect_left(keys, key)
+        if entry == len(keys) or keys[entry] != key:
             return None
+        return self._read_entry(number, index, entry)
+
+    def _read_entry(self, number: int, index: Index, entry: int) -> Change:
         start, size, crc, version = index.locate(entry)
         value = self._pread(size, self._offsets[number] + start)
+        key = index.keys[entry]
         if crc32c(value) != crc:
             raise self._corrupt(number, f"the value of key {key[:40]!r} does not verify")
-        change = (index.keys[entry], value, version)
+        change = (key, value, version)
         self._cache.add(change)
         self._reads[number] += 1
         if self._reads[number] * _READ_AHEAD_PART > len(index.keys):

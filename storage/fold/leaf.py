@@ -215,6 +215,22 @@ def _ends_fit(index: bytes, at: int, width: str, count: int, total: int, limit: 
     return bool(ends[-1] == total and min(lengths) >= 0 and max(lengths) <= limit)
 
 
+def _steps(places: bytes, count: int, values: int, versions: int) -> tuple[int, int]:
+    """The lengths of a value and of a version if all of each are equal and not empty, else (0, 0).
+
+    `values`, `versions`: how long all of them are together.
+    """
+    size, version_size = values // count, versions // count
+    if (
+        size * count == values
+        and version_size * count == versions
+        and places[: 4 * count] == _even_ends("I", size)[: 4 * count]
+        and places[8 * count : 10 * count] == _even_ends("H", version_size)[: 2 * count]
+    ):
+        return size, version_size
+    return 0, 0
+
+
 @lru_cache(16)
 def _even_ends(width: str, step: int) -> bytes:
     ends = (number * step & _MASKS[width] for number in range(1, MAX_COUNT + 1))
@@ -224,7 +240,16 @@ def _even_ends(width: str, step: int) -> bytes:
 class Index:
     """The index of a leaf, as kept in memory: the keys decoded, the rest as encoded."""
 
-    __slots__ = ("_count", "_places", "_places_at", "_values_at", "crc", "kept_bytes", "keys")
+    __slots__ = (
+        "_count",
+        "_places",
+        "_places_at",
+        "_steps",
+        "_values_at",
+        "crc",
+        "kept_bytes",
+        "keys",
+    )
 
     def __init__(self, raw: bytes, size: int) -> None:
         """From the bytes before the values, of a body of `size` bytes.
@@ -239,6 +264,8 @@ class Index:
         self._count, self._values_at = count, values_at
         self._places_at = HEADER.size + keys_len
         self._places = raw[self._places_at :]  # value ends, checksums, version ends, versions
+        # The lengths of a value and of a version, if all are equal, as they mostly are: (0, 0) else.
+        self._steps = _steps(self._places, count, size - values_at, len(self._places) - 10 * count)
         self.kept_bytes = text_bytes("".join(self.keys)) + KEY_OVERHEAD * count + len(self._places)
         """An estimate of its memory, rather too high."""
 
@@ -251,6 +278,11 @@ class Index:
         """The offset of an entry's value in the body, its length and checksum, and the version."""
         places, count = self._places, self._count
         (crc,) = _U32.unpack_from(places, 4 * count + 4 * number)
+        size, version_size = self._steps
+        if size:
+            at = 10 * count + number * version_size
+            version = places[at : at + version_size]
+            return self._values_at + number * size, size, crc, version
         if number:
             start, end = _U32_PAIR.unpack_from(places, 4 * number - 4)
             version_start, version_end = _U16_PAIR.unpack_from(places, 8 * count + 2 * number - 2)

@@ -306,6 +306,8 @@ def test_an_absent_key_costs_the_index_of_a_leaf_once(
     assert not any(snap.get(key(number) + " absent") for number in range(0, entries, 10))
     assert files.reads == leaves.keys < len(snap.snapshot().base)
     assert leaves.entries == 0
+    lines = work_of(snap.get, key(7) + " absent").lines
+    assert lines <= 22, "two calls below `get`: one that checks the key, and the search"
 
 
 @both
