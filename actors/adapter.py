@@ -225,7 +225,8 @@ class SharedActor(SupervisedActor):
         self.turn: deque[object] = deque()
         """The holder of the turn, then those waiting: frames of `work_in_turn`, and the actor."""
         self._died_of: BaseException | None = None
-        self._raised_by_hook: BaseException | None = None
+        # The last ones: the actor's thread may have died of another before a caller asks.
+        self._raised_by_hook: deque[BaseException] = deque(maxlen=4)
 
     def hooked(self, hook: Callable[[str], None]) -> Callable[[str], None]:
         """`hook`, wrapped so that what it raises counts as the actor's own fault, whichever thread
@@ -236,7 +237,7 @@ class SharedActor(SupervisedActor):
                 hook(name)
             except BaseException as error:
                 if not isinstance(error, KeyboardInterrupt) or error.args:  # Ctrl-C has none
-                    self._raised_by_hook = error
+                    self._raised_by_hook.append(error)
                 raise
 
         return call
@@ -244,7 +245,7 @@ class SharedActor(SupervisedActor):
     def is_own_fault(self, error: BaseException) -> bool:
         """True if the actor failed; False if the exception struck the thread that had the turn from
         outside."""
-        return error is self._raised_by_hook or is_own_fault(error)
+        return any(error is raised for raised in self._raised_by_hook) or is_own_fault(error)
 
     def resume(self) -> None:
         if self not in self.turn:

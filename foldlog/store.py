@@ -580,7 +580,9 @@ def _would_wait_for_itself(supervisor: Supervisor) -> bool:
 def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
     answer: Answer[BaseException | None] = Answer()
     supervisor.post(CloseNow(answer))
-    if _would_wait_for_itself(supervisor):
+    if _would_wait_for_itself(supervisor) or any(
+        reader.is_in_turn() for reader in supervisor.readers
+    ):
         return None
     deadline = time.monotonic() + timeout_s
     try:
