@@ -14,6 +14,7 @@ from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.frames import (
     FILE_HEADER,
     FRAME_HEADER,
+    FRAME_OVERHEAD,
     KIND_BATCHES,
     KINDS,
     KNOWN_FLAGS,
@@ -62,7 +63,10 @@ class Chain(NamedTuple):
 
     def after(self, frame: FrameHeader) -> Chain:
         """The position after `frame`."""
-        return Chain(self.offset + frame.size, frame.crc, frame.seq, frame.synced_seq)
+        crc, body_len, _, seq, synced_seq, *_ = frame
+        return tuple.__new__(
+            Chain, (self.offset + FRAME_OVERHEAD + body_len, crc, seq, synced_seq)
+        )
 
 
 def displaced(frame: FrameHeader) -> str:
@@ -114,30 +118,35 @@ def read_frames(
     """
     seed = header.seed
     window = memoryview(bytearray(min(window_bytes, max(size - chain.offset, 0))))
-    base = chain.offset  # the offset of window[0]
-    filled = 0
+    base, filled = chain.offset, 0  # the offset of window[0], and how much is read
     while chain.offset < size:
         at = chain.offset - base
         rest = size - chain.offset
         if filled - at < FRAME_HEADER.size and filled - at < rest:
             base, at = chain.offset, 0
             filled = _fill(handle, window, base, min(len(window), rest))
-        frame = parse_frame_header(window[:filled], at, seed)
+        frame = parse_frame_header(window if filled == len(window) else window[:filled], at, seed)
         if frame is None:
             raise BadFrame(chain.offset, NO_HEADER, final=False)
         fault = chain.fault(frame)
         if fault is not None:
             raise BadFrame(chain.offset, fault, final=True)
-        if (bad := header_fault(frame, chain.offset, rest)) is not None:
-            raise bad
-        if filled - at < frame.size:
-            if len(window) < frame.size:
-                window = memoryview(bytearray(frame.size))
+        frame_size = FRAME_OVERHEAD + frame.body_len
+        is_usual = frame.kind == KIND_BATCHES and not frame.flags and frame_size <= WINDOW_BYTES
+        if not is_usual or frame_size > rest:
+            bad = header_fault(frame, chain.offset, rest)
+            if bad is not None:
+                raise bad
+        if filled - at < frame_size:
+            if len(window) < frame_size:
+                window = memoryview(bytearray(frame_size))
             base, at = chain.offset, 0
             filled = _fill(handle, window, base, min(len(window), rest))
-        body = window[at + FRAME_HEADER.size : at + FRAME_HEADER.size + frame.body_len]
-        trailer = window[at + frame.size - len(TRAILER) : at + frame.size]
-        if reason := body_fault(frame, body, trailer):
+        start = at + FRAME_HEADER.size
+        end = start + frame.body_len
+        body = window[start:end]
+        if crc32c(body) != frame.body_crc or window[end : end + len(TRAILER)] != TRAILER:
+            reason = body_fault(frame, body, window[end : end + len(TRAILER)])
             raise BadFrame(chain.offset, reason, final=False)
         yield frame, body
         chain = chain.after(frame)
