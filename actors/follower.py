@@ -31,18 +31,25 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.handover import Bell, Latch, Wakeup
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.tail import Jump, Tail
+from foldlog.storage.log.tail import Advance, Jump, Tail
 
 PAUSE_S = 0.002
 """Pause after a poll that found something: more is likely to follow at once."""
 CLOSE_TIMEOUT_S = 10.0
 BUSY_PAUSE_S = 0.008
-"""Pause between polls while the log is busy. On average it delays a change by half of this."""
+"""The least pause between polls while the log is busy. On average it delays a change by half of
+this."""
+MAX_BUSY_PAUSE_S = 0.05
+"""The longest pause while the log is busy: it bounds the delay of a change."""
+REST_SHARE = 7.0
+"""A follower of a busy log rests for this multiple of what a poll took. So several followers leave
+most of the processors to the writer, as long as they keep up; and what a longer pause brings is
+folded at once."""
 BUSY_WINDOW_S = 0.25
-BUSY_FINDS = 20
-"""Polls of the window that must find something for the log to count as busy, until none of a window
-does. An event costs watchdog 150 us of processor time, a poll 25. So a busy log is polled, and
-events are not requested."""
+BUSY_BATCHES = 20
+"""Batches of the window that make the log count as busy, until there are none in a window. An event
+costs watchdog 150 us of processor time, a poll 25. So a busy log is polled, and events are not
+requested."""
 EVENTS = (FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent)
 """Events that wake a follower. Not opening and closing, which it does itself."""
 
@@ -61,6 +68,12 @@ class FollowerState(enum.StrEnum):
     FAILED = "failed"
     """The log cannot be read (`reason`); the last snapshot is served, and reading is retried."""
     CLOSED = "closed"
+
+
+def busy_pause_s(worked_s: float) -> float:
+    """How long to pause while the log is busy, after polls that took `worked_s` of processor
+    time."""
+    return min(max(worked_s * REST_SHARE, BUSY_PAUSE_S), MAX_BUSY_PAUSE_S)
 
 
 class FollowerThread:
@@ -117,7 +130,10 @@ class FollowerThread:
         self._waking = threading.RLock()
         self._error: Exception | None = None
         self._has_event = False
-        self._finds: deque[float] = deque(maxlen=BUSY_FINDS)
+        self._found_at: deque[float] = deque(maxlen=BUSY_BATCHES)
+        """When the last batches were found."""
+        self._worked_s = 0.0
+        """Processor time of the polls since the last pause."""
         self.busy = False
         """Changes come so often that the log is polled for them."""
 
@@ -194,17 +210,19 @@ class FollowerThread:
             self._started.finish(None)
             while not self._closing:
                 self.woken.wait(
-                    min(BUSY_PAUSE_S, self._poll_interval_s) if self.busy else self._poll_interval_s
+                    min(busy_pause_s(self._worked_s), self._poll_interval_s)
+                    if self.busy
+                    else self._poll_interval_s
                 )
                 has_event, self._has_event = self._has_event, False
-                while not self._closing and self._poll():
+                self._worked_s = 0.0
+                while not self._closing and self._poll_timed():
                     if not self.busy and not has_event:
                         self.file_watch.refresh()  # there was a change, but no event
                         has_event = True
                     if self._tail.behind:
                         continue
-                    self._finds.append(time.monotonic())
-                    self._set_busy(self._finds[-1])
+                    self._set_busy(time.monotonic())
                     if self.busy:
                         break
                     time.sleep(PAUSE_S)
@@ -214,14 +232,21 @@ class FollowerThread:
             self._end()
 
     def _set_busy(self, now: float) -> None:
-        recent = [found for found in self._finds if now - found < BUSY_WINDOW_S]
-        if not self.busy and len(recent) == BUSY_FINDS:
+        recent = [found for found in self._found_at if now - found < BUSY_WINDOW_S]
+        if not self.busy and len(recent) == BUSY_BATCHES:
             self.busy = True
             self.file_watch.stop()
         elif self.busy and not recent:
             self.busy = False
             self.file_watch.start()
             self.woken.set()  # for changes before the watch began
+
+    def _poll_timed(self) -> bool:
+        began = time.thread_time()
+        try:
+            return self._poll()
+        finally:
+            self._worked_s += time.thread_time() - began
 
     def _poll(self) -> bool:
         """Take one step. True if it found something."""
@@ -250,6 +275,8 @@ class FollowerThread:
         self._set_state()
         if step is None:
             return False
+        batches = len(step.batches) if isinstance(step, Advance) else 1
+        self._found_at.extend([time.monotonic()] * min(batches, BUSY_BATCHES))
         self._note_delay()
         try:
             if not isinstance(step, Jump) and step.batches:

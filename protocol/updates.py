@@ -179,6 +179,14 @@ class DecodedBatch(NamedTuple):
         """The last change of each key; see `Batch.changes`."""
         return _changes(self.keys, self.values, self.versions)
 
+    def change_into(self, state: dict[str, Change]) -> None:
+        """Put the changes of at most `SLICE` updates into `state`. Cost: half of `changes` and an
+        update."""
+        keys, values = self.keys, self.values
+        if bool in set(map(type, values)):
+            values = [None if value is False else value for value in values]
+        state.update(zip(keys, zip(keys, values, self.versions)))  # type: ignore[arg-type]
+
 
 class _Packers(threading.local):
     # Taken out during packing and put back only on success: if a MemoryError or an interrupt stops

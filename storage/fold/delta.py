@@ -17,7 +17,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-from foldlog.protocol.updates import Change, KvEntry
+from foldlog.protocol.updates import SLICE, Change, DecodedBatch, KvEntry
 
 MERGE_RATIO = 4
 SETTLE_ENTRIES = 32_768
@@ -239,6 +239,16 @@ class Collected:
     def add(self, changes: dict[str, Change]) -> None:
         """Add changes newer than all before."""
         self._runs[-1].update(changes)
+        if len(self._runs[-1]) >= COLLECTED_ENTRIES:
+            self._runs.append(Run())
+
+    def add_batch(self, batch: DecodedBatch) -> None:
+        """Add a batch newer than all before."""
+        if len(batch.keys) > SLICE:
+            for changes in batch.changes():
+                self.add(changes)
+            return
+        batch.change_into(self._runs[-1])
         if len(self._runs[-1]) >= COLLECTED_ENTRIES:
             self._runs.append(Run())
 

@@ -64,9 +64,7 @@ class Chain(NamedTuple):
     def after(self, frame: FrameHeader) -> Chain:
         """The position after `frame`."""
         crc, body_len, _, seq, synced_seq, *_ = frame
-        return tuple.__new__(
-            Chain, (self.offset + FRAME_OVERHEAD + body_len, crc, seq, synced_seq)
-        )
+        return tuple.__new__(Chain, (self.offset + FRAME_OVERHEAD + body_len, crc, seq, synced_seq))
 
 
 def displaced(frame: FrameHeader) -> str:

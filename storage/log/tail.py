@@ -39,7 +39,7 @@ from foldlog.protocol.frames import (
 )
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import Batch, DecodedBatch
+from foldlog.protocol.updates import SLICE, Change, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.replay import Replay
 from foldlog.storage.formats.registry import load_intact, read_own_header
@@ -343,12 +343,17 @@ class _Joint:
 
 
 def _folded(fold: FoldSnapshot, batches: list[DecodedBatch]) -> FoldSnapshot:
-    return fold.with_group(
-        [
-            Batch(batch.cursor, b"", batch.changes(), len(batch.keys), batch.origin)
-            for batch in batches
-        ]
-    )
+    """The fold after `batches`. Small ones share a dict."""
+    pieces: list[dict[str, Change]] = [{}]
+    for batch in batches:
+        if len(batch.keys) > SLICE:
+            pieces += batch.changes()
+            continue
+        if len(pieces[-1]) + len(batch.keys) > SLICE:
+            pieces.append({})
+        batch.change_into(pieces[-1])
+    last = batches[-1]
+    return fold.with_batch(tuple(pieces), fold.seq + len(batches), last.cursor, last.origin)
 
 
 def _is_growing(place: _Place, size: int) -> bool:

@@ -468,7 +468,7 @@ def test_waiting_for_a_cursor_looks_at_the_log_at_once(
 def test_a_busy_log_is_polled_and_a_quiet_one_has_events_again(
     follow: Follow, open_store: Open, monkeypatch
 ):
-    monkeypatch.setattr(follower_module, "BUSY_FINDS", 4)
+    monkeypatch.setattr(follower_module, "BUSY_BATCHES", 4)
     store = open_store(sync="never")
     follower = follow(poll_interval_s=1000.0)
     number = 0

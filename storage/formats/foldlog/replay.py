@@ -68,8 +68,7 @@ class Replay:
         elif frame.kind == KIND_BATCHES:
             batches = decode_batches(body, frame.batches)
             for batch in batches:
-                for changes in batch.changes():
-                    self._collected.add(changes)
+                self._collected.add_batch(batch)
             self._cursor, self._origin = batches[-1].cursor, batches[-1].origin
         elif frame.kind == KIND_OPEN:
             self.boot = parse_open(body)
