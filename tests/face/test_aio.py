@@ -30,6 +30,7 @@ from foldlog import (
     VersionMismatch,
     aio,
 )
+from foldlog.aio.bridge import Wake
 
 uvloop = pytest.importorskip("uvloop")
 
@@ -550,3 +551,104 @@ def test_the_loop_is_not_held_up_by_a_feeder_at_full_speed(path: Path):
     without, with_store = asyncio.run(main())
     print(f"longest delay of the loop: {without * 1e3:.1f} ms without, {with_store * 1e3:.1f} with")
     assert with_store <= without + 0.05
+
+
+# Typed views.
+
+
+def test_a_typed_view_reads_at_once_and_awaits_its_writes(run: Any, path: Path):
+    async def main() -> None:
+        async with aio.open(path, sync="never") as store:
+            flags = aio.view(store, "json", "flags/")
+            version = await flags.put("flags/beta", {"percent": 5})
+            assert store.get("flags/beta").version == version
+            assert (flags["flags/beta"], list(flags), len(flags)) == (
+                {"percent": 5},
+                ["flags/beta"],
+                1,
+            )
+            assert foldlog.view(store, "json", "flags/")["flags/beta"] == {"percent": 5}
+            await flags.delete("flags/beta")
+            assert "flags/beta" not in flags
+            with pytest.raises(KeyError):
+                await flags.delete("flags/beta")
+
+    run(main)
+
+
+def test_a_typed_view_stores_nothing_of_a_bad_key_or_value(run: Any, path: Path):
+    async def main() -> None:
+        async with aio.open(path, sync="never") as store:
+            flags = aio.view(store, "json", "flags/")
+            with pytest.raises(foldlog.KeyOutsideView):
+                await flags.put("other", 1)
+            with pytest.raises(foldlog.KeyOutsideView):
+                await flags.delete("other")
+            with pytest.raises(foldlog.EncodeError):
+                await flags.put("flags/a", object())
+            assert len(store) == 0
+            for bad in (store.store, store.snapshot(), None):
+                with pytest.raises(TypeError):
+                    aio.view(bad, "json")  # type: ignore[arg-type]
+            with pytest.raises(TypeError):
+                aio.view(store, "json", 7)  # type: ignore[arg-type]
+            async with aio.follow(path) as follower:
+                with pytest.raises(TypeError, match="read-only"):
+                    await aio.view(follower, "json").put("flags/a", 1)
+                with pytest.raises(TypeError, match="read-only"):
+                    await aio.view(follower, "json").delete("flags/a")
+
+    run(main)
+
+
+def test_a_typed_view_is_watched_with_decoded_values_and_survives_bad_ones(run: Any, path: Path):
+    async def main() -> None:
+        async with aio.open(path, sync="never") as store, aio.follow(path) as follower:
+            async with aio.view(follower, "json", "n/").watch() as watch:
+                assert isinstance(await watch.next(DEADLINE_S), Synced)
+                await aio.view(store, "json", "n/").put("n/1", [1, 2])
+                await store.put("n/2", b"no JSON")
+                await store.delete("n/1")
+                events = [await watch.next(DEADLINE_S) for _ in range(3)]
+            assert isinstance(events[0], foldlog.Decoded)
+            assert (events[0].key, events[0].value) == ("n/1", [1, 2])
+            assert isinstance(events[1], foldlog.Undecodable)
+            assert isinstance(events[2], foldlog.Removed)
+            assert watch.ended == "closed by its subscriber"
+            assert [event async for event in watch] == []
+
+    run(main)
+
+
+def test_tasks_that_sleep_in_watches_are_woken_only_by_what_they_watch(
+    run: Any, path: Path, monkeypatch: Any
+):
+    """Each batch woke every task that watched anything."""
+    woken: list[Any] = []
+    call = Wake.__call__
+
+    def noted(wake: Wake) -> None:
+        woken.append(wake)
+        call(wake)
+
+    async def main() -> None:
+        async with aio.open(path, sync="never") as store:
+            watches = [store.watch(f"{number:03}/") for number in range(100)]
+            for watch in watches:
+                assert isinstance(await watch.next(DEADLINE_S), Synced)
+            await store.put("first", b"")
+            tasks = [asyncio.create_task(watch.next(DEADLINE_S)) for watch in watches]
+            # All share one thread, which is done with them once it is done with this.
+            await asyncio.sleep(0)
+            await store._off_loop(lambda: None)
+            monkeypatch.setattr(Wake, "__call__", noted)
+            await store.put("other", b"")
+            assert woken == []
+            await store.put("007/k", b"")
+            assert woken == [watches[7]._wake]
+            assert (await tasks[7]).update.key == "007/k"
+            for task in tasks:
+                task.cancel()
+
+    run(main)
+    monkeypatch.undo()
