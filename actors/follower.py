@@ -9,7 +9,6 @@ log from the beginning and starts another thread (`_Asleep`).
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import threading
@@ -277,7 +276,7 @@ class FollowerThread:
             return False
         batches = len(step.batches) if isinstance(step, Advance) else 1
         self._found_at.extend([time.monotonic()] * min(batches, BUSY_BATCHES))
-        self._note_delay()
+        self.delay_s = max(time.time() - self._tail.written_at, 0.0)
         try:
             if not isinstance(step, Jump) and step.batches:
                 self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
@@ -286,10 +285,6 @@ class FollowerThread:
         finally:
             self.advanced.ring()
         return True
-
-    def _note_delay(self) -> None:
-        with contextlib.suppress(OSError):
-            self.delay_s = max(time.time() - os.stat(self.path).st_mtime, 0.0)
 
     def _set_state(self) -> None:
         if self._tail.missing:

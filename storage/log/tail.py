@@ -129,6 +129,8 @@ class Tail:
         self.give_up_at = inf
         """When to raise RequestTimeout in the middle of reading (time.monotonic()). A later poll
         reads the rest."""
+        self.written_at = 0.0
+        """When the log was last written to, as far as it was read (time.time())."""
         self.missing = False
         """True if the last poll found no file at the path."""
         self.behind = False
@@ -172,7 +174,8 @@ class Tail:
 
     def _read_on(self, place: _Place) -> Advance | Jump | None:
         handle, _, header, chain, batches_chain, batches_size = place
-        size = self._files.fstat(handle.fd).st_size
+        stat = self._files.fstat(handle.fd)
+        self.written_at, size = stat.st_mtime, stat.st_size
         start = chain.offset
         if size == start:
             return None
@@ -267,6 +270,7 @@ class Tail:
     def _open(self) -> _Opened:
         handle = ReadHandle(self._files, self._path)
         stat = self._files.fstat(handle.fd)
+        self.written_at = stat.st_mtime
         mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._refused is not None and self._refused[0] == mark:
             raise self._refused[1].with_traceback(None)

@@ -7,6 +7,7 @@ other: the cost of an operation must not reveal which one it ran on.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import shutil
 import tracemalloc
@@ -22,9 +23,11 @@ import foldlog
 from foldlog import AppendLogSnapshot, Changed, Delete, Put, Synced, Update, VersionToken
 from foldlog.actors import ring
 from foldlog.actors.adapter import Mail
+from foldlog.actors.follower import FollowerThread, busy_pause_s
 from foldlog.actors.requests import WriteRequest
 from foldlog.actors.syncer import Syncer
 from foldlog.protocol.frames import FRAME_OVERHEAD
+from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import SLICE, batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import delta, leaf
@@ -883,3 +886,25 @@ def test_subscribers_cost_the_writer_no_decoding_and_a_batch_is_decoded_once_for
         assert event.cursor == cursor(13)
         watch.close()
     assert len(decodings) == 1, "what touches no prefix is not decoded"
+
+
+def test_a_follower_of_a_busy_log_makes_two_system_calls_for_each_poll_that_finds_something(
+    open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snap = open_log(FEW)
+    thread = FollowerThread(
+        snap.report.path, files := CountedFiles(), 0.5, cache_bytes=CACHE_BYTES.default
+    )
+    while thread._poll():
+        pass
+    stats = calls_of(monkeypatch, os, "stat")
+    files.forget()
+    for number in range(2, 12):
+        for _ in range(5):
+            snap.apply(puts(range(5)), cursor(number))
+        stats.clear()
+        assert thread._poll()
+        assert stats == []
+        assert thread.snapshot.cursor() == cursor(number)
+    assert files.counts == {"fstat": 10, "read_into": 10}
+    assert [busy_pause_s(worked_s) for worked_s in (0.0, 0.004, 1.0)] == [0.008, 0.028, 0.05]
