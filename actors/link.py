@@ -102,6 +102,9 @@ class Link:
         """Accept the held reset. Does nothing if no reset is held."""
         if isinstance(self.progress.error, ResetHeld):
             self._intake.accepted = True
+            # At once, so that a caller who waits from here on does not see the old failure.
+            self.progress.error = None
+            self.progress.set(LinkState.ATTACHING, "the reset was accepted")
             self._on_loop(lambda: self._accept.set() if self._accept is not None else None)
 
     @property
@@ -209,7 +212,6 @@ class Link:
             self._accept.clear()
             self.progress.fail(error)
             await self._accept.wait()
-            self.progress.error = None
         elif isinstance(error, (UpstreamRefused, UpstreamOversize)):
             self.progress.fail(error)
             await asyncio.Event().wait()

@@ -109,8 +109,6 @@ def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> No
         if not accept_reset:
             raise
         copy.accept_reset()
-        while copy.link.state is foldlog.LinkState.FAILED and time.monotonic() < deadline:
-            time.sleep(0.01)
         copy.wait_synced(max(deadline - time.monotonic(), 0.0))
 
 

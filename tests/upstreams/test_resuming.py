@@ -14,7 +14,9 @@ from foldlog.actors.resuming import (
     Plan,
     Step,
     audit_delay_s,
+    confirms,
     may_delete,
+    next_audit_s,
     plan,
     retry_delay_s,
     scoped_origin,
@@ -73,15 +75,28 @@ class World(NamedTuple):
         return Identity(origin, WatchCursor.none(), WatchCursor.from_u64(self.last))
 
 
-def attached(held: dict[str, bytes], origin: bytes, cursor: int, world: World, rules) -> dict:
-    """What a client holds once it has attached by `rules` and is in step."""
-    place = WatchCursor.from_u64(cursor) if cursor else WatchCursor.none()
-    decided = rules["plan"](Held(origin, place, not held), world.identity, world)
-    fold = dict(held)
+class Attached(NamedTuple):
+    """What a client holds once it is in step, and whether it told its watchers of a rewind."""
+
+    fold: dict[str, bytes]
+    told: bool
+
+
+def attached(held: Held, fold: dict[str, bytes], world: World, stale: World, rules) -> Attached:
+    """How a client attaches by `rules`, if its first look is answered by a leader that has only
+    `stale`."""
+    decided = rules["plan"](held, stale.identity, stale)
+    seen = stale
+    if decided.rewound and rules["confirms"] is not None:
+        again = rules["plan"](held, world.identity, world)
+        if not rules["confirms"](stale.identity, decided, world.identity, again):
+            return attached(held, fold, world, world, rules)
+        seen = world
     if decided.step in (Step.LOAD, Step.REPLACE):
-        return dict(world.live)
+        return Attached(dict(seen.live), decided.rewound)
+    fold = dict(fold)
     for key, seq, live in world.messages:
-        if seq > cursor:
+        if seq > (held.cursor.as_u64() or 0):
             fold.pop(key, None)
             if live:
                 fold[key] = world.live[key]
@@ -90,7 +105,7 @@ def attached(held: dict[str, bytes], origin: bytes, cursor: int, world: World, r
             fold.pop(key, None)
             if key in world.live:
                 fold[key] = world.live[key]
-    return fold
+    return Attached(fold, False)
 
 
 def both_ways(fold: dict[str, bytes], found: dict[str, bytes]) -> set[str]:
@@ -99,7 +114,11 @@ def both_ways(fold: dict[str, bytes], found: dict[str, bytes]) -> set[str]:
     return audit.end()
 
 
-RULES = {"plan": lambda held, identity, world: plan(held, identity), "audit": both_ways}
+RULES = {
+    "plan": lambda held, identity, world: plan(held, identity),
+    "audit": both_ways,
+    "confirms": confirms,
+}
 
 
 def first_sequence_alone(held, identity, world) -> Plan:
@@ -114,13 +133,17 @@ MUTANTS = {
     | {"audit": lambda fold, found: {k for k in fold if k not in found}},
     "audit only of what is found": RULES
     | {"audit": lambda fold, found: {k for k in found if k not in fold}},
+    "no confirmation": RULES | {"confirms": None},
+    "confirmation of the origin alone": RULES
+    | {"confirms": lambda found, decided, again, decided_again: found.origin == again.origin},
     "audit of keys, not of versions": RULES
     | {"audit": lambda fold, found: fold.keys() ^ found.keys()},
 }
 
 
 def histories():
-    """(what is held, its origin, its cursor, the world as it is now) after every small history."""
+    """(what is held, as told and in full, and the world as it is now) after every small history;
+    and an older state of the world, as a deposed leader has it."""
     befores = [
         World().write("a", True),
         World().write("a", True).write("b", True),
@@ -128,21 +151,27 @@ def histories():
     ]
     for before in befores:
         copy = World(before.messages[:1], before.messages[0][1]).write("c", True)
+        older = World(before.messages[:1], before.messages[0][1])
+        held = Held(before.identity.origin, before.identity.last, not before.live)
         for events in itertools.product(EVENTS, repeat=AWAY):
             world = before
             for event in events:
                 world = world.after(event, copy)
-            yield dict(before.live), before.identity.origin, before.last, world
+            yield held, dict(before.live), world, older
 
 
 def wrong(rules) -> int:
-    return sum(
-        attached(held, origin, cursor, world, rules) != world.live
-        for held, origin, cursor, world in histories()
-    )
+    """Cases in which a client ends with another state, or tells of a rewind that never was."""
+    count = 0
+    for held, fold, world, older in histories():
+        for first in (world, older):
+            done = attached(held, fold, world, first, rules)
+            has_rewound = plan(held, world.identity).rewound
+            count += done.fold != world.live or (done.told and not has_rewound)
+    return count
 
 
-def test_attaching_is_exact_after_every_small_history():
+def test_attaching_is_exact_after_every_small_history_whoever_answers_first():
     assert wrong(RULES) == 0
 
 
@@ -216,6 +245,9 @@ def test_a_scope_keeps_the_name_and_other_prefixes_are_another_incarnation():
 def test_audits_stay_within_their_budget_and_retries_within_half_a_second():
     assert audit_delay_s(4.0, 0.01, 60.0) == pytest.approx(396.0)
     assert audit_delay_s(0.1, 0.01, 60.0) == 60.0
+    assert next_audit_s(60.0, is_clean=True, was_clean=True) == 60.0
+    assert next_audit_s(60.0, is_clean=False, was_clean=True) == 0.0
+    assert next_audit_s(60.0, is_clean=False, was_clean=False) == 60.0
     delays = [retry_delay_s(attempt, 1.0) for attempt in range(2000)]
     assert delays == sorted(delays)
     assert max(delays) <= 0.5

@@ -1,0 +1,357 @@
+"""A link whose upstream, hooks or store misbehave, as a test scripts it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from scripted_upstream import Marked, Plain, Scripted, at
+from upstream_kit import until
+
+import foldlog
+from foldlog import Changed, LinkState, Put, Rewound, StoreClosed, Synced, VersionToken
+from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost
+from foldlog.testing import Fault, FaultyFiles
+
+
+def values(mirror) -> dict[str, bytes]:
+    return dict(mirror.snapshot().items())
+
+
+def true(upstream) -> dict[str, bytes]:
+    return {key: put.value for key, put in upstream.live.items()}
+
+
+# An attachment that ends.
+
+
+def test_a_client_library_that_cancels_its_own_work_does_not_end_the_link(path):
+    """A client cancelled the requests that waited when its connection was lost. The link took that
+    for its own end, and the mirror said that it was closed."""
+
+    class Cancels(Scripted):
+        cancelled = 0
+
+        async def changes(self, after, prefixes):
+            if self.cancelled < 2:
+                self.cancelled += 1
+                raise asyncio.CancelledError
+            async for piece in super().changes(after, prefixes):
+                yield piece
+
+    upstream = Cancels()
+    upstream.put("k", b"1")
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+        assert (upstream.cancelled, mirror.stats().link.attaches) == (2, 3)
+
+
+def test_a_store_that_a_hook_finds_closed_is_not_taken_for_the_mirrors_own(path):
+    def parse(update):
+        raise StoreClosed("another store of the program")
+
+    upstream = Scripted()
+    upstream.put("k")
+    with foldlog.mirror(path, upstream, parse=parse) as mirror:
+        until(lambda: mirror.link.state is LinkState.FAILED)
+        with pytest.raises(StoreClosed, match="another store"):
+            mirror.wait_synced(30)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), OSError("hook"), EOFError()])
+def test_whatever_a_hook_raises_is_the_links_failure(path, error):
+    """An OSError of a hook passed for a lost connection, for ever; an exit ended the thread."""
+
+    def parse(update):
+        raise error
+
+    upstream = Scripted()
+    upstream.put("k")
+    with foldlog.mirror(path, upstream, parse=parse) as mirror:
+        until(lambda: mirror.link.state is LinkState.FAILED)
+        assert type(error).__name__ in mirror.stats().restarts[-1].reason
+        assert len(mirror.stats().restarts) == 5
+
+
+def test_the_hook_is_called_for_a_batch_that_is_written_while_the_link_detaches(path):
+    """The connection was lost while a batch was being written. It was written, and the hook never
+    heard of it."""
+    writing, go_on = threading.Event(), threading.Event()
+
+    class Breaks(Scripted):
+        broken = False
+
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                yield piece
+
+        async def revisions(self, prefixes):
+            if not self.broken and len(self.updates) > 1:
+                self.broken = True
+                await asyncio.to_thread(writing.wait, 30)
+                raise UpstreamLost("the connection broke")
+            return await super().revisions(prefixes)
+
+        async def close(self):
+            go_on.set()
+
+    def hook(call):
+        if call.operation == "write" and armed.is_set():
+            writing.set()
+            assert go_on.wait(30)
+
+    armed, applied = threading.Event(), []
+    upstream, files = Breaks(), FaultyFiles(hook=hook)
+    upstream.put("a", b"1")
+    with foldlog.mirror(
+        path,
+        upstream,
+        files=files,
+        audit_interval_s=0.01,
+        on_applied=lambda updates, cursor: applied.extend(u.key for u in updates),
+    ) as mirror:
+        mirror.wait_synced(30)
+        go_on.clear()
+        armed.set()
+        upstream.put("b", b"2")
+        until(lambda: upstream.broken and mirror.stats().link.attaches == 2)
+        armed.clear()
+        until(lambda: values(mirror) == true(upstream))
+        mirror.wait_synced(30)
+    assert applied == ["a", "b"]
+
+
+def test_a_store_that_refuses_a_batch_is_tried_again_from_its_cursor(path):
+    """The cursor is written with the data: what the disk refused is asked for again."""
+    upstream, files = Scripted(), FaultyFiles()
+    upstream.put("k.0", b"0")
+    with foldlog.mirror(path, upstream, files=files) as mirror:
+        mirror.wait_synced(30)
+        files.arm(*(Fault("write", nth=nth, error=28) for nth in range(1, 4)))
+        for number in range(1, 6):
+            upstream.put(f"k.{number}", b"%d" % number)
+        until(lambda: mirror.link.state is LinkState.LOST)
+        until(lambda: values(mirror) == true(upstream))
+        assert len(files.fired) >= 1
+        assert mirror.cursor() == at(6)
+        assert mirror.stats().link.resets == 0
+
+
+# Another past of the upstream.
+
+
+def test_a_doubt_about_values_outlives_the_attachment_in_which_it_arose(path):
+    """The upstream was restored from a copy, and no longer has the message at the cursor: only the
+    values tell. The tail moved the cursor to a message that the upstream does have, and then the
+    connection was lost, before the audit was done. The next attachment trusted that cursor."""
+
+    class Restored(Marked):
+        lost = False
+
+        async def recalls(self, position, mark):
+            return (
+                None if position == at(3) and self.lost else await super().recalls(position, mark)
+            )
+
+        async def state(self, prefixes):
+            if self.lost == "now":
+                until_moved = asyncio.to_thread(moved.wait, 30)
+                await until_moved
+                self.lost = True
+                raise UpstreamLost("the connection broke")
+            async for piece in super().state(prefixes):
+                yield piece
+
+    moved = threading.Event()
+    upstream = Restored()
+    for number in range(3):
+        upstream.put(f"k.{number}", b"old")
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+    upstream.updates[1] = upstream.updates[1]._replace(value=b"new")
+    upstream.put("k.3", b"new")
+    upstream.past, upstream.lost = b"2", "now"
+    with foldlog.mirror(path, upstream, on_applied=lambda updates, cursor: moved.set()) as mirror:
+        mirror.wait_synced(30)
+        assert values(mirror) == true(upstream)
+        assert mirror.cursor() == at(4)
+        assert mirror.stats().link.attaches == 2
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+        assert mirror.stats().link.mended == 0
+
+
+def test_an_upstream_that_goes_back_while_the_connection_holds_is_noticed_by_an_audit(path):
+    upstream = Marked()
+    for number in range(3):
+        upstream.put(f"k.{number}", b"old")
+    with foldlog.mirror(path, upstream, audit_interval_s=0.01) as mirror:
+        mirror.wait_synced(30)
+        # The same sequences, and other values.
+        upstream.updates[1] = upstream.updates[1]._replace(value=b"new")
+        upstream.past = b"2"
+        until(lambda: values(mirror) == true(upstream))
+        assert mirror.stats().link.resets == 1
+
+
+def test_a_load_that_was_cut_short_compares_values_when_it_goes_on(path):
+    """The first load was cut short; then the upstream was restored from a copy, and gave the same
+    versions to other values."""
+
+    class CutShort(Scripted):
+        whole = False
+
+        async def state(self, prefixes):
+            pieces = list(self.live.values())
+            yield Changes(pieces[:2], at(len(self.updates)))
+            if not self.whole:
+                raise UpstreamLost("the connection broke")
+            yield Changes(pieces[2:], at(len(self.updates)))
+
+    upstream = CutShort()
+    for number in range(4):
+        upstream.put(f"k.{number}", b"old")
+    with foldlog.mirror(path, upstream) as mirror:
+        until(lambda: len(mirror) == 2)
+    upstream.updates[0] = upstream.updates[0]._replace(value=b"new")
+    upstream.whole = True
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+        assert values(mirror) == true(upstream)
+
+
+def test_a_first_look_that_a_second_one_does_not_confirm_rewinds_nothing(path):
+    """A deposed leader told of an older stream, for as long as it did not know that it was
+    deposed."""
+
+    class Deposed(Scripted):
+        deposed = False
+
+        async def identify(self):
+            found = await super().identify()
+            if self.deposed:
+                self.deposed = False
+                return found._replace(last=at(1))
+            return found
+
+    upstream = Deposed()
+    for number in range(3):
+        upstream.put(f"k.{number}", b"1")
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+    upstream.deposed = True
+    with foldlog.mirror(path, upstream) as mirror:
+        watch = mirror.watch(since=mirror.snapshot())
+        mirror.wait_synced(30)
+        upstream.put("k.3", b"1")
+        events = [watch.next(30), watch.next(30)]
+        assert [type(event) for event in events] == [Synced, Changed]
+        assert (mirror.stats().link.resets, mirror.stats().link.attaches) == (0, 2)
+
+
+# Consent.
+
+
+@pytest.mark.parametrize("kind", [Plain, Scripted])
+def test_consent_to_a_reset_is_not_kept_for_another_one(path, kind):
+    """The owner accepted a reset, which then was not needed. A later one found the consent."""
+
+    class Comes(kind):
+        foreign = False
+
+        async def identify(self):
+            found = await super().identify()
+            return found._replace(origin=b"o" * 24) if self.foreign else found
+
+    upstream = Comes()
+    upstream.put("k", b"1")
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+    upstream.foreign = True
+    with foldlog.mirror(path, upstream) as mirror:
+        with pytest.raises(ResetHeld):
+            mirror.wait_synced(30)
+        upstream.foreign = False
+        mirror.accept_reset()
+        mirror.wait_synced(30)
+        assert not mirror.link._intake.accepted
+
+
+# Audits.
+
+
+def test_an_audit_does_not_run_ahead_of_the_tail(path):
+    """An audit read a newer value of a key than the tail had brought, and wrote it. The older ones
+    followed, and watchers saw the key go back."""
+    held_back = threading.Event()
+
+    class Slow(Scripted):
+        passes = 0
+
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                while held_back.is_set():
+                    await asyncio.sleep(0.001)
+                yield piece
+
+        async def revisions(self, prefixes):
+            self.passes += 1
+            if self.passes == 2:
+                found = await super().revisions(prefixes)
+                held_back.set()  # a wrong entry is found, and then the key changes twice
+                self.put("k", b"2")
+                self.put("k", b"3")
+                asyncio.get_running_loop().call_later(0.1, held_back.clear)
+                return found._replace(versions={"k": b"wrong"})
+            return await super().revisions(prefixes)
+
+    upstream = Slow()
+    upstream.put("k", b"1")
+    with foldlog.mirror(path, upstream, audit_interval_s=0.01) as mirror:
+        watch = mirror.watch(since=None)
+        until(lambda: mirror.get("k") and mirror.get("k").value == b"3")
+        seen = []
+        while not seen or seen[-1] != b"3":
+            event = watch.next(30)
+            if isinstance(event, Changed):
+                seen.append(event.update.value)
+    assert seen == sorted(set(seen))
+
+
+def test_a_parse_that_is_not_pure_does_not_make_audits_spin(path):
+    counted = iter(range(1_000_000))
+
+    def parse(update):
+        return Put(update.key, b"%d" % next(counted), VersionToken.from_u64(next(counted)))
+
+    upstream = Scripted()
+    upstream.put("k")
+    with foldlog.mirror(path, upstream, parse=parse, audit_interval_s=600) as mirror:
+        mirror.wait_synced(30)
+    with foldlog.mirror(path, upstream, parse=parse, audit_interval_s=600) as mirror:
+        until(lambda: mirror.stats().link.audits == 2)
+        position = mirror.cursor()
+        upstream.put("k")
+        until(lambda: mirror.cursor() > position)
+        assert mirror.stats().link.audits == 2
+
+
+def test_a_rewind_that_only_an_audit_sees_is_told_to_watchers(path):
+    class Backwards(Scripted):
+        back = False
+
+        async def revisions(self, prefixes):
+            if self.back:
+                self.updates[0] = Put("k", b"older", VersionToken(b"\0"))
+            return await super().revisions(prefixes)
+
+    upstream = Backwards()
+    upstream.put("k", b"1")
+    with foldlog.mirror(path, upstream, audit_interval_s=0.01) as mirror:
+        mirror.wait_synced(30)
+        watch = mirror.watch(since=mirror.snapshot())
+        assert isinstance(watch.next(30), Synced)
+        upstream.back = True
+        assert isinstance(watch.next(30), Rewound)
+        assert watch.next(30).update.value == b"older"
