@@ -71,54 +71,59 @@ class Receiver:
 
     def take(self, data: bytes, at: int, sid: bytes) -> int:
         """Decode the complete messages of `sid` in `data` from `at` on, up to the first one that is
-        not. Returns where that begins."""
+        not. Returns where that begins. Whatever it raises is for `fail`."""
         updates: list[Update] = []
-        size, expected, reply = 0, self.delivered, b""
-        end = len(data)
+        size, number, reply = 0, self.delivered, b""
+        end, skip = len(data), self._skip
         while (stop := data.find(b"\r\n", at)) >= 0:
             parts = data[at:stop].split(b" ")
             if len(parts) < 4 or parts[2] != sid or parts[0] not in (b"MSG", b"HMSG"):
                 break
-            body, length = stop + 2, int(parts[-1])
-            if body + length + 2 > end:
+            body = stop + 2
+            stop = body + int(parts[-1])
+            if stop + 2 > end:
                 break
             if not parts[3].startswith(_ACK):
-                self.delivered = expected
+                self.delivered = number
                 self._add(updates, reply, size)
                 updates, size, reply = [], 0, b""
-                self._add_status(parts, data[body : body + length])
+                self._add_status(parts[1], data[body:stop])
             else:
                 reply = parts[3]
+                # From the end: a domain adds two tokens in front, and one at the end.
                 fields = reply.rsplit(b".", 4 if reply.count(b".") < 11 else 5)
-                expected += 1
-                if int(fields[2]) != expected:
-                    self._fail(
-                        UpstreamLost(
-                            f"{self._who}: message {int(fields[2])} of the consumer came after "
-                            f"{expected - 1}"
-                        )
-                    )
-                    return body + length + 2
-                header = int(parts[4]) if len(parts) == 6 else 0
+                number += 1
+                if int(fields[2]) != number:
+                    raise self._gap(int(fields[2]), number - 1)
                 # A token of 8 bytes needs no check.
                 version = _new_bytes(VersionToken, int(fields[1]).to_bytes(8, "big"))
-                try:
-                    key = parts[1][self._skip :].decode()
-                except UnicodeDecodeError:
-                    raw = parts[1][self._skip :]
-                    reason = f"{self._who}: key {raw[:80]!r} is not UTF-8"
-                    self._fail(UpstreamRefused(reason))
-                    return body + length + 2
-                if header and (kind := _removal(data[body : body + header])) is not None:
-                    updates.append(kind(key, version))
+                key, kind = parts[1][skip:].decode(), None
+                if len(parts) == 6:
+                    header, body = body, body + int(parts[4])
+                    kind = _removal(data[header:body])
+                if kind is None:
+                    updates.append(_new_tuple(Put, (key, data[body:stop], version)))
+                    size += stop - body
                 else:
-                    value = data[body + header : body + length]
-                    updates.append(_new_tuple(Put, (key, value, version)))
-                    size += length - header
-            at = body + length + 2
-        self.delivered = expected
+                    updates.append(kind(key, version))
+            at = stop + 2
+        self.delivered = number
         self._add(updates, reply, size)
         return at
+
+    def _gap(self, number: int, before: int) -> UpstreamLost:
+        reason = f"{self._who}: message {number} of the consumer came after {before}"
+        return UpstreamLost(reason)
+
+    def fail(self, error: Exception) -> None:
+        """End with the failure of `take`."""
+        if isinstance(error, UnicodeDecodeError):
+            raw = bytes(error.object)[:80]
+            error = UpstreamRefused(f"{self._who}: key {raw!r} is not UTF-8")
+        elif not isinstance(error, UpstreamError):
+            error = UpstreamLost(f"{self._who}: a message cannot be read")
+        self.error = self.error or error
+        self.wake()
 
     def _add(self, updates: list[Update], reply: bytes, size: int) -> None:
         if updates:
@@ -126,15 +131,11 @@ class Receiver:
             self.waiting.append(Run(updates, last, stored_ns, pending, size))
             self.wake()
 
-    def _add_status(self, parts: list[bytes], raw: bytes) -> None:
+    def _add_status(self, subject: bytes, raw: bytes) -> None:
         headers = headers_of(raw)
-        number = parts[1].rpartition(b".")[2]
+        number = subject.rpartition(b".")[2]
         code, text = headers.get("Status", ""), headers.get("Description", "")
         self.waiting.append(Status(int(number) if number.isdigit() else 0, code, text, headers))
-        self.wake()
-
-    def _fail(self, error: UpstreamError) -> None:
-        self.error = self.error or error
         self.wake()
 
 
@@ -168,12 +169,16 @@ class Wire:
             if end > len(data):
                 break
             receiver = self.receivers.get(sid)
-            if receiver is None or receiver.error is not None:
-                if receiver is None:
-                    await self._parser.parse(data[at:end])
+            if receiver is None:
+                await self._parser.parse(data[at:end])
+                at = end
+            elif receiver.error is not None:
                 at = end
             else:
-                at = receiver.take(data, at, sid)
+                try:
+                    at = receiver.take(data, at, sid)
+                except (UpstreamError, ValueError, IndexError) as error:
+                    receiver.fail(error)
         else:
             return
         self._held += data[at:]

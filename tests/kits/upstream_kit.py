@@ -87,27 +87,32 @@ class NatsSource:
         *,
         server: servers.Server | None = None,
         server_config: str = "",
+        leg: str = "",
+        client: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        """`server`: one that runs already, and goes on; `server_config`: of one of its own."""
+        """`server`: one that runs already, and goes on; `server_config`, `leg`: of one of its own;
+        `client`: options of the test's own connection."""
         pytest.importorskip("nats", reason="nats-py is not installed: the extra `nats`")
         self._is_own = server is None
-        self.server = server or servers.nats(folder, config=server_config)
+        self.server = server or servers.nats(folder, config=server_config, leg=leg)
         if self._is_own:
             self.server.start()
-        self.bucket, self._config = bucket, config
+        self.bucket, self._config, self._client_options = bucket, config, client or {}
         self.loop = Loop()
         self.connect()
         self.create()
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.server.port}"
+        scheme = "tls" if "tls" in self._client_options else "nats"
+        return f"{scheme}://127.0.0.1:{self.server.port}"
 
     def connect(self) -> None:
         import nats
 
-        self.client = self.loop.run(nats.connect(self.url, error_cb=_quiet))
+        options = {"error_cb": _quiet, **self._client_options}
+        self.client = self.loop.run(nats.connect(self.url, **options))
         self.js = self.client.jetstream(timeout=self.request_s)
 
     def create(self) -> None:

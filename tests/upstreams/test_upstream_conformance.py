@@ -3,7 +3,10 @@ servers."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import servers
 from upstream_kit import EtcdSource, LogSource, NatsSource, opened, same, until
 
 import foldlog
@@ -26,14 +29,15 @@ def etcd(tmp_path_factory):
         yield source
 
 
-@pytest.fixture(params=["etcd", "log", "nats"])
+@pytest.fixture(params=["etcd", "log", "nats", *(f"nats of {leg}" for leg in servers.NATS_LEGS)])
 def source(request, tmp_path):
     if request.param == "etcd":
         source = request.getfixturevalue("etcd")
         source.clear()
         yield source
     else:
-        kind = NatsSource if request.param == "nats" else LogSource
+        leg = request.param.partition(" of ")[2]
+        kind = LogSource if request.param == "log" else partial(NatsSource, leg=leg)
         with opened(kind(tmp_path / "upstream")) as source:
             yield source
 
@@ -196,13 +200,36 @@ def test_a_hook_that_fails_is_the_links_failure_and_skips_nothing(source, path):
         assert {restart.actor for restart in mirror.stats().restarts} == {"link"}
 
 
-@pytest.mark.parametrize("format", ["foldlog", "slipstream-v2"])
-def test_a_mirror_in_either_format_resumes(source, path, format):
+@pytest.mark.parametrize(
+    "options", [{"format": "foldlog"}, {"format": "slipstream-v2"}, {"backend": "rocksdb"}]
+)
+def test_a_mirror_in_any_format_and_on_any_engine_resumes_and_is_audited(source, path, options):
     source.put("a", b"1")
-    with foldlog.mirror(path, source.upstream(), format=format) as mirror:
-        mirror.wait_synced(30)
-    source.put("b", b"2")
-    with foldlog.mirror(path, source.upstream()) as mirror:
+    source.put("gone", b"1")
+    with foldlog.mirror(path, source.upstream(), **options) as mirror:
         mirror.wait_synced(30)
         assert same(mirror, source)
-        assert mirror.stats().link.resets == 0
+        cursor = mirror.cursor()
+    source.delete("gone")
+    source.forget()
+    source.put("b", b"2")
+    options.pop("format", None)  # found out
+    with foldlog.mirror(path, source.upstream(), **options) as mirror:
+        mirror.wait_synced(30)
+        assert same(mirror, source)
+        assert mirror.cursor() > cursor
+        source.put("c", b"3")
+        until(lambda: same(mirror, source))
+        assert mirror.verify().ok
+
+
+def test_a_mirror_on_rocksdb_is_reset_only_with_consent_and_tells_the_difference(source, path):
+    source.put("theirs", b"1")
+    with foldlog.open(path, backend="rocksdb") as store:
+        store.apply([Put("ours", b"1")], WatchCursor.from_u64(1))
+    with foldlog.mirror(path, source.upstream(), backend="rocksdb") as mirror:
+        with pytest.raises(foldlog.ResetHeld, match="unknown upstream"):
+            mirror.wait_synced(30)
+        mirror.accept_reset()
+        mirror.wait_synced(30)
+        assert same(mirror, source)

@@ -1,0 +1,146 @@
+"""Messages on the wire, in whatever pieces they arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from foldlog.protocol.updates import Delete, Purge, Put
+from foldlog.protocol.upstream import UpstreamLost, UpstreamRefused
+from foldlog.upstreams.nats_wire import Receiver, Run, Status, Wire, headers_of
+
+
+class Parser:
+    """Takes what is not for a receiver, as nats-py's does."""
+
+    def __init__(self) -> None:
+        self.units: list[bytes] = []
+
+    def reset(self) -> None:
+        self.units.clear()
+
+    async def parse(self, data: bytes) -> None:
+        self.units.append(data)
+
+
+def message(key: bytes, number: int, value: bytes, headers: bytes = b"", sid: int = 7) -> bytes:
+    reply = b"$JS.ACK.KV_b.c.1.%d.%d.99.3" % (number * 10, number)
+    if not headers:
+        return b"MSG $KV.b.%s %d %s %d\r\n%s\r\n" % (key, sid, reply, len(value), value)
+    raw = b"NATS/1.0\r\n" + headers + b"\r\n\r\n"
+    sizes = b"%d %d" % (len(raw), len(raw) + len(value))
+    return b"HMSG $KV.b.%s %d %s %s\r\n%s%s\r\n" % (key, sid, reply, sizes, raw, value)
+
+
+def status(line: bytes, number: int = 1) -> bytes:
+    raw = b"NATS/1.0 " + line + b"\r\n\r\n"
+    return b"HMSG _INBOX.x.%d 7 %d %d\r\n%s\r\n" % (number, len(raw), len(raw), raw)
+
+
+OTHERS = [b"PING\r\n", b"MSG _INBOX.y.1 1 5\r\nother\r\n", b"+OK\r\n", b'INFO {"a":1}\r\n']
+STREAM = [
+    OTHERS[3],
+    message(b"a", 1, b"1"),
+    message("ü.\x0b".encode(), 2, b"MSG a 7 b 3\r\n123\r\n"),  # as if it were a message
+    OTHERS[0],
+    message(b"large", 3, b"v" * 70_000),
+    status(b"100 Idle Heartbeat\r\nNats-Last-Consumer: 3"),
+    message(b"a", 4, b"", b"KV-Operation: DEL"),
+    OTHERS[1],
+    message(b"b", 5, b"", b"KV-Operation: PURGE\r\nNats-Rollup: sub"),
+    message(b"c", 6, b"", b"Nats-Marker-Reason: MaxAge"),
+    message(b"d", 7, b"kept", b"My-Header: DEL"),
+    OTHERS[2],
+    status(b"408 Request Timeout\r\nNats-Pending-Messages: 12", 9),
+]
+
+
+def received(pieces: list[bytes]) -> tuple[list[object], list[bytes]]:
+    """What the receiver of subscription 7 and nats-py's parser get."""
+    parser = Parser()
+    wire = Wire(parser)
+    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+
+    async def feed() -> None:
+        for piece in pieces:
+            await wire.parse(piece)
+
+    asyncio.run(feed())
+    assert receiver.error is None
+    flat: list[object] = []
+    for arrived in receiver.waiting:
+        flat += arrived.updates if isinstance(arrived, Run) else [arrived]
+    return flat, parser.units
+
+
+def test_every_message_is_decoded_in_order_and_the_rest_is_left_to_nats_py():
+    updates, others = received([b"".join(STREAM)])
+    assert others == [OTHERS[3], OTHERS[0], OTHERS[1], OTHERS[2]]
+    assert [type(each) for each in updates] == [
+        Put,
+        Put,
+        Put,
+        Status,
+        Delete,
+        Purge,
+        Purge,
+        Put,
+        Status,
+    ]
+    assert [getattr(each, "key", None) for each in updates] == [
+        *("a", "ü.\x0b", "large", None, "a", "b", "c", "d", None)
+    ]
+    assert updates[7] == Put("d", b"kept", updates[7].version)
+    assert updates[7].version.as_u64() == 70
+    assert (updates[3].code, updates[3].headers["Nats-Last-Consumer"]) == ("100", "3")
+    assert (updates[8].number, updates[8].headers["Nats-Pending-Messages"]) == (9, "12")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_does_not_matter_where_reads_from_the_socket_cut(seed):
+    data, chance = b"".join(STREAM), random.Random(seed)
+    cuts = sorted(chance.sample(range(len(data)), 400 if seed else 10))
+    cuts = sorted({*cuts, *chance.sample(range(300), 100)})
+    pieces = [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)])]
+    assert received(pieces) == received([data])
+
+
+def test_the_last_message_of_a_run_tells_its_position():
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    data = message(b"a", 1, b"xy") + message(b"b", 2, b"z")
+    assert receiver.take(data, 0, b"7") == len(data)
+    (run,) = receiver.waiting
+    assert (run.last, run.stored_ns, run.pending, run.size) == (20, 99, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "text"),
+    [
+        (message(b"a", 2, b""), UpstreamLost, "message 2 of the consumer came after 0"),
+        (message(b"a\xff", 1, b""), UpstreamRefused, "key b'a\\\\xff' is not UTF-8"),
+        (message(b"a", 1, b"").replace(b".10.1.", b".x.y."), UpstreamLost, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_held_ends_the_receiver_and_not_the_connection(data, error, text):
+    """A key that is not UTF-8 ended nats-py's reading with an error in its log. All that the link
+    saw was silence, again and again."""
+    parser = Parser()
+    wire = Wire(parser)
+    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    asyncio.run(wire.parse(data + message(b"z", 1, b"") + OTHERS[0]))
+    assert parser.units == [OTHERS[0]]
+    with pytest.raises(error, match=text):
+        raise receiver.error
+    assert not receiver.waiting
+
+
+def test_a_status_and_its_headers_are_read():
+    raw = b"NATS/1.0 409 Message Size Exceeds MaxBytes\r\nNats-Pending-Bytes: 7\r\n\r\n"
+    assert headers_of(raw) == {
+        "Status": "409",
+        "Description": "Message Size Exceeds MaxBytes",
+        "Nats-Pending-Bytes": "7",
+    }
+    assert headers_of(b"NATS/1.0 503\r\n\r\n") == {"Status": "503", "Description": ""}
