@@ -60,11 +60,12 @@ class Etcd:
         try:
             parts = urlsplit(url)
             port = parts.port
-        except ValueError as error:
-            raise ValueError(f"not an address: {error}") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+            host = parts.hostname if parts.scheme in ("http", "https") else None
+        except ValueError:
+            host = None
+        if not host:  # shows nothing of it, because it may contain a password
             raise ValueError("an address is http://HOST:PORT or https://HOST:PORT")
-        self._host, self._port = parts.hostname, port or 2379
+        self._host, self._port = host, port or 2379
         self._tls = tls or (ssl.create_default_context() if parts.scheme == "https" else None)
         self.prefix = prefix
         self._user = user or (unquote(parts.username) if parts.username else None)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CONNECT_S = 5.0
 REQUEST_S = 5.0
+CLOSE_S = 0.5
+"""After a failed TLS handshake, nats-py waits for ever for its connection to close."""
 RETRY_S = 0.02
 """Between two attempts to reach a server. Longer back-off is up to the link."""
 _NOT_FOUND, _NO_MESSAGE, _NOT_ENABLED = 10059, 10037, 10039
@@ -46,7 +48,7 @@ class Connection:
         self.is_lost = False
         self.denied = asyncio.Event()
         """Set once the server denies a permission."""
-        self._error = ""
+        self._error = self._said = ""  # what the server said last, as told and in full
         # nats-py has no public way to read messages as they come: see `nats_wire`.
         client = cast(Any, self.client)
         self.wire = client._ps = Wire(client._ps)
@@ -84,7 +86,7 @@ class Connection:
     def _connect_error(self, error: Exception) -> Exception:
         told = self._error if isinstance(error, self._errors.NoServersError) else ""
         reason = told or self.clean(error) or type(error).__name__
-        said = f"{error} {self._error}".lower()
+        said = f"{error} {self._said}".lower()
         if "authorization" in said or "authentication" in said:
             return UpstreamRefused(f"{self.who} refuses the credentials: {reason}")
         if isinstance(error, ssl.SSLCertVerificationError) or "certificate verify failed" in said:
@@ -92,10 +94,11 @@ class Connection:
         return UpstreamLost(f"{self.who} cannot be reached: {reason}")
 
     async def _on_error(self, error: Exception) -> None:
-        self._error = self.clean(error)
-        said = self._error.lower()
-        if "permissions violation" in said and "consumer.delete" not in said:  # deletes may fail
-            self.denied.set()
+        if self.denied.is_set():
+            return
+        self._error, self._said = self.clean(error), str(error).lower()
+        if "permissions violation" in self._said and "consumer.delete" not in self._said:
+            self.denied.set()  # consumers that cannot be deleted remove themselves
 
     async def _on_lost(self) -> None:
         self.is_lost = True
@@ -166,13 +169,12 @@ class Connection:
     async def close(self) -> None:
         if not self.client.is_closed:
             with contextlib.suppress(Exception):
-                async with asyncio.timeout(2.0):
+                async with asyncio.timeout(CLOSE_S):
                     await self.client.close()
 
     async def _abandon(self) -> None:
         """Close a client that failed to connect; nats-py would leave its transport open."""
-        with contextlib.suppress(Exception):
-            await self.client.close()
+        await self.close()
         transport: Any = cast(Any, self.client)._transport
         if transport is not None:
             with contextlib.suppress(Exception):
