@@ -5,6 +5,7 @@
     bookmark.py     how far one subscriber has read, and how it is woken
     attachment.py   one attachment of a link to its upstream
     auditing.py     finds what no change of an upstream told
+    compactor.py    when the log is compacted, and how long writes wait for it
     core.py         what a store's actors share: published snapshot, state, statistics
     delivery.py     delivers events to an actor
     dispatcher.py   one thread that serves all subscribed actors

@@ -11,13 +11,13 @@ with WriterCrashed and the others continue.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 
 from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, is_own_fault, log
-from foldlog.actors.core import Core, State, no_step
-from foldlog.actors.internal import CheckFile, CompactJob, ExportJob, Heal, LetGo, Rewritten
+from foldlog.actors.compactor import Compactor
+from foldlog.actors.core import Core, no_step
+from foldlog.actors.internal import CheckFile, ExportJob, Heal, Rewritten
 from foldlog.actors.requests import (
     CompactRequest,
     ExportRequest,
@@ -26,7 +26,7 @@ from foldlog.actors.requests import (
     WriteRequest,
     WriterInbox,
 )
-from foldlog.protocol.engine import Compaction, Engine, Seat
+from foldlog.protocol.engine import Engine, Seat, check_failure
 from foldlog.protocol.errors import (
     Backpressure,
     FoldlogError,
@@ -38,26 +38,16 @@ from foldlog.protocol.errors import (
     WriterCrashed,
 )
 from foldlog.protocol.frames import MAX_GROUP
-from foldlog.protocol.options import COMPACT_THRESHOLD
 from foldlog.protocol.updates import Batch
 from foldlog.storage.engines.options import EngineOptions
 from foldlog.storage.engines.registry import SEATS
 
-DEFAULT_COMPACT_THRESHOLD = COMPACT_THRESHOLD.default
 GROUP_BYTES = 16 * 1024 * 1024
 """The most that a commit group of several batches holds: it is built in memory before it is
 written.
 
 A group is also no larger than the compaction threshold, so that the log stays bounded."""
 MIN_GROUP_BYTES = 1024 * 1024
-HOLD_S = 0.001
-PATIENCE_S = 1.0
-"""How long one compaction may hold writes back while the log is below 3 x the default threshold."""
-RETRY_S = 1.0
-"""Delay before a failed compaction is retried; doubled each time, up to `MAX_RETRY_S`."""
-MAX_RETRY_S = 60.0
-FULL_RETRY_S = 5.0
-"""The same delay while writes are refused until a compaction succeeds."""
 
 TURN_BATCHES = 64
 """The most batches that a caller holding the turn writes for others before it gets its answer."""
@@ -89,18 +79,7 @@ class Writer(SharedActor):
         self._engine: Engine | None = None
         self._in_hand: list[Request] = []
         """Requests in progress: those of `taken` that a crash can be blamed on."""
-        self._rewrite: Compaction | None = None
-        self._rewrite_started = 0.0
-        self._patience_s = 0.0
-        """How much longer the running compaction may hold writes back while the log is small."""
-        self._wanted: list[CompactRequest] = []
-        """Requests waiting for the running compaction or the next one."""
-        self._failures = 0
-        """Compactions that failed in a row."""
-        self._live = 0
-        """After a failed compaction: live bytes, as far as known."""
-        self._failed_at = self._retry_at = 0.0
-        """After a failed compaction: when it failed, when to retry (time.monotonic())."""
+        self._compactor = Compactor(core, self._step, maintenance, self._made_progress)
         self.stop_error: Exception | None = None
         """The error raised while sealing the log, if any."""
 
@@ -111,9 +90,13 @@ class Writer(SharedActor):
 
     # Starting and restarting.
 
+    def _made_progress(self) -> None:
+        """It waits for work that makes progress: it is not stuck."""
+        self.busy_since = time.monotonic()
+
     def on_start(self) -> None:
         self._step("writer.start")
-        self._drop_rewrite()
+        self._compactor.drop()
         crashed = self._engine
         if crashed is not None and crashed.failure is None and not crashed.closed:
             # Else the replay would start a new log.
@@ -129,7 +112,7 @@ class Writer(SharedActor):
         # The crashed writer may have written some of it without publishing it.
         self._core.feeds.jump(fold)
         self._settle_taken()
-        self._compact_if_due()
+        self._compactor.begin_if_due()
 
     def _replay(self) -> None:
         """Rebuild the fold from the log. The log is the truth; a crashed writer's memory is not."""
@@ -201,7 +184,7 @@ class Writer(SharedActor):
     def work_in_turn(self, mail: Mail) -> bool:
         """See `SharedActor`. While writes are held back for a compaction, the writer's own thread
         waits, so that each caller can keep its deadline."""
-        return not self._holds_back(mail.weight) and super().work_in_turn(mail)
+        return not self._compactor.holds_back(mail.weight) and super().work_in_turn(mail)
 
     def work_for_others(self) -> None:
         """Serve a few batches that arrived while a caller had the turn. Under sync="always" they
@@ -210,7 +193,7 @@ class Writer(SharedActor):
         if (
             self._core.config.sync == "always"
             or not isinstance(first.message, WriteRequest)
-            or self._holds_back(GROUP_BYTES)
+            or self._compactor.holds_back(GROUP_BYTES)
         ):
             return
         self.inbox.move(self.taken, self.group, TURN_BATCHES)
@@ -222,10 +205,7 @@ class Writer(SharedActor):
         if isinstance(first, WriteRequest):
             self._apply([mail.message for mail in mails])
         elif isinstance(first, CompactRequest):
-            if first not in self._wanted:  # it may have been in hand at a crash
-                first.seq = self.engine.snapshot.seq
-                self._wanted.append(first)
-            self._compact_if_due()
+            self._compactor.want(first)
         elif isinstance(first, SyncRequest):
             self._in_hand = [first]
             self._sync(first)
@@ -235,9 +215,9 @@ class Writer(SharedActor):
             if first.start():
                 self._begin_export(first)
         elif isinstance(first, Rewritten):
-            self._pass_ended(first)
+            self._compactor.pass_ended(first)
         elif isinstance(first, Heal):
-            self._die_of_failure()  # the restart heals
+            check_failure(self.engine)  # the restart heals
         elif isinstance(first, CheckFile):
             self._check_file()
         self._in_hand = []
@@ -260,12 +240,6 @@ class Writer(SharedActor):
         else:
             self._maintenance.put(Mail(ExportJob(request, export)))
 
-    def _die_of_failure(self) -> None:
-        """Raise LogPoisonedError if the engine refuses to write."""
-        engine = self.engine
-        if engine.failure is not None:
-            raise LogPoisonedError(engine.path, engine.failure)
-
     def _apply(self, requests: list[WriteRequest]) -> None:
         """Commit the requests in groups. One that was in hand at a crash is committed alone, so
         that it cannot harm another again."""
@@ -282,14 +256,14 @@ class Writer(SharedActor):
                 self._commit(group)
                 group, size = [], 0
         self._commit(group)
-        self._compact_if_due()
+        self._compactor.begin_if_due()
 
     def _commit(self, requests: list[WriteRequest]) -> None:
         """Write the requests as one group, or as several where a refusal depends on a write."""
         while requests:
             size = sum(request.weight for request in requests)
-            self._hold_back(size)
-            if self._log_is_full(size):
+            self._compactor.hold_back(size)
+            if self._compactor.is_log_full(size):
                 self._refuse(requests)
                 return
             requests = self._commit_up_to_a_refusal(requests)
@@ -348,7 +322,11 @@ class Writer(SharedActor):
         else:
             core.feeds.publish(fold, fold.seq - len(batches) + 1, batches)
         self._step("writer.after_publish")
-        statistics, now = core.statistics, time.monotonic()
+        self._answer(written)
+        return undecided
+
+    def _answer(self, written: list[WriteRequest]) -> None:
+        statistics, now = self._core.statistics, time.monotonic()
         statistics.batches += len(written)
         statistics.groups += 1
         statistics.group_size.add(len(written))
@@ -357,7 +335,6 @@ class Writer(SharedActor):
             statistics.latencies_s.append(now - request.created)
             statistics.latency.add(now - request.created)
             request.succeed(request.seq)
-        return undecided
 
     def _write_failed(self, requests: list[WriteRequest], error: OSError | FoldlogError) -> None:
         """Nothing of the group is in the log: tell its callers. Raises what this writer cannot
@@ -389,151 +366,6 @@ class Writer(SharedActor):
         if engine.mark_deleted(error.reason):
             raise LogPoisonedError(engine.path, error.reason) from error
 
-    # Compaction: begun and finished here; maintenance runs the long passes in between.
-
-    def on_tick(self) -> None:
-        """Let an idle store compact too, and retry what failed."""
-        self._compact_if_due()
-
-    def _compact_if_due(self) -> None:
-        engine = self.engine
-        if self._rewrite is not None and self._rewrite.cancelled:
-            # Maintenance could not report it: the store had failed and was reopened.
-            self._drop_rewrite()
-        if self._rewrite is not None:
-            return
-        if engine.is_compact:
-            self._answer_wanted(None, engine.snapshot.seq)
-        elif self._wanted or (
-            engine.should_compact(self._core.config.compact_threshold)
-            and time.monotonic() >= self._retry_at
-        ):
-            self._step("compact.begin")
-            self._rewrite = engine.begin_compaction()
-            self._rewrite_started = time.monotonic()
-            self._patience_s = PATIENCE_S
-            self._maintenance.put(Mail(CompactJob(self._rewrite)))
-
-    def _pass_ended(self, done: Rewritten) -> None:
-        """A compaction pass has ended: begin the next pass, finish the compaction, or abandon
-        it."""
-        rewrite = done.rewrite
-        if rewrite is not self._rewrite:
-            rewrite.discard()  # it belongs to an engine that is gone
-            return
-        if rewrite.outcome is not done:
-            return  # the writer waited for it and has already handled it
-        rewrite.outcome = None
-        if done.error is not None:
-            self._compaction_failed(rewrite, done.error)
-        else:
-            self._go_on_with(rewrite)
-
-    def _go_on_with(self, rewrite: Compaction) -> None:
-        if self.engine.next_pass(rewrite):
-            self._maintenance.put(Mail(CompactJob(rewrite)))
-        else:
-            self._finish_rewrite(rewrite)
-
-    def _finish_rewrite(self, rewrite: Compaction) -> None:
-        engine, core = self.engine, self._core
-        self._step("compact.finish")
-        old = LetGo([engine.snapshot])
-        try:
-            fold = engine.finish_compaction(rewrite)
-        except (OSError, FoldlogError) as failed:
-            self._compaction_failed(rewrite, failed)
-            return
-        self._rewrite = None
-        self._failures = 0
-        core.publish(fold)
-        core.feeds.jump(fold)  # the same state: lets subscribers release the old file
-        statistics = core.statistics
-        statistics.compactions += 1
-        statistics.compaction_error = ""
-        statistics.last_compaction_s = time.monotonic() - self._rewrite_started
-        statistics.last_compaction_unix_s = time.time()
-        log.info(
-            "%s: compacted to %d bytes in %.2f s",
-            engine.path,
-            engine.sizes().log_bytes,
-            statistics.last_compaction_s,
-        )
-        self._step("compact.finished")
-        self._answer_wanted(None, rewrite.seq)
-        with contextlib.suppress(FoldlogError):  # maintenance may have been told to stop
-            self._maintenance.offer(Mail(old))
-        self._die_of_failure()  # the directory could not be synced
-        core.note_synced(fold)
-        self._compact_if_due()
-
-    def _compaction_failed(self, rewrite: Compaction, error: Exception) -> None:
-        self._drop_rewrite()
-        rewrite.discard()
-        delay_s = min(RETRY_S * 2.0**self._failures, MAX_RETRY_S)
-        self._failures += 1
-        self._retry_at = time.monotonic() + delay_s
-        self._failed_at, self._live = time.monotonic(), rewrite.live_bytes
-        self._core.statistics.compaction_error = f"{type(error).__name__}: {error}"
-        log.warning(
-            "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",
-            self.engine.path,
-            delay_s,
-            error,
-        )
-        self._answer_wanted(error, rewrite.seq)
-        self._compact_if_due()
-
-    def _holds_back(self, size: int) -> bool:
-        """True if a write of `size` bytes would wait for the running compaction. Any thread."""
-        rewrite, engine = self._rewrite, self._engine
-        if rewrite is None or engine is None:
-            return False
-        allowed = engine.allowed_bytes(rewrite, self._core.config.compact_threshold)
-        return engine.size_bytes + size > allowed
-
-    def _hold_back(self, size: int) -> None:
-        """Delay a write of `size` bytes while the running compaction lags, so that the log stays
-        bounded.
-
-        Where the threshold is small, so is the log, and only a short wait is worthwhile.
-        """
-        began, allowed = 0.0, 0.0
-        threshold = self._core.config.compact_threshold
-        small_bytes = self.engine.limit_bytes(0, DEFAULT_COMPACT_THRESHOLD) or 0
-        while (rewrite := self._rewrite) is not None:
-            end, before = self.engine.size_bytes + size, allowed
-            allowed = self.engine.allowed_bytes(rewrite, threshold)
-            if end <= allowed or rewrite.cancelled:
-                break
-            if isinstance(rewrite.outcome, Rewritten):
-                self._pass_ended(rewrite.outcome)
-                continue
-            now = time.monotonic()
-            began = began or now
-            if allowed != before:
-                self.busy_since = now  # it waits for work that makes progress: it is not stuck
-            small = end <= small_bytes
-            if self._core.state is not State.RUNNING or (small and now - began > self._patience_s):
-                break
-            time.sleep(HOLD_S)
-        if began:
-            held_s = time.monotonic() - began
-            self._core.statistics.throttled_s += held_s
-            self._patience_s = max(self._patience_s - held_s, 0.0)
-
-    def _log_is_full(self, size: int) -> bool:
-        """True if `size` more bytes would exceed the log's bound and it cannot be compacted."""
-        live, threshold = self._live, self._core.config.compact_threshold
-        if not self._failures:
-            return False
-        limit = self.engine.limit_bytes(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
-        full = limit is not None and self.engine.size_bytes + size > limit
-        if full:  # more may be live by now, or there may be space again
-            self._retry_at = min(self._retry_at, self._failed_at + FULL_RETRY_S)
-            self._compact_if_due()
-        return full
-
     def _refuse(self, requests: list[WriteRequest]) -> None:
         """Stop the log from growing, rather than fill the disk with what cannot be compacted."""
         size, reason = self.engine.size_bytes, self._core.statistics.compaction_error
@@ -542,30 +374,18 @@ class Writer(SharedActor):
                 Backpressure(f"the log has {size} bytes and cannot be compacted ({reason})")
             )
 
-    def _answer_wanted(self, error: Exception | None, seq: int | None = None) -> None:
-        """Answer requests waiting for a compaction: of the log as of batch `seq`, or all of
-        them."""
-        wanted, self._wanted = self._wanted, []
-        for request in wanted:
-            if seq is not None and request.seq is not None and request.seq > seq:
-                self._wanted.append(request)  # the rewrite does not cover its batches
-            elif error is not None:
-                request.fail(copy.copy(error))
-            elif request.start():
-                request.succeed(None)
-
-    def _drop_rewrite(self) -> None:
-        if self._rewrite is not None:
-            self.engine.drop_compaction(self._rewrite)
-            self._rewrite = None
+    def on_tick(self) -> None:
+        """Let an idle store compact too, and retry what failed."""
+        self._compactor.begin_if_due()
 
     # Ending.
 
     def on_stop(self) -> None:
-        self._drop_rewrite()
-        self._answer_wanted(StoreClosed(f"{self.engine.path} was closed before it was compacted"))
-        self._step("writer.stop")
         engine = self.engine
+        self._compactor.drop()
+        closed = StoreClosed(f"{engine.path} was closed before it was compacted")
+        self._compactor.answer_wanted(closed)
+        self._step("writer.stop")
         if engine.failure is None:
             engine.sync()  # if this fails, the restart heals while the lock is still held
         try:
@@ -596,4 +416,4 @@ class Writer(SharedActor):
             if isinstance(request, Request):
                 begun = not isinstance(request, WriteRequest) or request.seq is not None
                 request.fail(copy.copy(error if begun or not_begun is None else not_begun))
-        self._answer_wanted(error)
+        self._compactor.answer_wanted(error)

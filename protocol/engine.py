@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from foldlog.protocol.errors import LogPoisonedError
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Batch, DecodedBatch, Delete, KvEntry, Put
@@ -341,3 +342,9 @@ class Seat(Protocol):
 
     def release(self) -> None:
         """Let others open the store. Releasing twice is fine."""
+
+
+def check_failure(engine: Engine) -> None:
+    """LogPoisonedError if the engine refuses to write."""
+    if engine.failure is not None:
+        raise LogPoisonedError(engine.path, engine.failure)

@@ -13,7 +13,8 @@ from actor_kit import DEADLINE_S, cursor, in_thread, read_back, until
 
 import foldlog
 from foldlog import Backpressure, Put
-from foldlog.actors import writer as writer_module
+from foldlog.actors import compactor as compactor_module
+from foldlog.actors.writer import Writer
 from foldlog.storage.engines.append_log.engine import log_limit
 from foldlog.testing import Fault, FaultyFiles
 
@@ -103,7 +104,7 @@ def test_a_campaign_of_rates_and_sizes_stays_below_the_bound(open_store, size, t
 def test_writes_wait_for_a_compaction_that_is_behind_and_the_statistics_tell(
     open_store, steps, monkeypatch
 ):
-    monkeypatch.setattr(writer_module, "PATIENCE_S", DEADLINE_S)
+    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
     gate = steps.park("compact.write")
     store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))  # due: it begins, and waits at the gate
@@ -124,7 +125,7 @@ def test_a_caller_keeps_its_deadline_while_writes_wait_for_a_compaction(
     open_store, steps, monkeypatch
 ):
     """It had taken the writer's turn, and slept there past any deadline."""
-    monkeypatch.setattr(writer_module, "PATIENCE_S", DEADLINE_S)
+    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
     gate = steps.park("compact.write")
     store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))  # due: it begins, and waits at the gate
@@ -132,7 +133,9 @@ def test_a_caller_keeps_its_deadline_while_writes_wait_for_a_compaction(
     writer = store._supervisor.writer
     turns = []
     monkeypatch.setattr(
-        type(writer), "_hold_back", lambda self, size: turns.append(threading.current_thread())
+        type(writer._compactor),
+        "hold_back",
+        lambda self, size: turns.append(threading.current_thread()),
     )
     for number in range(2, 12):
         store.apply([Put("k", b"w" * MIB)], cursor(number))
@@ -143,7 +146,7 @@ def test_a_caller_keeps_its_deadline_while_writes_wait_for_a_compaction(
 
 
 def test_closing_does_not_wait_for_a_compaction_that_is_behind(open_store, steps, monkeypatch):
-    monkeypatch.setattr(writer_module, "PATIENCE_S", DEADLINE_S)
+    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
     gate = steps.park("compact.write")
     store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))
@@ -157,8 +160,8 @@ def test_closing_does_not_wait_for_a_compaction_that_is_behind(open_store, steps
 
 def test_a_compaction_that_failed_is_tried_again_while_nothing_is_written(open_store, monkeypatch):
     """Only an apply tried again: a store that had gone idle kept its log for ever."""
-    monkeypatch.setattr(writer_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(writer_module.Writer, "tick_s", 0.01)
+    monkeypatch.setattr(compactor_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(Writer, "tick_s", 0.01)
     files = FaultyFiles()
     store = open_store(files=files, compact_threshold=MIB)
     files.arm(
@@ -174,10 +177,10 @@ def test_a_compaction_that_failed_is_tried_again_while_nothing_is_written(open_s
 
 def test_a_log_that_cannot_be_compacted_grows_to_its_bound_and_no_further(open_store, monkeypatch):
     """A full disk: each compaction failed, and the log grew for as long as there was any room."""
-    monkeypatch.setattr(writer_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(writer_module, "MAX_RETRY_S", 0.01)
-    monkeypatch.setattr(writer_module, "DEFAULT_COMPACT_THRESHOLD", MIB)
-    monkeypatch.setattr(writer_module.Writer, "tick_s", 0.01)
+    monkeypatch.setattr(compactor_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(compactor_module, "MAX_RETRY_S", 0.01)
+    monkeypatch.setattr(compactor_module, "DEFAULT_COMPACT_THRESHOLD", MIB)
+    monkeypatch.setattr(Writer, "tick_s", 0.01)
     files = FaultyFiles()
     store = open_store(files=files, compact_threshold=MIB)
     files.arm(Fault("create", nth=1, error=errno.ENOSPC, lasting=True))
@@ -201,7 +204,7 @@ def test_a_log_that_cannot_be_compacted_grows_to_its_bound_and_no_further(open_s
 
 def test_new_entries_are_no_growth_that_a_failing_compaction_bounds(open_store, monkeypatch):
     """All of it is live: there is nothing that a compaction could free."""
-    monkeypatch.setattr(writer_module, "DEFAULT_COMPACT_THRESHOLD", MIB)
+    monkeypatch.setattr(compactor_module, "DEFAULT_COMPACT_THRESHOLD", MIB)
     files = FaultyFiles()
     store = open_store(files=files, compact_threshold=MIB)
     files.arm(Fault("create", nth=1, error=errno.EACCES, lasting=True))

@@ -76,7 +76,7 @@ def test_many_who_ask_for_a_compaction_share_one(open_store, steps):
     gate = steps.park("compact.write")
     askers = [in_thread(store.compact, DEADLINE_S) for _ in range(5)]
     gate.wait_until_reached()
-    until(lambda: len(store._supervisor.writer._wanted) == 5, "all have asked")
+    until(lambda: len(store._supervisor.writer._compactor.wanted) == 5, "all have asked")
     gate.open()
     for asker in askers:
         asker.result(DEADLINE_S)
@@ -253,7 +253,7 @@ def test_a_compaction_asked_for_during_another_covers_what_was_written_before_th
     fill(store, 2, 20)
     second_gate = steps.park("compact.write")
     second = in_thread(store.compact, DEADLINE_S)
-    until(lambda: len(store._supervisor.writer._wanted) == 2, "both have asked")
+    until(lambda: len(store._supervisor.writer._compactor.wanted) == 2, "both have asked")
     gate.open()
     first.result(DEADLINE_S)
     second_gate.wait_until_reached()
@@ -274,7 +274,7 @@ def test_a_compaction_that_fails_leaves_those_who_asked_during_it_to_the_next(
     gate.wait_until_reached()
     fill(store, 4, 5)
     second = in_thread(store.compact, DEADLINE_S)
-    until(lambda: len(store._supervisor.writer._wanted) == 2, "both have asked")
+    until(lambda: len(store._supervisor.writer._compactor.wanted) == 2, "both have asked")
     files.fail("create", errno.ENOSPC, part="tmp")
     gate.open()
     with pytest.raises(OSError, match="No space left"):
