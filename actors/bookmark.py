@@ -32,6 +32,8 @@ class Bookmark:
         """Why nothing more will come; None while it may. What already waits is still delivered."""
         self.deadline: float | None = None
         """The deadline of the subscriber's current call (time.monotonic())."""
+        self.is_dropped = False
+        """What waits is not to be delivered."""
         self._until = 0
         """Groups before this number waited when that call began. They are delivered however short
         its timeout."""
@@ -51,7 +53,8 @@ class Bookmark:
 
     def __len__(self) -> int:
         """The number of groups that wait."""
-        if self._spot is not None and not self._spot.released and self._passed() is not None:
+        spot = self._spot  # any thread may call this, while the reader replaces it
+        if spot is not None and not spot.released and self._place_of(spot) is not None:
             return 0  # none of them changes anything under the prefix
         return max(min(self._ring.tail.number - self.cell.number, len(self._ring)), 0)
 
@@ -76,10 +79,11 @@ class Bookmark:
         A Place: nothing before it changes anything under the prefix.
         """
         while True:
+            ended = self.ended  # first: a last group may come just before the end
             source = self._waiting()
             if source is not None:
                 return source
-            if self.ended is not None:
+            if ended is not None:
                 return None
             rest = max(RECHECK_S, len(self._crowd) * RECHECK_EACH_S)
             if self.deadline is not None:
@@ -102,12 +106,16 @@ class Bookmark:
         spot = self._spot
         if spot is None:
             return None
+        place = self._place_of(spot)
+        if place is None and spot.released:
+            self._spot = None
+        return place
+
+    def _place_of(self, spot: Spot) -> Place | None:
         told = self._index.told  # first: the spot is released before this moves past the change
         place = spot.before if spot.released else told
         if self._may_skip and place is not None and place.next.number > self.cell.number:
             return place
-        if spot.released:
-            self._spot = None
         return None
 
     def join(self) -> None:
@@ -122,13 +130,15 @@ class Bookmark:
     def sleep(self, timeout_s: float) -> None:
         """Sleep until something may have come, up to `timeout_s`."""
         self.join()
-        if self.cell.content is None and self.ended is None:
+        if self._waiting() is None and self.ended is None:
             self._wakeup.wait(timeout_s)
 
     def drop(self, told: Group | Lost | Place) -> None:
         """It was delivered in full."""
         if told.next.number > self.cell.number:
             self.cell = told.next
+            if self.is_dropped:  # by another thread, between the two lines
+                self._discard()
 
     @property
     def has_more(self) -> bool:
@@ -148,9 +158,13 @@ class Bookmark:
         """Nothing more will come. With `drop`, what waits is discarded."""
         self.ended = self.ended or reason
         if drop:
-            self.cell = Cell(sys.maxsize)
+            self.is_dropped = True
+            self._discard()
             self.leave()
         self.wake()
+
+    def _discard(self) -> None:
+        self.cell = Cell(sys.maxsize)
 
     def leave(self) -> None:
         """Do not be woken any more."""
@@ -161,5 +175,7 @@ class Bookmark:
     def after_fork(self, reason: str) -> None:
         """In a forked child, where nobody publishes."""
         self._wakeup = Wakeup()
-        self.cell, self._spot = Cell(sys.maxsize), None
+        self._spot = None
+        self.is_dropped = True
+        self._discard()
         self.ended = self.ended or reason

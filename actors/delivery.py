@@ -118,7 +118,7 @@ class _Sending:
             return self._serve(limit)
         except pykka.ActorDeadError:
             self.give_up("the actor is dead")
-        except Exception as error:
+        except BaseException as error:  # a mailbox of the user's may raise anything
             log.exception("a subscription ended")
             self.give_up(f"{type(error).__name__}: {error}")
         return False
@@ -200,7 +200,12 @@ class _Sending:
         try:
             if self._ref.is_alive():
                 self._ref.tell(Ended(subscription.ended or "over"))
-        except Exception as error:  # it died just now, or its mailbox refuses
+        except BaseException as error:  # it died just now, or its mailbox refuses
             log.info("a subscriber was not told of its end: %s", error)
         finally:
             self.over.set()
+
+    def after_fork(self) -> None:
+        """See `Served`."""
+        self.subscription.close(self.bookmark.ended or "the process was forked")
+        self.over.set()

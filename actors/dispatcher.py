@@ -18,7 +18,7 @@ from typing import Protocol
 from foldlog.actors.adapter import log, start_aside
 from foldlog.actors.bookmark import Bookmark
 from foldlog.actors.prefixes import PrefixIndex, listed
-from foldlog.actors.ring import Group, Place, Ring
+from foldlog.actors.ring import Cell, Group, Place, Ring
 
 CHECK_S = 1.0
 """How long it may take to notice, while no events come, that an actor is dead."""
@@ -43,6 +43,9 @@ class Served(Protocol):
 
     def give_up(self, reason: str) -> None:
         """End it without being served."""
+
+    def after_fork(self) -> None:
+        """In a forked child: it is over, and its actor is not there to be told."""
 
     @property
     def is_over(self) -> bool:
@@ -76,8 +79,9 @@ class Dispatcher:
 
     def wake(self, served: Served) -> None:
         """It may have something to send, or is to end. Any thread may call it. Never blocks."""
-        self._ready.append(served)
-        self._bookmark.wake()
+        if served in self._served:  # else it is over, or is looked at once it has joined
+            self._ready.append(served)
+            self._bookmark.wake()
 
     def _start(self) -> None:
         """Start the thread if none runs. One too many ends at once."""
@@ -101,17 +105,25 @@ class Dispatcher:
             bookmark.place(self._ring, self._published)
             self.index.told = None
             self._serve_all()
-        except Exception:
+        except BaseException:  # a mailbox of the user's may raise anything
             log.exception("the dispatcher failed")
             for served in (*listed(self._served), *listed(self._joining)):
                 served.give_up("the dispatcher failed")
             self._served.clear()
             self._joining.clear()
         finally:
-            bookmark.leave()
+            self._let_go()
             self._runner.pop("thread", None)
         if self._joining:  # added between the last look and leaving
             self._start()
+
+    def _let_go(self) -> None:
+        """Nobody is served: keep no group, no state and no actor."""
+        self._bookmark.leave()
+        self._bookmark.cell = Cell()
+        self._ready.clear()
+        self.index.told = None
+        self.index.wake_all()
 
     def _serve_all(self) -> None:
         while True:
@@ -123,7 +135,8 @@ class Dispatcher:
                 return
             self._check_all()
             began = time.thread_time()
-            if self._follow() or self._serve_ready():
+            followed, served = self._follow(), self._serve_ready()
+            if followed or served:
                 # More may come soon: look again after a rest, and only then wait to be woken.
                 time.sleep(max((time.thread_time() - began) * REST_SHARE, PAUSE_S))
             elif not self._joining:
@@ -170,4 +183,6 @@ class Dispatcher:
 
     def after_fork(self) -> None:
         """In a forked child, where the thread is not."""
+        for served in (*self._served, *self._joining):
+            served.after_fork()
         self._reset()

@@ -98,10 +98,10 @@ class Subscription:
             feeds.add(self.bookmark, index)
             at = current()
             make = _start(feeds.past, at, prefix, since)
+            self.bookmark.start_at(at)
         except BaseException:
             feeds.remove(self.bookmark)
             raise
-        self.bookmark.start_at(at)
         # Everything up to `_at` was delivered, always: so a difference from it is exact.
         self._at: Snapshot | None = at
         self._part: Part | None = Part(make, at)
@@ -125,7 +125,8 @@ class Subscription:
         try:
             line.append(_getframe())
             while (first := line[0]) is not _getframe():
-                if not is_over(first):
+                # In a forked child, the frame may be of a thread that is not there.
+                if not is_over(first) and not self.bookmark.is_dropped:
                     raise ReentrantCall("the watch is being read already")
                 del first
                 line.popleft()
@@ -146,7 +147,8 @@ class Subscription:
     def _offer(self) -> Event | None:
         while True:
             part, at = self._part, self._at
-            if at is None:
+            if at is None or self.ended is not None:
+                self._part = self._at = None  # set again, if it was closed during a read
                 return None
             if part is None:
                 source = self.bookmark.first()

@@ -69,7 +69,7 @@ class _Worker(Generic[V]):
             start_aside(thread, lambda error: started.finish(None, error))
             started.result()
         except BaseException:
-            self.feeds.remove(self.bookmark)
+            _end(self)  # its thread may have begun
             raise
 
     def _run(self, started: Answer[None]) -> None:

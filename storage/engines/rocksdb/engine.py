@@ -137,10 +137,10 @@ class RocksDbEngine:
 
     def _publish(self, state: State) -> RocksDbFold:
         """Take RocksDB's snapshot of what was written, and publish it to readers."""
-        newest = Trail(self._trail.end_bytes)
-        fold = RocksDbFold(
-            self._source, self._db.snapshot(), newest, state.seq, state.cursor, state.origin
-        )
+        source = self._source
+        view = source.opened().snapshot()
+        newest = self._trail.next()
+        fold = RocksDbFold(source, view, newest, state.seq, state.cursor, state.origin)
         self._held.add(fold)
         self._trail.following = newest
         self._trail, self._state, self._in_doubt = newest, state, None

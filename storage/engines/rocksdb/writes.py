@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from foldlog.protocol.updates import KvEntry, RawUpdates
 from foldlog.storage.engines.rocksdb.database.errors import is_stall
 from foldlog.storage.engines.rocksdb.database.opening import binding
-from foldlog.storage.engines.rocksdb.database.record import STATE_KEY, State, encode_entry
+from foldlog.storage.engines.rocksdb.database.record import (
+    STATE_KEY,
+    VERSION_PREFIXES,
+    State,
+    encode_entry,
+)
 from foldlog.storage.engines.rocksdb.fold.source import Source
 
 if TYPE_CHECKING:
@@ -18,6 +24,8 @@ if TYPE_CHECKING:
 STALL_LIMIT_S = 60.0
 """Seconds that a write waits for RocksDB before it fails."""
 _STALL_PAUSE_S = 0.001
+_exhaust = deque[object](maxlen=0).extend
+_without_version = VERSION_PREFIXES[0].__add__
 
 
 class Writes:
@@ -48,14 +56,16 @@ class Writes:
     def _batch_of(self, groups: Sequence[RawUpdates], state: State) -> WriteBatch:
         write: WriteBatch = self._new_batch(raw_mode=True)
         put, delete = write.put, write.delete
-        for group in groups:
-            for key, value, version in zip(*group, strict=True):
+        for keys, values, versions in groups:
+            if set(map(type, values)) == {bytes} and not any(versions):
+                # Without a step of Python for each: a third of the time.
+                _exhaust(map(put, keys, map(_without_version, values)))  # type: ignore[arg-type]
+                continue
+            for key, value, version in zip(keys, values, versions, strict=True):
                 if value is None or value is False:
                     delete(key)
-                elif version:
-                    put(key, encode_entry(value, version))  # type: ignore[arg-type]
                 else:
-                    put(key, b"\0" + value)  # type: ignore[operator]
+                    put(key, VERSION_PREFIXES[len(version)] + version + value)  # type: ignore[operator]
         put(STATE_KEY, state.pack())
         return write
 

@@ -25,11 +25,12 @@ class Trail:
         """The changed keys, encoded, in one or more sequences."""
         self.following: Trail | None = None
 
-    @property
-    def end_bytes(self) -> int:
-        """`start_bytes` of the next trail."""
-        sizes = (sum(map(len, part)) + KEY_OVERHEAD * len(part) for part in self.parts)
-        return self.start_bytes + sum(sizes)
+    def next(self) -> Trail:
+        """A trail for the next commit, still to be linked as `following`."""
+        size = self.start_bytes
+        for part in self.parts:
+            size += sum(map(len, part)) + KEY_OVERHEAD * len(part)
+        return Trail(size)
 
     def keys(self) -> Iterator[bytes]:
         """The changed keys, encoded."""
