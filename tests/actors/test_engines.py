@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from actor_kit import DEADLINE_S, Steps, until, waiting
+from engine_kit import backend as backend
 
 import foldlog
 from foldlog import (
@@ -26,16 +27,10 @@ from foldlog import (
     Synced,
     WatchCursor,
 )
-from foldlog.storage.engines.registry import SEATS
 
 pytest.importorskip("rocksdict")
 u64 = WatchCursor.from_u64
 Open = Callable[..., Store]
-
-
-@pytest.fixture(params=list(SEATS))
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from actor_kit import in_thread, results
+from engine_kit import ENGINES
 
 import foldlog
 from foldlog import (
@@ -25,31 +26,38 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
+from foldlog.protocol.store import Backend
 from foldlog.storage.fold.base import Base
 from foldlog.testing import Fault, FaultyFiles
 
 FACES = ("engine", "store", "follower", "snapshot")
+ROCKSDB_FACES = tuple(f"rocksdb {name}" for name in FACES if name != "follower")
 Face = Callable[[list[list[Any]]], Any]
 
 
-@pytest.fixture(params=FACES)
+@pytest.fixture(params=(*FACES, *ROCKSDB_FACES))
 def face(request: pytest.FixtureRequest, path: Path) -> Iterator[Face]:
     """Something to read from, with these batches applied; "compact" compacts in between."""
+    backend: Backend = "append-log"
+    if request.param in ROCKSDB_FACES:
+        pytest.importorskip("rocksdict")
+        backend = "rocksdb"
+    face = request.param.removeprefix("rocksdb ")
     with ExitStack() as stack:
 
         def make(batches: list[Any]) -> Any:
-            if request.param == "engine":
-                store: Any = stack.enter_context(AppendLogSnapshot.open(path)[1])
+            if face == "engine":
+                store: Any = stack.enter_context(ENGINES[backend].open(path)[1])
             else:
-                store = stack.enter_context(foldlog.open(path))
+                store = stack.enter_context(foldlog.open(path, backend=backend))
             for number, batch in enumerate(batches, 1):
                 if batch == "compact":
                     store.compact()
                 else:
                     store.apply(batch, number)
-            if request.param == "follower":
+            if face == "follower":
                 return stack.enter_context(foldlog.follow(path))
-            return store.snapshot() if request.param == "snapshot" else store
+            return store.snapshot() if face == "snapshot" else store
 
         yield make
 
