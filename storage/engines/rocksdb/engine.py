@@ -53,6 +53,7 @@ from foldlog.storage.engines.rocksdb.fold.source import Source
 from foldlog.storage.engines.rocksdb.fold.staged import StagedFold
 from foldlog.storage.engines.rocksdb.fold.trail import Trail
 from foldlog.storage.engines.rocksdb.past import Past
+from foldlog.storage.engines.rocksdb.place import Place
 from foldlog.storage.engines.rocksdb.writes import Writes
 from foldlog.storage.fold.snapshot import ClosedFold
 from foldlog.storage.formats.format import Progress
@@ -81,7 +82,6 @@ class RocksDbEngine:
         StoreLocked, CorruptLogError, InvalidFormatError or OSError.
         """
         self.path = resolve(path)
-        self._path = os.fspath(self.path)  # a stat of a Path takes 1 us longer
         self.sync_each = sync_each
         self.failure: str | None = None
         """RocksDB's message once it has refused to write, else None; `heal` recovers."""
@@ -116,7 +116,7 @@ class RocksDbEngine:
         )
         self._source = Source(db, self.path, self._rocksdict.ReadOptions)
         self._writes = Writes(self._source)
-        self._identity = _identity(self.path)
+        self._place = Place(self.path)
         self._trail = Trail()
         self._in_doubt: State | None = None  # what the current commit writes
         try:
@@ -325,12 +325,7 @@ class RocksDbEngine:
 
     def check_file(self) -> None:
         """See `Engine`. Cost: 2 us."""
-        try:
-            found = _identity(self._path)
-        except OSError as error:
-            raise LogChangedError(self.path, f"is gone: {error.strerror}") from None
-        if found != self._identity:
-            raise LogChangedError(self.path, "was replaced by another directory")
+        self._place.check()
 
     def confirm_file(self) -> None:
         """See `Engine`. Nothing can be repaired."""
@@ -638,11 +633,6 @@ class RocksDbEngine:
 def _raw(changes: dict[str, Change]) -> RawUpdates:
     _, values, versions = zip(*changes.values(), strict=True)
     return RawUpdates(list(map(str.encode, changes)), values, versions)
-
-
-def _identity(path: Path | str) -> tuple[int, int]:
-    info = os.stat(path)
-    return info.st_dev, info.st_ino
 
 
 def _keep_for_ever(value: object) -> None:
