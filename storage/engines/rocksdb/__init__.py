@@ -2,6 +2,7 @@
 
 store.py       RocksDbSnapshot: the engine as a `SnapshotStore`, for one thread
 engine.py      RocksDbEngine: the database and its fold, as an `Engine` (`protocol/engine.py`)
+commits.py     what it builds on: opening, committing, closing
 seat.py        opening a store for a writer, and resuming it after a crash
 writes.py      writing batches
 past.py        the last batches, for subscribers

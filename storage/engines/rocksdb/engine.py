@@ -1,349 +1,41 @@
 """RocksDbEngine: a RocksDB database and its fold, as the engine that a writer drives.
 
-One thread writes.
+`commits.py` has the way of a batch; here are healing, compaction, the past, export and statistics.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import os
-import secrets
 import sys
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from foldlog.protocol.engine import CacheUse, Compaction, Export, Held, OpenReport, Sizes
-from foldlog.protocol.errors import (
-    FoldlogError,
-    ForkedStore,
-    LogChangedError,
-    LogPoisonedError,
-    StoreClosed,
-)
-from foldlog.protocol.forks import Rank, tell_after_fork
-from foldlog.protocol.options import CACHE_BYTES, OnDamage
+from foldlog.protocol.engine import CacheUse, Compaction, Export, Held, Sizes
+from foldlog.protocol.errors import FoldlogError, LogChangedError
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import (
-    Batch,
-    Change,
-    DecodedBatch,
-    Delete,
-    KvEntry,
-    Put,
-    RawUpdates,
-)
+from foldlog.protocol.updates import DecodedBatch, Delete, Put
 from foldlog.storage.artifacts.artifact import ExportManifest
+from foldlog.storage.engines.rocksdb.commits import Commits
 from foldlog.storage.engines.rocksdb.compaction import FullCompaction
-from foldlog.storage.engines.rocksdb.database.errors import is_stall, typed
-from foldlog.storage.engines.rocksdb.database.opening import binding, open_database, property_of
-from foldlog.storage.engines.rocksdb.database.record import State, encode_entry
-from foldlog.storage.engines.rocksdb.database.state import directory_bytes, state_of
+from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.opening import property_of
+from foldlog.storage.engines.rocksdb.database.state import directory_bytes
 from foldlog.storage.engines.rocksdb.exchange import artifact
 from foldlog.storage.engines.rocksdb.exchange.reading import stored_fold
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, verify_open
 from foldlog.storage.engines.rocksdb.fold.difference import difference
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
-from foldlog.storage.engines.rocksdb.fold.source import Source
 from foldlog.storage.engines.rocksdb.fold.staged import StagedFold
-from foldlog.storage.engines.rocksdb.fold.trail import Trail
-from foldlog.storage.engines.rocksdb.past import Past
-from foldlog.storage.engines.rocksdb.place import Place
-from foldlog.storage.engines.rocksdb.writes import Writes
-from foldlog.storage.fold.snapshot import ClosedFold
 from foldlog.storage.formats.format import Progress
-from foldlog.storage.handover import Turns
-from foldlog.storage.log.files import OS_FILES, resolve
-
-if TYPE_CHECKING:
-    from rocksdict import Rdict
 
 _getframe = sys._getframe
 
 
-class RocksDbEngine:
-    """A database that is open for writing, and its fold. See `foldlog.protocol.engine.Engine`."""
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        sync_each: bool = False,
-        on_damage: OnDamage = "refuse",
-        cache_bytes: int = CACHE_BYTES.default,
-    ) -> None:
-        """Open or create the database at `path`.
-
-        StoreLocked, CorruptLogError, InvalidFormatError or OSError.
-        """
-        self.path = resolve(path)
-        self.sync_each = sync_each
-        self.failure: str | None = None
-        """RocksDB's message once it has refused to write, else None; `heal` recovers."""
-        self._rocksdict = binding()
-        self._on_damage, self._cache_bytes = on_damage, cache_bytes
-        self._compacted_seq = -1
-        # Whose turn it is with the database: any thread may sync it, and none closes it meanwhile.
-        self._turns = Turns()
-        self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
-        self._pid = os.getpid()
-        self._past = Past()
-        self._bridge = contextlib.ExitStack()  # what `heal` opened to keep reads alive
-        created = not self.path.exists()
-        self._open_source()
-        if created:
-            OS_FILES.sync_dir(self.path.parent)
-        self._past.begin(self._state.cursor)
-        self.report = OpenReport(
-            self.path,
-            created=created,
-            size=directory_bytes(self.path),
-            seq=self.snapshot.seq,
-            cursor=self.snapshot.cursor(),
-        )
-        tell_after_fork(self, Rank.ENGINE)
-
-    # Opening.
-
-    def _open_source(self) -> None:
-        db = open_database(
-            self.path, create=True, cache_bytes=self._cache_bytes, on_damage=self._on_damage
-        )
-        self._source = Source(db, self.path, self._rocksdict.ReadOptions)
-        self._writes = Writes(self._source)
-        self._place = Place(self.path)
-        self._trail = Trail()
-        self._in_doubt: State | None = None  # what the current commit writes
-        try:
-            state = state_of(db, self.path) or self._begin()
-        except BaseException:
-            self._source.db = None
-            raise
-        self._publish(state)
-        # Opening has written what it recovered to tables.
-        self._synced = (state.seq, state.cursor)
-
-    def _begin(self) -> State:
-        """Write the first state record to an empty database."""
-        state = State(secrets.token_bytes(16), 0, WatchCursor.none())
-        self._write((), state)
-        self._flush_wal()
-        return state
-
-    def _publish(self, state: State) -> RocksDbFold:
-        """Take RocksDB's snapshot of what was written, and publish it to readers."""
-        source = self._source
-        view = source.opened().snapshot()
-        newest = self._trail.next()
-        fold = RocksDbFold(source, view, newest, state.seq, state.cursor, state.origin)
-        self._held.add(fold)
-        self._trail.following = newest
-        self._trail, self._state, self._in_doubt = newest, state, None
-        # What readers see: the newest fold, until the engine is closed.
-        self.snapshot: RocksDbFold | ClosedFold = fold
-        return fold
-
-    @property
-    def _db(self) -> Rdict:
-        return self._source.opened()
-
-    # Writing.
-
-    @property
-    def origin(self) -> bytes:
-        """The stream that the cursor is a position in; empty if it was never named."""
-        return self._state.origin
-
-    def stage(self, batches: Sequence[Batch], on: RocksDbFold | None = None) -> RocksDbFold:
-        """See `Engine`."""
-        fold = self._newest()
-        before = fold if on is None else on
-        changes = dict(before.staged) if isinstance(before, StagedFold) else {}
-        for batch in batches:
-            for part in batch.changes:
-                for key, value, version in part.values():
-                    changes[key.encode()] = None if value is None else encode_entry(value, version)
-        last = batches[-1]
-        seq, origin = before.seq + len(batches), last.origin
-        staged = StagedFold(fold, changes, seq, last.cursor, origin)
-        self._held.add(staged)
-        return staged
-
-    def commit(
-        self,
-        batches: Sequence[Batch],
-        staged: object = None,
-        *,
-        origin: bytes | None = None,
-    ) -> RocksDbFold:
-        """See `Engine`.
-
-        One write batch holds the updates, the cursor, the origin and the sequence.
-
-        `origin`: if given, the origin of the cursor from now on. Cost: 6 us, and 1 us an update;
-        with `sync_each`, an fsync. The write of the whole group holds the interpreter lock: about
-        0.5 us an update.
-        """
-        groups = [_raw(part) for batch in batches for part in batch.changes]
-        state = self._commit(groups, len(batches), batches[-1].cursor, batches[-1].origin or origin)
-        self._past.add(state.seq - len(batches), batches)
-        return self._newest()
-
-    def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
-        """Commit one batch that `batches_since` need not return. Returns its sequence.
-
-        Cost: 0.5 us an update less than `commit`.
-        """
-        state = self._commit([updates], 1, cursor, None)
-        self._past.begin(state.cursor)
-        return state.seq
-
-    def _commit(
-        self, groups: Sequence[RawUpdates], batches: int, cursor: WatchCursor, origin: bytes | None
-    ) -> State:
-        self._check_usable()
-        before = self._state
-        state = State(
-            before.store_id,
-            before.seq + batches,
-            cursor,
-            before.origin if origin is None else origin,
-        )
-        # Before they are written: see `Trail`.
-        self._trail.parts += tuple(group.keys for group in groups)
-        self._in_doubt = state
-        self._write(groups, state)
-        if self.sync_each:
-            self._flush_wal()
-            self._synced = state.seq, state.cursor
-        self._publish(state)
-        return state
-
-    def load(
-        self,
-        blocks: Iterable[list[KvEntry]],
-        seq: int,
-        cursor: WatchCursor,
-        progress: Progress | None = None,
-    ) -> None:
-        """Fill an empty store, which nobody reads yet, up to batch `seq` and `cursor`.
-
-        Not atomic.
-        """
-        done = 0
-        for block in blocks:
-            self._writes.load(block)
-            done += len(block)
-            if progress is not None:
-                progress(done, done)
-        state = State(self._state.store_id, seq, cursor, self._state.origin)
-        self._write((), state)
-        self._publish(state)
-        self._past.begin(state.cursor)
-        self.sync()
-
-    def _write(self, groups: Sequence[RawUpdates], state: State) -> None:
-        try:
-            self._writes.commit(groups, state)
-        except Exception as error:
-            if is_stall(error):
-                self._in_doubt = None  # none of it was written
-                raise typed(error, self.path) from error
-            raise self._failed(error) from error
-
-    def _flush_wal(self) -> None:
-        try:
-            self._writes.sync()
-        except Exception as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> Exception:
-        """The error to raise. RocksDB writes no more after an error; nor does the engine."""
-        found = typed(error, self.path)
-        if self._source.db is not None:
-            self.failure = str(error)
-        return found
-
-    def _check_usable(self) -> None:
-        self._check_open()
-        self.check_file()
-        if self._in_doubt is not None:
-            self._settle()
-
-    def resume(self) -> RocksDbFold:
-        """After the writer has died, continue from what the database holds.
-
-        Snapshots stay valid.
-        """
-        self._check_open()
-        self.check_file()
-        self._settle()
-        return self._newest()
-
-    @property
-    def state(self) -> State:
-        """The state record that was published last."""
-        return self._state
-
-    def _check_open(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedStore(f"{self.path} was opened before a fork")
-        if self._source.db is None:
-            self._source.refuse()
-        if self.failure is not None:
-            raise LogPoisonedError(self.path, self.failure)
-
-    def _settle(self) -> None:
-        """After an exception in the middle of a commit: publish what the database holds."""
-        state = state_of(self._db, self.path)
-        assert state is not None
-        if state.seq != self._state.seq:
-            self._publish(state)
-            self._past.begin(state.cursor)
-        self._in_doubt = None
-
-    def sync(self) -> None:
-        """See `Engine`. Cost: an fsync, without the interpreter lock."""
-        try:
-            self._turns.enter(_getframe())
-            self._check_open()
-            state = self._state  # before the flush, which may miss later commits
-            self._flush_wal()
-            self._synced = state.seq, state.cursor
-        finally:
-            self._turns.leave(_getframe())
-
-    @property
-    def synced(self) -> tuple[int, WatchCursor]:
-        """See `Engine`."""
-        return self._synced
-
-    def check_file(self) -> None:
-        """See `Engine`. Cost: 2 us."""
-        self._place.check()
-
-    def confirm_file(self) -> None:
-        """See `Engine`. Nothing can be repaired."""
-        self.check_file()
-
-    def mark_deleted(self, reason: str) -> bool:
-        """See `Engine`. Returns False: what was deleted is gone."""
-        return False
-
-    @property
-    def closed(self) -> bool:
-        """See `Engine`."""
-        return self._source.db is None
-
-    @property
-    def keeps_origin(self) -> bool:
-        """See `Engine`. The state record holds it."""
-        return True
+class RocksDbEngine(Commits):
+    """See `foldlog.protocol.engine.Engine`."""
 
     def heal(self) -> RocksDbFold:
         """See `Engine`. Reopens the database, and flushes its write-ahead log to synced tables.
@@ -547,93 +239,3 @@ class RocksDbEngine:
     def cache(self) -> CacheUse:
         """See `Engine`. RocksDB's block cache, indexes and filters included; no memtables."""
         return CacheUse(property_of(self._db, "block-cache-usage"), self._cache_bytes)
-
-    # Ending.
-
-    def close(self) -> None:
-        """See `Engine`.
-
-        Snapshots raise StoreClosed from then on: RocksDB's do not outlive the database.
-        """
-        try:
-            self._turns.enter(_getframe())
-            self._close()
-        finally:
-            self._turns.leave(_getframe())
-
-    def _close(self) -> None:
-        db = self._source.db
-        if db is None or self.failure is not None:
-            self._abandon()
-            return
-        try:
-            self.check_file()
-            db.flush_wal(True)
-        except Exception as error:
-            self._abandon()
-            raise typed(error, self.path) from error
-        self._end()
-        try:
-            db.close()
-        except Exception as error:
-            raise typed(error, self.path) from error
-
-    def abandon(self) -> None:
-        """See `Engine`. What was committed is in the write-ahead log."""
-        try:
-            self._turns.enter(_getframe())
-            self._abandon()
-        finally:
-            self._turns.leave(_getframe())
-
-    def _abandon(self) -> None:
-        self._stop_writing()
-        self._end()
-
-    def _stop_writing(self) -> None:
-        """Keep RocksDB from flushing when it is freed: its file names may be another's by now."""
-        if self._source.db is not None:
-            with contextlib.suppress(Exception):
-                self._source.db.cancel_all_background(True)
-
-    def _end(self) -> None:
-        reason = f"{self.path} is closed"
-        self.snapshot = ClosedFold(reason)
-        self._past.begin(self._state.cursor)
-        self._release(StoreClosed(reason))
-        self._bridge.close()
-
-    def _release(self, ended: FoldlogError) -> None:
-        """Release the database and all its snapshots, so that it can be opened again."""
-        self._source.ended = ended
-        self._source.db = None
-        for fold in list(self._held):
-            fold.end()
-        self._held.clear()
-
-    def after_fork(self) -> None:
-        """In a forked child, keep the database from being freed.
-
-        RocksDB's threads do not exist there, and freeing would wait for them forever.
-        """
-        if self._source.db is None:
-            return
-        for fold in list(self._held):
-            _keep_for_ever(fold.view)
-        _keep_for_ever(self._source.db)
-        self._release(ForkedStore(f"{self.path} was opened before a fork"))
-
-    def _newest(self) -> RocksDbFold:
-        fold = self.snapshot
-        fold.seq  # noqa: B018 - raises StoreClosed here, not later
-        assert isinstance(fold, RocksDbFold)
-        return fold
-
-
-def _raw(changes: dict[str, Change]) -> RawUpdates:
-    _, values, versions = zip(*changes.values(), strict=True)
-    return RawUpdates(list(map(str.encode, changes)), values, versions)
-
-
-def _keep_for_ever(value: object) -> None:
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
