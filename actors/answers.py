@@ -45,7 +45,7 @@ class Answer(Future[T]):
         # by the one who answers.
         self._facts: dict[Any, Any] = {}
         self._bell = Bell()
-        self._callbacks: deque[Callable[[Future[T]], object]] = deque()
+        self._callbacks: list[Callable[[Future[T]], object]] = []
 
     # For the one who answers.
 
@@ -142,7 +142,7 @@ class Answer(Future[T]):
             self._tell_watcher(watcher)
         while True:
             try:
-                callback = self._callbacks.popleft()
+                callback = self._callbacks.pop(0)
             except IndexError:
                 return
             try:
@@ -268,7 +268,7 @@ def _run_soon(call: Callable[[], None]) -> None:
 
 def runs_callbacks() -> bool:
     """True on a callback thread: waiting there would hold up the callbacks that follow."""
-    return threading.get_ident() in _runner_ids
+    return bool(_runner_ids) and threading.get_ident() in _runner_ids
 
 
 _runner_ids: set[int] = set()

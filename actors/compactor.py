@@ -43,14 +43,15 @@ class Compactor:
         """`made_progress`: called while a write waits and the compaction advances."""
         self._core, self._step = core, step
         self._maintenance, self._made_progress = maintenance, made_progress
-        self._rewrite: Compaction | None = None
+        self.running: Compaction | None = None
+        """The compaction under way."""
+        self.failures = 0
+        """Compactions that failed in a row."""
         self._started = 0.0
         self._patience_s = 0.0
         """How much longer the running compaction may hold writes back while the log is small."""
         self.wanted: list[CompactRequest] = []
         """Requests waiting for the running compaction or the next one."""
-        self._failures = 0
-        """Compactions that failed in a row."""
         self._live = 0
         """After a failed compaction: live bytes, as far as known."""
         self._failed_at = self._retry_at = 0.0
@@ -72,28 +73,27 @@ class Compactor:
     def begin_if_due(self) -> None:
         """Begin a compaction if one is wanted or worthwhile, and none is running."""
         engine = self._engine
-        if self._rewrite is not None and self._rewrite.cancelled:
+        if self.running is not None and self.running.cancelled:
             # Maintenance could not report it: the store had failed and was reopened.
             self.drop()
-        if self._rewrite is not None:
+        if self.running is not None:
+            return
+        if not self.wanted and not engine.should_compact(self._core.config.compact_threshold):
             return
         if engine.is_compact:
             self.answer_wanted(None, engine.snapshot.seq)
-        elif self.wanted or (
-            engine.should_compact(self._core.config.compact_threshold)
-            and time.monotonic() >= self._retry_at
-        ):
+        elif self.wanted or time.monotonic() >= self._retry_at:
             self._step("compact.begin")
-            self._rewrite = engine.begin_compaction()
+            self.running = engine.begin_compaction()
             self._started = time.monotonic()
             self._patience_s = PATIENCE_S
-            self._maintenance.put(Mail(CompactJob(self._rewrite)))
+            self._maintenance.put(Mail(CompactJob(self.running)))
 
     def pass_ended(self, done: Rewritten) -> None:
         """A compaction pass has ended: begin the next pass, finish the compaction, or abandon
         it."""
         rewrite = done.rewrite
-        if rewrite is not self._rewrite:
+        if rewrite is not self.running:
             rewrite.discard()  # it belongs to an engine that is gone
             return
         if rewrite.outcome is not done:
@@ -119,8 +119,8 @@ class Compactor:
         except (OSError, FoldlogError) as failed:
             self._failed(rewrite, failed)
             return
-        self._rewrite = None
-        self._failures = 0
+        self.running = None
+        self.failures = 0
         core.publish(fold)
         core.feeds.jump(fold)  # the same state: lets subscribers release the old file
         statistics = core.statistics
@@ -145,8 +145,8 @@ class Compactor:
     def _failed(self, rewrite: Compaction, error: Exception) -> None:
         self.drop()
         rewrite.discard()
-        delay_s = min(RETRY_S * 2.0**self._failures, MAX_RETRY_S)
-        self._failures += 1
+        delay_s = min(RETRY_S * 2.0**self.failures, MAX_RETRY_S)
+        self.failures += 1
         self._retry_at = time.monotonic() + delay_s
         self._failed_at, self._live = time.monotonic(), rewrite.live_bytes
         self._core.statistics.compaction_error = f"{type(error).__name__}: {error}"
@@ -161,7 +161,7 @@ class Compactor:
 
     def holds_back(self, size: int) -> bool:
         """True if a write of `size` bytes would wait for the running compaction. Any thread."""
-        rewrite, engine = self._rewrite, self._core.engine
+        rewrite, engine = self.running, self._core.engine
         if rewrite is None or engine is None:
             return False
         allowed = engine.allowed_bytes(rewrite, self._core.config.compact_threshold)
@@ -176,7 +176,7 @@ class Compactor:
         began, allowed = 0.0, 0.0
         threshold = self._core.config.compact_threshold
         small_bytes = self._engine.limit_bytes(0, DEFAULT_COMPACT_THRESHOLD) or 0
-        while (rewrite := self._rewrite) is not None:
+        while (rewrite := self.running) is not None:
             end, before = self._engine.size_bytes + size, allowed
             allowed = self._engine.allowed_bytes(rewrite, threshold)
             if end <= allowed or rewrite.cancelled:
@@ -198,10 +198,9 @@ class Compactor:
             self._patience_s = max(self._patience_s - held_s, 0.0)
 
     def is_log_full(self, size: int) -> bool:
-        """True if `size` more bytes would exceed the log's bound and it cannot be compacted."""
+        """True if `size` more bytes would exceed the log's bound. For a log that could not be
+        compacted."""
         live, threshold = self._live, self._core.config.compact_threshold
-        if not self._failures:
-            return False
         limit = self._engine.limit_bytes(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
         full = limit is not None and self._engine.size_bytes + size > limit
         if full:  # more may be live by now, or there may be space again
@@ -223,6 +222,6 @@ class Compactor:
 
     def drop(self) -> None:
         """Give up the running compaction, if there is one."""
-        if self._rewrite is not None:
-            self._engine.drop_compaction(self._rewrite)
-            self._rewrite = None
+        if self.running is not None:
+            self._engine.drop_compaction(self.running)
+            self.running = None

@@ -243,6 +243,10 @@ class Writer(SharedActor):
     def _apply(self, requests: list[WriteRequest]) -> None:
         """Commit the requests in groups. One that was in hand at a crash is committed alone, so
         that it cannot harm another again."""
+        if len(requests) == 1:
+            self._commit(requests)
+            self._compact_if_due()
+            return
         group: list[WriteRequest] = []
         size = 0
         most = min(GROUP_BYTES, max(self._core.config.compact_threshold, MIN_GROUP_BYTES))
@@ -261,9 +265,10 @@ class Writer(SharedActor):
     def _commit(self, requests: list[WriteRequest]) -> None:
         """Write the requests as one group, or as several where a refusal depends on a write."""
         while requests:
-            size = sum(request.weight for request in requests)
-            self._compactor.hold_back(size)
-            if self._compactor.is_log_full(size):
+            size, compactor = sum([request.weight for request in requests]), self._compactor
+            if compactor.running is not None:
+                compactor.hold_back(size)
+            if compactor.failures and compactor.is_log_full(size):
                 self._refuse(requests)
                 return
             requests = self._commit_up_to_a_refusal(requests)
@@ -316,9 +321,9 @@ class Writer(SharedActor):
         core.publish(fold)
         if core.config.sync == "always":
             core.note_synced(fold)
-        rewound = next((request.rewound for request in written if request.rewound), "")
+        rewound = [request.rewound for request in written if request.rewound]
         if rewound:
-            core.feeds.jump(fold, rewound)
+            core.feeds.jump(fold, rewound[0])
         else:
             core.feeds.publish(fold, fold.seq - len(batches) + 1, batches)
         self._step("writer.after_publish")

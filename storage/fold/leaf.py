@@ -264,7 +264,7 @@ class Index:
         self._count, self._values_at = count, values_at
         self._places_at = HEADER.size + keys_len
         self._places = raw[self._places_at :]  # value ends, checksums, version ends, versions
-        # The lengths of a value and of a version if all are equal, as they mostly are; else (0, 0).
+        # The length of each value and of each version, if all are equal; else (0, 0).
         self._steps = _steps(self._places, count, size - values_at, len(self._places) - 10 * count)
         self.kept_bytes = text_bytes("".join(self.keys)) + KEY_OVERHEAD * count + len(self._places)
         """An estimate of its memory, rather too high."""

@@ -137,6 +137,23 @@ def calls_of(
     return calls
 
 
+def functions_of(call: Callable[..., object], *arguments: object) -> list[str]:
+    """The functions in Python that a call calls on this thread, itself included."""
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_qualname)
+
+    profiled = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call(*arguments)
+    finally:
+        sys.setprofile(profiled)
+    return called
+
+
 class Work(NamedTuple):
     """What a call took."""
 

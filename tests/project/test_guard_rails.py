@@ -17,7 +17,17 @@ from typing import TypeAlias
 
 import pytest
 from actor_kit import DEADLINE_S, Steps, cursor, in_thread, results
-from counting import CountedFiles, CountedRun, LeafCounter, SentMail, Work, calls_of, usual, work_of
+from counting import (
+    CountedFiles,
+    CountedRun,
+    LeafCounter,
+    SentMail,
+    Work,
+    calls_of,
+    functions_of,
+    usual,
+    work_of,
+)
 
 import foldlog
 from foldlog import AppendLogSnapshot, Changed, Delete, Put, Synced, Update, VersionToken
@@ -787,6 +797,25 @@ def test_an_apply_is_no_message_one_write_and_no_more_fsyncs_than_were_asked_for
     files.forget()
     store.close()
     assert 1 <= files.counts["sync"] <= 3
+
+
+def fewest_functions_of(apply: Callable[..., int]) -> list[str]:
+    for number in range(3, 13):
+        apply(puts([number]), cursor(number))
+    called = [functions_of(apply, puts([number]), cursor(number)) for number in range(13, 18)]
+    return min(called, key=len)
+
+
+def test_an_apply_of_one_update_calls_few_functions(open_log: OpenLog) -> None:
+    """Each takes more than 1 % of the time. Four are those of the counted files."""
+    called = fewest_functions_of(open_log(FEW).apply)
+    assert len(called) <= 30, called
+
+
+def test_an_apply_of_one_update_to_a_store_calls_few_functions(opened: OpenStore) -> None:
+    """Fourteen are those of the counted files and of the test's steps."""
+    called = fewest_functions_of(opened("never").apply)
+    assert len(called) <= 76, called
 
 
 @pytest.mark.parametrize("sync", ["always", "never"])
