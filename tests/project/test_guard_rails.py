@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
+import msgpack
 import pytest
 from actor_kit import DEADLINE_S, Steps, cursor, in_thread, results
 from counting import (
@@ -797,6 +798,17 @@ def test_an_apply_is_no_message_one_write_and_no_more_fsyncs_than_were_asked_for
     files.forget()
     store.close()
     assert 1 <= files.counts["sync"] <= 3
+
+
+def test_batches_of_a_thousand_share_a_packer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each made a packer of its own, whose buffer took as long as packing."""
+    packers = calls_of(monkeypatch, msgpack, "Packer")
+    for number in range(1, 5):
+        batch = encode_batch(puts(range(1000 * number, 1000 * number + 1000)), cursor(number))
+        assert batch.length == len(batch.changes[0]) == 1000
+        versions = {type(change[2]) for change in batch.changes[0].values()}
+        assert versions == {bytes}, "plain ones, which the garbage collector does not track"
+    assert len(packers) <= 1
 
 
 def fewest_functions_of(apply: Callable[..., int]) -> list[str]:
