@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import chain
 from operator import itemgetter
 
@@ -168,16 +169,15 @@ class Cache:
             self._make_room()
 
     def _drop_index(self) -> None:
-        while self._kept:
+        with suppress(IndexError):  # another thread took the last one
             number, index = self._kept.popleft()
-            if self.used[number] and self._kept:
+            while self.used[number] and self._kept:
                 self.used[number] = 0
                 self._kept.append((number, index))
-                continue
+                number, index = self._kept.popleft()
             if self.indexes[number] is index:
                 self.indexes[number] = None
             self._index_bytes -= index.kept_bytes
-            return
 
     # From one base to the next.
 
@@ -193,14 +193,18 @@ class Cache:
         self.has_older = old.has_older
         # Copied last: an entry read meanwhile is then counted too high, never too low.
         self._bytes = old._bytes.copy()
+        self._entry_bytes = sum(self._bytes)
         for key, change in chain.from_iterable(piece.items() for piece in changes):
             shard = hash(key) & SHARDS - 1
-            read = self.recent[shard].pop(key, None) or self.older[shard].pop(key, None)
+            # From both: an entry that moved while it was read or copied is in both.
+            recent, older = self.recent[shard].pop(key, None), self.older[shard].pop(key, None)
+            read = recent or older
             if read is not None:
-                self._bytes[shard] -= cached_size(read)
+                size = cached_size(read)
+                self._bytes[shard] -= size
+                self._entry_bytes -= size
                 if change[1] is not None:
                     self.add(change)
-        self._entry_bytes = sum(self._bytes)
         for number, origin in copies.items():
             index = old.indexes[origin]
             if index is not None:

@@ -156,3 +156,36 @@ def test_a_compaction_of_what_was_never_read_remembers_nothing(tmp_path: Path) -
         snap.apply([Put(key(1), b"new")], WatchCursor.from_u64(2))
         snap.compact()
         assert not any(snap.snapshot().base.cache)
+
+
+@pytest.mark.parametrize("change", [Delete(key(5)), Put(key(5), b"new")])
+def test_an_entry_that_two_threads_read_at_once_is_not_stale_after_a_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Put | Delete
+) -> None:
+    """Two threads read an entry. One cached it, the cache moved it to the older ones to make room,
+    and then the other cached it again. The compaction updated one of the two; a deleted key was
+    back.
+    """
+    with AppendLogSnapshot.open(made(tmp_path / "log"))[1] as snap:
+        snap.get(key(1))  # the index is read
+        base = snap.snapshot().base
+        read_from_disk = Base._pread
+
+        def read_meanwhile(held: Base, size: int, offset: int) -> bytes:
+            monkeypatch.setattr(Base, "_pread", read_from_disk)
+            assert held.read(key(5)) is not None
+            cache = held._cache
+            cache.older[:], cache.recent[:] = cache.recent[:], [{} for _ in cache.recent]
+            return read_from_disk(held, size, offset)
+
+        monkeypatch.setattr(Base, "_pread", read_meanwhile)
+        assert snap.get(key(5)) == expected(5)
+        assert sum(key(5) in shard for shard in (*base.cache, *base._cache.older)) == 2
+        snap.apply([change], WatchCursor.from_u64(2))
+        snap.compact()
+        base = snap.snapshot().base
+        assert snap.snapshot().is_base
+        for _ in range(2):
+            entry = snap.get(key(5))
+            assert (entry and entry.value) == (b"new" if isinstance(change, Put) else None)
+            base._cache.recent[:] = [{} for _ in base.cache]  # dropped: only older ones are left

@@ -7,8 +7,10 @@ import contextlib
 import random
 import shutil
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -242,3 +244,29 @@ def test_a_cache_counts_what_it_holds_through_every_operation() -> None:
         held = [c for shard in (*cache.recent, *cache.older) for c in shard.values()]
         kept = [index.kept_bytes for index in cache.indexes if index is not None]
         assert cache.held_bytes == sum(map(cached_size, held)) + sum(kept) <= 300_000
+
+
+def test_values_that_grew_before_a_compaction_stay_within_the_bound() -> None:
+    """The cache of the new base took over what was read, counted from zero, and made room only
+    once the new values alone were over the bound."""
+    old = Cache(LIMIT)
+    small = [(key(n), b"v" * 10, b"") for n in range(3000)]
+    old.add_all(small)
+    assert LIMIT * 3 // 4 < old.held_bytes <= LIMIT
+    new = Cache()
+    new.inherit(old, {}, [{k: (k, b"v" * 600, b"") for k, _, _ in small[:900]}])
+    held = [c for shard in (*new.recent, *new.older) for c in shard.values()]
+    assert new.held_bytes == sum(map(cached_size, held)) <= LIMIT
+
+
+def test_two_threads_may_drop_the_last_index_at_once() -> None:
+    """The other thread took the last one after the test for it: an IndexError, out of a `get`."""
+
+    class EmptiedMeanwhile(deque[Any]):
+        def __bool__(self) -> bool:
+            return True
+
+    cache = Cache(LIMIT)
+    cache._kept = EmptiedMeanwhile()
+    cache._drop_index()
+    assert cache.held_bytes == 0
