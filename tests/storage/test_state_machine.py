@@ -64,10 +64,12 @@ KEYS = [
     "\U0010ffff",
 ]
 PREFIXES = ["", "a", "a1", "b", "c9", "d", "\ud7ff", "\U0010ffff"]
+BOUNDS = [*KEYS, "a\ud800", "b5\U0010ffff", "c", "zz"]
 EAGER, LAZY = 0, 10 * 1024 * 1024
 
 keys = st.sampled_from(KEYS)
 tokens = st.binary(max_size=10)
+bounds = st.one_of(st.none(), st.sampled_from(BOUNDS))
 values = st.one_of(st.binary(max_size=8), st.sampled_from([bytes(600), b"x" * 700]))
 puts = st.builds(Put, keys, values, tokens.map(VersionToken))
 removals = st.builds(lambda kind, key: kind(key), st.sampled_from([Delete, Purge]), keys)
@@ -80,6 +82,40 @@ def read(reader: Any, prefix: str = "") -> Model:
     found = {entry.key: (entry.value, bytes(entry.version)) for entry in reader.range(prefix)}
     assert list(found) == sorted(found)
     return found
+
+
+def compare_range(
+    reader: Any,
+    model: Model,
+    prefix: str,
+    start: str | None,
+    stop: str | None,
+    limit: int | None,
+    reverse: bool,
+) -> None:
+    """Every way to read a range gives what the dict holds there."""
+    matching = [
+        key
+        for key in sorted(model, reverse=reverse)
+        if key.startswith(prefix) and (start or "") <= key and (stop is None or key < stop)
+    ]
+    expected = [(key, *model[key]) for key in matching[:limit]]
+    how: Any = {"start": start, "stop": stop, "limit": limit, "reverse": reverse}
+    for found in (reader.range(prefix, **how), reader.iter_range(prefix, **how)):
+        assert [(e.key, e.value, bytes(e.version)) for e in found] == expected
+    under = sorted(key for key in model if key.startswith(prefix))
+    assert list(reader.keys(prefix)) == under
+    assert list(reader.items(prefix)) == [(key, model[key][0]) for key in under]
+
+
+def compare_entries(reader: Any, model: Model, wanted: list[str]) -> None:
+    found = reader.get_many(wanted)
+    assert list(found) == [key for key in dict.fromkeys(wanted) if key in model]
+    for key in wanted:
+        entry = reader.get(key)
+        assert (entry and (entry.value, bytes(entry.version))) == model.get(key)
+        assert found.get(key) == entry
+        assert (key in reader) == (key in model)
 
 
 class FoldMachine(RuleBasedStateMachine):
@@ -144,6 +180,45 @@ class FoldMachine(RuleBasedStateMachine):
         streamed: list[KvEntry] = []
         self.snap.for_each_in_range(prefix, streamed.append)
         assert streamed == self.snap.range(prefix)
+
+    @rule(
+        prefix=st.sampled_from(PREFIXES),
+        start=bounds,
+        stop=bounds,
+        limit=st.one_of(st.none(), st.integers(0, 12)),
+        reverse=st.booleans(),
+    )
+    def range_within(
+        self, prefix: str, start: str | None, stop: str | None, limit: int | None, reverse: bool
+    ) -> None:
+        compare_range(self.snap, self.model, prefix, start, stop, limit, reverse)
+
+    @rule(wanted=st.lists(st.one_of(keys, st.text(max_size=2)), max_size=8))
+    def get_many(self, wanted: list[str]) -> None:
+        compare_entries(self.snap, self.model, wanted)
+
+    @rule(
+        held=snapshots,
+        prefix=st.sampled_from(PREFIXES),
+        start=bounds,
+        stop=bounds,
+        limit=st.one_of(st.none(), st.integers(0, 12)),
+        reverse=st.booleans(),
+        wanted=st.lists(keys, max_size=8),
+    )
+    def read_some_of_what_is_held(
+        self,
+        held: tuple[FoldSnapshot, Model, WatchCursor],
+        prefix: str,
+        start: str | None,
+        stop: str | None,
+        limit: int | None,
+        reverse: bool,
+        wanted: list[str],
+    ) -> None:
+        snapshot, model, _ = held
+        compare_range(snapshot, model, prefix, start, stop, limit, reverse)
+        compare_entries(snapshot, model, wanted)
 
     @rule()
     def compact(self) -> None:
