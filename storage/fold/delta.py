@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from foldlog.protocol.updates import SLICE, Change, DecodedBatch, KvEntry
+from foldlog.storage.fold.leaf import text_bytes
 
 MERGE_RATIO = 4
 SETTLE_ENTRIES = 32_768
@@ -31,8 +32,8 @@ STEP_ENTRIES = 256
 A step copies the list of pieces, at 4 ns each.
 """
 HOT_ENTRIES = 4096
-HOT_VALUE_BYTES = 1024
-"""An entry with a longer value is not kept at hand; so what is takes at most 6 MB."""
+HOT_ENTRY_BYTES = 1024
+"""A larger entry, key and value together, is not kept at hand; so what is takes at most 6 MB."""
 SORT_ENTRIES = 8192
 """Keys sorted by one call, which holds the interpreter lock for about 4 ms."""
 
@@ -135,7 +136,7 @@ class Delta:
 
     def remember(self, entry: KvEntry) -> None:
         """Keep an entry at hand that was just read."""
-        if len(entry.value) <= HOT_VALUE_BYTES:
+        if text_bytes(entry.key) + len(entry.value) <= HOT_ENTRY_BYTES:
             if len(self.hot) >= HOT_ENTRIES:
                 self.hot = {}
             self.hot[entry.key] = entry

@@ -372,14 +372,18 @@ def test_what_a_delta_keeps_at_hand_is_bounded(
 ) -> None:
     monkeypatch.setattr(delta, "HOT_ENTRIES", 10)
     snap = open_log(FEW)
-    large = Put("large", bytes(delta.HOT_VALUE_BYTES + 1))
-    snap.apply([large, *puts(range(100, 100 + delta.SETTLE_ENTRIES), 0)], cursor(2))
+    large = [
+        Put("large", bytes(delta.HOT_ENTRY_BYTES)),
+        Put("k" * delta.HOT_ENTRY_BYTES, b"v"),  # 4,096 keys of 60,000 characters took 240 MB
+        Put("é" * (delta.HOT_ENTRY_BYTES // 4), b"v"),
+    ]
+    snap.apply([*large, *puts(range(100, 100 + delta.SETTLE_ENTRIES), 0)], cursor(2))
     hot = snap.snapshot().delta
     for number in range(50):
         assert snap.get(key(number))
-        assert snap.get("large")
+        assert all(snap.get(put.key) for put in large)
         assert 0 < len(hot.hot) <= 10
-        assert "large" not in hot.hot
+        assert not any(put.key in hot.hot for put in large)
 
 
 @both
