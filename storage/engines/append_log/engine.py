@@ -110,6 +110,8 @@ class LogEngine:
         if self._finishing is not None or self.fold.seq != log.position.seq:
             self.settle()
         since = self._since
+        if since is not None:
+            since = since.with_group(batches)
         if staged is None:
             fold = self.fold
             if len(batches) == 1:
@@ -127,8 +129,7 @@ class LogEngine:
                 write_origin(log.files, log.path, staged.origin)
         if log.sync_each:
             log.sync()
-        if since is not None:
-            self._since = since.with_group(batches)
+        self._since = since
         self.fold = self.snapshot = self._next
         return self.fold
 

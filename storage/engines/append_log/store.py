@@ -165,6 +165,7 @@ class AppendLogSnapshot(Readable):
             if line[0] is not _getframe():
                 self._enter(_getframe())
             if forward_only:
+                self._engine.settle()  # the last cursor may be that of an interrupted call
                 check_forward(batch.cursor, self._engine.fold.cursor())
             return self._apply(batch)
         finally:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from foldlog import AppendLogSnapshot, LogPoisonedError, Put, WatchCursor
+from foldlog import AppendLogSnapshot, CursorRegressed, LogPoisonedError, Put, WatchCursor
+from foldlog.protocol.updates import Batch, encode_batch
+from foldlog.storage.engines.append_log.engine import LogEngine
+from foldlog.storage.fold.base import EMPTY_BASE
+from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.log.log import Log
 from foldlog.testing import Fault, FaultyFiles
 from foldlog.testing.faults import Call
 
@@ -79,3 +85,57 @@ def test_a_poisoned_log_that_cannot_be_rewritten_is_not_opened(tmp_path: Path) -
     files.arm(Fault("replace", error=errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         AppendLogSnapshot.open(path, files=files)
+
+
+def test_a_group_that_finds_no_memory_beside_a_compaction_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was folded into what the compaction adopts only after it was written: the caller met a
+    MemoryError, and the batch was in the log."""
+    path = tmp_path / "log"
+    filled(path)
+    engine = LogEngine(path)
+    rewrite = engine.begin_compaction()
+    rewrite.write()
+    before = path.stat().st_size
+    folded = FoldSnapshot.with_group
+
+    def no_memory(fold: FoldSnapshot, batches: Sequence[Batch]) -> FoldSnapshot:
+        if fold.base is EMPTY_BASE:
+            raise MemoryError
+        return folded(fold, batches)
+
+    lost = encode_batch([Put("lost", b"")], WatchCursor.from_u64(11))
+    with monkeypatch.context() as patch:
+        patch.setattr(FoldSnapshot, "with_group", no_memory)
+        with pytest.raises(MemoryError):
+            engine.commit([lost])
+    assert path.stat().st_size == before
+    engine.commit([encode_batch([Put("k", b"11")], WatchCursor.from_u64(11))])
+    fold = engine.finish_compaction(rewrite)
+    assert [(e.key, e.value) for e in fold.range()] == [("k", b"11")]
+    assert fold.seq == 11
+    engine.close()
+
+
+def test_forward_only_knows_the_cursor_of_a_call_that_was_interrupted_once_it_had_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cursor was compared with that of the batch before: it went back from 20 to 15."""
+    append = Log.append
+
+    def append_and_interrupt(log: Log, items: Sequence[bytes]) -> None:
+        append(log, items)
+        raise KeyboardInterrupt
+
+    path = tmp_path / "log"
+    filled(path)
+    with AppendLogSnapshot.open(path)[1] as snap:
+        with monkeypatch.context() as patch:
+            patch.setattr(Log, "append", append_and_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                snap.apply([Put("k", b"20")], WatchCursor.from_u64(20))
+        with pytest.raises(CursorRegressed):
+            snap.apply([], WatchCursor.from_u64(15), forward_only=True)
+        assert snap.get("k").value == b"20"
+        assert snap.apply([], WatchCursor.from_u64(20), forward_only=True) == 12
