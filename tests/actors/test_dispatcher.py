@@ -16,6 +16,7 @@ import foldlog
 from foldlog import Changed, Ended, FoldSnapshot, Put, Synced
 from foldlog.actors import dispatcher as dispatcher_module
 from foldlog.actors.bookmark import Bookmark
+from foldlog.actors.delivery import _Sending
 from foldlog.actors.feeds import Feeds
 from foldlog.actors.ring import Group
 from foldlog.protocol.updates import encode_batch
@@ -88,6 +89,7 @@ def test_a_hundred_subscriptions_take_one_thread_and_none_once_they_have_ended(
         delivery.cancel()
     assert all(delivery.wait_ended(DEADLINE_S) for delivery in deliveries)
     until(lambda: not dispatchers(), "its thread has ended")
+    assert store._core.feeds.dispatcher.index.told is None, "it keeps no state"
     store.subscribe(ref)
     crowd.next(Synced)
     assert dispatchers(), "another one begins when it is needed again"
@@ -196,3 +198,56 @@ def test_where_no_thread_can_be_started_the_subscription_ends_and_says_why(
     crowd.next(Ended)
     store.subscribe(ref)
     crowd.next(Synced)
+
+
+def test_a_group_that_concerns_nobody_has_nobody_served(
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+):
+    store = open_store(sync="never")
+    ref = crowd.start()
+    deliveries = [store.subscribe(ref, f"{number}/") for number in range(5)]
+    for _ in deliveries:
+        crowd.next(Synced)
+    bookmarks = [store._core.feeds.dispatcher._bookmark]
+    bookmarks += [delivery._subscription.bookmark for delivery in deliveries]
+    store.apply([Put("first", b"")], cursor(1))
+
+    def asleep() -> bool:
+        return not any(map(len, bookmarks)) and all(
+            mark._spot is not None and not mark._spot.released for mark in bookmarks
+        )
+
+    until(asleep, "all have seen it, and sleep")
+    served: list[object] = []
+    monkeypatch.setattr(_Sending, "serve", lambda sending, limit: served.append(sending))
+    for number in range(2, 12):
+        store.apply([Put("other", b"")], cursor(number))
+    until(lambda: not len(bookmarks[0]), "the dispatcher has seen them")
+    assert served == []
+    monkeypatch.undo()
+
+
+class Endless:
+    """Has more to send than anyone can."""
+
+    is_over = False
+
+    def __init__(self, turns: list[tuple[object, int]]) -> None:
+        self.turns = turns
+
+    def serve(self, limit: int) -> bool:
+        self.turns.append((self, limit))
+        return True
+
+
+def test_those_that_have_much_to_send_take_turns_of_a_few_events():
+    dispatcher = Feeds().dispatcher
+    turns: list[tuple[object, int]] = []
+    both = Endless(turns), Endless(turns)
+    for served in both:
+        dispatcher._served[served] = None  # type: ignore[index]
+        dispatcher._ready.append(served)  # type: ignore[arg-type]
+    assert dispatcher._serve_ready()
+    assert {limit for _, limit in turns} == {dispatcher_module.EVENTS_A_TURN}
+    assert dispatcher_module.EVENTS_A_TURN <= 64
+    assert [served for served, _ in turns[:4]] == [*both, *both]
