@@ -31,6 +31,7 @@ class SoftTimeLimit(Exception):
 FAILURES = [MemoryError(), SoftTimeLimit(), TimeoutError()]
 DECODERS = [
     (updates_module.msgpack, "unpackb"),
+    (updates_module, "_usual_item"),
     (updates_module, "_decode_item"),
     (undecodable.msgpack, "unpackb"),
     (leaf, "decode_keys"),
