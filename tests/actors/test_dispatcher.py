@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -251,3 +254,127 @@ def test_those_that_have_much_to_send_take_turns_of_a_few_events():
     assert {limit for _, limit in turns} == {dispatcher_module.EVENTS_A_TURN}
     assert dispatcher_module.EVENTS_A_TURN <= 64
     assert [served for served, _ in turns[:4]] == [*both, *both]
+
+
+def test_actors_are_served_though_groups_never_cease(
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+):
+    """A feeder at full speed: each time the dispatcher looked there were new groups, and while
+    there were, it sent nothing. The actors lagged for as long as the feeder ran."""
+    follow = dispatcher_module.Dispatcher._follow
+    heard = threading.Event()
+
+    def follow_a_new_group(dispatcher: Any) -> bool:
+        if heard.is_set():
+            return follow(dispatcher)
+        follow(dispatcher)
+        return True
+
+    monkeypatch.setattr(dispatcher_module.Dispatcher, "_follow", follow_a_new_group)
+    store = open_store()
+    store.subscribe(crowd.start())
+    try:
+        crowd.next(Synced)
+    finally:
+        heard.set()
+
+
+def test_a_dispatcher_that_has_ended_keeps_no_group_no_state_and_no_actor(
+    crowd: Crowd, open_store: Open
+):
+    """It kept its place in the ring: a later watch's groups hung on it for ever."""
+    store = open_store()
+    delivery = store.subscribe(crowd.start())
+    crowd.next(Synced)
+    store.apply([Put("k", b"")], cursor(1))
+    crowd.next(Changed)
+    sending = weakref.ref(delivery._sending)
+    delivery.cancel()
+    assert delivery.wait_ended(DEADLINE_S)
+    until(lambda: not dispatchers(), "its thread has ended")
+    delivery.cancel()  # wakes nobody
+    del delivery
+    with store.watch() as watch:
+        assert isinstance(watch.next(DEADLINE_S), Changed)
+        for number in range(2, 6):
+            store.apply([Put("k", b"%d" % number)], cursor(number))
+        state = weakref.ref(store.snapshot())
+        store.apply([Put("k", b"6")], cursor(6))
+        while not isinstance(event := watch.next(DEADLINE_S), Changed) or event.seq < 6:
+            pass
+        del event
+        assert watch.next(0.0) is None
+        gc.collect()
+        assert state() is None, "the watch has read it, and nobody else waits for it"
+        assert sending() is None
+
+
+class Exiting:
+    """A mailbox that raises what no Exception is."""
+
+    def put(self, envelope: Any) -> None:
+        raise SystemExit("a mailbox of the user's")
+
+
+def test_a_mailbox_that_raises_system_exit_ends_its_own_subscription_only(
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+):
+    """It ended the thread that serves all actors, and nobody was told anything more."""
+    store = open_store()
+    well, odd = crowd.start(), crowd.start()
+    store.subscribe(well)
+    inbox = odd.actor_inbox
+    monkeypatch.setattr(odd, "actor_inbox", Exiting())
+    delivery = store.subscribe(odd)
+    assert delivery.wait_ended(DEADLINE_S)
+    monkeypatch.setattr(odd, "actor_inbox", inbox)
+    assert "a mailbox of the user's" in (delivery.ended or "")
+    store.apply([Put("k", b"")], cursor(1))
+    assert crowd.next(Changed)[0] == 0
+
+
+def test_in_a_forked_child_a_subscription_has_ended(crowd: Crowd, open_store: Open):
+    """Nobody serves it there: whoever waited for its end waited for ever."""
+    store = open_store()
+    delivery = store.subscribe(crowd.start())
+    crowd.next(Synced)
+    child = os.fork()
+    if not child:
+        try:
+            ended = delivery.wait_ended(DEADLINE_S) and "forked" in (delivery.ended or "")
+        finally:
+            os._exit(0 if ended else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    store.apply([Put("k", b"")], cursor(1))
+    crowd.next(Changed)
+
+
+class Slept(list[float]):
+    """Notes how long it was to sleep, and does not."""
+
+    wait = list.append
+
+    def set(self) -> None:
+        pass
+
+
+def test_a_dispatcher_whose_place_is_gone_and_who_has_none_to_go_to_sleeps(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """All unsubscribed while it was behind, and the next one came before the next group. It looked
+    again and again, without a pause."""
+    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 2)
+    feeds, fold = Feeds(), FoldSnapshot.empty()
+    bookmark, other = Bookmark(), Bookmark()
+    feeds.add(other)
+    bookmark.place(feeds._ring, feeds._index)
+    for number in range(5):
+        batch = encode_batch([Put("k", b"%d" % number)], cursor(1))
+        fold = fold.with_group([batch])
+        feeds.publish(fold, fold.seq, [batch])
+    feeds.remove(other)
+    feeds.publish(fold, fold.seq, [batch])
+    slept = Slept()
+    monkeypatch.setattr(bookmark, "_wakeup", slept)
+    bookmark.sleep(1.0)
+    assert slept == [1.0]

@@ -122,37 +122,29 @@ def test_a_publisher_that_was_interrupted_at_any_line_costs_no_subscriber_a_chan
     while was_interrupted:
         line += 1
         publisher = Publisher()
-        publisher.feeds.add(Bookmark())  # so that there is a place before the first group
-        start = publisher.publish("first")
-        unread, *asleep = (
-            Subscription(publisher.feeds, lambda start=start: start, prefix, start)
-            for prefix in ("a", "a", "", "b", "a")
-        )
-        for subscription in asleep:
+        subscriptions = [
+            Subscription(publisher.feeds, lambda fold=publisher.fold: fold, prefix, publisher.fold)
+            for prefix in ("a", "a", "", "b")
+        ]
+        for subscription in subscriptions[1:]:
             assert isinstance(subscription.next(0.0), Synced)
             subscription.bookmark.join()
+        publisher.publish("other")
         batch = batch_of("a1")
         fold = publisher.fold = publisher.fold.with_group([batch])
         was_interrupted = interrupted_at(line, publisher.feeds.publish, fold, fold.seq, [batch])
-        early = told(asleep[-1])  # it reads before the writer has restarted
         if was_interrupted:
             publisher.feeds.jump(fold)
         publisher.publish("a2", "b")
-        assert [told(each) for each in (unread, *asleep[:-1])] == [
-            ["a1", "a2"],
-            ["a1", "a2"],
-            ["a1", "a2", "b"],
-            ["b"],
-        ], line
-        assert early + told(asleep[-1]) == ["a1", "a2"], line
+        for subscription, want in zip(
+            subscriptions,
+            (["a1", "a2"], ["a1", "a2"], ["other", "a1", "a2", "b"], ["b"]),
+            strict=True,
+        ):
+            events = list(iter(lambda source=subscription: source.next(0.0), None))
+            assert not any(isinstance(event, Lagged) for event in events), line
+            assert [each.update.key for each in events if isinstance(each, Changed)] == want, line
     assert line > 30, "it was interrupted in many places"
-
-
-def told(subscription: Subscription) -> list[str]:
-    """The keys of all changes that wait. None was lost."""
-    events = list(iter(lambda: subscription.next(0.0), None))
-    assert not any(isinstance(event, Lagged) for event in events)
-    return [event.update.key for event in events if isinstance(event, Changed)]
 
 
 def test_nothing_of_a_store_is_kept_once_nobody_is_subscribed():
@@ -205,6 +197,99 @@ def test_one_look_tells_whether_a_group_touches_a_prefix():
         for prefix in ("", "a", "b/", "b/1", "b/2", "c", "d", "d/", "e")
         if group.touches(prefix)
     ] == ["", "a", "b/", "b/1", "d"]
+
+
+class Replaced(Bookmark):
+    """A bookmark whose spot is taken away by its reader while another thread counts."""
+
+    looks = 0
+
+    @property
+    def _spot(self) -> Any:
+        self.looks += 1
+        return self.kept if self.looks == 1 else None
+
+    @_spot.setter
+    def _spot(self, spot: Any) -> None:
+        self.kept = spot
+
+
+def test_counting_what_waits_does_not_mind_a_reader_that_wakes_up_meanwhile():
+    """`store.stats()` raised AttributeError."""
+    publisher = Publisher()
+    bookmark = Replaced("a")
+    publisher.feeds.add(bookmark)
+    bookmark.kept = publisher.feeds._index.join("a", bookmark.wake)
+    publisher.publish("b")
+    publisher.publish("b")
+    bookmark.looks = 0
+    assert len(bookmark) == 2
+    assert bookmark.kept is not None, "only its reader takes it away"
+
+
+def test_counting_what_waits_leaves_a_spot_that_was_just_released_to_its_reader(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """It took away the spot that the reader had taken in the meantime."""
+    publisher = Publisher()
+    bookmark = Bookmark("a")
+    publisher.feeds.add(bookmark)
+    bookmark.join()
+    spot = bookmark._spot
+
+    class Index:
+        @property
+        def told(self) -> None:
+            spot.release(None)  # by the publisher, just then
+
+    monkeypatch.setattr(bookmark, "_index", Index())
+    len(bookmark)
+    assert bookmark._spot is spot
+
+
+def test_the_last_group_is_told_though_the_end_comes_with_it(monkeypatch: pytest.MonkeyPatch):
+    """Who had just looked found nothing, then found that it was over: derived state and whoever
+    else asks for no more after that lacked the last batch."""
+    publisher = Publisher()
+    bookmark = Bookmark()
+    publisher.feeds.add(bookmark)
+    waiting = Bookmark._waiting
+    looks = []
+
+    def then_the_store_ends(of: Bookmark) -> Any:
+        found = waiting(of)
+        looks.append(found)
+        if len(looks) == 1:
+            publisher.publish("last")
+            publisher.feeds.end("over")
+        return found
+
+    monkeypatch.setattr(Bookmark, "_waiting", then_the_store_ends)
+    assert isinstance(bookmark.first(), Group)
+
+
+def test_what_a_closing_thread_dropped_stays_dropped_though_a_read_ends_just_then():
+    publisher = Publisher()
+    bookmark = Bookmark()
+    publisher.feeds.add(bookmark)
+    publisher.publish("a")
+    publisher.publish("b")
+
+    group = bookmark.first()
+    assert isinstance(group, Group)
+
+    class Told:
+        looks = 0
+
+        @property
+        def next(self) -> Cell:
+            self.looks += 1
+            if self.looks == 2:  # compared, and not yet assigned
+                bookmark.end("closed by another thread", drop=True)
+            return group.next
+
+    bookmark.drop(Told())  # type: ignore[arg-type]
+    assert not bookmark.has_more
 
 
 def test_what_was_being_read_while_its_reader_was_closed_brings_nothing_back():
