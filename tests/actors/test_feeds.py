@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -689,3 +690,40 @@ def test_a_call_that_does_not_wait_ends_though_the_publisher_is_faster_than_it(
     monkeypatch.setattr(subscription.bookmark, "first", taking)
     assert subscription.next(0.0) is None
     assert len(taken) == 1
+
+
+def test_in_a_forked_child_a_watch_that_another_thread_was_reading_has_ended(open_store: Open):
+    """The frame of a thread that is not there seemed to read still: ReentrantCall."""
+    watch = open_store().watch()
+    assert isinstance(watch.next(DEADLINE_S), Synced)
+    reader = in_thread(watch.next, DEADLINE_S)
+    until(lambda: watch._subscription.bookmark._spot is not None, "it is being read")
+    child = os.fork()
+    if not child:
+        try:
+            ended = watch.next(DEADLINE_S) is None and "forked" in (watch.ended or "")
+        finally:
+            os._exit(0 if ended else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    watch.close()
+    assert results([reader]) == [None]
+
+
+def test_a_watch_that_is_closed_while_a_part_of_it_is_made_keeps_no_state(publisher: Publisher):
+    """The reader noted where it was after the closing thread had let go of that."""
+    subscription = publisher.subscribe(lambda: publisher.folds[0])
+    assert isinstance(subscription.next(0.0), Synced)
+    publisher.publish(1)
+    bookmark = subscription.bookmark
+    first = bookmark.first
+
+    def close_meanwhile() -> Any:
+        source = first()
+        subscription.close()
+        return source
+
+    bookmark.first = close_meanwhile  # type: ignore[method-assign]
+    subscription.next(0.0)
+    assert subscription.next(0.0) is None
+    assert subscription._part is None
+    assert subscription._at is None

@@ -14,6 +14,7 @@ from actor_kit import DEADLINE_S, until
 
 import foldlog
 from foldlog import Delete, FoldSnapshot, Put, RequestTimeout, StoreClosed, Update
+from foldlog.actors.answers import Answer
 from foldlog.testing import crash_at
 
 Pairs = dict[str, bytes]
@@ -206,3 +207,39 @@ def test_a_writer_that_crashes_leaves_it_in_step(path: Path):
         version = store.put("a", b"1")
         derived.wait_for(seq=version, timeout_s=DEADLINE_S)
         assert derived.value == {"a": b"1"}
+
+
+def test_a_start_that_is_interrupted_leaves_no_thread(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its thread looked for changes five times a second, also once the store was closed."""
+
+    def interrupted(answer: Any, timeout: float | None = None) -> None:
+        until(answer.done, "the thread has begun")
+        raise KeyboardInterrupt
+
+    with foldlog.open(path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(Answer, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                foldlog.derive(store, build, update)
+        until(
+            lambda: not any("derive" in each.name for each in threading.enumerate()),
+            "its thread has ended",
+        )
+        assert not store._core.feeds.wanted
+
+
+@pytest.mark.parametrize("fatal", [SystemExit, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_function_that_raises_what_no_exception_is_ends_the_derived_state_and_not_the_store(
+    path: Path, fatal: type[BaseException]
+):
+    def update_or_exit(value: Pairs, updates: Sequence[Update]) -> Pairs:
+        raise fatal
+
+    with foldlog.open(path) as store, foldlog.derive(store, build, update_or_exit) as derived:
+        store.put("a", b"1")
+        with pytest.raises(StoreClosed, match="thread ended"):
+            derived.wait_for(seq=1, timeout_s=DEADLINE_S)
+        assert (derived.value, derived.ended) == ({}, "its thread ended")
+        assert not store._core.feeds.wanted
+        store.put("a", b"2")
