@@ -135,8 +135,8 @@ class Dispatcher:
                 return
             self._check_all()
             began = time.thread_time()
-            followed, served = self._follow(), self._serve_ready()
-            if followed or served:
+            followed = self._follow()
+            if self._serve_ready() or followed:
                 # More may come soon: look again after a rest, and only then wait to be woken.
                 time.sleep(max((time.thread_time() - began) * REST_SHARE, PAUSE_S))
             elif not self._joining:

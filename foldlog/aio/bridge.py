@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -25,38 +24,38 @@ class Bridge:
         waits there."""
         self._calls.append(call)  # first: whoever clears `_due` then empties the queue
         if not self._due:
-            self._due = True
             self._schedule()
 
     def _schedule(self) -> None:
         loop = self._loop()
+        self._due = True
         try:
             if loop is not None:
                 loop.call_soon_threadsafe(self._run)
         except RuntimeError:
             self._calls.clear()  # the loop is closed
+        except BaseException:  # a signal handler's, on the loop's thread: the next call tries again
+            self._due = False
+            raise
 
     def _run(self) -> None:
         self._due = False
-        for _ in range(min(len(self._calls), SETTLE_AT_ONCE)):
-            self._calls.popleft()()
-        if self._calls and not self._due:
-            self._due = True
-            self._schedule()
+        try:
+            for _ in range(min(len(self._calls), SETTLE_AT_ONCE)):
+                self._calls.popleft()()
+        finally:  # also after an exception of a signal handler
+            if self._calls and not self._due:
+                self._schedule()
 
 
 _bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Bridge] = weakref.WeakKeyDictionary()
-_bridges_lock = threading.Lock()
 
 
 def bridge_here() -> Bridge:
     """The bridge to the running loop."""
     loop = asyncio.get_running_loop()
-    with _bridges_lock:
-        bridge = _bridges.get(loop)
-        if bridge is None:
-            bridge = _bridges[loop] = Bridge(loop)
-        return bridge
+    bridge = _bridges.get(loop)
+    return _bridges.setdefault(loop, Bridge(loop)) if bridge is None else bridge
 
 
 class Wake:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, NoReturn, Self, TypeVar
@@ -16,6 +16,7 @@ from foldlog.aio.watch import AsyncWatch
 from foldlog.follow import Follower
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
+from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike
 from foldlog.storage.readable import Reads
@@ -32,7 +33,9 @@ class Face(Reads, Generic[S]):
     def __init__(self, opened: S, executor: ThreadPoolExecutor | None = None) -> None:
         self._opened: S = opened
         self._published = opened._published
-        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="foldlog-aio")
+        self._executor = executor or one_thread()
+        self._closing: Future[None] | None = None
+        tell_after_fork(self, Rank.STORE)
 
     @property
     def _feeds(self) -> Feeds:
@@ -75,12 +78,20 @@ class Face(Reads, Generic[S]):
         await self._close(self._opened.close)
 
     async def _close(self, close: Callable[[], None]) -> None:
-        try:
-            closing = self._executor.submit(close)
-        except RuntimeError:  # closed already
-            return
-        self._executor.shutdown(wait=False)
-        await asyncio.shield(asyncio.wrap_future(closing))
+        executor = self._executor
+        if self._closing is None:
+            try:
+                self._closing = executor.submit(close)
+            except RuntimeError:
+                if self._closing is None:  # else another loop's thread came first
+                    close()  # no thread can be started: better on the loop than not at all
+                    return
+            executor.shutdown(wait=False)
+        await asyncio.shield(asyncio.wrap_future(self._closing))
+
+    def after_fork(self) -> None:
+        """In a forked child, where the thread is not."""
+        self._executor, self._closing = one_thread(), None
 
     async def __aenter__(self) -> Self:
         return self
@@ -104,11 +115,20 @@ class Face(Reads, Generic[S]):
 
     async def _off_loop(self, run: Callable[[], R]) -> R:
         """Run it on the thread kept for work off the loop."""
+        return await asyncio.wrap_future(self._submit_off_loop(run))
+
+    def _submit_off_loop(self, run: Callable[[], R]) -> Future[R]:
         try:
-            running = self._executor.submit(run)
+            return self._executor.submit(run)
         except RuntimeError:
+            if self._closing is None:
+                raise  # no thread can be started
             raise StoreClosed(f"{self.path} is closed") from None
-        return await asyncio.wrap_future(running)
+
+
+def one_thread() -> ThreadPoolExecutor:
+    """For work off the loop."""
+    return ThreadPoolExecutor(1, thread_name_prefix="foldlog-aio")
 
 
 async def reached(

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from foldlog.aio.face import Face
+from foldlog.aio.face import Face, one_thread
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Face[Any])
@@ -25,7 +25,7 @@ class Opening(Generic[F]):
         self._opened: F | None = None
 
     async def _open(self) -> F:
-        executor = ThreadPoolExecutor(1, thread_name_prefix="foldlog-aio")
+        executor = one_thread()
         opening = executor.submit(self._run)
         try:
             opened = await asyncio.shield(asyncio.wrap_future(opening))

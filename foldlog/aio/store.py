@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import weakref
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,10 +18,11 @@ from foldlog.actors.requests import (
     LocalWrite,
     Request,
     SyncRequest,
+    WriteRequest,
 )
-from foldlog.aio.answers import answer, note_outcome
+from foldlog.aio.answers import answer, note_outcome, withdraw
 from foldlog.aio.face import Face
-from foldlog.protocol.errors import Backpressure
+from foldlog.protocol.errors import Backpressure, RequestTimeout
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
@@ -108,11 +110,30 @@ class AsyncStore(Face[Store]):
         self._opened._core.snapshot.seq  # noqa: B018 - StoreClosed before TypeError or ValueError
         timeout_s = check_timeout(timeout_s)
         if isinstance(updates, Sized) and len(updates) > ENCODE_ON_LOOP:
-            request = await self._off_loop(lambda: write_of(updates, cursor, forward_only))
+            began = time.monotonic()
+            request = await self._encoded(
+                lambda: write_of(updates, cursor, forward_only), timeout_s
+            )
+            timeout_s = max(timeout_s - (time.monotonic() - began), 0.0)
         else:
             request = write_of(updates, cursor, forward_only)
         seq: int = await self._ask(request, timeout_s)
         return seq
+
+    async def _encoded(self, encode: Callable[[], WriteRequest], timeout_s: float) -> WriteRequest:
+        """The request, encoded off the loop."""
+        try:
+            async with asyncio.timeout(timeout_s) as waiting:
+                return await self._off_loop(encode)
+        except asyncio.CancelledError as error:
+            note_outcome(error, "withdrawn", "the request was not yet in the mailbox")
+            raise
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            raise RequestTimeout(
+                f"the batch was not encoded within {timeout_s} s; it was withdrawn"
+            ) from None
 
     async def put(
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
@@ -170,7 +191,12 @@ class AsyncStore(Face[Store]):
 
     async def reopen(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
         """`Store.reopen`, off the loop."""
-        await self._off_loop(lambda: self._opened.reopen(timeout_s))
+        reopening = self._submit_off_loop(lambda: self._opened.reopen(timeout_s))
+        try:
+            await asyncio.shield(asyncio.wrap_future(reopening))
+        except asyncio.CancelledError as error:
+            withdraw(reopening, error)
+            raise
 
     async def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """`Store.close`, off the loop. Closing twice is fine. If cancelled, it still closes."""

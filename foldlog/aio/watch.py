@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +17,9 @@ from foldlog.aio.bridge import Wake
 from foldlog.protocol.errors import FoldlogError, StoreClosed
 from foldlog.protocol.events import Event
 from foldlog.protocol.options import check_timeout
+from foldlog.storage.handover import Turns
 
+_getframe = sys._getframe
 CHUNK_EVENTS = 256
 """Events of a watch decoded at a time, off the loop."""
 SLICE_S = 0.002
@@ -46,8 +49,16 @@ class AsyncWatch(AsyncIterator[Event]):
         # Decoded, not delivered yet. Filled on the store's thread, emptied on the loop.
         self._events: deque[Event] = deque()
         self._slice_ends = 0.0
-        self.ended: str | None = None
-        """Why the watch ended; None while it goes on."""
+        self._over: str | None = None
+        """Why nothing more will be decoded; None while it may be."""
+        self._is_closed = False
+        self._turn = Turns()
+        """Of those who decode: a call that was cancelled may still do so off the loop."""
+
+    @property
+    def ended(self) -> str | None:
+        """Why the watch ended; None while there may be events."""
+        return None if self._events else self._over
 
     async def __anext__(self) -> Event:
         event = await self.next()
@@ -61,7 +72,7 @@ class AsyncWatch(AsyncIterator[Event]):
 
         Cancelling it loses no event: the next call continues.
         """
-        if not self._events and self.ended is None:
+        if not self._events and self._over is None:
             if timeout_s is None:
                 await self._fetch()
             else:
@@ -89,13 +100,13 @@ class AsyncWatch(AsyncIterator[Event]):
             self._loop = asyncio.get_running_loop()
             weakref.finalize(self, self._face._feeds.remove, bookmark).atexit = False
         self._loop_here()
-        while not self._events and self.ended is None:
+        while not self._events and self._over is None:
             wake.arm()
             try:
                 await self._face._off_loop(self._take)
             except StoreClosed:
                 self._take()  # what was buffered at the close is still delivered
-            if not self._events and self.ended is None:
+            if not self._events and self._over is None:
                 await wake.woken.wait()
 
     def _loop_here(self) -> asyncio.AbstractEventLoop:
@@ -107,6 +118,16 @@ class AsyncWatch(AsyncIterator[Event]):
     def _take(self) -> None:
         """Decode up to a chunk of what is buffered. Runs off the loop; the result is kept even if
         the caller is cancelled."""
+        try:
+            self._turn.enter(_getframe())
+            if not self._is_closed:
+                self._decode()
+        finally:
+            if self._is_closed:  # perhaps meanwhile
+                self.close()
+            self._turn.leave(_getframe())
+
+    def _decode(self) -> None:
         face, bookmark = self._face, self._bookmark
         assert bookmark is not None
         if self._subscription is None:
@@ -123,15 +144,17 @@ class AsyncWatch(AsyncIterator[Event]):
             self._events.append(event)
         else:
             return
-        self.ended = self.ended or subscription.ended
+        self._over = self._over or subscription.ended
 
     def close(self) -> None:
         """Stop watching. Buffered events are dropped, and a task that waits for one is woken."""
-        self.ended = self.ended or "closed by its subscriber"
+        over = self._over = self._over or "closed by its subscriber"
+        self._is_closed = True
         self._events.clear()
-        if self._bookmark is not None:
-            self._face._feeds.remove(self._bookmark)
-            self._bookmark.end(self.ended, drop=True)
+        if self._subscription is not None:
+            self._subscription.close(over)
+        elif self._bookmark is not None:
+            self._bookmark.end(over, drop=True)
 
     async def __aenter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from foldlog import (
     VersionMismatch,
     aio,
 )
-from foldlog.aio.bridge import Wake
+from foldlog.aio.bridge import Wake, bridge_here
 
 uvloop = pytest.importorskip("uvloop")
 
@@ -652,3 +653,207 @@ def test_tasks_that_sleep_in_watches_are_woken_only_by_what_they_watch(
 
     run(main)
     monkeypatch.undo()
+
+
+# Found by reading what had just been written.
+
+
+def test_a_watch_that_is_closed_while_it_begins_tells_nothing_and_is_not_fed(
+    run: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It subscribed after it had been closed, and told the state."""
+
+    async def main() -> None:
+        async with aio.open(path) as store:
+            await store.put("a", b"1")
+            watch = store.watch()
+            snapshot = store.snapshot
+
+            def close_meanwhile() -> Any:
+                watch.close()
+                return snapshot()
+
+            monkeypatch.setattr(store, "snapshot", close_meanwhile)
+            assert await watch.next(DEADLINE_S) is None
+            assert watch.ended == "closed by its subscriber"
+            assert not store.store._core.feeds.wanted
+
+    run(main)
+
+
+def test_a_watch_has_not_ended_while_there_are_events_to_read(run: Any, path: Path):
+    """Who read it while it had not ended missed the last chunk."""
+
+    async def main() -> None:
+        async with aio.open(path) as store:
+            watch = store.watch()
+            assert isinstance(await watch.next(), Synced)
+            for number in (1, 2, 3):
+                await store.apply([Put("a", b"%d" % number)], number)
+        told = []
+        while watch.ended is None:
+            event = await watch.next(DEADLINE_S)
+            told += [event.seq] if isinstance(event, Changed) else []
+        assert told == [1, 2, 3]
+        assert "closed" in watch.ended
+
+    run(main)
+
+
+def test_a_chunk_that_is_still_decoded_off_the_loop_when_the_store_closes_is_waited_for(
+    run: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A call gave up by its timeout, the next one found the store closed, and both decoded."""
+
+    async def main() -> None:
+        store = await aio.open(path)
+        await store.put("a", b"1")
+        watch, begun, go_on = store.watch(), threading.Event(), threading.Event()
+        snapshot = store.snapshot
+
+        def gated() -> Any:
+            begun.set()
+            assert go_on.wait(DEADLINE_S)
+            return snapshot()
+
+        monkeypatch.setattr(store, "snapshot", gated)
+        assert await watch.next(0.001) is None
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        closing = asyncio.create_task(store.close())
+        await asyncio.sleep(0)
+
+        def let_go_once_both_are_there() -> None:
+            until(lambda: len(watch._turn.line) == 2, "the other one waits")
+            go_on.set()
+
+        letting = threading.Thread(target=let_go_once_both_are_there)
+        letting.start()
+        assert isinstance(await watch.next(DEADLINE_S), Changed)
+        assert isinstance(await watch.next(DEADLINE_S), Synced)
+        letting.join(DEADLINE_S)
+        await closing
+
+    run(main)
+
+
+def test_closing_again_waits_for_the_closing_that_was_cancelled(run: Any, path: Path):
+    gate = Gate("writer.stop")
+
+    async def main() -> None:
+        store = await aio.open(path, step=gate)
+        gate.open.clear()
+        first = asyncio.create_task(store.close())
+        while not gate.reached.is_set():
+            await asyncio.sleep(0.001)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = asyncio.create_task(store.close())
+        await asyncio.sleep(0)
+        gate.open.set()
+        await second
+        assert store.state is foldlog.State.CLOSED
+
+    run(main)
+
+
+def test_a_store_is_closed_though_no_thread_can_be_started(
+    run: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`close` took this for a store that was closed already, and left it open."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        store = aio.AsyncStore(foldlog.open(path))
+        monkeypatch.setattr(store._executor, "submit", refuse)
+        with pytest.raises(RuntimeError, match="can't start"):
+            await store.watch().next()
+        await store.close()
+        assert store.state is foldlog.State.CLOSED
+
+    run(main)
+
+
+class Interrupted(Exception):
+    """What a signal handler raises."""
+
+
+def test_a_loop_that_was_interrupted_while_it_was_woken_is_woken_again():
+    """From then on no answer and no event reached it."""
+    called: list[str] = []
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    async def main() -> None:
+        loop, bridge = asyncio.get_running_loop(), bridge_here()
+        real = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *_: interrupt()  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            bridge.post(lambda: called.append("a"))
+        loop.call_soon_threadsafe = real  # type: ignore[method-assign]
+        loop.set_exception_handler(lambda loop, context: called.append("reported"))
+        bridge.post(interrupt)
+        bridge.post(lambda: called.append("b"))
+        while called != ["a", "reported", "b"]:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_S))
+
+
+def test_a_large_batch_that_is_cancelled_or_late_while_it_is_encoded_is_withdrawn(
+    run: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Encoding off the loop was within no deadline, and its cancellation told no outcome."""
+    monkeypatch.setattr("foldlog.aio.store.ENCODE_ON_LOOP", 1)
+    batch = [Put("a", b""), Put("b", b"")]
+
+    async def main() -> None:
+        async with aio.open(path) as store:
+            go_on = threading.Event()
+            held = store._executor.submit(go_on.wait, DEADLINE_S)
+            with pytest.raises(RequestTimeout, match="withdrawn"):
+                await store.apply(batch, 1, timeout_s=0.01)
+            task = asyncio.create_task(store.apply(batch, 2))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await task
+            assert aio.outcome(caught.value) == "withdrawn"
+            reopening = asyncio.create_task(store.reopen())
+            await asyncio.sleep(0)
+            reopening.cancel()
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await reopening
+            assert aio.outcome(caught.value) == "withdrawn"
+            go_on.set()
+            await asyncio.wrap_future(held)
+            assert len(store) == 0
+
+    run(main)
+
+
+def test_a_follower_works_and_is_closed_in_a_forked_child(path: Path):
+    """The thread for work off the loop was not there: a watch, and closing, waited for ever."""
+    with foldlog.open(path) as store:
+        store.put("a", b"1")
+        follower = aio.AsyncFollower(foldlog.follow(path))
+
+        async def read() -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                assert isinstance(await follower.watch().next(), Changed)
+
+        asyncio.run(read())
+        child = os.fork()
+        if not child:
+            try:
+                asyncio.run(read())
+                asyncio.run(asyncio.wait_for(follower.close(), DEADLINE_S))
+                closed = follower.state is foldlog.FollowerState.CLOSED
+            finally:
+                os._exit(0 if closed else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        asyncio.run(follower.close())
