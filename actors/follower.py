@@ -94,6 +94,9 @@ class FollowerThread:
         self.reloads = 0
         """Times that the whole state was read again, with the steps in between unknown."""
         self._rewound = ""
+        self._untold: str | None = None
+        """The `rewound` of steps of which subscribers were not told, since that failed (no memory,
+        say); None if there are none."""
         self._had_log = False
         self._asleep: _Asleep | None = None
         self._closing = False
@@ -263,6 +266,7 @@ class FollowerThread:
         step = self._tail.poll()
         self._error = None
         self._had_log |= self._tail.started
+        rewound = ""
         if step is not None:
             self.snapshot, self.published_at = step.fold, time.monotonic()
             rewound = step.rewound if isinstance(step, Jump) else ""
@@ -272,19 +276,26 @@ class FollowerThread:
                 log.warning("%s: %s", self.path, rewound)
                 self._rewound = rewound
         self._set_state()
-        if step is None:
-            return False
-        batches = len(step.batches) if isinstance(step, Advance) else 1
-        self._found_at.extend([time.monotonic()] * min(batches, BUSY_BATCHES))
-        self.delay_s = max(time.time() - self._tail.written_at, 0.0)
+        if step is not None:
+            batches = len(step.batches) if isinstance(step, Advance) else 1
+            self._found_at.extend([time.monotonic()] * min(batches, BUSY_BATCHES))
+            self.delay_s = max(time.time() - self._tail.written_at, 0.0)
+        if step is not None or self._untold is not None:
+            self._tell(step, rewound)
+        return step is not None
+
+    def _tell(self, step: Advance | Jump | None, rewound: str) -> None:
+        """Tell subscribers of a step, and of those of which telling failed."""
+        untold = self._untold
+        self._untold = rewound or untold or ""
         try:
-            if not isinstance(step, Jump) and step.batches:
+            if untold is None and isinstance(step, Advance) and step.batches:
                 self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
             else:
-                self.feeds.jump(step.fold, rewound)
+                self.feeds.jump(cast(FoldSnapshot, self.snapshot), self._untold)
+            self._untold = None
         finally:
             self.advanced.ring()
-        return True
 
     def _set_state(self) -> None:
         if self._tail.missing:

@@ -238,6 +238,42 @@ def test_a_log_that_its_writer_writes_anew_after_a_deletion_is_followed_on(
     assert follower.stats().reloads == 0
 
 
+def test_a_step_that_could_not_be_told_is_told_with_the_next_poll(
+    follow: Follow, open_store: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The log had been read, and there was no memory to tell of it: subscribers heard nothing, and
+    after a rewind their state was wrong from then on, without a word."""
+    store = open_store()
+    store.apply([Put("a", b"1")], cursor(1))
+    follower = follow()
+    watch = follower.watch()
+    assert [type(watch.next(DEADLINE_S)) for _ in range(2)] == [Changed, Synced]
+    feeds = follower._thread.feeds
+    for name, kinds, change in (
+        ("publish", [Changed], lambda: store.apply([Put("a", b"2")], cursor(2))),
+        ("jump", [Rewound, Changed, Synced], lambda: replace_by_another_log(path)),
+    ):
+        tell = getattr(feeds, name)
+        failed = threading.Event()
+
+        def fail_once(*arguments: Any, tell: Any = tell, failed: Any = failed) -> None:
+            if not failed.is_set():
+                failed.set()
+                raise MemoryError
+            tell(*arguments)
+
+        monkeypatch.setattr(feeds, name, fail_once)
+        change()
+        assert [type(watch.next(DEADLINE_S)) for _ in kinds] in (kinds, [*kinds, Synced])
+        assert failed.is_set()
+
+
+def replace_by_another_log(path: Path) -> None:
+    with AppendLogSnapshot.open(path.parent / "other.log")[1] as snap:
+        snap.apply([Put("b", b"1"), Put("a", b"2")], cursor(1))
+    os.replace(path.parent / "other.log", path)
+
+
 def test_another_log_under_the_name_is_told_followed_and_reported(
     follow: Follow, path: Path, caplog
 ):
