@@ -703,7 +703,7 @@ def test_a_watch_has_not_ended_while_there_are_events_to_read(run: Any, path: Pa
 def test_a_chunk_that_is_still_decoded_off_the_loop_when_the_store_closes_is_waited_for(
     run: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A call gave up by its timeout, the next one found the store closed, and both decoded."""
+    """A call was cancelled, the next one found the store closed, and both decoded."""
 
     async def main() -> None:
         store = await aio.open(path)
@@ -717,9 +717,12 @@ def test_a_chunk_that_is_still_decoded_off_the_loop_when_the_store_closes_is_wai
             return snapshot()
 
         monkeypatch.setattr(store, "snapshot", gated)
-        assert await watch.next(0.001) is None
+        cancelled = asyncio.create_task(watch.next())
         while not begun.is_set():
             await asyncio.sleep(0.001)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
         closing = asyncio.create_task(store.close())
         await asyncio.sleep(0)
 
