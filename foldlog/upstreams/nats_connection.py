@@ -74,13 +74,13 @@ class Connection:
                     **self._options,
                 )
         except (OSError, TimeoutError, self._errors.Error) as error:
-            await self._abandon()
+            await self.close()
             raise self._connect_error(error) from None
         except ValueError as error:  # credentials that nats-py cannot read
-            await self._abandon()
+            await self.close()
             raise UpstreamRefused(f"{self.who}: {self.clean(error)}") from None
         except BaseException:
-            await self._abandon()
+            await self.close()
             raise
 
     def _connect_error(self, error: Exception) -> Exception:
@@ -167,14 +167,11 @@ class Connection:
             raise UpstreamLost(f"{self.who}: {self.clean(error)}") from None
 
     async def close(self) -> None:
+        """Close it, within `CLOSE_S`. nats-py would leave the transport open where it gives up."""
         if not self.client.is_closed:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(CLOSE_S):
                     await self.client.close()
-
-    async def _abandon(self) -> None:
-        """Close a client that failed to connect; nats-py would leave its transport open."""
-        await self.close()
         transport: Any = cast(Any, self.client)._transport
         if transport is not None:
             with contextlib.suppress(Exception):

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import servers
-from upstream_kit import NatsSource, until
+from gates import Gate
+from upstream_kit import Loop, NatsSource, until
 
 from foldlog.upstreams import NatsKv
 
 
 class Cluster:
-    """Three servers on loopback."""
+    """Three servers on loopback. The routes between them lead through gates."""
 
     def __init__(self, folder: Path) -> None:
-        self.servers = servers.nats_cluster(folder)
+        self._loop = Loop()
+        self._gates: dict[frozenset[int], list[Gate]] = {}
+        self.servers = servers.nats_cluster(folder, way=self._way)
         for server in self.servers:
             server.start()
         self.urls = [f"nats://127.0.0.1:{server.port}" for server in self.servers]
@@ -34,9 +37,30 @@ class Cluster:
         finally:
             os.kill(pid, signal.SIGCONT)
 
+    def _way(self, number: int, peer: int, port: int) -> int:
+        gate = Gate(self._loop, port)
+        self._gates.setdefault(frozenset((number, peer)), []).append(gate)
+        return gate.port
+
+    @contextlib.contextmanager
+    def apart(self, number: int) -> Iterator[None]:
+        """A member that no other member reaches; clients reach it."""
+        gates = [gate for pair, both in self._gates.items() if number in pair for gate in both]
+        for gate in gates:
+            gate.cut()
+        try:
+            yield
+        finally:
+            for gate in gates:
+                gate.mend()
+
     def close(self) -> None:
         for server in self.servers:
             server.kill()
+        for both in self._gates.values():
+            for gate in both:
+                gate.close()
+        self._loop.close()
 
 
 class ClusterSource(NatsSource):
@@ -45,7 +69,8 @@ class ClusterSource(NatsSource):
     request_s = 1.0
 
     def __init__(self, cluster: Cluster, bucket: str = "b", **config: Any) -> None:
-        self.cluster = cluster
+        self.cluster, self.urls = cluster, cluster.urls
+        """`urls`: the members that a test writes to."""
         super().__init__(Path(), bucket, server=cluster.servers[0], replicas=3, **config)
 
     def connect(self) -> None:
@@ -56,8 +81,8 @@ class ClusterSource(NatsSource):
 
         def connected() -> bool:
             with contextlib.suppress(Exception):
-                options = {"error_cb": quiet, "max_reconnect_attempts": 2, "connect_timeout": 1}
-                self.client = self.loop.run(nats.connect(self.cluster.urls, **options))
+                options = {"error_cb": quiet, "connect_timeout": 1, "allow_reconnect": False}
+                self.client = self.loop.run(nats.connect(self.urls, **options))
                 return True
             return False
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -152,15 +152,22 @@ def running(server: Server) -> Iterator[Server]:
         yield server
 
 
-def nats_cluster(folder: Path, size: int = 3) -> list[Server]:
-    """NATS servers that form a cluster, not started yet."""
-    routes = [free_port() for _ in range(size)]
-    urls = ", ".join(f"nats://127.0.0.1:{port}" for port in routes)
-    return [
-        nats(
-            folder / f"n{number}",
-            config=f"server_name: n{number}\n"
-            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{urls}] }}\n",
+def nats_cluster(
+    folder: Path, size: int = 3, way: Callable[[int, int, int], int] | None = None
+) -> list[Server]:
+    """NATS servers that form a cluster, not started yet. `way(a, b, port)`: the port by which server
+    `a` reaches the port of server `b`."""
+    ports = [free_port() for _ in range(size)]
+    found = []
+    for number, port in enumerate(ports):
+        reached = [
+            other if way is None or peer == number else way(number, peer, other)
+            for peer, other in enumerate(ports)
+        ]
+        urls = ", ".join(f"nats://127.0.0.1:{other}" for other in reached)
+        config = (
+            f"server_name: n{number}\n"
+            f"cluster {{ name: c, listen: 127.0.0.1:{port}, routes: [{urls}], no_advertise: true }}\n"
         )
-        for number, port in enumerate(routes)
-    ]
+        found.append(nats(folder / f"n{number}", config=config))
+    return found
