@@ -190,8 +190,9 @@ def secrets_of(servers: list[str], options: dict[str, Any]) -> list[str]:
     for server in servers:
         parts = urlsplit(server)
         found.add(parts.password or parts.username)  # a user without a password is a token
-    plain = {secret for secret in found if secret}
-    forms = plain | {unquote(secret) for secret in plain} | {quote(secret) for secret in plain}
+    forms = {secret for secret in found if secret}
+    forms |= {unquote(secret) for secret in forms}
+    forms |= {quote(secret, safe) for secret in forms for safe in ("", "/")}
     return sorted(forms, key=len, reverse=True)
 
 

@@ -162,10 +162,15 @@ class NatsSource:
         self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", b"", headers=headers))
 
     def entries(self) -> dict[str, bytes]:
+        from nats.js.errors import NotFoundError
+
         found: dict[str, bytes] = {}
         info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}", subjects_filter=">"))
         for subject in info.state.subjects or ():
-            msg = self.loop.run(self.js.get_last_msg(f"KV_{self.bucket}", subject))
+            try:
+                msg = self.loop.run(self.js.get_last_msg(f"KV_{self.bucket}", subject))
+            except NotFoundError:
+                continue  # it has expired since
             if not (msg.headers or {}).keys() & {"KV-Operation", "Nats-Marker-Reason"}:
                 found[subject.split(".", 2)[2]] = msg.data or b""
         return found

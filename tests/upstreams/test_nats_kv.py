@@ -16,6 +16,7 @@ from upstream_kit import NatsSource, opened, same, until
 import foldlog
 from foldlog import Changed, LinkState, Rewound, Synced
 from foldlog.upstreams import NatsKv
+from foldlog.upstreams.nats_connection import secrets_of
 from foldlog.upstreams.nats_kv import _filters
 from foldlog.upstreams.nats_wire import nanoseconds, sequences_of
 
@@ -65,54 +66,50 @@ def test_a_recreated_bucket_is_replaced_as_one_batch_and_told_as_the_difference(
         assert mirror.snapshot().seq <= seq + 3
 
 
+def put_back(source, folder) -> None:
+    """Stop the server, put its copied files back, and start it."""
+    files, copy = folder / "js", folder / "copy"
+    source.server.kill()
+    if copy.exists():
+        shutil.rmtree(files)
+        copy.rename(files)
+    else:
+        shutil.copytree(files, copy)
+    source.server.start()
+    source.connect()
+
+
+def mirrored_and_restored(source, folder, path, writes) -> None:
+    """A mirror holds `a`, `b` and `c`; of these a copy of the bucket holds `a` alone. It is put
+    back, and written to."""
+    source.put("a", b"1")
+    put_back(source, folder)  # takes the copy
+    source.put("b", b"lost")
+    source.put("c", b"lost")
+    mirrored(path, source).close()
+    put_back(source, folder)
+    for key, value in writes:
+        source.put(key, value)
+
+
 def test_a_stream_restored_from_a_copy_is_not_resumed(tmp_path, path):
     """Restored from a copy, a stream has the same date of creation, and by the time that the client
     is back its sequence may be past the client's cursor: with the same keys at the same sequences,
     and other values."""
     with opened(NatsSource(tmp_path / "nats")) as source:
-        source.put("a", b"1")
-        source.server.kill()
-        shutil.copytree(tmp_path / "nats" / "js", tmp_path / "copy")
-        source.server.start()
-        source.connect()
-        source.put("b", b"lost")
-        source.put("c", b"lost")
-        mirrored(path, source).close()
-        source.server.kill()
-        shutil.rmtree(tmp_path / "nats" / "js")
-        shutil.copytree(tmp_path / "copy", tmp_path / "nats" / "js")
-        source.server.start()
-        source.connect()
-        source.put("b", b"kept")
-        source.put("c", b"kept")
-        source.put("d", b"kept")
+        writes = [("b", b"kept"), ("c", b"kept"), ("d", b"kept")]
+        mirrored_and_restored(source, tmp_path / "nats", path, writes)
         with mirrored(path, source) as mirror:
             assert same(mirror, source)
             assert mirror.get("b").value == b"kept"
-            assert "restored" in "".join(r.reason for r in [mirror.stats().link]) or (
-                mirror.stats().link.resets == 1
-            )
+            assert mirror.stats().link.resets == 1
 
 
 def test_values_are_audited_where_the_position_is_no_longer_known(tmp_path, path):
     """As above, but the message at the cursor is gone, so that nothing proves the position."""
     with opened(NatsSource(tmp_path / "nats")) as source:
-        source.put("a", b"1")
-        source.server.kill()
-        shutil.copytree(tmp_path / "nats" / "js", tmp_path / "copy")
-        source.server.start()
-        source.connect()
-        source.put("b", b"lost")
-        source.put("c", b"lost")
-        mirrored(path, source).close()
-        source.server.kill()
-        shutil.rmtree(tmp_path / "nats" / "js")
-        shutil.copytree(tmp_path / "copy", tmp_path / "nats" / "js")
-        source.server.start()
-        source.connect()
-        source.put("b", b"kept")
-        source.put("c", b"kept")
-        source.put("c", b"again")
+        writes = [("b", b"kept"), ("c", b"kept"), ("c", b"again")]
+        mirrored_and_restored(source, tmp_path / "nats", path, writes)
         with mirrored(path, source) as mirror:
             assert same(mirror, source)
             assert mirror.stats().link.mended == 1
@@ -304,6 +301,12 @@ def test_a_bucket_that_does_not_exist_is_waited_for(source, path):
         assert same(mirror, source)
 
 
+def test_every_form_of_a_secret_is_kept_out_of_what_is_told():
+    urls = ["nats://u:p%40ss%2Fword@h", "nats://t0ken@h"]
+    found = secrets_of(urls, {"password": "pa ss", "token": None})
+    assert {"p@ss/word", "p%40ss%2Fword", "t0ken", "pa ss", "pa%20ss"} <= set(found)
+
+
 def test_refused_credentials_fail_at_once_and_show_nowhere(tmp_path, path, caplog):
     caplog.set_level(logging.DEBUG)
     config = 'authorization { users = [{user: "u", password: "right-s3cret"}] }\n'
@@ -388,6 +391,8 @@ def test_what_is_used_of_nats_py_beyond_its_public_names_is_there():
     assert inspect.iscoroutinefunction(client._ps.parse)
     assert Subscription(client, 7)._id == 7
     (extra,) = [each for each in requires("foldlog") or () if each.startswith("nats-py")]
-    newest = tuple(map(int, extra.partition("<")[2].partition(",")[0].partition(";")[0].split(".")))
-    assert tuple(map(int, version("nats-py").split(".")[:2])) < newest
-    assert newest == (2, 17)
+    below = extra.partition("<")[2].partition(",")[0].partition(";")[0]
+    installed, limit = (
+        tuple(map(int, each.split(".")[:2])) for each in (version("nats-py"), below)
+    )
+    assert installed < limit
