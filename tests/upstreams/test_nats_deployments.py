@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import servers
@@ -109,6 +110,27 @@ def test_a_permission_that_is_denied_is_told_at_once(tmp_path, path, denied, rea
             mirrored(path, source.upstream(user="u", password="s3cret"))
         assert reason in str(caught.value).lower()
         assert time.monotonic() - began < 4  # a request is given 5 s, and silence 3 s
+
+
+def test_the_permissions_on_the_page_about_fleets_are_all_that_a_mirror_needs(tmp_path, path):
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "fleet.md").read_text()
+    (allowed,) = [block for block in page.split("```") if block.startswith("text\npublish:")]
+    permissions = allowed.removeprefix("text\n").replace("KV_routes", "KV_b")
+    config = f"""authorization {{ users = [
+        {{user: "admin", password: "a"}}
+        {{user: "u", password: "s3cret", permissions: {{ {permissions} }}}}
+    ] }}
+    """
+    client = {"user": "admin", "password": "a"}
+    with opened(NatsSource(tmp_path / "nats", server_config=config, client=client)) as source:
+        source.put("k", b"1")
+        for value in (b"2", b"3"):
+            upstream = source.upstream(user="u", password="s3cret")
+            with mirrored(path, upstream) as mirror:
+                source.put("k", value)
+                until(lambda: same(mirror, source))
+                assert mirror.stats().link.attaches == 1
+        until(lambda: source.consumers() == 0)
 
 
 def test_a_client_that_may_not_delete_its_consumers_works_all_the_same(tmp_path, path):
