@@ -14,6 +14,7 @@ A message without a reply is a status: a heartbeat, or the end of a request.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,7 +28,12 @@ _new_bytes = bytes.__new__
 _new_tuple = tuple.__new__
 _MARKER = "Nats-Marker-Reason"
 _OPERATION = "KV-Operation"
-_ACK = b"$JS.ACK."
+_MESSAGE = (
+    rb"H?MSG ([^ ]++) %s \$JS\.ACK\.(?:[^. ]++\.[^. ]++\.)??[^. ]++\.[^. ]++\.\d++"
+    rb"\.(\d++)\.(\d++)\.(\d++\.[^ ]++) (?:(\d++) )?(\d++)\r\n"
+)
+"""The line of a message: subject, sequence, consumer sequence, time and what follows, header size,
+size. The name of a bucket's stream is no number: this tells the tokens that a domain adds."""
 
 
 class Run(NamedTuple):
@@ -68,48 +74,58 @@ class Receiver:
         self.delivered = 0
         """The consumer sequence of the last message."""
         self.error: UpstreamError | None = None
+        self._message: re.Pattern[bytes] | None = None
 
     def take(self, data: bytes, at: int, sid: bytes) -> int:
         """Decode the complete messages of `sid` in `data` from `at` on, up to the first one that is
         not. Returns where that begins. Whatever it raises is for `fail`."""
+        if self._message is None:
+            self._message = re.compile(_MESSAGE % sid)
+        match, skip, end = self._message.match, self._skip, len(data)
         updates: list[Update] = []
-        size, number, reply = 0, self.delivered, b""
-        end, skip = len(data), self._skip
-        while (stop := data.find(b"\r\n", at)) >= 0:
-            parts = data[at:stop].split(b" ")
-            if len(parts) < 4 or parts[2] != sid or parts[0] not in (b"MSG", b"HMSG"):
-                break
-            body = stop + 2
-            stop = body + int(parts[-1])
+        size, number, last = 0, self.delivered, None
+        while found := match(data, at):
+            subject, sequence, told, _, header_size, length = found.groups()
+            body = found.end()
+            stop = body + int(length)
             if stop + 2 > end:
                 break
-            if not parts[3].startswith(_ACK):
-                self.delivered = number
-                self._add(updates, reply, size)
-                updates, size, reply = [], 0, b""
-                self._add_status(parts[1], data[body:stop])
+            number += 1
+            if int(told) != number:
+                raise self._gap(int(told), number - 1)
+            # A token of 8 bytes needs no check.
+            version = _new_bytes(VersionToken, int(sequence).to_bytes(8, "big"))
+            kind = None
+            if header_size is not None:
+                header, body = body, body + int(header_size)
+                kind = _removal(data[header:body])
+            if kind is None:
+                put = _new_tuple(Put, (subject[skip:].decode(), data[body:stop], version))
+                updates.append(put)
+                size += stop - body
             else:
-                reply = parts[3]
-                # From the end: a domain adds two tokens in front, and one at the end.
-                fields = reply.rsplit(b".", 4 if reply.count(b".") < 11 else 5)
-                number += 1
-                if int(fields[2]) != number:
-                    raise self._gap(int(fields[2]), number - 1)
-                # A token of 8 bytes needs no check.
-                version = _new_bytes(VersionToken, int(fields[1]).to_bytes(8, "big"))
-                key, kind = parts[1][skip:].decode(), None
-                if len(parts) == 6:
-                    header, body = body, body + int(parts[4])
-                    kind = _removal(data[header:body])
-                if kind is None:
-                    updates.append(_new_tuple(Put, (key, data[body:stop], version)))
-                    size += stop - body
-                else:
-                    updates.append(kind(key, version))
-            at = stop + 2
+                updates.append(kind(subject[skip:].decode(), version))
+            at, last = stop + 2, found
         self.delivered = number
-        self._add(updates, reply, size)
-        return at
+        if last is not None:
+            stored_ns, pending, *_ = last[4].split(b".")
+            self._add(Run(updates, int(last[2]), int(stored_ns), int(pending), size))
+        return at if found else self._take_status(data, at, sid)
+
+    def _take_status(self, data: bytes, at: int, sid: bytes) -> int:
+        """Decode a status at `at`, if there is a complete one of `sid`. Returns where it ends."""
+        stop, found = _unit(data, at)
+        if found != sid or stop > len(data):
+            return at
+        body = data.index(b"\r\n", at) + 2
+        parts = data[at : body - 2].split(b" ")
+        if len(parts) != 5 or parts[0] != b"HMSG":
+            raise ValueError("neither a message of JetStream nor a status")
+        headers = headers_of(data[body : stop - 2])
+        number = parts[1].rpartition(b".")[2]
+        code, text = headers.get("Status", ""), headers.get("Description", "")
+        self._add(Status(int(number) if number.isdigit() else 0, code, text, headers))
+        return stop
 
     def _gap(self, number: int, before: int) -> UpstreamLost:
         reason = f"{self._who}: message {number} of the consumer came after {before}"
@@ -125,17 +141,8 @@ class Receiver:
         self.error = self.error or error
         self.wake()
 
-    def _add(self, updates: list[Update], reply: bytes, size: int) -> None:
-        if updates:
-            _, last, stored_ns, pending = sequences_of(reply.decode())
-            self.waiting.append(Run(updates, last, stored_ns, pending, size))
-            self.wake()
-
-    def _add_status(self, subject: bytes, raw: bytes) -> None:
-        headers = headers_of(raw)
-        number = subject.rpartition(b".")[2]
-        code, text = headers.get("Status", ""), headers.get("Description", "")
-        self.waiting.append(Status(int(number) if number.isdigit() else 0, code, text, headers))
+    def _add(self, arrived: Run | Status) -> None:
+        self.waiting.append(arrived)
         self.wake()
 
 
@@ -229,15 +236,6 @@ def headers_of(raw: bytes) -> dict[str, str]:
         code, _, description = status.strip().partition(" ")
         headers |= {"Status": code, "Description": description.strip()}
     return headers
-
-
-def sequences_of(reply: str) -> tuple[int, int, int, int]:
-    """(consumer sequence, stream sequence, time stored in ns, messages pending) from a message's
-    reply subject. Tokens are counted from the end, because domains add some in front."""
-    tokens = reply.split(".")
-    end = len(tokens) if len(tokens) < 12 else 11
-    stream, consumer, stored_ns, pending = map(int, tokens[end - 4 : end])
-    return consumer, stream, stored_ns, pending
 
 
 def nanoseconds(time_text: str) -> int:

@@ -18,7 +18,7 @@ from foldlog import Changed, LinkState, Rewound, Synced
 from foldlog.upstreams import NatsKv
 from foldlog.upstreams.nats_connection import secrets_of
 from foldlog.upstreams.nats_kv import _filters
-from foldlog.upstreams.nats_wire import nanoseconds, sequences_of
+from foldlog.upstreams.nats_wire import nanoseconds
 
 names = (f"bucket{number}" for number in itertools.count())
 
@@ -257,10 +257,7 @@ def test_filters_reach_the_server_and_what_they_leave_out_never_comes(source, pa
         assert len(mirror) == 31
 
 
-def test_the_sequences_in_a_reply_are_counted_from_its_end():
-    assert sequences_of("$JS.ACK.S.c.1.7.5.99.3") == (5, 7, 99, 3)
-    assert sequences_of("$JS.ACK.hub.ACC.S.c.1.7.5.99.3") == (5, 7, 99, 3)
-    assert sequences_of("$JS.ACK.hub.ACC.S.c.1.7.5.99.3.random") == (5, 7, 99, 3)
+def test_times_of_the_server_are_read_to_the_nanosecond():
     assert nanoseconds("1970-01-01T00:00:01.5Z") == 1_500_000_000
     assert nanoseconds("1970-01-01T00:00:01Z") == 1_000_000_000
 

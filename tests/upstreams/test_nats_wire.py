@@ -116,6 +116,23 @@ def test_the_last_message_of_a_run_tells_its_position():
 
 
 @pytest.mark.parametrize(
+    "reply",
+    [
+        "KV_b.c.1.7.1.99.3",
+        "hub.ACC.KV_b.c.1.7.1.99.3",
+        "hub.ACC.KV_b.c.1.7.1.99.3.random",
+        "_.A.KV_b.c.1.7.1.99.3.5",
+    ],
+)
+def test_a_domain_adds_tokens_to_a_reply(reply):
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    data = b"MSG $KV.b.a 7 $JS.ACK.%s 2\r\nxy\r\n" % reply.encode()
+    assert receiver.take(data, 0, b"7") == len(data)
+    (run,) = receiver.waiting
+    assert (run.last, run.stored_ns, run.pending, receiver.delivered) == (7, 99, 3, 1)
+
+
+@pytest.mark.parametrize(
     ("data", "error", "text"),
     [
         (message(b"a", 2, b""), UpstreamLost, "message 2 of the consumer came after 0"),
