@@ -56,16 +56,18 @@ class LogFile:
     def _identify(self) -> Identity:
         try:
             path = resolve(self.path)
-            handle = ReadHandle(OS_FILES, path)
-            header = read_header(handle)
-            if self._follower is None:
+            handle = None if os.path.isdir(path) else ReadHandle(OS_FILES, path)
+            if self._follower is None:  # it names what it refuses: a directory, another format
                 self._follower = follow(path)
+            header = read_header(handle or ReadHandle(OS_FILES, path))
             fold = self._follower.snapshot()
         except FileNotFoundError:
             raise UpstreamMissing(f"{self.path}: the log does not exist") from None
         except InvalidFormatError as error:
             raise UpstreamRefused(str(error)) from None
-        except (OSError, CorruptLogError) as error:
+        except OSError as error:
+            raise UpstreamLost(f"{self.path}: {error.strerror or error}") from None
+        except CorruptLogError as error:
             raise UpstreamLost(str(error)) from None
         if self._follower.state is not FollowerState.FOLLOWING or fold.seq < header.base_seq:
             raise UpstreamLost(f"{self.path}: the follower is {self._follower.state}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from upstream_kit import until
 
@@ -67,12 +69,27 @@ def test_compactions_of_the_source_lose_nothing(tmp_path, path):
         mirror.wait_synced(30)
 
 
-def test_a_log_of_the_rust_crate_is_refused_by_type(tmp_path, path):
-    foldlog.open(tmp_path / "rust.log", format="slipstream-v2").close()
-    with foldlog.mirror(path, LogFile(tmp_path / "rust.log")) as mirror:
-        with pytest.raises(foldlog.UpstreamRefused):
+@pytest.mark.parametrize("kind", ["directory", "slipstream-v2"])
+def test_a_source_that_cannot_be_followed_is_refused_by_its_name(tmp_path, path, kind):
+    """A mirror of a directory tried again for ever, and told an errno. That of a log of the Rust
+    crate was refused for its magic, where `tail` names the format."""
+    source = tmp_path / "source"
+    if kind == "directory":
+        source.mkdir()
+    else:
+        foldlog.open(source, format=kind).close()
+    with foldlog.mirror(path, LogFile(source)) as mirror:
+        with pytest.raises(foldlog.UpstreamRefused, match=kind):
             mirror.wait_synced(30)
         assert mirror.link.state is LinkState.FAILED
+
+
+def test_a_source_that_cannot_be_opened_is_told_without_an_errno(tmp_path, path):
+    source = tmp_path / "source"
+    os.mkfifo(source)
+    with foldlog.mirror(path, LogFile(source)) as mirror:
+        until(lambda: mirror.link.reason)
+        assert mirror.link.reason == f"{source}: not a regular file"
 
 
 def test_a_mirror_of_a_mirror_is_exact(tmp_path, path):
