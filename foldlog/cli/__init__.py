@@ -9,8 +9,8 @@
     keys.py     put, delete                    write one key, through a store
     convert.py  convert                        write a log in another format, or a database
     inspect.py  verify, salvage                inspect a log that may be damaged; read only
-    database.py what several of these do in a directory, which is a RocksDB database
     dump.py     dump                           the same, frame by frame
+    database.py the above, for a directory that is a RocksDB database
     top.py      top                            a live view, through a follower
     follow.py   tail, get --follow             print changes as they arrive, through a follower
     mirror.py   mirror                         keep a log in step with an upstream
