@@ -234,7 +234,7 @@ class Demo:
         pause = max(reader.longest_s for reader in readers) * 1e3
         return (
             f"{reads:,.0f} reads/s  {self.applied / elapsed_s:,.0f} changes/s  "
-            f"{self.crashes.done} restarts  longest pause {pause:.1f} ms"
+            f"{counted(self.crashes.done, 'restart')}  longest pause {pause:.1f} ms"
         )
 
     def _at(self, store: Store) -> str:
