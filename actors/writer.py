@@ -245,7 +245,7 @@ class Writer(SharedActor):
         that it cannot harm another again."""
         if len(requests) == 1:
             self._commit(requests)
-            self._compact_if_due()
+            self._compactor.begin_if_due()
             return
         group: list[WriteRequest] = []
         size = 0
