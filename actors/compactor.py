@@ -72,7 +72,8 @@ class Compactor:
 
     def begin_if_due(self) -> None:
         """Begin a compaction if one is wanted or worthwhile, and none is running."""
-        engine = self._engine
+        engine = self._core.engine
+        assert engine is not None
         if self.running is not None and self.running.cancelled:
             # Maintenance could not report it: the store had failed and was reopened.
             self.drop()

@@ -184,7 +184,9 @@ class Writer(SharedActor):
     def work_in_turn(self, mail: Mail) -> bool:
         """See `SharedActor`. While writes are held back for a compaction, the writer's own thread
         waits, so that each caller can keep its deadline."""
-        return not self._compactor.holds_back(mail.weight) and super().work_in_turn(mail)
+        if self._compactor.running is not None and self._compactor.holds_back(mail.weight):
+            return False
+        return super().work_in_turn(mail)
 
     def work_for_others(self) -> None:
         """Serve a few batches that arrived while a caller had the turn. Under sync="always" they

@@ -431,7 +431,6 @@ LOCKS_OF_CALLERS = {
     "actors/answers.py": "for `concurrent.futures.wait`, which expects one; no actor takes it",
     "actors/follower.py": "between callers that wake a follower in a forked child",
     "actors/supervisor.py": "pykka's own mark of a stopped actor, replaced after a fork",
-    "aio/bridge.py": "between callers that start a bridge",
     "metrics.py": "between the exporters that collect",
     "testing/crashes.py": "a test double",
     "testing/faults.py": "a test double",
