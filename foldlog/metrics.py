@@ -198,6 +198,13 @@ STORE_INSTRUMENTS = (
         _one(lambda stats: stats.snapshot_age_s),
     ),
     _Instrument(
+        "foldlog.store.cache.size",
+        "updown",
+        "By",
+        "Memory for what was read from disk.",
+        _one(lambda stats: stats.cached_bytes),
+    ),
+    _Instrument(
         "foldlog.store.subscriptions",
         "updown",
         "{subscription}",
