@@ -47,7 +47,7 @@ class Delivery:
         )
         try:
             feeds.dispatcher.add(sending)
-        except RuntimeError:
+        except BaseException:
             self._subscription.close()
             raise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -93,6 +94,10 @@ class Subscription:
         """The frames that read or wait to read."""
         self.ended: str | None = None
         """Why it is over; None while there may be events."""
+        if bookmark is None:
+            # First: if this is interrupted, the bookmark goes with it. One that is given may hold
+            # the subscription, and would then keep it alive.
+            weakref.finalize(self, feeds.remove, self.bookmark).atexit = False
         try:
             # Added first, so that nothing published while the start is read is missed.
             feeds.add(self.bookmark, index)

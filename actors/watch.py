@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -21,8 +20,6 @@ class Watch:
     def __init__(self, subscription: Subscription, owner: object) -> None:
         """Not public: use `store.watch` or `follower.watch`."""
         self._subscription, self._owner = subscription, owner
-        finalizer = weakref.finalize(self, subscription.feeds.remove, subscription.bookmark)
-        finalizer.atexit = False
 
     @property
     def ended(self) -> str | None:

@@ -56,21 +56,18 @@ class _Worker(Generic[V]):
         self._advanced = Bell()
 
     def start(self, current: Callable[[], Snapshot]) -> None:
-        """Build the first state, on the caller's thread, and start. Raises what `build` raises."""
+        """Build the first state, on the caller's thread, and start. Raises what `build` raises. The
+        caller then calls `_end`."""
         self.feeds.add(self.bookmark)  # first: nothing published during the build may be missed
-        try:
-            at = current()
-            self.state = DerivedState(self.build(at), at)
-            self.bookmark.start_at(at)
-            started: Answer[None] = Answer()
-            thread = threading.Thread(
-                target=self._run, args=(started,), name="foldlog-derive", daemon=True
-            )
-            start_aside(thread, lambda error: started.finish(None, error))
-            started.result()
-        except BaseException:
-            _end(self)  # its thread may have begun
-            raise
+        at = current()
+        self.state = DerivedState(self.build(at), at)
+        self.bookmark.start_at(at)
+        started: Answer[None] = Answer()
+        thread = threading.Thread(
+            target=self._run, args=(started,), name="foldlog-derive", daemon=True
+        )
+        start_aside(thread, lambda error: started.finish(None, error))
+        started.result()
 
     def _run(self, started: Answer[None]) -> None:
         started.finish(None)
@@ -252,5 +249,9 @@ def derive(
         store._thread.wake()
         feeds = store._thread.feeds
     worker = _Worker(feeds, build, update, prefix)
-    worker.start(store.snapshot)
-    return Derived(worker, store)
+    try:
+        worker.start(store.snapshot)
+        return Derived(worker, store)
+    except BaseException:
+        _end(worker)  # its thread may have begun
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from actor_kit import DEADLINE_S, FATAL, Steps, batch, cursor, in_thread, results, script, until
+from interrupts import At, Struck, strike
 
 import foldlog
 from foldlog import (
@@ -727,3 +729,23 @@ def test_a_watch_that_is_closed_while_a_part_of_it_is_made_keeps_no_state(publis
     assert subscription.next(0.0) is None
     assert subscription._part is None
     assert subscription._at is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_watch_whose_beginning_is_interrupted_anywhere_is_not_fed(open_store: Open):
+    """Between the subscription and its watch, nobody was there to end it: the store kept groups for
+    it until it was closed."""
+    store = open_store()
+    store.apply([Put("a", b"1")], cursor(1))
+    number = 0
+    while True:
+        number += 1
+        at = At(number, strike)
+        with contextlib.suppress(Struck):
+            at.run(store.watch)
+        if store._core.feeds.bookmarks:
+            gc.collect()  # the error's frames
+        assert not store._core.feeds.bookmarks, f"after point {number}"
+        if not at.fired:
+            break
+    assert number > 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from actor_kit import DEADLINE_S, until
+from interrupts import At, Struck, strike
 
 import foldlog
 from foldlog import Delete, FoldSnapshot, Put, RequestTimeout, StoreClosed, Update
@@ -243,3 +245,22 @@ def test_a_function_that_raises_what_no_exception_is_ends_the_derived_state_and_
         assert (derived.value, derived.ended) == ({}, "its thread ended")
         assert not store._core.feeds.wanted
         store.put("a", b"2")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_start_that_is_interrupted_anywhere_leaves_nothing_behind(path: Path):
+    with foldlog.open(path) as store:
+        number = 0
+        while True:
+            number += 1
+            at = At(number, strike)
+            with contextlib.suppress(Struck):
+                at.run(lambda: foldlog.derive(store, build, update)).close()
+            assert not store._core.feeds.wanted, f"after point {number}"
+            if not at.fired:
+                break
+        assert number > 50
+        until(
+            lambda: not any("derive" in each.name for each in threading.enumerate()),
+            "its threads have ended",
+        )
