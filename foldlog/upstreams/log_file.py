@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 
 from foldlog.actors.follower import FollowerState
@@ -51,16 +53,50 @@ class LogFile:
         return f"LogFile({self.path!r})"
 
     async def identify(self) -> Identity:
-        return await asyncio.to_thread(self._identify)
+        if self._follower is None:
+            self._follower = await self._opened()
+        return await asyncio.to_thread(self._identify, self._follower)
 
-    def _identify(self) -> Identity:
+    async def _opened(self) -> Follower:
+        """A follower of the log. If this call is cancelled, it is closed once it is open."""
+        opened: list[Follower] = []  # whoever takes it out is to close it
+        given_up = threading.Event()
+
+        def open_on_thread() -> None:
+            opened.append(self._open())
+            if given_up.is_set():
+                _close_last(opened)
+
         try:
+            await asyncio.to_thread(open_on_thread)
+        except BaseException:
+            given_up.set()
+            _close_last(opened)
+            raise
+        return opened.pop()
+
+    def _open(self) -> Follower:
+        with self._told():
             path = resolve(self.path)
-            handle = None if os.path.isdir(path) else ReadHandle(OS_FILES, path)
-            if self._follower is None:  # it names what it refuses: a directory, another format
-                self._follower = follow(path)
-            header = read_header(handle or ReadHandle(OS_FILES, path))
-            fold = self._follower.snapshot()
+            if not path.is_dir():
+                ReadHandle(OS_FILES, path)  # a follower would wait for a log that does not exist
+            return follow(path)  # names what it refuses: a directory, another format
+
+    def _identify(self, follower: Follower) -> Identity:
+        with self._told():
+            path = resolve(self.path)
+            header = read_header(ReadHandle(OS_FILES, path))
+            fold = follower.snapshot()
+        if follower.state is not FollowerState.FOLLOWING or fold.seq < header.base_seq:
+            raise UpstreamLost(f"{self.path}: the follower is {follower.state}")
+        name = blake2b(b"log\0" + os.fsencode(path), digest_size=NAME_BYTES)
+        return Identity(name.digest() + header.log_id, _at(header.base_seq), _at(fold.seq))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise what goes wrong as the link expects it."""
+        try:
+            yield
         except FileNotFoundError:
             raise UpstreamMissing(f"{self.path}: the log does not exist") from None
         except InvalidFormatError as error:
@@ -69,10 +105,6 @@ class LogFile:
             raise UpstreamLost(f"{self.path}: {error.strerror or error}") from None
         except CorruptLogError as error:
             raise UpstreamLost(str(error)) from None
-        if self._follower.state is not FollowerState.FOLLOWING or fold.seq < header.base_seq:
-            raise UpstreamLost(f"{self.path}: the follower is {self._follower.state}")
-        name = blake2b(b"log\0" + os.fsencode(path), digest_size=NAME_BYTES)
-        return Identity(name.digest() + header.log_id, _at(header.base_seq), _at(fold.seq))
 
     async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
         """The batches after `after`, then new ones as they arrive. UpstreamLost if a compaction has
@@ -153,6 +185,11 @@ class LogFile:
         follower, self._follower = self._follower, None
         if follower is not None:
             await asyncio.to_thread(follower.close)
+
+
+def _close_last(opened: list[Follower]) -> None:
+    with suppress(IndexError):
+        opened.pop().close()
 
 
 def _at(seq: int) -> WatchCursor:

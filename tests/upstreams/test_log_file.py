@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
-from upstream_kit import until
+from upstream_kit import DEADLINE_S, until
 
 import foldlog
-from foldlog import Delete, LinkState, Put, WatchCursor
-from foldlog.upstreams import LogFile
+from foldlog import Delete, FollowerState, LinkState, Put, WatchCursor
+from foldlog.follow import follow
+from foldlog.upstreams import LogFile, log_file
 
 
 def equal(mirror, store) -> bool:
@@ -141,3 +143,29 @@ def _opens(path) -> bool:
     except foldlog.StoreLocked:
         return False
     return True
+
+
+def test_a_mirror_that_is_closed_while_it_opens_its_source_leaves_no_follower(
+    tmp_path, path, monkeypatch
+):
+    """The follower was kept by the upstream after the link had let go of it, and its thread stayed
+    as long as the upstream."""
+    begun, go = threading.Event(), threading.Event()
+    opened = []
+
+    def slow(source):
+        begun.set()
+        assert go.wait(DEADLINE_S)
+        follower = follow(source)
+        opened.append(follower)
+        return follower
+
+    monkeypatch.setattr(log_file, "follow", slow)
+    source = LogFile(tmp_path / "a.log")
+    foldlog.open(tmp_path / "a.log").close()
+    with foldlog.mirror(path, source):
+        assert begun.wait(DEADLINE_S)
+        # The link is told to stop while its source is being opened.
+        threading.Timer(0.0, go.set).start()
+    until(lambda: opened and opened[0].state is FollowerState.CLOSED, "the follower is closed")
+    assert source._follower is None
