@@ -8,6 +8,7 @@ from foldlog.actors.feeds import Feeds
 from foldlog.actors.follower import FollowerState
 from foldlog.aio.face import Face
 from foldlog.follow import Follower, FollowerStats
+from foldlog.health import Health
 
 
 class AsyncFollower(Face[Follower]):
@@ -34,6 +35,10 @@ class AsyncFollower(Face[Follower]):
     def stats(self) -> FollowerStats:
         """The follower's statistics. Cost: as `Follower.stats`."""
         return self._opened.stats()
+
+    def health(self) -> Health:
+        """Ready, degraded or failed, with reasons. Cost: microseconds."""
+        return self._opened.health()
 
     def _enter(self) -> None:
         self._opened._thread.wake()

@@ -22,6 +22,7 @@ from foldlog.actors.requests import (
 )
 from foldlog.aio.answers import answer, note_outcome, withdraw
 from foldlog.aio.face import Face
+from foldlog.health import Health
 from foldlog.protocol.errors import Backpressure, RequestTimeout
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
@@ -94,6 +95,10 @@ class AsyncStore(Face[Store]):
         """The store's statistics. Cost: microseconds, plus counting the entries on the first call
         after a batch."""
         return self._opened.stats()
+
+    def health(self) -> Health:
+        """Ready, degraded or failed, with reasons. Cost: that of `stats`. Never raises."""
+        return self._opened.health()
 
     async def apply(
         self,

@@ -196,6 +196,26 @@ def test_a_mirror_is_awaited_and_refuses_to_be_written(run: Any, path: Path, tmp
     run(main)
 
 
+def test_a_probe_on_the_loop_asks_store_mirror_and_follower_for_their_health(
+    run: Any, path: Path, tmp_path: Path
+):
+    """A service on a loop that answers a readiness probe found no `health` on what it had opened."""
+
+    async def main() -> None:
+        async with aio.open(path) as store:
+            upstream = foldlog.upstreams.LogFile(path)
+            async with (
+                aio.follow(path) as follower,
+                aio.mirror(tmp_path / "mirror.log", upstream) as mirror,
+            ):
+                for opened in (store, follower, mirror):
+                    assert opened.health() == foldlog.Health(foldlog.Status.READY, ())
+        for closed in (store, follower, mirror):
+            assert not closed.health().is_serving
+
+    run(main)
+
+
 # Watches.
 
 
