@@ -109,8 +109,8 @@ def open(
     larger than memory. It needs the extra `rocksdb`. Snapshots end when the store closes, all but
     the newest when it recovers from a disk error, and none works in a forked child. A watch can
     resume from a cursor only while its batches are in memory, else CursorExpired. Other processes
-    cannot follow the store. `export_to` writes RocksDB's files. `compact_threshold` and `files` have no effect. See
-    `docs/which-engine.md`.
+    cannot follow the store. `export_to` writes RocksDB's files. `compact_threshold` and `files`
+    have no effect. See `docs/which-engine.md`.
 
     `format`: the format of a new log; None means "foldlog". An existing log keeps the format in its
     header; InvalidFormatError if `format` names another. "slipstream-v2" is the file of the Rust
