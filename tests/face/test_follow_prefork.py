@@ -207,11 +207,13 @@ def test_four_workers_serve_whole_states_and_never_an_older_one_while_the_writer
             command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
                 assert writer.stdout is not None
-                for _ in range(6):
+                lines, compacted = 0, 0
+                while lines < 6 or compacted < 2:
                     line = writer.stdout.readline()
                     assert line, "the writer works"
                     assert not any(client.done() for client in clients), "and all clients"
-                compactions += int(line.split()[1])
+                    lines, compacted = lines + 1, int(line.split()[1])
+                compactions += compacted
                 writer.send_signal(signal.SIGKILL)
     finally:
         done.set()
