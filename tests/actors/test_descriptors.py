@@ -51,7 +51,7 @@ EACH_CASE = """
         sys.stdout.flush()
         children[free] = os.fork()
         if children[free] == 0:
-            signal.alarm(15)  # it never outlives this test
+            signal.alarm(100)  # it never outlives this test
             os.mkdir(os.path.join(folder, str(free)))
             try:
                 case(os.path.join(folder, str(free), "state.log"), free)
@@ -137,7 +137,7 @@ OPEN = (
 
 def whole_in_each(code: str, folder: Path, cases: int, what: str) -> None:
     """Run the code with 0 to `cases` - 1 free descriptors."""
-    done = script(code, folder, cases, what)
+    done = script(code, folder, cases, what, timeout_s=120.0)
     expected = "".join(f"whole with {free}\n" for free in range(cases))
     assert (done.stdout, done.stderr) == (expected, "")
 
