@@ -11,8 +11,9 @@ becomes `older`. So this touches a 256th of the cache, and frees a quarter of th
 limit on, one shard after the other is split without dropping anything: what is in use has moved
 back before the first entry goes.
 
-There is no lock, since an exception could leave it held. A lost race between two threads loses a
-cached entry, or counts one twice until its shard is trimmed.
+There is no lock, since an exception could leave it held. A lost race between two threads, or an
+exception at any point, loses a cached entry, or counts one wrongly until its shard is trimmed; an
+index, until as many are dropped as there are leaves.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Cache:
 
     __slots__ = (
         "_bytes",
+        "_drops_to_count",
         "_entry_bytes",
         "_hand",
         "_index_bytes",
@@ -70,6 +72,7 @@ class Cache:
         """By number of the leaf; 1 for an index that was used since the hand passed it."""
         self._kept: deque[tuple[int, Index]] = deque()  # what `indexes` holds, hand first
         self._index_bytes = 0
+        self._drops_to_count = 0
 
     def set_limit(self, limit_bytes: int) -> None:
         """Bound `held_bytes` from now on."""
@@ -169,6 +172,9 @@ class Cache:
             self._make_room()
 
     def _drop_index(self) -> None:
+        self._drops_to_count -= 1
+        if self._drops_to_count < 0:
+            self._count_indexes()
         with suppress(IndexError):  # another thread took the last one
             number, index = self._kept.popleft()
             while self.used[number] and self._kept:
@@ -178,6 +184,15 @@ class Cache:
             if self.indexes[number] is index:
                 self.indexes[number] = None
             self._index_bytes -= index.kept_bytes
+
+    def _count_indexes(self) -> None:
+        """Count anew, and queue what is not queued: an exception may have come between the steps
+        of keeping an index, or of dropping one. Once for as many drops as there are leaves."""
+        self._drops_to_count = len(self.indexes)
+        queued = {number for number, _ in self._kept.copy()}
+        held = [(number, index) for number, index in enumerate(self.indexes) if index is not None]
+        self._kept.extend([pair for pair in held if pair[0] not in queued])
+        self._index_bytes = sum(index.kept_bytes for _, index in held)
 
     # From one base to the next.
 

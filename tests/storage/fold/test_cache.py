@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupts import At, Struck, strike
 
 import foldlog
 from foldlog import AppendLogSnapshot, Put, WatchCursor
@@ -270,3 +271,28 @@ def test_two_threads_may_drop_the_last_index_at_once() -> None:
     cache._kept = EmptiedMeanwhile()
     cache._drop_index()
     assert cache.held_bytes == 0
+
+
+def test_an_exception_at_any_point_of_a_get_does_not_break_the_bound_for_long(log: Path) -> None:
+    """An index whose dropping was interrupted was never dropped: with a time limit that struck
+    again and again, the indexes took five times the bound."""
+    limit = 60_000
+    with AppendLogSnapshot.open(log)[1] as snap:  # FaultyFiles has a lock
+        snap.snapshot().limit_cache(limit)
+        base = snap.snapshot().base
+        cache = base._cache
+        chance = random.Random(6)
+        for number in range(1, 400):
+            at = At(number % 130 + 1, strike)
+            with contextlib.suppress(Struck):
+                at.run(lambda: snap.get(key(chance.randrange(ENTRIES))))
+            k = chance.randrange(ENTRIES)
+            assert snap.get(key(k)).value == value(k)  # type: ignore[union-attr]
+        for number in [*range(len(base)), *range(3)]:  # one round, undisturbed
+            base.index(number)
+        for number in range(0, ENTRIES, 10):
+            snap.get(key(number))
+        kept = sum(index.kept_bytes for index in cache.indexes if index is not None)
+        held = [c for shard in (*cache.recent, *cache.older) for c in shard.values()]
+        assert 0 < kept <= limit * 3 // 4
+        assert kept + sum(map(cached_size, held)) <= limit
