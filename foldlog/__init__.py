@@ -6,11 +6,11 @@ protocol <- storage <- actors <- foldlog        imports never run the other way
 from typing import TYPE_CHECKING, Any
 
 from foldlog import upstreams
-from foldlog.actors.core import Restart, State, Stats
-from foldlog.actors.delivery import Delivery
-from foldlog.actors.follower import FollowerState
-from foldlog.actors.progress import LinkState, LinkStats
-from foldlog.actors.watch import Watch
+from foldlog.actors.feeds.delivery import Delivery
+from foldlog.actors.feeds.watch import Watch
+from foldlog.actors.following.follower import FollowerState
+from foldlog.actors.link.progress import LinkState, LinkStats
+from foldlog.actors.store.core import Restart, State, Stats
 from foldlog.codecs import Codec
 from foldlog.derive import Derived, DerivedState, derive
 from foldlog.follow import Follower, FollowerStats, follow

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
-from foldlog.actors.adapter import start_aside
-from foldlog.actors.answers import Answer
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.ring import Group, Lost, Place
+from foldlog.actors.base.adapter import start_aside
+from foldlog.actors.base.answers import Answer
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.ring import Group, Lost, Place
 from foldlog.follow import Follower
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed

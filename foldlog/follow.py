@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import pykka
 
-from foldlog.actors.delivery import Delivery
-from foldlog.actors.follower import FollowerState, FollowerThread
-from foldlog.actors.subscription import Since, Subscription
-from foldlog.actors.watch import Watch
+from foldlog.actors.feeds.delivery import Delivery
+from foldlog.actors.feeds.subscription import Since, Subscription
+from foldlog.actors.feeds.watch import Watch
+from foldlog.actors.following.follower import FollowerState, FollowerThread
 from foldlog.health import Health, follower_health
 from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.options import CACHE_BYTES, JOB_TIMEOUT_S, POLL_INTERVAL_S, check_timeout

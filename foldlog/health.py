@@ -6,8 +6,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from foldlog.actors.core import Config, State, Stats
-from foldlog.actors.follower import FollowerState
+from foldlog.actors.following.follower import FollowerState
+from foldlog.actors.store.core import Config, State, Stats
 
 UNSYNCED_S = 10.0
 """How long batches may wait to be synced before the store is degraded; at least five sync

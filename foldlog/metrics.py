@@ -17,9 +17,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from foldlog.actors.core import State, Stats
-from foldlog.actors.follower import FollowerState
-from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
+from foldlog.actors.following.follower import FollowerState
+from foldlog.actors.store.core import State, Stats
+from foldlog.actors.store.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
 from foldlog.follow import Follower, FollowerStats
 from foldlog.health import Status
 from foldlog.protocol.errors import FoldlogError

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pykka
 
-from foldlog.actors.adapter import Inbox, Mail
-from foldlog.actors.core import Core, Restart, Stats
-from foldlog.actors.progress import LinkState, LinkStats
-from foldlog.actors.requests import LocalWrite, Request, WriteRequest
+from foldlog.actors.base.adapter import Inbox, Mail
+from foldlog.actors.link.progress import LinkState, LinkStats
+from foldlog.actors.store.core import Core, Restart, Stats
+from foldlog.actors.store.requests import LocalWrite, Request, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
 from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
 from foldlog.protocol.store import StrPath
@@ -27,8 +27,8 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.store import Store, open
 
 if TYPE_CHECKING:
-    from foldlog.actors.intake import LinkConfig, OnApplied, Parse
-    from foldlog.actors.link import Link
+    from foldlog.actors.link.intake import LinkConfig, OnApplied, Parse
+    from foldlog.actors.link.link import Link
 
 # The link is imported on first use: it needs asyncio, which a store does not.
 
@@ -79,7 +79,7 @@ def mirror(
         raise ValueError(
             "an empty sequence of prefixes selects nothing; leave prefix out to select everything"
         )
-    from foldlog.actors.intake import LinkConfig
+    from foldlog.actors.link.intake import LinkConfig
 
     config = LinkConfig(
         prefixes=() if "" in prefixes else prefixes,
@@ -131,7 +131,7 @@ class Mirror(Store):
 
     def __init__(self, store: Store, upstream: Upstream, config: LinkConfig) -> None:
         """Not for callers: use `foldlog.mirror`."""
-        from foldlog.actors.link import Link
+        from foldlog.actors.link.link import Link
 
         store._finalizer.detach()
         super().__init__(store._core, store._supervisor)

@@ -21,11 +21,13 @@ from typing import Any
 
 import pykka
 
-from foldlog.actors.adapter import Mail, start_aside
-from foldlog.actors.answers import Answer, runs_callbacks
-from foldlog.actors.core import Config, Core, State, Stats, no_step
-from foldlog.actors.delivery import Delivery
-from foldlog.actors.requests import (
+from foldlog.actors.base.adapter import Mail, start_aside
+from foldlog.actors.base.answers import Answer, runs_callbacks
+from foldlog.actors.feeds.delivery import Delivery
+from foldlog.actors.feeds.subscription import Since, Subscription
+from foldlog.actors.feeds.watch import Watch
+from foldlog.actors.store.core import Config, Core, State, Stats, no_step
+from foldlog.actors.store.requests import (
     CompactRequest,
     ExportRequest,
     ForwardWrite,
@@ -34,9 +36,7 @@ from foldlog.actors.requests import (
     SyncRequest,
     WriteRequest,
 )
-from foldlog.actors.subscription import Since, Subscription
-from foldlog.actors.supervisor import CloseNow, Reopen, Supervisor
-from foldlog.actors.watch import Watch
+from foldlog.actors.store.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
 from foldlog.protocol.engine import CacheUse, Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed

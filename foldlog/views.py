@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, overload
 
-from foldlog.actors.subscription import Since
-from foldlog.actors.watch import Watch
+from foldlog.actors.feeds.subscription import Since
+from foldlog.actors.feeds.watch import Watch
 from foldlog.codecs import Codec, codec_of
 from foldlog.follow import Follower
 from foldlog.protocol.errors import (

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from foldlog.actors.feeds import Feeds, Waiter
+from foldlog.actors.feeds.feeds import Feeds, Waiter
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import RequestTimeout, StoreClosed
 from foldlog.protocol.options import check_timeout

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, NoReturn, Self, TypeVar
 
-from foldlog.actors.feeds import Feeds, Waiter
-from foldlog.actors.subscription import Since
+from foldlog.actors.feeds.feeds import Feeds, Waiter
+from foldlog.actors.feeds.subscription import Since
 from foldlog.aio.bridge import Wake
 from foldlog.aio.watch import AsyncWatch
 from foldlog.follow import Follower

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.follower import FollowerState
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.following.follower import FollowerState
 from foldlog.aio.face import Face
 from foldlog.follow import Follower, FollowerStats
 from foldlog.health import Health

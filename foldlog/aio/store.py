@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from foldlog.actors.core import State, Stats
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.requests import (
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.store.core import State, Stats
+from foldlog.actors.store.requests import (
     CompactRequest,
     ExportRequest,
     LocalWrite,

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from foldlog.actors.subscription import Since
+from foldlog.actors.feeds.subscription import Since
 from foldlog.aio.follower import AsyncFollower
 from foldlog.aio.store import AsyncStore
 from foldlog.aio.watch import AsyncWatch

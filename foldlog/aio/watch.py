@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.subscription import Since, Subscription
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.subscription import Since, Subscription
 from foldlog.aio.bridge import Wake
 from foldlog.protocol.errors import FoldlogError, StoreClosed
 from foldlog.protocol.events import Event

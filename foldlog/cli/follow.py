@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from foldlog.actors.follower import FollowerState
-from foldlog.actors.subscription import Since
+from foldlog.actors.feeds.subscription import Since
+from foldlog.actors.following.follower import FollowerState
 from foldlog.cli.args import log_argument, utf8
 from foldlog.cli.show import (
     counted,

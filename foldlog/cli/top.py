@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from foldlog.actors.follower import FollowerState
+from foldlog.actors.following.follower import FollowerState
 from foldlog.cli.args import log_argument
 from foldlog.cli.keyboard import Keyboard
 from foldlog.cli.show import op_text, printable, size_text, token_json

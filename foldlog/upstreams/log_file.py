@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 
-from foldlog.actors.follower import FollowerState
+from foldlog.actors.following.follower import FollowerState
 from foldlog.follow import Follower, follow
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
 from foldlog.protocol.events import Changed, Synced
@@ -32,6 +31,7 @@ from foldlog.protocol.upstream import (
 )
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.replay import read_header
+from foldlog.storage.handover import Latch
 from foldlog.storage.log.backlog import batches_after_seq
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
 
@@ -60,7 +60,7 @@ class LogFile:
     async def _opened(self) -> Follower:
         """A follower of the log. If this call is cancelled, it is closed once it is open."""
         opened: list[Follower] = []  # whoever takes it out is to close it
-        given_up = threading.Event()
+        given_up = Latch()
 
         def open_on_thread() -> None:
             opened.append(self._open())

@@ -13,8 +13,8 @@ from pykka._envelope import Envelope
 from pykka.messages import _ActorStop
 
 from foldlog import Backpressure, FoldlogError, StoreClosed
-from foldlog.actors.adapter import STOP, Ended, Inbox, Mail, Started, SupervisedActor, reply
-from foldlog.actors.answers import Reply
+from foldlog.actors.base.adapter import STOP, Ended, Inbox, Mail, Started, SupervisedActor, reply
+from foldlog.actors.base.answers import Reply
 
 # Facts about pykka.
 

@@ -34,7 +34,7 @@ from foldlog import (
     WatchCursor,
     WriterCrashed,
 )
-from foldlog.actors.core import Config, Core
+from foldlog.actors.store.core import Config, Core
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import FoldSnapshot

@@ -15,9 +15,9 @@ from actor_kit import DEADLINE_S, cursor, in_thread, results, until
 
 import foldlog
 from foldlog import Changed, CursorExpired, Delete, Ended, Lagged, Put, Synced
-from foldlog.actors import delivery as delivery_module
-from foldlog.actors import dispatcher as dispatcher_module
-from foldlog.actors import ring as ring_module
+from foldlog.actors.feeds import delivery as delivery_module
+from foldlog.actors.feeds import dispatcher as dispatcher_module
+from foldlog.actors.feeds import ring as ring_module
 
 Open = Callable[..., foldlog.Store]
 

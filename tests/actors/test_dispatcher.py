@@ -17,11 +17,11 @@ from counting import usual, work_of
 
 import foldlog
 from foldlog import Changed, Ended, FoldSnapshot, Put, Synced
-from foldlog.actors import dispatcher as dispatcher_module
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.delivery import _Sending
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.ring import Group
+from foldlog.actors.feeds import dispatcher as dispatcher_module
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.delivery import _Sending
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.ring import Group
 from foldlog.protocol.updates import encode_batch
 
 Open = Callable[..., foldlog.Store]
@@ -138,7 +138,7 @@ def test_an_actor_whose_mailbox_raises_is_unsubscribed_and_the_others_are_served
 def test_an_actor_whose_prefix_is_untouched_for_longer_than_the_ring_holds_misses_nothing(
     crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 8)
+    monkeypatch.setattr("foldlog.actors.feeds.ring.RING_GROUPS", 8)
     store = open_store(sync="never")
     asleep = crowd.start()
     delivery = store.subscribe(asleep, "rare/")
@@ -363,7 +363,7 @@ def test_a_dispatcher_whose_place_is_gone_and_who_has_none_to_go_to_sleeps(
 ):
     """All unsubscribed while it was behind, and the next one came before the next group. It looked
     again and again, without a pause."""
-    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 2)
+    monkeypatch.setattr("foldlog.actors.feeds.ring.RING_GROUPS", 2)
     feeds, fold = Feeds(), FoldSnapshot.empty()
     bookmark, other = Bookmark(), Bookmark()
     feeds.add(other)

@@ -19,7 +19,7 @@ from foldlog import (
     StoreFailed,
     WriterCrashed,
 )
-from foldlog.actors.requests import WriteRequest
+from foldlog.actors.store.requests import WriteRequest
 from foldlog.testing import Fault, FaultyFiles
 
 

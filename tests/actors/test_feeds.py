@@ -32,11 +32,11 @@ from foldlog import (
     Watch,
     WatchCursor,
 )
-from foldlog.actors import ring as ring_module
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.ring import Group
-from foldlog.actors.subscription import Subscription
+from foldlog.actors.feeds import ring as ring_module
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.ring import Group
+from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 

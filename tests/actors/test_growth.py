@@ -13,8 +13,8 @@ from actor_kit import DEADLINE_S, cursor, in_thread, read_back, until
 
 import foldlog
 from foldlog import Backpressure, Put
-from foldlog.actors import compactor as compactor_module
-from foldlog.actors.writer import Writer
+from foldlog.actors.store import compactor as compactor_module
+from foldlog.actors.store.writer import Writer
 from foldlog.storage.engines.append_log.engine import log_limit
 from foldlog.testing import Fault, FaultyFiles
 

@@ -158,7 +158,7 @@ def test_closing_from_a_thread_of_the_store_returns_at_once_and_closes(
         gate.open()
         assert future.result(DEADLINE_S) == 2
     else:
-        from foldlog.actors.readers import Reader
+        from foldlog.actors.store.readers import Reader
 
         monkeypatch.setattr(Reader, "_answer", lambda self, message: close())
         store.reader.ask(Get("k"), timeout=DEADLINE_S)

@@ -35,7 +35,7 @@ from foldlog import (
     VersionMismatch,
     VersionToken,
 )
-from foldlog.actors.readers import Reader
+from foldlog.actors.store.readers import Reader
 
 # Local writes.
 

@@ -13,9 +13,9 @@ import pytest
 from actor_kit import DEADLINE_S, batch, cursor, in_thread, read_back, until
 
 from foldlog import State, StoreFailed
-from foldlog.actors import supervisor as supervisor_module
-from foldlog.actors.answers import Answer
-from foldlog.actors.supervisor import LATE_S, StuckClock, lateness_s, next_restart_delay_s
+from foldlog.actors.base.answers import Answer
+from foldlog.actors.store import supervisor as supervisor_module
+from foldlog.actors.store.supervisor import LATE_S, StuckClock, lateness_s, next_restart_delay_s
 
 
 def test_time_for_which_the_process_stood_still_does_not_count():

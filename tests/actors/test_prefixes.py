@@ -8,11 +8,11 @@ import pytest
 from actor_kit import cursor
 
 from foldlog import FoldSnapshot, Put
-from foldlog.actors import ring as ring_module
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.ring import Group, Place
-from foldlog.actors.subscription import Subscription
+from foldlog.actors.feeds import ring as ring_module
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.ring import Group, Place
+from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.events import Changed, Event, Lagged
 from foldlog.protocol.updates import encode_batch
 

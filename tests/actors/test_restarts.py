@@ -15,7 +15,7 @@ from foldlog import (
     StoreFailed,
     StoreLocked,
 )
-from foldlog.actors.supervisor import MAX_DELAY_S, PERMANENT, next_restart_delay_s
+from foldlog.actors.store.supervisor import MAX_DELAY_S, PERMANENT, next_restart_delay_s
 
 # The rule.
 
@@ -63,7 +63,7 @@ def test_what_a_restart_cannot_mend_is_not_restarted(kind):
 
 def test_a_close_is_heard_during_the_back_off(open_store, path, steps, monkeypatch):
     monkeypatch.setattr(
-        "foldlog.actors.supervisor.next_restart_delay_s", lambda *_, **__: 10 * DEADLINE_S
+        "foldlog.actors.store.supervisor.next_restart_delay_s", lambda *_, **__: 10 * DEADLINE_S
     )
     store = open_store()
     store.apply(batch(1), cursor(1))

@@ -14,11 +14,11 @@ from actor_kit import cursor
 from counting import Work, usual, work_of
 
 from foldlog import Changed, FoldSnapshot, Lagged, Put, Synced
-from foldlog.actors import ring as ring_module
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.ring import Cell, Group, Lost
-from foldlog.actors.subscription import Subscription
+from foldlog.actors.feeds import ring as ring_module
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.ring import Cell, Group, Lost
+from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.updates import Batch, encode_batch
 
 

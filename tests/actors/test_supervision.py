@@ -27,8 +27,8 @@ from foldlog import (
     StoreLocked,
     WriterCrashed,
 )
-from foldlog.actors.supervisor import Supervisor
-from foldlog.actors.writer import Writer
+from foldlog.actors.store.supervisor import Supervisor
+from foldlog.actors.store.writer import Writer
 
 
 def test_bad_arguments_are_answered_and_the_actor_lives_on(open_store, steps):

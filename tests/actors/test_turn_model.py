@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from foldlog.actors.adapter import may_work
+from foldlog.actors.base.adapter import may_work
 
 WRITER, STOP = "writer", "stop"
 Callers = tuple[tuple[str, ...], ...]

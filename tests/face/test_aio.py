@@ -257,7 +257,7 @@ def test_a_watch_goes_on_from_a_cursor_or_says_that_it_cannot(run: Any, path: Pa
 
 
 def test_a_watch_that_is_too_slow_is_told_that_it_lagged(run: Any, path: Path, monkeypatch: Any):
-    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 8)
+    monkeypatch.setattr("foldlog.actors.feeds.ring.RING_GROUPS", 8)
 
     async def main() -> None:
         async with aio.open(path, sync="never") as store, store.watch() as watch:

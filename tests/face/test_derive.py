@@ -16,7 +16,7 @@ from interrupts import At, Struck, strike
 
 import foldlog
 from foldlog import Delete, FoldSnapshot, Put, RequestTimeout, StoreClosed, Update
-from foldlog.actors.answers import Answer
+from foldlog.actors.base.answers import Answer
 from foldlog.testing import crash_at
 
 Pairs = dict[str, bytes]
@@ -95,7 +95,7 @@ def test_the_value_always_belongs_to_the_snapshot_beside_it(path: Path):
 
 
 def test_it_is_built_anew_after_a_lag(path: Path, monkeypatch: Any):
-    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 3)
+    monkeypatch.setattr("foldlog.actors.feeds.ring.RING_GROUPS", 3)
     began, go_on = threading.Event(), threading.Event()
 
     def slow(value: Pairs, updates: Sequence[Update]) -> Pairs:

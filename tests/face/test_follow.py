@@ -34,9 +34,9 @@ from foldlog import (
     Synced,
     WatchCursor,
 )
-from foldlog.actors import filewatch
-from foldlog.actors import follower as follower_module
-from foldlog.actors.filewatch import FileWatch
+from foldlog.actors.following import filewatch
+from foldlog.actors.following import follower as follower_module
+from foldlog.actors.following.filewatch import FileWatch
 
 Open = Callable[..., foldlog.Store]
 Follow = Callable[..., foldlog.Follower]

@@ -11,7 +11,7 @@ from actor_kit import until
 
 import foldlog
 from foldlog import FollowerState, Put, Restart, State
-from foldlog.actors.core import Config
+from foldlog.actors.store.core import Config
 from foldlog.health import Status, follower_health, store_health
 from foldlog.testing import Fault, FaultyFiles, crash_at
 

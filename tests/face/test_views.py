@@ -343,7 +343,7 @@ def test_a_watch_tells_decoded_changes_and_outlives_a_value_that_is_broken(path:
 
 
 def test_a_watch_of_a_view_that_falls_behind_is_told_so(path: Path, monkeypatch: Any):
-    monkeypatch.setattr("foldlog.actors.ring.RING_GROUPS", 4)
+    monkeypatch.setattr("foldlog.actors.feeds.ring.RING_GROUPS", 4)
     with foldlog.open(path) as store:
         view = foldlog.view(store, "raw")
         with view.watch() as watch:

@@ -36,7 +36,7 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
-from foldlog.actors.internal import CheckFile, Heal
+from foldlog.actors.store.internal import CheckFile, Heal
 from foldlog.storage.log.files import Files
 
 DEADLINE_S = 20.0

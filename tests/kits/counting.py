@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from foldlog import Store
-from foldlog.actors.adapter import Inbox, Mail
+from foldlog.actors.base.adapter import Inbox, Mail
 from foldlog.storage.fold import delta, leaf
 from foldlog.storage.fold.leaf import Columns
 from foldlog.storage.formats.foldlog import writer

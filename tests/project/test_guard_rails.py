@@ -32,11 +32,11 @@ from counting import (
 
 import foldlog
 from foldlog import AppendLogSnapshot, Changed, Delete, Put, Synced, Update, VersionToken
-from foldlog.actors import ring
-from foldlog.actors.adapter import Mail
-from foldlog.actors.follower import FollowerThread, busy_pause_s
-from foldlog.actors.requests import WriteRequest
-from foldlog.actors.syncer import Syncer
+from foldlog.actors.base.adapter import Mail
+from foldlog.actors.feeds import ring
+from foldlog.actors.following.follower import FollowerThread, busy_pause_s
+from foldlog.actors.store.requests import WriteRequest
+from foldlog.actors.store.syncer import Syncer
 from foldlog.protocol.frames import FRAME_OVERHEAD
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import SLICE, batches_body, encode_batch

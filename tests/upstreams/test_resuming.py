@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from foldlog.actors.resuming import (
+from foldlog.actors.link.resuming import (
     Audit,
     Held,
     Plan,

@@ -11,7 +11,7 @@ from upstream_kit import EtcdSource, LogSource, NatsSource, opened, same, until
 
 import foldlog
 from foldlog import Changed, Delete, LinkState, MirrorReadOnly, Put, Synced, WatchCursor
-from foldlog.actors import attachment
+from foldlog.actors.link import attachment
 from foldlog.upstreams import etcd as etcd_upstream
 
 

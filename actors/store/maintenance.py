@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
-from foldlog.actors.core import Core
-from foldlog.actors.internal import CompactJob, ExportJob, LetGo, Rewritten
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
+from foldlog.actors.store.core import Core
+from foldlog.actors.store.internal import CompactJob, ExportJob, LetGo, Rewritten
 from foldlog.protocol.engine import Cancelled, Compaction, Snapshot
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
 

@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 
 import pykka
 
-from foldlog.actors.answers import Reply
-from foldlog.actors.mailbox import STOP as STOP
-from foldlog.actors.mailbox import Inbox as Inbox
-from foldlog.actors.mailbox import Mail as Mail
-from foldlog.actors.mailbox import answer_error as answer_error
-from foldlog.actors.mailbox import reply as reply
-from foldlog.actors.mailbox import stop_only as stop_only
+from foldlog.actors.base.answers import Reply
+from foldlog.actors.base.mailbox import STOP as STOP
+from foldlog.actors.base.mailbox import Inbox as Inbox
+from foldlog.actors.base.mailbox import Mail as Mail
+from foldlog.actors.base.mailbox import answer_error as answer_error
+from foldlog.actors.base.mailbox import reply as reply
+from foldlog.actors.base.mailbox import stop_only as stop_only
 from foldlog.protocol.errors import FoldlogError
 from foldlog.storage.handover import RECHECK_S, discard, is_below, is_over
 

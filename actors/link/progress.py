@@ -7,7 +7,7 @@ import enum
 import time
 from dataclasses import dataclass
 
-from foldlog.actors.adapter import log
+from foldlog.actors.base.adapter import log
 from foldlog.storage.handover import Bell
 
 

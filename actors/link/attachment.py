@@ -11,11 +11,11 @@ import contextlib
 import inspect
 from collections.abc import AsyncGenerator, Iterable
 
-from foldlog.actors.auditing import Auditor, can_audit, version_and_value
-from foldlog.actors.intake import Intake, LinkConfig, Sink
-from foldlog.actors.progress import LinkState, Progress
-from foldlog.actors.resuming import Held, Plan, Step, confirms, mark_of, plan, scoped_origin
-from foldlog.actors.tail import Tail
+from foldlog.actors.link.auditing import Auditor, can_audit, version_and_value
+from foldlog.actors.link.intake import Intake, LinkConfig, Sink
+from foldlog.actors.link.progress import LinkState, Progress
+from foldlog.actors.link.resuming import Held, Plan, Step, confirms, mark_of, plan, scoped_origin
+from foldlog.actors.link.tail import Tail
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Put, Update
 from foldlog.protocol.upstream import (

@@ -20,10 +20,10 @@ from typing import Any, cast
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent
 
-from foldlog.actors.adapter import log, start_aside
-from foldlog.actors.answers import Answer
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.filewatch import FileWatch
+from foldlog.actors.base.adapter import log, start_aside
+from foldlog.actors.base.answers import Answer
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.following.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError, RequestTimeout
 from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.tokens import WatchCursor

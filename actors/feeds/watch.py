@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from foldlog.actors.subscription import Subscription
+from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.events import Event
 
 

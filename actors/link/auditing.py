@@ -13,11 +13,11 @@ import inspect
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 
-from foldlog.actors.adapter import log
-from foldlog.actors.intake import Intake, LinkConfig, Sink
-from foldlog.actors.progress import Progress
-from foldlog.actors.resuming import Audit, audit_delay_s, next_audit_s
-from foldlog.actors.tail import Tail
+from foldlog.actors.base.adapter import log
+from foldlog.actors.link.intake import Intake, LinkConfig, Sink
+from foldlog.actors.link.progress import Progress
+from foldlog.actors.link.resuming import Audit, audit_delay_s, next_audit_s
+from foldlog.actors.link.tail import Tail
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Put, Update
 from foldlog.protocol.upstream import (

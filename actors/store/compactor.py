@@ -11,10 +11,10 @@ import copy
 import time
 from collections.abc import Callable
 
-from foldlog.actors.adapter import Inbox, Mail, log
-from foldlog.actors.core import Core, State
-from foldlog.actors.internal import CompactJob, LetGo, Rewritten
-from foldlog.actors.requests import CompactRequest
+from foldlog.actors.base.adapter import Inbox, Mail, log
+from foldlog.actors.store.core import Core, State
+from foldlog.actors.store.internal import CompactJob, LetGo, Rewritten
+from foldlog.actors.store.requests import CompactRequest
 from foldlog.protocol.engine import Compaction, Engine, check_failure
 from foldlog.protocol.errors import FoldlogError
 from foldlog.protocol.options import COMPACT_THRESHOLD

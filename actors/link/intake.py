@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from foldlog.actors.adapter import log
-from foldlog.actors.core import Restart
-from foldlog.actors.progress import Progress
-from foldlog.actors.resuming import may_delete
+from foldlog.actors.base.adapter import log
+from foldlog.actors.link.progress import Progress
+from foldlog.actors.link.resuming import may_delete
+from foldlog.actors.store.core import Restart
 from foldlog.protocol.errors import Backpressure
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import (

@@ -6,10 +6,10 @@ import contextlib
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileMovedEvent
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
-from foldlog.actors.core import Core
-from foldlog.actors.filewatch import FileWatch
-from foldlog.actors.internal import CheckFile, Heal, Look
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
+from foldlog.actors.following.filewatch import FileWatch
+from foldlog.actors.store.core import Core
+from foldlog.actors.store.internal import CheckFile, Heal, Look
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError
 from foldlog.storage.fold.snapshot import ClosedFold
 

@@ -15,10 +15,10 @@ import time
 from collections import deque
 from typing import Protocol
 
-from foldlog.actors.adapter import log, start_aside
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.prefixes import PrefixIndex, listed
-from foldlog.actors.ring import Cell, Group, Place, Ring
+from foldlog.actors.base.adapter import log, start_aside
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.prefixes import PrefixIndex, listed
+from foldlog.actors.feeds.ring import Cell, Group, Place, Ring
 
 CHECK_S = 1.0
 """How long it may take to notice, while no events come, that an actor is dead."""

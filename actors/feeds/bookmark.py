@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Sized
 
-from foldlog.actors.prefixes import PrefixIndex, Spot
-from foldlog.actors.ring import Cell, Group, Lost, Place, Ring
+from foldlog.actors.feeds.prefixes import PrefixIndex, Spot
+from foldlog.actors.feeds.ring import Cell, Group, Lost, Place, Ring
 from foldlog.protocol.engine import Snapshot
 from foldlog.storage.handover import RECHECK_S, Wakeup
 

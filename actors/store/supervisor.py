@@ -62,7 +62,7 @@ from collections.abc import Sequence
 from concurrent.futures import InvalidStateError
 from typing import NamedTuple
 
-from foldlog.actors.adapter import (
+from foldlog.actors.base.adapter import (
     STOP,
     DiedInTurn,
     Ended,
@@ -72,12 +72,12 @@ from foldlog.actors.adapter import (
     SupervisedActor,
     log,
 )
-from foldlog.actors.answers import Answer
-from foldlog.actors.core import Core, Restart, State
-from foldlog.actors.maintenance import Maintenance
-from foldlog.actors.readers import Reader, ReaderInbox
-from foldlog.actors.syncer import Syncer
-from foldlog.actors.writer import Writer
+from foldlog.actors.base.answers import Answer
+from foldlog.actors.store.core import Core, Restart, State
+from foldlog.actors.store.maintenance import Maintenance
+from foldlog.actors.store.readers import Reader, ReaderInbox
+from foldlog.actors.store.syncer import Syncer
+from foldlog.actors.store.writer import Writer
 from foldlog.protocol.errors import (
     CorruptLogError,
     ForeignFileError,

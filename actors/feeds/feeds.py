@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.dispatcher import Dispatcher
-from foldlog.actors.past import LogPast, Past
-from foldlog.actors.prefixes import PrefixIndex, listed
-from foldlog.actors.ring import Group, Ring
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.dispatcher import Dispatcher
+from foldlog.actors.feeds.past import LogPast, Past
+from foldlog.actors.feeds.prefixes import PrefixIndex, listed
+from foldlog.actors.feeds.ring import Group, Ring
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.updates import Batch, DecodedBatch

@@ -14,11 +14,11 @@ from __future__ import annotations
 import copy
 import time
 
-from foldlog.actors.adapter import Inbox, Mail, Post, SharedActor, is_own_fault, log
-from foldlog.actors.compactor import Compactor
-from foldlog.actors.core import Core, no_step
-from foldlog.actors.internal import CheckFile, ExportJob, Heal, Rewritten
-from foldlog.actors.requests import (
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor, is_own_fault, log
+from foldlog.actors.store.compactor import Compactor
+from foldlog.actors.store.core import Core, no_step
+from foldlog.actors.store.internal import CheckFile, ExportJob, Heal, Rewritten
+from foldlog.actors.store.requests import (
     CompactRequest,
     ExportRequest,
     Request,

@@ -34,13 +34,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from foldlog.actors.adapter import log, start_aside
-from foldlog.actors.answers import Answer
-from foldlog.actors.attachment import Attachment
-from foldlog.actors.core import Restart
-from foldlog.actors.intake import HookFailed, Intake, LinkConfig, Sink
-from foldlog.actors.progress import LinkState, LinkStats, Progress
-from foldlog.actors.resuming import retry_delay_s
+from foldlog.actors.base.adapter import log, start_aside
+from foldlog.actors.base.answers import Answer
+from foldlog.actors.link.attachment import Attachment
+from foldlog.actors.link.intake import HookFailed, Intake, LinkConfig, Sink
+from foldlog.actors.link.progress import LinkState, LinkStats, Progress
+from foldlog.actors.link.resuming import retry_delay_s
+from foldlog.actors.store.core import Restart
 from foldlog.protocol.errors import FoldlogError, StoreClosed
 from foldlog.protocol.upstream import (
     Closable,

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import TypeAlias
 
-from foldlog.actors.adapter import is_own_fault
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.past import Past
-from foldlog.actors.prefixes import PrefixIndex
-from foldlog.actors.ring import Group, Lost, Place
+from foldlog.actors.base.adapter import is_own_fault
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.past import Past
+from foldlog.actors.feeds.prefixes import PrefixIndex
+from foldlog.actors.feeds.ring import Group, Lost, Place
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.store.histogram import GROUP_BOUNDS, LATENCY_BOUNDS_S, Histogram
 from foldlog.protocol.engine import Engine, OpenReport, Snapshot
 from foldlog.protocol.options import (
     BACKEND,

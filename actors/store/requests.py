@@ -13,8 +13,8 @@ from typing import Any
 from pykka._envelope import Envelope
 from pykka.messages import _ActorStop
 
-from foldlog.actors.adapter import Inbox, Mail, log, reply
-from foldlog.actors.answers import Answer
+from foldlog.actors.base.adapter import Inbox, Mail, log, reply
+from foldlog.actors.base.answers import Answer
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch, check_forward
 from foldlog.protocol.messages import Apply, Compact, Export

@@ -10,10 +10,10 @@ from typing import Any
 import pykka
 from pykka._envelope import Envelope
 
-from foldlog.actors.adapter import log
-from foldlog.actors.bookmark import Bookmark
-from foldlog.actors.feeds import Feeds
-from foldlog.actors.subscription import Since, Subscription
+from foldlog.actors.base.adapter import log
+from foldlog.actors.feeds.bookmark import Bookmark
+from foldlog.actors.feeds.feeds import Feeds
+from foldlog.actors.feeds.subscription import Since, Subscription
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.events import Ended, Event
 from foldlog.storage.handover import Latch

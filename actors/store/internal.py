@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from foldlog.actors.requests import ExportRequest
+from foldlog.actors.store.requests import ExportRequest
 from foldlog.protocol.engine import Compaction, Export, Snapshot
 
 

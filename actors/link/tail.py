@@ -9,8 +9,8 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable
 
-from foldlog.actors.intake import Intake
-from foldlog.actors.progress import LinkState, Progress
+from foldlog.actors.link.intake import Intake
+from foldlog.actors.link.progress import LinkState, Progress
 from foldlog.protocol.upstream import Changes, Prefixes, Upstream
 
 

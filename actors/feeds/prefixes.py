@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from foldlog.actors.ring import Group, Place
+from foldlog.actors.feeds.ring import Group, Place
 
 T = TypeVar("T")
 
