@@ -267,7 +267,9 @@ class Writer(SharedActor):
     def _commit(self, requests: list[WriteRequest]) -> None:
         """Write the requests as one group, or as several where a refusal depends on a write."""
         while requests:
-            size, compactor = sum([request.weight for request in requests]), self._compactor
+            size, compactor = requests[0].weight, self._compactor
+            if len(requests) > 1:
+                size = sum([request.weight for request in requests])
             if compactor.running is not None:
                 compactor.hold_back(size)
             if compactor.failures and compactor.is_log_full(size):
