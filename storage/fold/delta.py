@@ -4,11 +4,12 @@ A run is a dict of changes, never modified once a fold holds it. Each batch beco
 Neighbouring runs are merged until each is at least four times as large as the next newer one, so
 that a record is copied about log4(n) times and a `get` probes a handful of dicts.
 
-A run that has grown to 32,768 changes settles into the delta. The delta consists of pieces of up
-to `PIECE_ENTRIES` changes, by key, and only pieces that a change falls into are copied. Settling is
-spread over the batches that follow, so that no batch waits while a whole delta is copied: that took
-130 ms with 700,000 changes. And no single call into C touches more entries than a run has: merging
-a million at once held the interpreter lock, and so stopped every thread, for 100 ms or more.
+A run that has grown to the size of the delta (8,192 to 32,768 changes) settles into it. The delta
+consists of pieces of up to `PIECE_ENTRIES` changes, by key, and only pieces that a change falls
+into are copied. Settling is spread over the batches that follow, so that no batch waits while a
+whole delta is copied: that took 130 ms with 700,000 changes. And no single call into C touches more
+entries than a run has: merging a million at once held the interpreter lock, and so stopped every
+thread, for 100 ms or more.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from foldlog.storage.fold.leaf import text_bytes
 
 MERGE_RATIO = 4
 SETTLE_ENTRIES = 32_768
-"""Changes of a run that settles. Each settling copies nearly every piece, so a quarter of this made
-batches of 100 take half as long again."""
+"""Changes of a run that settles, at most; at least a quarter, since many runs slow a `get` down.
+
+Each settling copies nearly every piece: settling a large delta in quarters made batches of 100 take
+half as long again.
+"""
 PIECE_ENTRIES = 1024
 COLLECTED_ENTRIES = 32_768
 STEP_ENTRIES = 256
@@ -117,7 +121,7 @@ class Delta:
         """
         self._done = done
         if settle_entries is None:
-            settle_entries = SETTLE_ENTRIES
+            settle_entries = min(max(SETTLE_ENTRIES // 4, sum(map(len, pieces))), SETTLE_ENTRIES)
         self.settle_entries = settle_entries
         """A run settles once it has this many changes."""
 

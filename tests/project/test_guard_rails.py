@@ -351,7 +351,7 @@ def test_a_hot_key_below_settled_changes_is_found_without_a_search(
     """Each get searched the pieces of the delta and then the cache of the base: 2.5 times the
     time of a get with nothing above the base."""
     snap = open_log(entries)
-    changes = puts(range(100, 100 + delta.SETTLE_ENTRIES), 0)
+    changes = puts(range(100, 99 + delta.SETTLE_ENTRIES // 4), 0)
     snap.apply([*changes, Delete(key(3))], cursor(2))
     changed, below = key(150), key(5)
     first = [snap.get(changed), snap.get(below)]

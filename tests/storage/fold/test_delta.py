@@ -169,14 +169,14 @@ def test_a_change_is_copied_a_bounded_number_of_times(monkeypatch, size):
 
 def test_no_run_or_piece_outgrows_what_one_call_may_touch():
     fold = FoldSnapshot.empty()
-    updates = [Put(f"{n:06}", b"v", VersionToken.unknown()) for n in range(66_000)]
+    updates = [Put(f"{n:06}", b"v", VersionToken.unknown()) for n in range(90_000)]
     fold = fold.with_batch(encode_batch(updates, WatchCursor.none()).changes, 1, WatchCursor.none())
     *pieces, settling = fold.delta
     assert len(pieces) == len(fold.delta) > 50
     assert all(len(piece) <= delta.PIECE_ENTRIES for piece in pieces)
     assert len(settling) <= 2 * delta.SETTLE_ENTRIES
     assert sum(map(len, fold.runs)) < 2 * delta.SETTLE_ENTRIES
-    assert len(fold) == 66_000
+    assert len(fold) == 90_000
 
 
 @given(st.lists(changes, max_size=30), keys, keys | st.none())
