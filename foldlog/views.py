@@ -97,6 +97,8 @@ class _Values(Generic[T]):
         else:
             try:
                 value = self.codec.decode(raw)
+            except MemoryError:  # says nothing about the value
+                raise
             except Exception as error:
                 raise DecodeError(key, entry.version, error) from error
         if keep:
@@ -267,6 +269,8 @@ class View(Mapping[str, T]):
             raw = self._values.codec.encode(value)
             if not isinstance(raw, bytes):
                 raise TypeError(f"the codec made {type(raw).__name__}, not bytes")
+        except MemoryError:
+            raise
         except Exception as error:
             raise EncodeError(key, error) from error
         return raw

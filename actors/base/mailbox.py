@@ -22,7 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import Empty, Full, SimpleQueue
 from typing import Any
 
 from pykka._envelope import Envelope
@@ -335,7 +335,7 @@ def reply(mail: Mail, value: Any = None, error: Exception | None = None) -> None
     """Answer an `ask`, once."""
     if mail.reply_to is None:
         return
-    with contextlib.suppress(Exception):  # queue.Full: it was answered already
+    with contextlib.suppress(Full):  # it was answered already
         if error is None:
             mail.reply_to.set(value)
         else:

@@ -53,9 +53,13 @@ def needs_extra() -> Iterator[None]:
 
 
 def refuse_directory(log: Path, why: str) -> None:
-    """InvalidFormatError for a command that only works on logs."""
-    if log.is_dir():
-        raise InvalidFormatError(log, 0, f"is a directory, not a log: {why}")
+    """For a command that only works on logs: InvalidFormatError for a database, IsADirectoryError
+    for another directory."""
+    if not log.is_dir():
+        return
+    if "CURRENT" not in os.listdir(log):
+        raise IsADirectoryError(errno.EISDIR, "is a directory, not a log", str(log))
+    raise InvalidFormatError(log, 0, f"is a RocksDB database, not a log: {why}")
 
 
 def refuse_format(log: Path, format_name: FormatName | None) -> None:

@@ -13,6 +13,7 @@ import click
 
 from foldlog.actors.feeds.subscription import Since
 from foldlog.actors.following.follower import FollowerState
+from foldlog.cli import database
 from foldlog.cli.args import log_argument, utf8
 from foldlog.cli.show import (
     counted,
@@ -82,6 +83,7 @@ def tail(log: Path, prefix: str, since: WatchCursor | None, as_json: bool, no_fo
     """
     if no_follow:
         OS_FILES.stat(resolve(log))  # FileNotFoundError instead of an empty state
+    database.refuse_directory(log, "a database cannot be followed")
     with follow(log) as follower:
         for event in _events(follower, prefix, since):
             sys.stdout.write((_json_line(event) if as_json else _text_line(event)) + "\n")
@@ -91,6 +93,7 @@ def tail(log: Path, prefix: str, since: WatchCursor | None, as_json: bool, no_fo
 
 def follow_key(log: Path, key: str, as_json: bool) -> None:
     """Print the value of a key, then again at each change, until Ctrl-C."""
+    database.refuse_directory(log, "a database cannot be followed")
     with follow(log) as follower:
         last: KvEntry | None = None
         for event in _events(follower, key, None):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from foldlog.actors.following.follower import FollowerState
+from foldlog.cli import database
 from foldlog.cli.args import log_argument
 from foldlog.cli.keyboard import Keyboard
 from foldlog.cli.show import op_text, printable, size_text, token_json
@@ -258,6 +259,7 @@ def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
     """
     if once:
         OS_FILES.stat(resolve(log))  # FileNotFoundError instead of an empty picture
+    database.refuse_directory(log, "a database cannot be followed")
     with follow(log) as follower:
         live = not (once or as_json) and sys.stdout.isatty() and not _is_dumb()
         with Keyboard() if live else nullcontext() as keyboard:

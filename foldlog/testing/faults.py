@@ -115,7 +115,7 @@ class FaultyFiles(Files):
         self.total = 0
         self.fired: list[Call] = []
         """The calls that failed."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may close a file within a call
 
     def arm(self, *faults: Fault) -> None:
         """Reset the counts, and fail these calls instead."""

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from actor_kit import DEADLINE_S, in_thread
 from faultkit import batch, fold_of, view
 
 import foldlog
@@ -17,6 +18,7 @@ from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.testing import (
     OPERATIONS,
     STEPS,
+    Call,
     CrashFiles,
     Fault,
     FaultyFiles,
@@ -34,7 +36,7 @@ CANNOT_FAIL = {"exists"}
 
 def test_the_steps_are_those_that_the_actors_pass() -> None:
     passed = set()
-    for file in (ROOT / "actors").glob("*.py"):
+    for file in (ROOT / "actors").rglob("*.py"):
         passed |= set(re.findall(r'_?step\("([a-z_.]+)"\)', file.read_text(encoding="utf-8")))
     assert passed == set(STEPS)
 
@@ -71,6 +73,28 @@ def test_a_fault_without_an_operation_counts_all_calls(path: Path) -> None:
         files.sync(fd)
     files.close(fd)
     assert files.fired[0].operation == "sync"
+
+
+def test_a_finalizer_that_closes_a_file_within_a_call_does_not_wait_for_that_call(
+    path: Path,
+) -> None:
+    """Garbage was collected while a call was counted; closing a file in it waited for ever."""
+    files = FaultyFiles()
+    fd, other = files.create(path), files.create(path.with_name("other"))
+
+    class Collected:
+        operation = None
+
+        def hits(self, call: Call) -> bool:
+            if call.operation == "write":
+                files.close(other)
+            return False
+
+    files.faults = (Collected(),)  # type: ignore[assignment]
+    writing = in_thread(files.write, fd, b"1", 0)
+    assert writing.result(DEADLINE_S) == 1
+    assert files.counts["close"] == 1
+    files.close(fd)
 
 
 def test_arming_starts_the_count_anew_and_disarming_ends_it(path: Path) -> None:

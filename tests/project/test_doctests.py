@@ -64,7 +64,7 @@ def test_the_doors_of_the_library_have_examples() -> None:
         "foldlog.store.open",
         "foldlog.follow.follow",
         "foldlog.storage.engines.append_log.store.AppendLogSnapshot",
-        "foldlog.storage.fold.diff.diff",
+        "foldlog.storage.difference.diff",
         "foldlog.protocol.tokens.VersionToken",
         "foldlog.protocol.tokens.WatchCursor",
     } <= found
