@@ -100,8 +100,14 @@ class NatsSource:
             self.server.start()
         self.bucket, self._config, self._client_options = bucket, config, client or {}
         self.loop = Loop()
-        self.connect()
-        self.create()
+        try:
+            self.connect()
+            self.create()
+        except BaseException:
+            self.loop.close()
+            if self._is_own:
+                self.server.kill()
+            raise
 
     @property
     def url(self) -> str:

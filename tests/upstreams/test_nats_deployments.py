@@ -41,12 +41,16 @@ def certificates(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("openssl, which makes the certificates, is not installed")
     folder = tmp_path_factory.mktemp("certificates")
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    (folder / "extensions").write_text(  # all that Python 3.13 checks
+        "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\nsubjectKeyIdentifier=hash\n"
+        "authorityKeyIdentifier=keyid\nkeyUsage=digitalSignature,keyEncipherment\n"
+    )
     for command in (
-        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ca",
+        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ca "
+        "-addext keyUsage=critical,keyCertSign,cRLSign",
         "req -newkey rsa:2048 -nodes -keyout key.pem -out request -subj /CN=127.0.0.1",
         "x509 -req -in request -CA ca.pem -CAkey ca.key -CAcreateserial -out cert.pem -days 2 "
-        "-extfile san",
+        "-extfile extensions",
     ):
         subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
     return folder
