@@ -317,7 +317,7 @@ MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], Script, str]] = [
     ("mutant", "script", "sync"), MUTANTS, ids=lambda value: getattr(value, "__name__", value)
 )
 def test_the_campaign_fails_without_a_rule(folder, mutant, script, sync):
-    campaign = CrashCampaign(folder, limit=64, mutant=mutant)  # the states of the note count, too
+    campaign = CrashCampaign(folder, limit=96, mutant=mutant)  # the states of the note count, too
     try:
         script(campaign, sync)
     except (OSError, FoldlogError) as error:
