@@ -209,7 +209,10 @@ def test_commands_for_logs_only_say_so(database: Path, tmp_path: Path, command: 
     more = ("--output", tmp_path / "out") if command == "salvage" else ()
     result = run(command, database, *more)
     assert result.exit_code == 1
-    assert "is a directory" in result.stderr
+    assert "is a RocksDB database, not a log" in result.stderr
+    result = run(command, tmp_path, *more)
+    assert result.exit_code == 2
+    assert "is a directory, not a log" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["get", "info", "verify", "put", "convert"])
