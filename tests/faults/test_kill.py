@@ -23,6 +23,8 @@ import foldlog
 from foldlog import AppendLogSnapshot, RocksDbSnapshot, WatchCursor
 from foldlog.storage.repair.verify import verify_log
 
+pytestmark = pytest.mark.exhaustive
+
 TESTS = Path(__file__).resolve().parents[1] / "kits"
 STORY_BATCHES, TOGETHER = 12, 4  # as in killed.py
 TIMEOUT_S = 120

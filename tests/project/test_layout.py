@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import os
@@ -28,6 +29,9 @@ FILES = sorted(
 )
 
 
+parsed = functools.cache(ast.parse)
+
+
 def rung_of(module: str) -> int | None:
     """The rung of a module by its dotted name; None for one that is not ours."""
     parts = module.split(".")
@@ -43,7 +47,7 @@ def rung_of(module: str) -> int | None:
 def imported_modules(source: str, package: str) -> list[str]:
     """The dotted names of all modules imported anywhere in `source`, a module of `package`."""
     modules: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             modules += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -114,7 +118,7 @@ def imports_at_start(source: str, package: str, known: set[str]) -> set[str]:
     """The modules of `known` that are imported as a module with this source is: not within a
     function, and not for type checkers only."""
     found: set[str] = set()
-    bodies = [ast.parse(source).body]
+    bodies = [parsed(source).body]
     while bodies:
         for node in bodies.pop():
             if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
@@ -186,7 +190,7 @@ def foreign_writes(source: str) -> set[str]:
     """The underscore fields that a module writes of objects other than `self` and `cls`."""
     return {
         ast.unparse(node)
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.Attribute)
         and isinstance(node.ctx, ast.Store | ast.Del)
         and node.attr.startswith("_")
@@ -214,7 +218,7 @@ INSIDES_OF_A_FOLD = {"base", "delta", "runs", "spans", "span_columns"}
 def insides_read(source: str) -> list[str]:
     """Reads of what a fold is made of, but not calls of methods of the same name, nor `self`'s own
     fields."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     own = {"spans", "span_columns"}  # methods of the fold
     called = {
         id(node.func)
@@ -443,7 +447,7 @@ def test_no_actor_can_wait_for_a_lock_that_an_interrupted_caller_left_held():
     found = {
         str(file.relative_to(ROOT / "foldlog"))
         for file in FILES
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(parsed(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)
         and node.attr in LOCKS
         and isinstance(node.value, ast.Name)
