@@ -39,7 +39,7 @@ __all__ = ["NEW", "OLD", "History", "differences", "run"]
 READERS = 3
 BATCH = 500
 """Changes in a batch; a 60th of all changes, if that is less."""
-READ_FOR_S = 12.0
+READ_FOR_S = 9.0
 """Readers stop after this, so that the demo ends in time even on a slow machine."""
 SWITCH_S = 0.000_5
 """The interpreter's thread switch interval during the demo. With the default of 5 ms, the pauses
