@@ -10,12 +10,11 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgpack
 
 T = TypeVar("T")
-CodecName: TypeAlias = Literal["json", "msgpack", "raw", "pickle"]
 
 
 class Codec(Protocol[T]):

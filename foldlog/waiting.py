@@ -15,7 +15,6 @@ from foldlog.storage.handover import RECHECK_S, Wakeup
 
 SeqLike: TypeAlias = int | VersionToken
 """A batch's sequence: a number, or the version that `put` returned."""
-Reached: TypeAlias = Callable[[Snapshot], bool]
 
 WAIT_TIMEOUT_S = 30.0
 

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from foldlog.protocol.errors import ReentrantCall
 
@@ -49,12 +49,6 @@ def is_below(frame: object) -> bool:
             return True
         below = below.f_back
     return False
-
-
-class Endable(Protocol):
-    """Anything that ends, such as a future."""
-
-    def done(self) -> bool: ...
 
 
 class Bell:
@@ -113,10 +107,6 @@ class Latch:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until it is set, up to `timeout_s` (None: no limit). Returns False on a timeout."""
         return self._bell.wait_for(self.is_set, timeout_s)
-
-    def wait_with(self, other: Endable, timeout_s: float | None = None) -> bool:
-        """`wait`, or until `other` is done, which is noticed within `RECHECK_S`."""
-        return self._bell.wait_for(lambda: other.done() or self._is_set, timeout_s)
 
 
 class Wakeup:

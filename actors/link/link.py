@@ -1,13 +1,5 @@
 """The link: feeds a store from an upstream, on an event loop in a thread of its own.
 
-    link.py         the thread: attach, and what to do when that fails
-    attachment.py   one attachment: who is it, where to resume, load or replace
-    tail.py         the changes after the cursor
-    auditing.py     what no change told
-    intake.py       what is given to the store, and how
-    progress.py     what is reported
-    resuming.py     what is decided, as pure functions
-
 It survives every error:
 
 | what fails                  | what happens                       | what callers see              |

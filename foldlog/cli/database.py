@@ -57,9 +57,14 @@ def refuse_directory(log: Path, why: str) -> None:
     for another directory."""
     if not log.is_dir():
         return
-    if "CURRENT" not in os.listdir(log):
+    if not _holds_database(log):
         raise IsADirectoryError(errno.EISDIR, "is a directory, not a log", str(log))
     raise InvalidFormatError(log, 0, f"is a RocksDB database, not a log: {why}")
+
+
+def _holds_database(directory: Path) -> bool:
+    """True if it looks like RocksDB's, whatever its state."""
+    return "CURRENT" in os.listdir(directory)
 
 
 def refuse_format(log: Path, format_name: FormatName | None) -> None:
@@ -77,7 +82,7 @@ def is_database(path: Path) -> bool:
         with needs_extra():
             return look_at(path, create=False)
     except InvalidFormatError:
-        if "CURRENT" in os.listdir(path):
+        if _holds_database(path):
             raise
         reason = "is a directory, and no RocksDB database"
         raise IsADirectoryError(errno.EISDIR, reason, str(path)) from None
