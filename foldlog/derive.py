@@ -12,8 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from foldlog.actors.base.adapter import start_aside
 from foldlog.actors.base.answers import Answer
@@ -21,6 +20,7 @@ from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Group, Lost, Place
 from foldlog.follow import Follower
+from foldlog.protocol.closing import Closing
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import CursorLike
@@ -136,7 +136,7 @@ class _Worker(Generic[V]):
             raise StoreClosed(str(self.bookmark.ended))
 
 
-class Derived(Generic[V]):
+class Derived(Closing, Generic[V]):
     """Derived state, kept in step with its source. Any thread may read it. After `close`, it keeps
     its last value."""
 
@@ -192,17 +192,6 @@ class Derived(Generic[V]):
     def close(self) -> None:
         """Stop updating the value. Closing twice is fine."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _end(worker: _Worker[V]) -> None:

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from foldlog.actors.feeds.subscription import Since
 from foldlog.actors.feeds.watch import Watch
 from foldlog.codecs import Codec, codec_of
 from foldlog.follow import Follower
+from foldlog.protocol.closing import Closing
 from foldlog.protocol.errors import (
     DecodeError,
     EncodeError,
@@ -28,7 +28,7 @@ from foldlog.protocol.errors import (
     StoreClosed,
     VersionMismatch,
 )
-from foldlog.protocol.events import Changed, Lagged, Rewound, Synced
+from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -241,7 +241,10 @@ class View(Mapping[str, T]):
             raise TypeError(f"a {type(self._source).__name__} cannot be watched")
         return ViewWatch(self._source.watch(self.prefix, since), self)
 
-    def _decode_event(self, event: Changed) -> Decoded[T] | Removed | Undecodable:
+    def _decoded(self, event: Event | None) -> ViewEvent[T] | None:
+        """The event of a decoding watch for one of the store's."""
+        if not isinstance(event, Changed):
+            return event  # type: ignore[return-value]
         update = event.update
         if not isinstance(update, Put):
             return Removed(update.key, update.version, event.cursor, event.seq)
@@ -345,7 +348,7 @@ class _Seconds(Iterator[T]):
         return next(self._pairs)[1]
 
 
-class ViewWatch(Iterator[ViewEvent[T]]):
+class ViewWatch(Closing, Iterator[ViewEvent[T]]):
     """A `Watch` whose changes are decoded."""
 
     def __init__(self, watch: Watch, view: View[T]) -> None:
@@ -366,25 +369,11 @@ class ViewWatch(Iterator[ViewEvent[T]]):
     def next(self, timeout_s: float | None = None) -> ViewEvent[T] | None:
         """The next event; None if none comes within `timeout_s`, or the watch has ended (see
         `ended`)."""
-        event = self._watch.next(timeout_s)
-        if isinstance(event, Changed):
-            return self._view._decode_event(event)
-        return event  # type: ignore[return-value]
+        return self._view._decoded(self._watch.next(timeout_s))
 
     def close(self) -> None:
         """Stop watching. Any thread may call it."""
         self._watch.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @overload

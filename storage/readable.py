@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, TypeVar, cast, overload
+from typing import Any, NoReturn, Protocol, TypeVar, cast, overload
 
+from foldlog.protocol.closing import Closing
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
@@ -124,20 +123,5 @@ class Reads:
         raise TypeError("an open store cannot be pickled; open a follower in the other process")
 
 
-class Readable(Reads, ABC):
+class Readable(Reads, Closing):
     """An open store."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close the store. Closing twice is fine."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

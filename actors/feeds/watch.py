@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
 from foldlog.actors.feeds.subscription import Subscription
+from foldlog.protocol.closing import Closing
 from foldlog.protocol.events import Event
 
 
-class Watch:
+class Watch(Closing):
     """An iterator of events: the state or the changes since, one Synced, then changes as they come.
 
     One thread reads it. `next(timeout_s)` waits no longer than that. Iterating waits without limit,
@@ -53,14 +52,3 @@ class Watch:
         """Stop listening. Waiting events are dropped; a thread waiting for one returns. Any thread
         may call it."""
         self._subscription.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

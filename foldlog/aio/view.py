@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from foldlog.actors.feeds.subscription import Since
 from foldlog.aio.follower import AsyncFollower
 from foldlog.aio.store import AsyncStore
-from foldlog.aio.watch import AsyncWatch
+from foldlog.aio.watch import AsyncEvents, AsyncWatch
 from foldlog.protocol.errors import VersionMismatch
-from foldlog.protocol.events import Changed
 from foldlog.protocol.options import APPLY_TIMEOUT_S
 from foldlog.protocol.tokens import VersionToken
 from foldlog.views import View, ViewEvent, values_of
@@ -57,7 +54,7 @@ class AsyncView(View[T]):
         return self._source
 
 
-class AsyncViewWatch(AsyncIterator[ViewEvent[T]]):
+class AsyncViewWatch(AsyncEvents[ViewEvent[T]]):
     """An `AsyncWatch` whose changes are decoded."""
 
     def __init__(self, watch: AsyncWatch, view: AsyncView[T]) -> None:
@@ -69,33 +66,13 @@ class AsyncViewWatch(AsyncIterator[ViewEvent[T]]):
         """Why the watch ended; None while it goes on."""
         return self._watch.ended
 
-    async def __anext__(self) -> ViewEvent[T]:
-        event = await self.next()
-        if event is None:
-            raise StopAsyncIteration
-        return event
-
     async def next(self, timeout_s: float | None = None) -> ViewEvent[T] | None:
         """See `AsyncWatch.next`."""
-        event = await self._watch.next(timeout_s)
-        if isinstance(event, Changed):
-            return self._view._decode_event(event)
-        return event  # type: ignore[return-value]
+        return self._view._decoded(await self._watch.next(timeout_s))
 
     def close(self) -> None:
         """Stop watching."""
         self._watch.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def view(store: AsyncStore | AsyncFollower, codec: Any, prefix: str = "") -> AsyncView[Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import weakref
+from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
@@ -20,6 +21,7 @@ from foldlog.protocol.options import check_timeout
 from foldlog.storage.handover import Turns
 
 _getframe = sys._getframe
+E = TypeVar("E")
 CHUNK_EVENTS = 256
 """Events of a watch decoded at a time, off the loop."""
 SLICE_S = 0.002
@@ -35,7 +37,36 @@ class WatchedFace(Protocol):
     def _off_loop(self, run: Callable[[], None]) -> Awaitable[None]: ...
 
 
-class AsyncWatch(AsyncIterator[Event]):
+class AsyncEvents(AsyncIterator[E]):
+    """What asynchronous watches share. `async with` closes one."""
+
+    @abstractmethod
+    async def next(self, timeout_s: float | None = None) -> E | None:
+        """The next event; None if none comes within `timeout_s`, or the watch has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop watching."""
+
+    async def __anext__(self) -> E:
+        event = await self.next()
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncWatch(AsyncEvents[Event]):
     """An asynchronous iterator of events: see `Store.watch`. One task at a time reads it; `close`
     ends it."""
 
@@ -59,12 +90,6 @@ class AsyncWatch(AsyncIterator[Event]):
     def ended(self) -> str | None:
         """Why the watch ended; None while there may be events."""
         return None if self._events else self._over
-
-    async def __anext__(self) -> Event:
-        event = await self.next()
-        if event is None:
-            raise StopAsyncIteration
-        return event
 
     async def next(self, timeout_s: float | None = None) -> Event | None:
         """The next event; None if none comes within `timeout_s`, or the watch has ended (see
@@ -155,14 +180,3 @@ class AsyncWatch(AsyncIterator[Event]):
             self._subscription.close(over)
         elif self._bookmark is not None:
             self._bookmark.end(over, drop=True)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
