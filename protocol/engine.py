@@ -186,7 +186,25 @@ class Compaction(Protocol):
         """Abandon it, unless it is finished; the store is unchanged."""
 
 
-class Engine(Protocol):
+class Past(Protocol):
+    """What leads from one snapshot to another. Any thread may ask."""
+
+    def batches_since(
+        self, snapshot: Any, cursor: WatchCursor
+    ) -> Iterator[tuple[int, DecodedBatch]] | None:
+        """The batches that follow the first one at `cursor`, up to `snapshot`, with their
+        sequences.
+
+        None if they are no longer stored.
+        """
+
+    def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
+        """The updates that turn `old` into `new`: one for each key under `prefix` that differs,
+        ascending by key.
+        """
+
+
+class Engine(Past, Protocol):
     """A store that is open for writing, and its fold. Methods marked so may be called on any
     thread, the others only on the writer's.
 
@@ -304,20 +322,6 @@ class Engine(Protocol):
 
     def cache(self) -> CacheUse:
         """The memory for what was read from disk."""
-
-    def batches_since(
-        self, snapshot: Any, cursor: WatchCursor
-    ) -> Iterator[tuple[int, DecodedBatch]] | None:
-        """The batches that follow the first one at `cursor`, up to `snapshot`, with their
-        sequences. Any thread.
-
-        None if they are no longer stored.
-        """
-
-    def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
-        """The updates that turn `old` into `new`: one for each key under `prefix` that differs,
-        ascending by key.
-        """
 
     def close(self) -> None:
         """Sync, release everything, and end any snapshot that cannot outlive the engine.

@@ -4,7 +4,6 @@ bookmark.py      how far one subscriber has read, and how it is woken
 delivery.py      delivers events to an actor
 dispatcher.py    one thread that serves all subscribed actors
 feeds.py         tells subscribers of changes without delaying the writer
-past.py          what led from one snapshot to another
 prefixes.py      who sleeps until a key under a prefix changes
 ring.py          the last commit groups, once for all subscribers
 subscription.py  the events of one subscriber, in order

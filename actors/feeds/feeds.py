@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.dispatcher import Dispatcher
-from foldlog.actors.feeds.past import LogPast, Past
 from foldlog.actors.feeds.prefixes import PrefixIndex, listed
 from foldlog.actors.feeds.ring import Group, Ring
-from foldlog.protocol.engine import Snapshot
+from foldlog.protocol.engine import Past, Snapshot
 from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.updates import Batch, DecodedBatch
+from foldlog.storage.engines.append_log.past import LogPast
 
 
 class Waiter:

@@ -2,6 +2,7 @@
 
 engine.py  LogEngine: the log and its fold, kept in step, as the engine that a writer drives
 store.py   AppendLogSnapshot: the engine as a `SnapshotStore`, for one thread
+past.py    what led from one fold to another
 seat.py    opening a log, and reopening it after a crash
 """
 

@@ -6,22 +6,21 @@ import contextlib
 import os
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from foldlog.protocol.engine import CacheUse, Export, Held, Sizes
 from foldlog.protocol.errors import LogChangedError, LogPoisonedError
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
-from foldlog.protocol.updates import Batch, DecodedBatch, Delete, Put
+from foldlog.protocol.updates import Batch
 from foldlog.storage.artifacts.artifact import ExportManifest, export_fold
+from foldlog.storage.engines.append_log.past import LogPast
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
-from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.format import Progress, VerifyReport
 from foldlog.storage.formats.rewrite import Next, Rewrite, next_pass
-from foldlog.storage.log.backlog import batches_since
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
 from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
@@ -51,7 +50,7 @@ def log_limit(live_bytes: int, threshold_bytes: int) -> int:
     return max(LIMIT_FACTOR * (live_bytes + threshold_bytes), MIN_LIMIT)
 
 
-class LogEngine:
+class LogEngine(LogPast):
     """A log that is open for writing, and its fold."""
 
     def __init__(
@@ -235,18 +234,6 @@ class LogEngine:
         self._replaced = [entry for entry in self._replaced if entry[0]() is not None]
         if handle is not None:
             self._replaced.append((weakref.ref(handle), time.monotonic()))
-
-    def batches_since(
-        self, snapshot: FoldSnapshot, cursor: WatchCursor
-    ) -> Iterator[tuple[int, DecodedBatch]] | None:
-        """See `Engine`, and `backlog.batches_since`."""
-        return batches_since(snapshot, cursor)
-
-    def difference(
-        self, old: FoldSnapshot, new: FoldSnapshot, prefix: str = ""
-    ) -> Iterator[Put | Delete]:
-        """See `Engine`, and `diff`."""
-        return diff(old, new, prefix)
 
     def abandon(self, *, keep_lock: bool = False) -> None:
         """See `Engine`. `keep_lock`: keep the lock, to reopen the log."""

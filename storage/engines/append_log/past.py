@@ -1,9 +1,8 @@
-"""The past of snapshots: what led from one state to another."""
+"""The past of folds over a log, which each fold can reach by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
 
 from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.tokens import WatchCursor
@@ -13,32 +12,20 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.backlog import batches_since
 
 
-class Past(Protocol):
-    """What leads from one snapshot to another. See `Engine`."""
-
-    def batches_since(
-        self, snapshot: Any, cursor: WatchCursor
-    ) -> Iterator[tuple[int, DecodedBatch]] | None:
-        """See `Engine.batches_since`."""
-
-    def difference(self, old: Any, new: Any, prefix: str = "") -> Iterator[Put | Delete]:
-        """See `Engine.difference`."""
-
-
 class LogPast:
-    """The past of folds over a log, which each fold can reach by itself."""
+    """See `foldlog.protocol.engine.Past`. It needs no engine: a follower's folds have one, too."""
 
     def batches_since(
         self, snapshot: FoldSnapshot, cursor: WatchCursor
     ) -> Iterator[tuple[int, DecodedBatch]] | None:
-        """See `backlog.batches_since`."""
+        """See `Past`, and `backlog.batches_since`."""
         return batches_since(snapshot, cursor)
 
     def difference(
         self, old: FoldSnapshot, new: FoldSnapshot, prefix: str = ""
     ) -> Iterator[Put | Delete]:
-        """See `diff`. StoreClosed for snapshots of an engine that is closed, since they do not
-        outlive it."""
+        """See `Past`, and `diff`. StoreClosed for snapshots of an engine that is closed, since they
+        do not outlive it."""
         if not (isinstance(old, FoldSnapshot) and isinstance(new, FoldSnapshot)):
             raise StoreClosed("the store is closed")
         return diff(old, new, prefix)
