@@ -17,7 +17,6 @@ import hmac
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import time
@@ -30,6 +29,7 @@ from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
 from foldlog.protocol.options import FORMAT
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
+from foldlog.storage.artifacts.staging import staging
 from foldlog.storage.artifacts.strict_json import parse_object
 from foldlog.storage.fold.segments import Writable
 from foldlog.storage.formats.format import PRIVATE, Loaded, LogFormat, Progress
@@ -111,13 +111,8 @@ def export_fold(
     """
     FORMAT.check(format)
     kind = format_named(format)
-    dest = Path(os.path.abspath(dest_dir))
-    if files.exists(dest):
-        raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
-    stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")  # a unique name
     mode = 0o666 if source is None else PRIVATE
-    _make_dir(files, stage, source)
-    try:
+    with staging(files, dest_dir, lambda stage: _make_dir(files, stage, source)) as stage:
         payload = stage / kind.payload_path
         _make_dir(files, payload.parent, source)
         out = kind.new_file(files, payload, seq=fold.seq, mode=mode)
@@ -141,12 +136,6 @@ def export_fold(
         finally:
             files.close(fd)
         files.sync_dir(payload.parent)
-        files.sync_dir(stage)
-        files.rename_new(stage, dest)
-        files.sync_dir(dest.parent)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
     return manifest
 
 

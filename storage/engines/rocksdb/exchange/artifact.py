@@ -32,6 +32,7 @@ from foldlog.storage.artifacts.artifact import (
     ExportManifest,
     read_manifest,
 )
+from foldlog.storage.artifacts.staging import staging
 from foldlog.storage.engines.rocksdb.database.opening import binding
 from foldlog.storage.engines.rocksdb.database.record import GENERATION
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
@@ -59,12 +60,7 @@ def export(
     FileExistsError if `dest_dir` exists. Cost: a read of all files for the digests, and the space
     of those that are not linked: hardly any within one file system.
     """
-    dest = Path(os.path.abspath(dest_dir))
-    if OS_FILES.exists(dest):
-        raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
-    stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")
-    OS_FILES.make_dir(stage)
-    try:
+    with staging(OS_FILES, dest_dir, OS_FILES.make_dir) as stage:
         os.chmod(stage, stat.S_IMODE(os.stat(path).st_mode))  # no more permissive than the store
         checkpoint(stage / DATA)
         _drop_what_is_no_payload(stage / DATA)
@@ -76,12 +72,6 @@ def export(
             stage / MANIFEST_NAME, manifest, stat.S_IMODE(os.stat(stage).st_mode) & 0o666
         )
         OS_FILES.sync_dir(stage / DATA)
-        OS_FILES.sync_dir(stage)
-        OS_FILES.rename_new(stage, dest)
-        OS_FILES.sync_dir(dest.parent)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
     return manifest
 
 

@@ -1,0 +1,37 @@
+"""An artifact under construction: a directory that gets its name in one step."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from foldlog.storage.log.files import Files
+
+
+@contextmanager
+def staging(
+    files: Files, dest_dir: str | os.PathLike[str], make: Callable[[Path], object]
+) -> Iterator[Path]:
+    """A directory to fill, made by `make`. At the end of the block it is named `dest_dir`, durably.
+
+    The block syncs what it writes below the directory. FileExistsError if `dest_dir` exists. An
+    error leaves nothing, unless only the last step failed, which makes the name durable.
+    """
+    dest = Path(os.path.abspath(dest_dir))
+    if files.exists(dest):
+        raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
+    stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")  # a unique name
+    make(stage)
+    try:
+        yield stage
+        files.sync_dir(stage)
+        files.rename_new(stage, dest)
+        files.sync_dir(dest.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
