@@ -88,11 +88,11 @@ class Writer(SharedActor):
         assert self._engine is not None, "the writer has not started"
         return self._engine
 
-    # Starting and restarting.
-
     def _made_progress(self) -> None:
         """It waits for work that makes progress: it is not stuck."""
         self.busy_since = time.monotonic()
+
+    # Starting and restarting.
 
     def on_start(self) -> None:
         self._step("writer.start")
