@@ -74,7 +74,8 @@ def convert(log: Path, dest: Path, to: str, as_json: bool) -> None:
 def _format_of(log: Path) -> str:
     if database.is_database(log):
         return database.ROCKSDB
-    return format_of(ReadHandle(OS_FILES, resolve(log))).name
+    with ReadHandle(OS_FILES, resolve(log)) as handle:
+        return format_of(handle).name
 
 
 def _report(

@@ -67,16 +67,16 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
     Exit code 1 if anything does not verify.
     """
     database.refuse_directory(log, "a database has no frames")
-    handle = ReadHandle(OS_FILES, resolve(log))
-    size = OS_FILES.fstat(handle.fd).st_size
     damaged = False
-    for stretch in format_of(handle).walk(handle, size):
-        damaged |= stretch.is_damage
-        if as_json:
-            click.echo(json.dumps(as_fields(stretch, bodies)))
-        else:
-            for line in as_lines(stretch, bodies):
-                click.echo(line)
+    with ReadHandle(OS_FILES, resolve(log)) as handle:
+        size = OS_FILES.fstat(handle.fd).st_size
+        for stretch in format_of(handle).walk(handle, size):
+            damaged |= stretch.is_damage
+            if as_json:
+                click.echo(json.dumps(as_fields(stretch, bodies)))
+            else:
+                for line in as_lines(stretch, bodies):
+                    click.echo(line)
     if damaged:
         raise click.exceptions.Exit(_DAMAGED)
 

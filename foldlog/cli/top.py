@@ -136,10 +136,10 @@ class Watcher:
         """The file's size, the end of its base, and when it was last written. Reads the file only
         if it is new."""
         try:
-            handle = ReadHandle(OS_FILES, self._follower.path)
-            status = OS_FILES.fstat(handle.fd)
-            if self._base is None or self._base[0] != status.st_ino:
-                self._base = (status.st_ino, base_end(handle))
+            with ReadHandle(OS_FILES, self._follower.path) as handle:
+                status = OS_FILES.fstat(handle.fd)
+                if self._base is None or self._base[0] != status.st_ino:
+                    self._base = (status.st_ino, base_end(handle))
         except (OSError, FoldlogError):
             return None, None, None
         return status.st_size, self._base[1], status.st_mtime

@@ -79,13 +79,14 @@ class LogFile:
         with self._told():
             path = resolve(self.path)
             if not path.is_dir():
-                ReadHandle(OS_FILES, path)  # a follower would wait for a log that does not exist
+                ReadHandle(OS_FILES, path).close()  # a follower would wait for a missing log
             return follow(path)  # names what it refuses: a directory, another format
 
     def _identify(self, follower: Follower) -> Identity:
         with self._told():
             path = resolve(self.path)
-            header = read_header(ReadHandle(OS_FILES, path))
+            with ReadHandle(OS_FILES, path) as handle:
+                header = read_header(handle)
             fold = follower.snapshot()
         if follower.state is not FollowerState.FOLLOWING or fold.seq < header.base_seq:
             raise UpstreamLost(f"{self.path}: the follower is {follower.state}")

@@ -141,11 +141,11 @@ def export_fold(
 
 def _declare(files: Files, path: Path, name: str) -> ArtifactFile:
     """The manifest's entry for the file at `path`, which is `name` in the artifact."""
-    handle = ReadHandle(files, path)
-    size = files.fstat(handle.fd).st_size
     digest = blake3()
-    for at in range(0, size, _COPY_BYTES):
-        digest.update(handle.read(min(_COPY_BYTES, size - at), at))
+    with ReadHandle(files, path) as handle:
+        size = files.fstat(handle.fd).st_size
+        for at in range(0, size, _COPY_BYTES):
+            digest.update(handle.read(min(_COPY_BYTES, size - at), at))
     return ArtifactFile(name, size, digest.hexdigest())
 
 
@@ -202,30 +202,28 @@ def import_artifact(
     try:
         manifest, kind = stage_payload(files, artifact_dir, staged, progress)
         landing = format_named(format)
-        loaded = _check_payload(files, Path(artifact_dir), staged, kind, manifest.cursor)
-        lock.write(None)  # the watermark of an earlier log at this path does not apply to this one
-        reader = ReadHandle(files, staged)
-        if landing is kind:
-            drop_stale_origin(files, dest)
-            files.link_new(staged, dest)
-            files.sync_dir(dest.parent)
-        else:
-            source = files.access(reader.fd)
-            write_new(files, dest, loaded.fold, landing, progress, source=source)
-        lock.keep(reader.fd)
+        with ReadHandle(files, staged) as reader:
+            loaded = _check_payload(reader, Path(artifact_dir), kind, manifest.cursor)
+            lock.write(None)  # the watermark of an earlier log at this path is not this one's
+            if landing is kind:
+                drop_stale_origin(files, dest)
+                files.link_new(staged, dest)
+                files.sync_dir(dest.parent)
+            else:
+                source = files.access(reader.fd)
+                write_new(files, dest, loaded.fold, landing, progress, source=source)
+            lock.keep(reader.fd)
     finally:
         remove_quietly(files, staged)
         lock.release()
     return manifest
 
 
-def _check_payload(
-    files: Files, root: Path, staged: Path, kind: LogFormat, cursor: WatchCursor
-) -> Loaded:
+def _check_payload(staged: ReadHandle, root: Path, kind: LogFormat, cursor: WatchCursor) -> Loaded:
     """The staged log. ArtifactInvalidError unless it is valid, compact, and at the given cursor."""
     payload = root / kind.payload_path
     try:
-        loaded = kind.load(ReadHandle(files, staged))
+        loaded = kind.load(staged)
         _check_clean(loaded)
         kind.check_payload(loaded)
     except FoldlogError as error:

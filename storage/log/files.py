@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
 ACL = "system.posix_acl_access"
@@ -332,7 +332,11 @@ class Retiring:
 
 
 class ReadHandle:
-    """A file open for reading, shared by all its readers; closed when the last of them is gone."""
+    """A file open for reading, shared by all its readers; closed when the last of them is gone.
+
+    An open that fails must `close` it: the error's traceback counts as a reader. So must a with
+    block, at whose end nobody reads it any more.
+    """
 
     __slots__ = ("__weakref__", "fd", "files", "path")
 
@@ -345,10 +349,22 @@ class ReadHandle:
         """Exactly `size` bytes from `offset`. EOFError if the file is shorter."""
         return read_all(self.files, self.fd, size, offset)
 
+    def close(self) -> None:
+        """Close it now. Only if nobody else may still read it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                self.files.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:  # an interrupt may come before `fd` is set
-            with contextlib.suppress(OSError):
-                self.files.close(self.fd)
+            self.close()
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:

@@ -414,6 +414,11 @@ class Log:
             with contextlib.suppress(OSError):
                 self._close_file()
 
+    def discard(self, *, keep_lock: bool = False) -> None:
+        """`abandon` a log that nobody has read from: its file is closed for reading, too."""
+        self.file.handle.close()
+        self.abandon(keep_lock=keep_lock)
+
     def abandon(self, *, keep_lock: bool = False) -> None:
         """Close the log as a killed process would: no sync, no seal.
 

@@ -74,11 +74,11 @@ def open_log(
     try:
         if log.poison is None and not loaded.sealed and loaded.format.may_be_unsynced(loaded):
             log.sync()  # what a killed writer left may be in the page cache only
+        if not loaded.format.keeps_origin:
+            loaded.fold.origin = read_origin(files, path)
     except BaseException:
-        log.abandon(keep_lock=given_lock is not None)
+        log.discard(keep_lock=given_lock is not None)
         raise
-    if not loaded.format.keeps_origin:
-        loaded.fold.origin = read_origin(files, path)
     return log, loaded.fold, report
 
 
@@ -93,7 +93,7 @@ def _open_locked(
     sync_each: bool,
 ) -> tuple[Log, Loaded, OpenReport]:
     """Read the log, after creating it if it does not exist, and set a torn tail aside."""
-    fd = -1
+    fd, handle = -1, None
     try:
         created = not files.exists(path)
         if created and crashed is not None:
@@ -120,6 +120,8 @@ def _open_locked(
             log.poison = "an fsync failed in an earlier process"
         lock.keep(fd)
     except BaseException:
+        if handle is not None:
+            handle.close()
         if fd >= 0:
             files.close(fd)
         raise

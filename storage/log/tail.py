@@ -269,18 +269,25 @@ class Tail:
 
     def _open(self) -> _Opened:
         handle = ReadHandle(self._files, self._path)
+        try:
+            opened = self._open_as(handle)
+        except BaseException:
+            handle.close()
+            raise
+        self._refused = None
+        return opened
+
+    def _open_as(self, handle: ReadHandle) -> _Opened:
         stat = self._files.fstat(handle.fd)
         self.written_at = stat.st_mtime
         mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._refused is not None and self._refused[0] == mark:
             raise self._refused[1].with_traceback(None)
         try:
-            opened = self._load(handle, (stat.st_dev, stat.st_ino), stat.st_size)
+            return self._load(handle, (stat.st_dev, stat.st_ino), stat.st_size)
         except (CorruptLogError, InvalidFormatError, LogRegressedError) as error:
             self._refused = (mark, error)
             raise
-        self._refused = None
-        return opened
 
     def _load(self, handle: ReadHandle, inode: tuple[int, int], size: int) -> _Opened:
         header = read_own_header(handle)

@@ -117,12 +117,21 @@ def salvage_log(
     """
     if cursor not in ("safe", "last"):
         raise ValueError(f'cursor is "safe" or "last", not {cursor!r}')
-    handle = ReadHandle(files, resolve(source))
-    given = Path(os.path.abspath(output))
-    if files.exists(given):
-        raise FileExistsError(errno.EEXIST, "a salvage never overwrites", str(given))
-    dest = resolve(given)
+    with ReadHandle(files, resolve(source)) as handle:
+        given = Path(os.path.abspath(output))
+        if files.exists(given):
+            raise FileExistsError(errno.EEXIST, "a salvage never overwrites", str(given))
+        return _salvaged(handle, resolve(given), cursor, progress)
+
+
+def _salvaged(
+    handle: ReadHandle,
+    dest: Path,
+    cursor: Literal["safe", "last"],
+    progress: Progress | None,
+) -> SalvageReport:
     check_own_format(handle)
+    files = handle.files
     try:
         salvage = _Salvage(handle)
         salvage.find(progress)

@@ -24,7 +24,10 @@ def verify_log(
     be torn. Takes no lock, and works beside a writer. InvalidFormatError if the file is not a log,
     or of a newer format; OSError. Cost: about 1 us an entry, and reading the file.
     """
-    handle = source if isinstance(source, ReadHandle) else ReadHandle(files, resolve(source))
+    if not isinstance(source, ReadHandle):
+        with ReadHandle(files, resolve(source)) as handle:
+            return verify_log(handle, end=end, progress=progress)
+    handle = source
     size = handle.files.fstat(handle.fd).st_size if end is None else end
     return format_of(handle).check(handle, size, tail_may_be_torn=end is None, progress=progress)
 

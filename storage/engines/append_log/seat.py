@@ -36,7 +36,7 @@ class LogSeat:
             try:
                 _check_successor(engine, crashed)
             except FoldlogError:
-                engine.abandon(keep_lock=True)
+                engine.log.discard(keep_lock=True)
                 raise
         return engine
 

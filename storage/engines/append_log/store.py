@@ -108,7 +108,7 @@ class AppendLogSnapshot(Readable):
             if not engine.is_compact:
                 snap.report = _compacted_at_open(snap, progress, poisoned)
         except BaseException:
-            engine.log.abandon()
+            engine.log.discard()
             raise
         return snap.cursor(), snap
 

@@ -41,22 +41,22 @@ def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = No
     FileExistsError. Cost: 3 us an entry.
     """
     target = _free(dest)
-    source = ReadHandle(OS_FILES, resolve(log))
-    fold = load_intact(source).fold
-    staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        OS_FILES.make_dir(staged, 0o700)
-        engine = RocksDbEngine(staged, cache_bytes=_LOAD_CACHE_BYTES)
+    with ReadHandle(OS_FILES, resolve(log)) as source:
+        fold = load_intact(source).fold
+        staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
         try:
-            engine.load(fold.blocks(), fold.seq, fold.cursor(), progress)
+            OS_FILES.make_dir(staged, 0o700)
+            engine = RocksDbEngine(staged, cache_bytes=_LOAD_CACHE_BYTES)
+            try:
+                engine.load(fold.blocks(), fold.seq, fold.cursor(), progress)
+            finally:
+                engine.close()
+            with closing_fd(OS_FILES, OS_FILES.open_dir(staged)) as directory:
+                narrow(OS_FILES, directory, OS_FILES.access(source.fd), directory=True)
+            OS_FILES.rename_new(staged, target)
+            OS_FILES.sync_dir(target.parent)
         finally:
-            engine.close()
-        with closing_fd(OS_FILES, OS_FILES.open_dir(staged)) as directory:
-            narrow(OS_FILES, directory, OS_FILES.access(source.fd), directory=True)
-        OS_FILES.rename_new(staged, target)
-        OS_FILES.sync_dir(target.parent)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(staged, ignore_errors=True)
     return len(fold)
 
 

@@ -1,0 +1,106 @@
+"""A call that failed has no file open, even while somebody keeps its error.
+
+A failed `open` left its read handle to the finalizer, and the error's traceback referred to it:
+who logged the error later, or opened another store meanwhile, found the log still open.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from faultkit import MAX_CALLS
+
+import foldlog
+from foldlog import AppendLogSnapshot, FoldlogError, Put, WatchCursor
+from foldlog.storage.repair.salvage import salvage_log
+from foldlog.storage.repair.verify import verify_log
+from foldlog.testing import Fault, FaultyFiles
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def open_in(folder: Path) -> list[str]:
+    names = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            names.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue  # that of the listing
+    return [name for name in names if name.startswith(str(folder))]
+
+
+def open_engine(folder: Path, files: FaultyFiles) -> None:
+    AppendLogSnapshot.open(folder / "log", files=files, compact_threshold=0)[1].close()
+
+
+def open_store(folder: Path, files: FaultyFiles) -> None:
+    foldlog.open(folder / "log", files=files).close()
+
+
+def follow(folder: Path, files: FaultyFiles) -> None:
+    foldlog.follow(folder / "log", files=files).close()
+
+
+def verify(folder: Path, files: FaultyFiles) -> None:
+    assert verify_log(folder / "log", files=files).ok
+
+
+def salvage(folder: Path, files: FaultyFiles) -> None:
+    salvage_log(folder / "log", folder / "salvaged", files=files)
+
+
+def import_own(folder: Path, files: FaultyFiles) -> None:
+    source, dest = folder / "artifact", folder / "imported"
+    AppendLogSnapshot.import_artifact(source, dest, files=files)[1].close()
+
+
+def import_other(folder: Path, files: FaultyFiles) -> None:
+    source, dest = folder / "artifact", folder / "imported"
+    options = {"format": "slipstream-v2", "files": files}
+    AppendLogSnapshot.import_artifact(source, dest, **options)[1].close()
+
+
+CALLS = [open_engine, open_store, follow, verify, salvage, import_own, import_other]
+
+
+def make(folder: Path) -> None:
+    folder.mkdir()
+    with AppendLogSnapshot.open(folder / "log")[1] as snap:
+        snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+        snap.export_to(folder / "artifact")
+        snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
+
+
+OPERATIONS = ["fstat", "read", "read_into", "open_read", "open_write", "sync", "list_dir", "access"]
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_call_that_failed_has_no_file_open_while_its_error_is_kept(
+    tmp_path: Path, call: Callable[[Path, FaultyFiles], None], operation: str
+) -> None:
+    errors: list[Exception] = []  # their tracebacks refer to all that the calls had open
+    for nth in range(1, MAX_CALLS):
+        folder = tmp_path / str(nth)
+        make(folder)
+        files = FaultyFiles()
+        files.arm(Fault(operation, nth=nth))
+        try:
+            call(folder, files)
+        except (OSError, FoldlogError) as error:
+            errors.append(error)
+            assert open_in(folder) == [], f"{operation} {nth}: {errors}"
+        if not files.fired:
+            return
+    raise AssertionError("it never completes")
