@@ -264,6 +264,13 @@ self.base.add_leaf()
     ]
 
 
+def test_each_test_is_in_the_directory_of_the_room_that_it_tests() -> None:
+    tests = ROOT / "tests"
+    rooms = {file.parent.relative_to(tests) for file in tests.rglob("test_*.py")}
+    of_no_room = {Path("faults"), Path("project")}
+    assert [room for room in sorted(rooms - of_no_room) if not (ROOT / room).is_dir()] == []
+
+
 def test_importing_foldlog_imports_nothing_that_a_store_does_not_need() -> None:
     program = "import sys, foldlog; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run(

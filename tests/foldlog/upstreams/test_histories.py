@@ -1,8 +1,8 @@
 """Random histories of a bucket, with the server and the client dying in between: at rest, the
 mirror is equal to it.
 
-A sample runs each time; `pytest -m slow -rP tests/upstreams` runs more for some minutes, and prints
-their count. `python tests/kits/histories.py --count 1000` runs as many as asked for.
+A sample runs each time; `pytest -m slow -rP tests/foldlog/upstreams` runs more for some minutes,
+and prints their count. `python tests/kits/histories.py --count 1000` runs as many as asked for.
 """
 
 from __future__ import annotations

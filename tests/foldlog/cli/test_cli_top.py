@@ -244,7 +244,7 @@ def test_every_command_but_the_demo_speaks_json(name: str) -> None:
 
 
 def test_the_page_of_the_command_line_names_every_command() -> None:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "cli.md").read_text(
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reference" / "cli.md").read_text(
         encoding="utf-8"
     )
     assert [name for name in main.commands if f"`foldlog {name}" not in page] == []

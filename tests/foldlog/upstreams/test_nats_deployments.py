@@ -117,7 +117,7 @@ def test_a_permission_that_is_denied_is_told_at_once(tmp_path, path, denied, rea
 
 
 def test_the_permissions_on_the_page_about_fleets_are_all_that_a_mirror_needs(tmp_path, path):
-    page = (Path(__file__).parents[2] / "docs" / "how-to" / "fleet.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "fleet.md").read_text()
     (allowed,) = [block for block in page.split("```") if block.startswith("text\npublish:")]
     permissions = allowed.removeprefix("text\n").replace("KV_routes", "KV_b")
     config = f"""authorization {{ users = [
