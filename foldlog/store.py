@@ -40,7 +40,6 @@ from foldlog.actors.store.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
 from foldlog.protocol.engine import CacheUse, Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
-from foldlog.protocol.forks import Rank, call_after_fork
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CACHE_BYTES,
@@ -65,6 +64,7 @@ from foldlog.protocol.store import Backend, FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest
+from foldlog.storage.forks import Rank, call_after_fork
 from foldlog.storage.formats.format import VerifyReport
 from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
+from foldlog.protocol.decoding import MAX_MAP_BYTES, Undecodable, unpack_map
 from foldlog.protocol.tokens import MAX_ORIGIN_BYTES, MAX_TOKEN_BYTES, WatchCursor
-from foldlog.protocol.undecodable import MAX_MAP_BYTES, Undecodable, unpack_map
 from foldlog.protocol.updates import MAX_BODY_BYTES
 from foldlog.protocol.updates import MAX_GROUP as MAX_GROUP
 

@@ -1,7 +1,7 @@
 """Updates, entries, and one batch in its encoded form.
 
 A batch is encoded once: the caller's thread checks and packs it (`encode_batch`), the writer puts
-it into a frame, and replay unpacks it (`decode_batches`). The encoding is columnar, so one
+it into a frame, and replay unpacks it (`decoding.py`). The encoding is columnar, so one
 `msgpack` call handles a whole batch:
 
     BATCHES body := msgpack [item, ...]
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -22,13 +21,11 @@ import msgpack
 
 from foldlog.protocol.tokens import (
     MAX_ORIGIN_BYTES,
-    MAX_TOKEN_BYTES,
     CursorLike,
     VersionToken,
     WatchCursor,
     as_cursor,
 )
-from foldlog.protocol.undecodable import MSGPACK_ERRORS, Undecodable, refuse_nested
 
 MAX_KEY_BYTES = 65_535
 MAX_VALUE_BYTES = 16 * 1024 * 1024
@@ -42,20 +39,14 @@ SLICE = 8192
 """Updates that one C call packs or collects. A longer call would hold the interpreter lock for over
 a millisecond."""
 
-_SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # a key of so few characters cannot be too long in UTF-8
+SAFE_KEY_CHARS = MAX_KEY_BYTES // 4  # a key of so few characters cannot be too long in UTF-8
 _SMALL_BATCH = 2048
 """The most updates that one call packs with a packer that is kept: a new one clears its buffer,
 which takes as long as packing 1,000 updates."""
 _ZIP_BATCH = 256  # up to here `zip` splits updates into columns in the least time
-_SMALL_BODY = 4096
-"""The longest body unpacked by one call: nested arrays with false lengths can allocate a thousand
-times the body's size."""
-_READ_BYTES = 64 * 1024
-"""Bytes of a longer body copied at a time."""
 _MAX_KEPT_BYTES = 1024 * 1024
 """A packer never shrinks its buffer; one that has grown beyond this is discarded."""
 _ITEM_WITH_ORIGIN = 0x95  # msgpack: an array of five
-NO_BATCH = "a batch is not [cursor, keys, values, versions] with an optional origin"
 
 
 class _Write(NamedTuple):
@@ -316,7 +307,7 @@ def _columns(
     if len(updates) == 1 and type(updates[0]) is Put:  # the general path below takes 1.5 us longer
         key, value, version = updates[0]
         typed = type(key) is str and type(value) is bytes and type(version) is VersionToken
-        if typed and len(key) <= _SAFE_KEY_CHARS and len(value) <= MAX_VALUE_BYTES:
+        if typed and len(key) <= SAFE_KEY_CHARS and len(value) <= MAX_VALUE_BYTES:
             return (key,), (value,), (version,)
         _explain(updates)
     if set(map(type, updates)) == {Put}:
@@ -347,7 +338,7 @@ def _columns(
     if not (
         sound
         and set(map(type, keys)) == {str}
-        and max(map(len, keys)) <= _SAFE_KEY_CHARS
+        and max(map(len, keys)) <= SAFE_KEY_CHARS
         and set(map(type, versions)) == {VersionToken}
     ):
         _explain(updates)
@@ -436,149 +427,3 @@ def batches_body(items: Sequence[bytes]) -> bytes:
         return b"\x91" + items[0]
     header = bytes((0x90 | count,)) if count < 16 else msgpack.Packer().pack_array_header(count)
     return b"".join((header, *items))
-
-
-def decode_batches(body: bytes | memoryview, count: int) -> list[DecodedBatch]:
-    """The batches in a BATCHES body. Undecodable unless there are `count` of them, each as
-    `encode_batch` writes it.
-
-    An array's length is checked against the rest of the body before anything is allocated, and
-    arrays are allowed only where they belong. So a refused body never takes more memory than a
-    valid one of the same size.
-    """
-    try:
-        if len(body) > _SMALL_BODY:
-            return _decoded_in_steps(body, count)
-        # A record takes at least three bytes of body, so a longer array cannot be valid.
-        items = msgpack.unpackb(
-            body, max_array_len=max(5, len(body) // 3), max_map_len=0, max_ext_len=0
-        )
-    except Undecodable:
-        raise
-    except MSGPACK_ERRORS as error:
-        raise Undecodable(f"undecodable: {type(error).__name__}: {error}") from None
-    if type(items) is not list:
-        raise Undecodable("not an array of batches")
-    _check_count(len(items), count)
-    return [_usual_item(item) or _decode_item(item, len(body)) for item in items]
-
-
-def _check_count(found: int, count: int) -> None:
-    if not 0 < found <= MAX_GROUP:
-        raise Undecodable(f"{found} batches in one frame")
-    if found != count:
-        raise Undecodable(f"{found} batches, but the header says {count}")
-
-
-def _decoded_in_steps(body: bytes | memoryview, count: int) -> list[DecodedBatch]:
-    """`decode_batches`, array by array. Cost: 60 ns an update more than a single call."""
-    size = len(body)
-    unpacker = msgpack.Unpacker(
-        _Reader(body),
-        read_size=min(size, _READ_BYTES),
-        max_buffer_size=MAX_VALUE_BYTES + _READ_BYTES,
-        max_array_len=0,
-        list_hook=refuse_nested,
-        object_hook=refuse_nested,
-        ext_hook=refuse_nested,
-    )
-    found = unpacker.read_array_header()
-    _check_count(found, count)
-    batches = []
-    for _ in range(found):
-        length = unpacker.read_array_header()
-        if length not in (4, 5):
-            raise Undecodable(NO_BATCH)
-        cursor = unpacker.unpack()
-        columns = [_column(unpacker, size) for _ in range(3)]
-        origin = [unpacker.unpack()] if length == 5 else []
-        batches.append(_decode_item([cursor, *columns, *origin], size))
-    if unpacker.tell() != size:
-        raise Undecodable("bytes follow the last batch")
-    return batches
-
-
-class _Reader:
-    """A body as a file object, so that it is not copied all at once."""
-
-    def __init__(self, body: bytes | memoryview) -> None:
-        self._body, self._at = memoryview(body), 0
-
-    def read(self, size: int) -> bytes:
-        start, self._at = self._at, self._at + size
-        return bytes(self._body[start : self._at])
-
-
-def _column(unpacker: msgpack.Unpacker, size: int) -> list[Any]:
-    count = unpacker.read_array_header()
-    if count > size - unpacker.tell():
-        raise Undecodable(f"an array of {count} values is longer than the body")
-    column: list[Any] = []
-    while len(column) < count:
-        piece = list(islice(unpacker, min(count - len(column), SLICE)))
-        if not piece:
-            raise Undecodable("the body ends within an array")
-        if column:
-            column += piece
-        else:
-            column = piece
-    return column
-
-
-def _usual_item(item: object) -> DecodedBatch | None:
-    """The batch in `item`, of a small body, if it only puts and has no origin: most do. None if it
-    is another, or not valid. Costs half of `_decode_item`."""
-    if type(item) is not list or len(item) != 4:
-        return None
-    cursor, keys, values, versions = item
-    if (
-        type(cursor) is not bytes
-        or len(cursor) > MAX_TOKEN_BYTES
-        or not (type(keys) is list and type(values) is list and type(versions) is list)
-        or not len(keys) == len(values) == len(versions)
-    ):
-        return None
-    try:  # joining fails at once if an element is of another type
-        "".join(keys)
-        b"".join(values)
-        short = len(b"".join(versions)) <= MAX_TOKEN_BYTES
-    except TypeError:
-        return None
-    if not short and max(map(len, versions)) > MAX_TOKEN_BYTES:
-        return None
-    return DecodedBatch(WatchCursor(cursor), keys, values, versions)
-
-
-def _decode_item(item: object, size: int) -> DecodedBatch:
-    """The batch in `item`, unpacked from a body of `size` bytes. Nothing in it is longer than
-    that."""
-    if type(item) is not list or len(item) not in (4, 5):
-        raise Undecodable(NO_BATCH)
-    cursor, keys, values, versions = item[:4]
-    origin = item[4] if len(item) == 5 else b""
-    if len(item) == 5 and not (type(origin) is bytes and 0 < len(origin) <= MAX_ORIGIN_BYTES):
-        raise Undecodable("an origin is not 1 to 32 bytes")
-    if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES:
-        raise Undecodable("a cursor is not a token")
-    if not (type(keys) is list and type(values) is list and type(versions) is list):
-        raise Undecodable("a column is not an array")
-    if not len(keys) == len(values) == len(versions):
-        raise Undecodable("columns of different lengths")
-    if keys:
-        if set(map(type, keys)) != {str}:
-            raise Undecodable("a key is not text")
-        long_keys = size > MAX_KEY_BYTES and max(map(len, keys)) > _SAFE_KEY_CHARS
-        if long_keys and any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
-            raise Undecodable("a key over the limit")
-        if set(map(type, versions)) != {bytes} or max(map(len, versions)) > MAX_TOKEN_BYTES:
-            raise Undecodable("a version is not a token")
-        kinds = set(map(type, values))
-        if not kinds <= {bytes, bool, type(None)} or (
-            bool in kinds and any(value is True for value in values)
-        ):
-            raise Undecodable("a value is neither bytes, nil nor false")
-        if size > MAX_VALUE_BYTES and max(map(len, filter(None, values)), default=0) > (
-            MAX_VALUE_BYTES
-        ):
-            raise Undecodable("a value over the limit")
-    return DecodedBatch(WatchCursor(cursor), keys, values, versions, origin)

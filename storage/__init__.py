@@ -1,6 +1,7 @@
 """The layer below the actors: logs, folds and files. It starts no threads.
 
     handover.py   thread synchronization that survives exceptions
+    forks.py      what a forked child does with what it inherited
     readable.py   the reads that every open store offers
     difference.py the difference between two snapshots
     engines/      what stores a fold: an append-only log, or RocksDB

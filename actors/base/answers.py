@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import pykka
 
-from foldlog.protocol.forks import Rank, call_after_fork
+from foldlog.storage.forks import Rank, call_after_fork
 from foldlog.storage.handover import Bell
 
 T = TypeVar("T")

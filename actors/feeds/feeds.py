@@ -25,9 +25,9 @@ from foldlog.actors.feeds.dispatcher import Dispatcher
 from foldlog.actors.feeds.prefixes import PrefixIndex, listed
 from foldlog.actors.feeds.ring import Group, Ring
 from foldlog.protocol.engine import Past, Snapshot
-from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.updates import Batch, DecodedBatch
 from foldlog.storage.engines.append_log.past import LogPast
+from foldlog.storage.forks import Rank, tell_after_fork
 
 
 class Waiter:

@@ -21,9 +21,10 @@ from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from foldlog.protocol.decoding import decode_batches
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.events import Changed
-from foldlog.protocol.updates import Batch, DecodedBatch, batches_body, decode_batches
+from foldlog.protocol.updates import Batch, DecodedBatch, batches_body
 
 RING_GROUPS = 1024
 """Commit groups that may wait before a subscriber lags."""

@@ -25,9 +25,9 @@ from foldlog.actors.base.answers import Answer
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError, RequestTimeout
-from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
+from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.handover import Bell, Latch, Wakeup
 from foldlog.storage.log.files import Files
 from foldlog.storage.log.tail import Advance, Jump, Tail

@@ -16,9 +16,9 @@ from foldlog.aio.watch import AsyncWatch
 from foldlog.follow import Follower
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
-from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike
+from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.readable import Reads
 from foldlog.store import Store
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike

@@ -20,7 +20,7 @@ from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.formats.registry import FORMATS, format_of
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
-from foldlog.storage.log.lock import WriterLock
+from foldlog.storage.log.sidecars.lock import WriterLock
 
 
 @click.command(epilog="Example: foldlog convert state.snap routes.log --to foldlog")

@@ -22,6 +22,7 @@ from foldlog.cli.show import (
     token_text,
     value_text,
 )
+from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.frames import (
     KIND_BASE_END,
     KIND_BATCHES,
@@ -32,8 +33,7 @@ from foldlog.protocol.frames import (
     parse_open,
 )
 from foldlog.protocol.tokens import VersionToken
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import DecodedBatch, KvEntry, Put, decode_batches
+from foldlog.protocol.updates import DecodedBatch, KvEntry, Put
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.foldlog.check import base_end_of
 from foldlog.storage.formats.foldlog.walk import HeaderPiece, Piece

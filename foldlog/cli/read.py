@@ -34,7 +34,7 @@ from foldlog.storage.fold.reading import SnapshotReads
 from foldlog.storage.formats.format import Loaded, Progress
 from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
-from foldlog.storage.log.lock import writer_of
+from foldlog.storage.log.sidecars.lock import writer_of
 
 _WRITE_BYTES = 64 * 1024
 

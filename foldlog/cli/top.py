@@ -27,7 +27,7 @@ from foldlog.protocol.options import PICTURE_INTERVAL_S
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.formats.registry import read_own_header
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
-from foldlog.storage.log.lock import writer_of
+from foldlog.storage.log.sidecars.lock import writer_of
 
 if TYPE_CHECKING:
     from rich.table import Table

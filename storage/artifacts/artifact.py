@@ -45,8 +45,8 @@ from foldlog.storage.log.files import (
     resolve,
     write_all,
 )
-from foldlog.storage.log.lock import WriterLock, temporary
-from foldlog.storage.log.origins import drop_stale_origin
+from foldlog.storage.log.sidecars.lock import WriterLock, temporary
+from foldlog.storage.log.sidecars.origins import drop_stale_origin
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"

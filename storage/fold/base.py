@@ -21,8 +21,8 @@ from itertools import count
 from blake3 import blake3
 from crc32c import crc32c
 
+from foldlog.protocol.decoding import Undecodable
 from foldlog.protocol.errors import CorruptLogError
-from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import Change
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.cache import ENTRY_OVERHEAD, Cache

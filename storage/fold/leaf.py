@@ -34,8 +34,8 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
+from foldlog.protocol.decoding import Undecodable
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES
-from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, Change
 
 MIN_ENTRIES = 128

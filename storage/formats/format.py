@@ -293,8 +293,8 @@ class LogFormat(ABC):
     payload_path: str
     """The file in its artifacts that holds the state."""
     keeps_origin = True
-    """True if batches record the upstream of their cursor. If not, `storage/log/origins.py` does,
-    beside the log."""
+    """True if batches record the upstream of their cursor. If not, a file beside the log does:
+    `storage/log/sidecars/origins.py`."""
 
     @abstractmethod
     def codec(self, header: Any, *, sync_each: bool) -> Codec:

@@ -15,8 +15,8 @@ from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import Known, Loaded, LogFormat, Progress, Verdict
 from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.note import Watermark
-from foldlog.storage.log.regression import lost_since, regression_error
+from foldlog.storage.log.sidecars.note import Watermark
+from foldlog.storage.log.sidecars.regression import lost_since, regression_error
 
 FORMATS: dict[FormatName, LogFormat] = {format.name: format for format in (FRAMES, SLIPSTREAM)}
 """By name. The first is the default for a new log."""

@@ -25,9 +25,9 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
 from foldlog.storage.log.access import keep_access, narrow
 from foldlog.storage.log.files import Access, Files, ReadHandle
-from foldlog.storage.log.lock import lock_log, temporary
 from foldlog.storage.log.log import Log
-from foldlog.storage.log.origins import drop_stale_origin
+from foldlog.storage.log.sidecars.lock import lock_log, temporary
+from foldlog.storage.log.sidecars.origins import drop_stale_origin
 
 _ENTRY_OVERHEAD = 12  # bytes around a key, a value and a version
 

@@ -2,14 +2,11 @@
 
 files.py       the seam: every call to the operating system's files
 access.py      owner, group, mode and access list of new files
-lock.py        one writer per log, and the note beside it
-note.py        the bytes of the note
 scan.py        frames read in order, each checked against the chain
 recovery.py    torn or corrupt: the decision, as a pure function
-regression.py  whether a log ends before what was synced to it
 log.py         the writer's side of a log: append, sync, poison
 opening.py     opening a log for writing: the lock, the replay, the repair
-origins.py     the upstream's identity, for formats that have no field for it
 tail.py        a log that another process writes, read as it grows
 backlog.py     the batches after a cursor
+sidecars/      the small files beside a log: the lock, the note, the origin
 """

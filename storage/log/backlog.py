@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
 from foldlog.protocol.frames import (
     KIND_BASE_END,
@@ -14,8 +15,7 @@ from foldlog.protocol.frames import (
     parse_base_end,
 )
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import DecodedBatch, decode_batches
+from foldlog.protocol.updates import DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.registry import read_own_header
 from foldlog.storage.log.files import ReadHandle

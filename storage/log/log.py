@@ -23,16 +23,16 @@ from foldlog.protocol.errors import (
     LogPoisonedError,
     StoreClosed,
 )
-from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.tokens import U64_MAX
 from foldlog.protocol.updates import MAX_BODY_BYTES
+from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.formats.format import Known, LogFile, Position
 from foldlog.storage.handover import Turns
 from foldlog.storage.log.access import keep_access
 from foldlog.storage.log.files import Access, Files, Retiring, remove_quietly, write_all
-from foldlog.storage.log.lock import WriterLock
-from foldlog.storage.log.note import Watermark
+from foldlog.storage.log.sidecars.lock import WriterLock
+from foldlog.storage.log.sidecars.note import Watermark
 
 _getframe = sys._getframe
 _ARRAY_HEADER_BYTES = 5  # at most: the header of the array around the items

@@ -30,11 +30,11 @@ from foldlog.storage.formats.registry import (
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.access import share
 from foldlog.storage.log.files import Access, Files, ReadHandle, remove_quietly, write_all
-from foldlog.storage.log.lock import WriterLock, beside, lock_log, sweep_temporaries
 from foldlog.storage.log.log import Log
-from foldlog.storage.log.origins import read_origin
 from foldlog.storage.log.recovery import Rest, Verdict
-from foldlog.storage.log.regression import regression_error
+from foldlog.storage.log.sidecars.lock import WriterLock, beside, lock_log, sweep_temporaries
+from foldlog.storage.log.sidecars.origins import read_origin
+from foldlog.storage.log.sidecars.regression import regression_error
 
 
 def open_log(

@@ -19,6 +19,7 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
+from foldlog.protocol.decoding import Undecodable
 from foldlog.protocol.errors import (
     CorruptLogError,
     FoldlogError,
@@ -38,15 +39,14 @@ from foldlog.protocol.frames import (
     parse_frame_header,
 )
 from foldlog.protocol.options import CACHE_BYTES
-from foldlog.protocol.undecodable import Undecodable
 from foldlog.protocol.updates import SLICE, Change, DecodedBatch
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.replay import Replay
 from foldlog.storage.formats.registry import load_intact, read_own_header
 from foldlog.storage.log.backlog import decoded
 from foldlog.storage.log.files import Files, ReadHandle
-from foldlog.storage.log.regression import lost_since
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
+from foldlog.storage.log.sidecars.regression import lost_since
 
 STALLED_POLLS = 5
 """Polls that find the same half a frame before it is judged. A writer needs milliseconds."""

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 from crc32c import crc32c
 
+from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.frames import (
     FILE_HEADER,
@@ -30,8 +31,7 @@ from foldlog.protocol.frames import (
     FrameHeader,
 )
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import Change, DecodedBatch, decode_batches
+from foldlog.protocol.updates import Change, DecodedBatch
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import EMPTY_DELTA, Run

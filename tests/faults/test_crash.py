@@ -18,8 +18,8 @@ from faultkit import CrashCampaign, Model, batch, fold_of, quick_folder, view
 from foldlog import AppendLogSnapshot, FoldlogError, LogPoisonedError, WatchCursor
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
-from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
+from foldlog.storage.log.sidecars.lock import WriterLock
 from foldlog.testing import Fault, FaultyFiles
 
 pytestmark = pytest.mark.exhaustive

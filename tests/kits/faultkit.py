@@ -26,8 +26,8 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.lock import note_path, read_note
-from foldlog.storage.log.note import NOTE_BYTES, SLOT_BYTES, pack_slot, parse_note
+from foldlog.storage.log.sidecars.lock import note_path, read_note
+from foldlog.storage.log.sidecars.note import NOTE_BYTES, SLOT_BYTES, pack_slot, parse_note
 from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Call, CrashFiles, Fault, FaultyFiles, UnsyncedFiles
 

@@ -14,7 +14,7 @@ import atheris
 
 with atheris.instrument_imports(include=["foldlog.protocol", "foldlog.storage"]):
     from foldlog import FoldlogError
-    from foldlog.protocol.updates import decode_batches
+    from foldlog.protocol.decoding import decode_batches
     from foldlog.storage.artifacts.artifact import parse_manifest
     from foldlog.storage.fold.leaf import check_leaf
     from foldlog.storage.formats.registry import load_intact

@@ -23,7 +23,7 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.lock import lock_path, note_path
+from foldlog.storage.log.sidecars.lock import lock_path, note_path
 
 
 class Unsynced(Files):

@@ -52,8 +52,8 @@ from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import BUFFER_BYTES
 from foldlog.storage.log import backlog
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.note import LOCK_BYTES, SLOT_BYTES
 from foldlog.storage.log.scan import Chain, read_frames
+from foldlog.storage.log.sidecars.note import LOCK_BYTES, SLOT_BYTES
 from foldlog.storage.log.tail import Advance, Jump, Tail
 from foldlog.testing import UnsyncedFiles
 

@@ -22,10 +22,10 @@ from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.format import Progress, VerifyReport
 from foldlog.storage.formats.rewrite import Next, Rewrite, next_pass
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
-from foldlog.storage.log.lock import WriterLock
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.opening import open_log
-from foldlog.storage.log.origins import write_origin
+from foldlog.storage.log.sidecars.lock import WriterLock
+from foldlog.storage.log.sidecars.origins import write_origin
 from foldlog.storage.repair.verify import verify_live
 
 COMPACT_RATIO = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogRegressedError
 from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.engines.options import EngineOptions
-from foldlog.storage.log.lock import WriterLock
+from foldlog.storage.log.sidecars.lock import WriterLock
 
 
 class LogSeat:

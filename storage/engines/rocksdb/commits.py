@@ -18,7 +18,6 @@ from foldlog.protocol.errors import (
     LogPoisonedError,
     StoreClosed,
 )
-from foldlog.protocol.forks import Rank, tell_after_fork
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import (
@@ -39,6 +38,7 @@ from foldlog.storage.engines.rocksdb.past import Past
 from foldlog.storage.engines.rocksdb.place import Place
 from foldlog.storage.engines.rocksdb.writes import Writes
 from foldlog.storage.fold.snapshot import ClosedFold
+from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.handover import Turns
 from foldlog.storage.log.files import OS_FILES, resolve

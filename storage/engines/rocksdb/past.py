@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from foldlog.protocol.decoding import decode_batches
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Batch, DecodedBatch, batches_body, decode_batches
+from foldlog.protocol.updates import Batch, DecodedBatch, batches_body
 
 BACKLOG_BYTES = 16 * 1024 * 1024
 """Bytes of encoded batches kept."""

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from blake3 import blake3
 
+from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.errors import InvalidFormatError, LogChangedError
 from foldlog.protocol.frames import (
     FILE_HEADER,
@@ -37,8 +38,6 @@ from foldlog.protocol.frames import (
     parse_open,
 )
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import decode_batches
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.foldlog.replay import (
     FRAME_AFTER_BASE,
@@ -48,10 +47,10 @@ from foldlog.storage.formats.foldlog.replay import (
 from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_header, seed_of_frames
 from foldlog.storage.formats.format import Problem, Progress, Verdict, VerifyReport
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.note import boot_id
 from foldlog.storage.log.recovery import Rest, gather, judge
-from foldlog.storage.log.regression import lost_since, regression_text
 from foldlog.storage.log.scan import Chain, displaced
+from foldlog.storage.log.sidecars.note import boot_id
+from foldlog.storage.log.sidecars.regression import lost_since, regression_text
 
 NO_CURSOR = WatchCursor.none()
 

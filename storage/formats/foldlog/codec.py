@@ -20,8 +20,8 @@ from foldlog.protocol.frames import (
     build_frame,
 )
 from foldlog.protocol.updates import batches_body, has_origin
-from foldlog.storage.log.note import boot_id
 from foldlog.storage.log.scan import Chain
+from foldlog.storage.log.sidecars.note import boot_id
 
 WRITER = "foldlog 1"
 _new = tuple.__new__  # a NamedTuple in half the time

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from foldlog.protocol.decoding import Undecodable
 from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.frames import FILE_MAGIC, FORMAT_VERSION, FileHeader
-from foldlog.protocol.undecodable import Undecodable
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.formats.foldlog.check import check_frames, header_and_seed
 from foldlog.storage.formats.foldlog.codec import FrameCodec
@@ -27,9 +27,9 @@ from foldlog.storage.formats.format import (
     VerifyReport,
 )
 from foldlog.storage.log.files import Files, ReadHandle
-from foldlog.storage.log.note import boot_id
 from foldlog.storage.log.recovery import Rest, gather, judge
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
+from foldlog.storage.log.sidecars.note import boot_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.frames import (
     FILE_HEADER,
@@ -19,8 +20,7 @@ from foldlog.protocol.frames import (
     parse_open,
 )
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import DecodedBatch, decode_batches
+from foldlog.protocol.updates import DecodedBatch
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.delta import Collected
 from foldlog.storage.fold.snapshot import FoldSnapshot

@@ -13,7 +13,7 @@ from actor_kit import DEADLINE_S, batch, cursor, read_back, until
 
 import foldlog
 from foldlog import AppendLogSnapshot, Put
-from foldlog.storage.log.lock import lock_path, note_path
+from foldlog.storage.log.sidecars.lock import lock_path, note_path
 
 OpenStore = Callable[..., foldlog.Store]
 

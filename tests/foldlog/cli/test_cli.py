@@ -41,7 +41,7 @@ from foldlog.cli.stream import (
 from foldlog.storage.formats import registry
 from foldlog.storage.formats.format import Loaded
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.lock import note_path
+from foldlog.storage.log.sidecars.lock import note_path
 
 COMMAND = (sys.executable, "-c", "from foldlog.cli import main; main()")
 

@@ -21,7 +21,7 @@ import foldlog
 from foldlog import AppendLogSnapshot, LogAccessError, Put, WatchCursor
 from foldlog.storage.log.access import side_mode
 from foldlog.storage.log.files import ACL, Access, Files
-from foldlog.storage.log.lock import note_path
+from foldlog.storage.log.sidecars.lock import note_path
 from foldlog.storage.repair.salvage import salvage_log
 from foldlog.testing import Fault, FaultyFiles
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from logfiles import UNSYNCED, some_batches, write_log
 
-import foldlog.protocol.updates as updates_module
 from foldlog import AppendLogSnapshot, Put, WatchCursor
-from foldlog.protocol import undecodable
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import decode_batches, encode_batch
+from foldlog.protocol import decoding, updates
+from foldlog.protocol.decoding import Undecodable, decode_batches
+from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.registry import load_intact
@@ -30,10 +29,9 @@ class SoftTimeLimit(Exception):
 
 FAILURES = [MemoryError(), SoftTimeLimit(), TimeoutError()]
 DECODERS = [
-    (updates_module.msgpack, "unpackb"),
-    (updates_module, "_usual_item"),
-    (updates_module, "_decode_item"),
-    (undecodable.msgpack, "unpackb"),
+    (decoding.msgpack, "unpackb"),
+    (decoding, "_usual_item"),
+    (decoding, "_decode_item"),
     (leaf, "decode_keys"),
 ]
 
@@ -101,7 +99,7 @@ def test_what_msgpack_raises_for_bytes_is_all_that_counts_as_damage():
             decode_batches(body.ljust(5000, b"\x90"), 1)
     for body in (b"\x81\x90\xc0", b"\x81\xa1a\xc1", b"\x81\x07\xc0\xc0", b"\xd4\x05x", b"\x80" * 2):
         with pytest.raises(Undecodable):
-            undecodable.unpack_map(body)
+            decoding.unpack_map(body)
 
 
 class Failing(Files):
@@ -158,7 +156,7 @@ def test_a_batch_that_could_not_be_encoded_leaves_nothing_to_the_next_one(
 ):
     """A MemoryError left a batch in the packer's buffer: the next one was written behind it,
     answered, and unreadable."""
-    real = updates_module.msgpack.Packer
+    real = updates.msgpack.Packer
 
     class Packer:
         """Fails where msgpack does: what it has packed by then stays in its buffer."""
@@ -175,7 +173,7 @@ def test_a_batch_that_could_not_be_encoded_leaves_nothing_to_the_next_one(
             self.inner.reset()
             return data
 
-    monkeypatch.setattr(updates_module._packers, "packer", Packer())
+    monkeypatch.setattr(updates._packers, "packer", Packer())
     with AppendLogSnapshot.open(path)[1] as snap:
         with pytest.raises(failure):
             snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
@@ -188,7 +186,7 @@ def test_a_batch_that_could_not_be_encoded_leaves_nothing_to_the_next_one(
 def test_a_handler_may_encode_while_a_batch_is_encoded(monkeypatch):
     inner: list[Any] = []
 
-    real = updates_module.msgpack.Packer
+    real = updates.msgpack.Packer
 
     class Packer:
         def pack(self, item: Any) -> bytes:
@@ -197,7 +195,7 @@ def test_a_handler_may_encode_while_a_batch_is_encoded(monkeypatch):
                 inner[0] = encode_batch([Put("inner", b"1")], WatchCursor.from_u64(1))
             return real().pack(item)
 
-    monkeypatch.setattr(updates_module._packers, "packer", Packer())
+    monkeypatch.setattr(updates._packers, "packer", Packer())
     outer = encode_batch([Put("outer", b"2")], WatchCursor.from_u64(2))
     for batch, key in ((outer, "outer"), (inner[0], "inner")):
         assert decode_batches(b"\x91" + batch.item, 1)[0].keys == [key]
@@ -205,9 +203,9 @@ def test_a_handler_may_encode_while_a_batch_is_encoded(monkeypatch):
 
 def test_a_large_batch_keeps_no_memory_once_it_is_encoded():
     encode_batch([Put("a", bytes(4 * 1024 * 1024))], WatchCursor.none())
-    assert updates_module._packers.packer is None
+    assert updates._packers.packer is None
     encode_batch([Put("a", b"1")], WatchCursor.none())
-    assert updates_module._packers.packer is not None
+    assert updates._packers.packer is not None
 
 
 def test_a_follower_that_could_not_fold_what_it_read_reads_it_again(path, monkeypatch):

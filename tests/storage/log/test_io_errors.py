@@ -20,7 +20,7 @@ from sampling import every
 
 from foldlog import AppendLogSnapshot, Delete, FoldlogError, LogPoisonedError, Put, WatchCursor
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.lock import read_note
+from foldlog.storage.log.sidecars.lock import read_note
 
 pytestmark = pytest.mark.exhaustive
 

@@ -9,7 +9,7 @@ import pytest
 from logfiles import some_batches, write_log
 
 from foldlog import AppendLogSnapshot, LogChangedError, Put, WatchCursor
-from foldlog.storage.log.lock import lock_path
+from foldlog.storage.log.sidecars.lock import lock_path
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from logfiles import some_batches, write_log
 
 from foldlog import AppendLogSnapshot, FoldlogError, LogChangedError, LogPoisonedError, Put
 from foldlog import WatchCursor as Cursor
-from foldlog.storage.log.lock import lock_path
+from foldlog.storage.log.sidecars.lock import lock_path
 from foldlog.testing import Call, Fault, FaultyFiles
 
 THEIRS = b"theirs"

@@ -40,8 +40,8 @@ from foldlog import (
 from foldlog.protocol.frames import FILE_HEADER
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.lock import note_path
-from foldlog.storage.log.note import NOTE_MAGIC
+from foldlog.storage.log.sidecars.lock import note_path
+from foldlog.storage.log.sidecars.note import NOTE_MAGIC
 from foldlog.storage.repair.verify import verify_log
 
 pytestmark = pytest.mark.exhaustive

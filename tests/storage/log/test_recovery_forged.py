@@ -20,6 +20,7 @@ from foldlog import (
     Put,
     WatchCursor,
 )
+from foldlog.protocol.decoding import decode_batches
 from foldlog.protocol.frames import (
     FILE_HEADER,
     KIND_BASE_END,
@@ -28,7 +29,7 @@ from foldlog.protocol.frames import (
     KIND_OPEN,
     KIND_SEAL,
 )
-from foldlog.protocol.updates import decode_batches, encode_batch
+from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.leaf import encode_leaf
 

@@ -24,7 +24,7 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.log import tail as tail_module
 from foldlog.storage.log.files import OS_FILES, Files
-from foldlog.storage.log.lock import note_path
+from foldlog.storage.log.sidecars.lock import note_path
 from foldlog.storage.log.tail import STALLED_POLLS, Advance, Jump, Tail
 
 

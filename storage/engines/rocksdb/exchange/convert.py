@@ -29,7 +29,7 @@ from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.access import narrow
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
-from foldlog.storage.log.lock import WriterLock
+from foldlog.storage.log.sidecars.lock import WriterLock
 
 _LOAD_CACHE_BYTES = 32 * CACHE_BYTES.least
 

@@ -7,8 +7,9 @@ import pytest
 import foldlog
 from foldlog import AppendLogSnapshot, Delete, InvalidFormatError, Put, WatchCursor
 from foldlog.protocol import frames
+from foldlog.protocol.decoding import decode_batches
 from foldlog.protocol.tokens import NAME_BYTES
-from foldlog.protocol.updates import batches_body, decode_batches, encode_batch
+from foldlog.protocol.updates import batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log import scan

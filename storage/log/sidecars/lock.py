@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.errors import ForeignFileError, LogChangedError, StoreLocked
-from foldlog.protocol.forks import Rank, tell_after_fork
+from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.log.access import share
 from foldlog.storage.log.files import Access, Files, Retiring, write_all
-from foldlog.storage.log.note import (
+from foldlog.storage.log.sidecars.note import (
     LOCK_BYTES,
     LOCK_MAGIC,
     NOTE_BYTES,

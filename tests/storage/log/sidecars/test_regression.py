@@ -12,7 +12,7 @@ from foldlog import AppendLogSnapshot, LogRegressedError, Put, WatchCursor
 from foldlog.protocol.frames import KIND_BATCHES
 from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, ReadHandle
-from foldlog.storage.log.lock import note_path
+from foldlog.storage.log.sidecars.lock import note_path
 from foldlog.storage.log.tail import Tail
 from foldlog.storage.repair.verify import verify_log
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from foldlog.protocol.undecodable import Undecodable
-from foldlog.protocol.updates import DecodedBatch, _decode_item, _usual_item
+from foldlog.protocol.decoding import Undecodable, _decode_item, _usual_item
+from foldlog.protocol.updates import DecodedBatch
 
 SIZE = 4096
 ODD = (None, False, True, 7, "text", b"bytes", b"eleven byte", "\ud800", [], {}, 1.5)

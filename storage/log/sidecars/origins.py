@@ -11,7 +11,7 @@ from pathlib import Path
 
 from foldlog.protocol.tokens import MAX_ORIGIN_BYTES
 from foldlog.storage.log.files import Files, remove_quietly, write_all
-from foldlog.storage.log.lock import beside, temporary
+from foldlog.storage.log.sidecars.lock import beside, temporary
 
 
 def read_origin(files: Files, path: Path) -> bytes:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from foldlog.protocol.errors import LogRegressedError
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.lock import note_path, read_note
-from foldlog.storage.log.note import Watermark
+from foldlog.storage.log.sidecars.lock import note_path, read_note
+from foldlog.storage.log.sidecars.note import Watermark
 
 
 def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Watermark | None:

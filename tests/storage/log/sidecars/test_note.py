@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foldlog.storage.log.note import (
+from foldlog.storage.log.sidecars.note import (
     LOCK_BYTES,
     LOCK_MAGIC,
     NOTE_BYTES,

@@ -25,8 +25,8 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.lock import WriterLock, lock_path, note_path, read_note, writer_of
-from foldlog.storage.log.note import SLOT_BYTES, pack_slot, parse_note
+from foldlog.storage.log.sidecars.lock import WriterLock, lock_path, note_path, read_note, writer_of
+from foldlog.storage.log.sidecars.note import SLOT_BYTES, pack_slot, parse_note
 
 SIDE_PATHS = [lock_path, note_path]
 sides = pytest.mark.parametrize("side", SIDE_PATHS, ids=lambda side: side.__name__)
@@ -221,7 +221,8 @@ def test_a_mere_readers_moment_with_the_lock_file_is_waited_for(path, monkeypatc
     reader = os.open(lock_path(path), os.O_RDONLY)
     fcntl.flock(reader, fcntl.LOCK_SH)
     monkeypatch.setattr(
-        "foldlog.storage.log.lock.time.sleep", lambda delay: fcntl.flock(reader, fcntl.LOCK_UN)
+        "foldlog.storage.log.sidecars.lock.time.sleep",
+        lambda delay: fcntl.flock(reader, fcntl.LOCK_UN),
     )
     log_of(path, 1)
     os.close(reader)
@@ -252,7 +253,7 @@ def test_looking_for_the_writer_takes_no_lock(path):
         assert writer_of(NoLocks(), path) == (True, os.getpid(), "")
         child = (
             "import sys; from pathlib import Path; from foldlog.storage.log.files import OS_FILES;"
-            "from foldlog.storage.log.lock import writer_of;"
+            "from foldlog.storage.log.sidecars.lock import writer_of;"
             "print(*writer_of(OS_FILES, Path(sys.argv[1])))"
         )
         told = subprocess.run(
