@@ -6,7 +6,7 @@ import threading
 
 import pykka
 import pytest
-from actor_kit import DEADLINE_S, batch, cursor, in_thread, read_back, results, until
+from actor_kit import DEADLINE_S, batch, cursor, impatient, in_thread, read_back, results, until
 
 import foldlog
 from foldlog import (
@@ -15,6 +15,7 @@ from foldlog import (
     StoreFailed,
     StoreLocked,
 )
+from foldlog.actors.store import supervisor as supervisor_module
 from foldlog.actors.store.supervisor import MAX_DELAY_S, PERMANENT, next_restart_delay_s
 
 # The rule.
@@ -94,13 +95,16 @@ def test_writes_wait_for_a_writer_that_restarts_and_reads_do_not(open_store, ste
     until(lambda: store.state is State.RUNNING, "the store runs")
 
 
-def test_a_writer_that_is_stuck_fails_the_store_and_keeps_the_lock(open_store, path, steps):
-    store = open_store(stuck_after_s=0.05)
+def test_a_writer_that_is_stuck_fails_the_store_and_keeps_the_lock(
+    open_store, path, steps, monkeypatch
+):
+    monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
+    store = open_store()
     store.apply(batch(1), cursor(1))
     gate = steps.park("writer.before_write")
     stuck = store.apply_async(batch(2), cursor(2))
     gate.wait_until_reached()
-    with pytest.raises(StoreFailed, match="stuck"):
+    with impatient(store), pytest.raises(StoreFailed, match="stuck"):
         stuck.result(DEADLINE_S)
     assert store.state is State.FAILED
     assert store.get("shared/0").value == b"1"
