@@ -5,6 +5,7 @@ core.py         what they share: the published snapshot, the state, the statisti
 histogram.py    counts and sums by bucket, for the statistics
 internal.py     messages between the actors of one store
 maintenance.py  the long passes of compactions and exports
+policy.py       the supervisor's decisions, as pure functions
 readers.py      serve Get and Range messages from the published snapshot
 requests.py     what callers ask of the writer, and the futures they wait on
 supervisor.py   starts actors, restarts them by class of error, gives up by rule

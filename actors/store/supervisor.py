@@ -52,13 +52,11 @@ It is a plain thread, not an actor: it must outlive every actor, and it waits fo
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import queue
 import random
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import InvalidStateError
 from typing import NamedTuple
 
@@ -75,40 +73,14 @@ from foldlog.actors.base.adapter import (
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.store.core import Core, Restart, State
 from foldlog.actors.store.maintenance import Maintenance
+from foldlog.actors.store.policy import StuckClock, lateness_s, next_restart_delay_s
 from foldlog.actors.store.readers import Reader, ReaderInbox
 from foldlog.actors.store.syncer import Syncer
 from foldlog.actors.store.writer import Writer
-from foldlog.protocol.errors import (
-    CorruptLogError,
-    ForeignFileError,
-    ForkedStore,
-    InvalidFormatError,
-    LogAccessError,
-    LogChangedError,
-    LogRegressedError,
-    StoreClosed,
-    StoreFailed,
-    StoreLocked,
-)
+from foldlog.protocol.errors import ForkedStore, StoreClosed, StoreFailed
 from foldlog.storage.fold.snapshot import ClosedFold
 
-PERMANENT = (
-    CorruptLogError,
-    ForeignFileError,
-    InvalidFormatError,
-    LogAccessError,
-    StoreLocked,
-    LogChangedError,
-    LogRegressedError,
-    ForkedStore,
-)
-"""Errors that a restart cannot fix."""
-SHORTAGES = (errno.EMFILE, errno.ENFILE)
-"""Resources that a restarting actor may lack for as long as others hold them."""
-MAX_DELAY_S = 5.0
 HEALTH_CHECK_S = 1.0
-LATE_S = 0.05
-"""A wait that ends later than this is not the store's fault: the process or machine was paused."""
 LOOKS = 4
 """Least number of checks within `stuck_after_s`: at most one interval of a pause goes unnoticed."""
 
@@ -124,53 +96,6 @@ class Reopen(NamedTuple):
     """Retry after FAILED."""
 
     future: Answer[None]
-
-
-def next_restart_delay_s(
-    error: BaseException,
-    restarts_s: Sequence[float],
-    now_s: float,
-    *,
-    max_restarts: int,
-    window_s: float,
-    delay_s: float,
-    patient: bool = True,
-) -> float | None:
-    """Seconds to wait before restarting an actor that died of `error`; None to give up.
-
-    `restarts_s`: when it was restarted before. The first restart within the window is immediate;
-    then the delay doubles, up to 5 s. With `patient`, an actor that died of a shortage of
-    descriptors is always restarted: others will release theirs.
-    """
-    recent = sum(now_s - at < window_s for at in restarts_s)
-    short = patient and isinstance(error, OSError) and error.errno in SHORTAGES
-    if isinstance(error, PERMANENT) or (recent >= max_restarts and not short):
-        return None
-    return 0.0 if recent == 0 else min(delay_s * 2.0 ** (recent - 1), MAX_DELAY_S)
-
-
-def lateness_s(asked_s: float, took_s: float) -> float:
-    """How much of a wait of `asked_s` that took `took_s` to discount as a pause of the process."""
-    late_s = took_s - asked_s
-    return late_s if late_s > LATE_S else 0.0
-
-
-class StuckClock:
-    """How long an actor has been busy with one task, less the time the process was paused."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._paused_s = 0.0
-
-    def look(self, busy_since: float | None, now_s: float, late_s: float) -> float:
-        """Seconds it has been busy. `late_s`: how long the process was paused since the last
-        look."""
-        if busy_since is None or busy_since != self._since:
-            self._since, self._paused_s = busy_since, 0.0
-        if busy_since is None:
-            return 0.0
-        self._paused_s += late_s
-        return max(now_s - busy_since - self._paused_s, 0.0)
 
 
 class Supervisor:

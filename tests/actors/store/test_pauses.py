@@ -15,7 +15,7 @@ from actor_kit import DEADLINE_S, batch, cursor, impatient, in_thread, read_back
 from foldlog import State, StoreFailed
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.store import supervisor as supervisor_module
-from foldlog.actors.store.supervisor import LATE_S, StuckClock, lateness_s, next_restart_delay_s
+from foldlog.actors.store.policy import LATE_S, StuckClock, lateness_s, next_restart_delay_s
 
 
 def test_time_for_which_the_process_stood_still_does_not_count():

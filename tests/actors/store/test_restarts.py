@@ -16,7 +16,7 @@ from foldlog import (
     StoreLocked,
 )
 from foldlog.actors.store import supervisor as supervisor_module
-from foldlog.actors.store.supervisor import MAX_DELAY_S, PERMANENT, next_restart_delay_s
+from foldlog.actors.store.policy import MAX_DELAY_S, PERMANENT, next_restart_delay_s
 
 # The rule.
 
