@@ -149,7 +149,7 @@ class History:
         self.source.put("last", b"%d" % self.turn)
         until(
             lambda: same(self.mirror, self.source),  # type: ignore[arg-type]
-            f"{self.mirror}: {self.mirror.stats().link}",
+            lambda: f"{self.mirror}: {self.mirror.stats().link}",  # type: ignore[union-attr]
         )
         self.mirror.wait_synced(30)
         assert self.mirror.verify().ok

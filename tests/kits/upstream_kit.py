@@ -23,11 +23,15 @@ from foldlog.upstreams import Etcd, LogFile, NatsKv
 DEADLINE_S = 30.0
 
 
-def until(condition: Callable[[], object], what: str = "", within_s: float = DEADLINE_S) -> None:
-    """Wait until `condition` holds, with a deadline."""
+def until(
+    condition: Callable[[], object],
+    what: Callable[[], str] = lambda: "a condition did not come to hold",
+    within_s: float = DEADLINE_S,
+) -> None:
+    """Wait until `condition` holds, with a deadline, at which `what()` says what is the case."""
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, what or "a condition did not come to hold"
+        assert time.monotonic() < deadline, what()
         time.sleep(0.005)
 
 

@@ -153,6 +153,16 @@ def test_what_cannot_be_held_ends_the_receiver_and_not_the_connection(data, erro
     assert not receiver.waiting
 
 
+def test_a_status_of_an_older_server_is_read():
+    """NATS 2.9 writes two spaces where the reply of a status would be. No status of it was read,
+    and no mirror of it ever came into step."""
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    data = status(b"408 Requests Pending").replace(b" 7 ", b" 7  ")
+    assert receiver.take(data, 0, b"7") == len(data)
+    (told,) = receiver.waiting
+    assert (told.number, told.code, told.text) == (1, "408", "Requests Pending")
+
+
 def test_a_status_and_its_headers_are_read():
     raw = b"NATS/1.0 409 Message Size Exceeds MaxBytes\r\nNats-Pending-Bytes: 7\r\n\r\n"
     assert headers_of(raw) == {
