@@ -157,7 +157,7 @@ class History:
     def close(self) -> None:
         self.leave()
         if isinstance(self.source, ClusterSource):
-            self.source.api(f"STREAM.DELETE.KV_{self.source.bucket}")
+            self.source.drop()
         self.source.close()
 
 

@@ -108,13 +108,22 @@ class ClusterSource(NatsSource):
     def create(self) -> None:
         self.patiently(super().create)
 
-    def recreate(self) -> None:
+    def drop(self) -> None:
+        """Delete the bucket."""
+
         def delete() -> None:
             answer = self.api(f"STREAM.DELETE.KV_{self.bucket}")
             assert answer.get("success") or answer["error"]["err_code"] == 10059, answer
 
         self.patiently(delete)
+
+    def recreate(self) -> None:
+        self.drop()
         self.create()
+
+    def configure(self, **changes: Any) -> bool:
+        accepted: bool = self.patiently(lambda: NatsSource.configure(self, **changes))
+        return accepted
 
     def put(self, key: str, value: bytes) -> None:
         self.patiently(lambda: NatsSource.put(self, key, value))

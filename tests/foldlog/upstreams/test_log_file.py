@@ -167,5 +167,5 @@ def test_a_mirror_that_is_closed_while_it_opens_its_source_leaves_no_follower(
         assert begun.wait(DEADLINE_S)
         # The link is told to stop while its source is being opened.
         threading.Timer(0.0, go.set).start()
-    until(lambda: opened and opened[0].state is FollowerState.CLOSED, "the follower is closed")
+    until(lambda: opened and opened[0].state is FollowerState.CLOSED)
     assert source._follower is None
