@@ -31,7 +31,7 @@ from foldlog.protocol.upstream import (
     UpstreamLost,
 )
 from foldlog.upstreams.nats_connection import Connection, NoMessage, bare, checked_url
-from foldlog.upstreams.nats_pull import Piece, Pull
+from foldlog.upstreams.nats_pull import Pass, Piece, Pull
 from foldlog.upstreams.nats_wire import nanoseconds
 
 INACTIVE_S = 10.0
@@ -137,7 +137,7 @@ class NatsKv:
         """One pass over the last message of each key. Complete up to its last position."""
         at, mark = (await self._identity()).last, b""
         start = {"deliver_policy": "last_per_subject"}
-        async with contextlib.aclosing(self._consume(start, prefixes, once=True)) as pieces:
+        async with contextlib.aclosing(self._consume(start, prefixes, upto=at)) as pieces:
             async for piece in pieces:
                 last = WatchCursor.from_u64(piece.last)
                 if last >= at:
@@ -150,7 +150,7 @@ class NatsKv:
         at = (await self._identity()).last
         found: dict[str, bytes] = {}
         start = {"deliver_policy": "last_per_subject", "headers_only": True}
-        async with contextlib.aclosing(self._consume(start, prefixes, once=True)) as pieces:
+        async with contextlib.aclosing(self._consume(start, prefixes, upto=at)) as pieces:
             async for piece in pieces:
                 for update in piece.updates:
                     if type(update) is Put:
@@ -162,10 +162,10 @@ class NatsKv:
         return Revisions(found, at)
 
     async def _consume(
-        self, start: dict[str, Any], prefixes: Prefixes, *, once: bool = False
+        self, start: dict[str, Any], prefixes: Prefixes, *, upto: WatchCursor | None = None
     ) -> AsyncGenerator[Piece, None]:
-        """What a new consumer delivers, in pieces: with `once`, until nothing is pending; otherwise
-        without end."""
+        """What a new consumer delivers, in pieces: with `upto`, one pass that is complete up to
+        that position; otherwise without end."""
         connection = self._connected()
         client = connection.client
         name = f"foldlog-{secrets.token_hex(8)}"
@@ -187,9 +187,12 @@ class NatsKv:
         connection.wire.receivers[sid] = pull.receiver
         try:
             made = await connection.request(f"CONSUMER.CREATE.{self._stream}.{name}", body)
-            if not once:
+            only: Pass | None = None
+            if upto is None:
                 yield Piece([], pending=made.get("num_pending"))
-            async with contextlib.aclosing(pull.pieces(once)) as pieces:
+            else:
+                only = Pass(upto.as_u64() or 0, lambda: self._where(connection, name))
+            async with contextlib.aclosing(pull.pieces(only)) as pieces:
                 async for piece in pieces:
                     yield piece
         finally:
@@ -201,6 +204,11 @@ class NatsKv:
                     delete = f"CONSUMER.DELETE.{self._stream}.{name}"
                     await connection.tell(delete, b"", client.new_inbox())
                     await client.flush(1)
+
+    async def _where(self, connection: Connection, consumer: str) -> tuple[int, int]:
+        """The messages that a consumer has sent, and the stream sequence it has reached."""
+        info = await connection.request(f"CONSUMER.INFO.{self._stream}.{consumer}", {})
+        return int(info["delivered"]["consumer_seq"]), int(info["delivered"]["stream_seq"])
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None

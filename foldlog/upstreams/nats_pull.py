@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from foldlog.protocol.updates import Update
@@ -27,6 +27,8 @@ EXPIRES_S = 30.0
 HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 """After this long without a message or heartbeat, the consumer is considered dead."""
+MAX_REFUSALS = 8
+"""After this many refusals in a row, look for the end of a pass."""
 _LIMIT = re.compile(r"exceeded maxrequestbatch of (\d+)")
 
 
@@ -42,6 +44,15 @@ class Piece(NamedTuple):
     """When the last message was stored."""
     size: int = 0
     """Bytes of values."""
+
+
+class Pass(NamedTuple):
+    """Reading that ends: one pass over what a stream holds."""
+
+    last: int
+    """The stream's last sequence when the pass began: up to there it has to be complete."""
+    where: Callable[[], Awaitable[tuple[int, int]]]
+    """Where the consumer is: the messages it has sent, and the stream sequence it has reached."""
 
 
 class Pull:
@@ -60,12 +71,14 @@ class Pull:
         self._credit = 0
         self._wants_single = False  # request one message, without a limit on its size
         self._single = 0  # the request that does
+        self._refusals = 0  # in a row, with nothing else in between
         self._pending: int | None = None
         self._heard = time.monotonic()
         self._ended = False
 
-    async def pieces(self, once: bool) -> AsyncGenerator[Piece, None]:
-        """The messages in pieces. With `once`, they end when nothing is pending."""
+    async def pieces(self, only: Pass | None = None) -> AsyncGenerator[Piece, None]:
+        """The messages in pieces. Those of a pass end when nothing is pending."""
+        once = only is not None
         await self._ask(once)
         heard = self._heard = time.monotonic()
         while True:
@@ -78,6 +91,8 @@ class Pull:
                     if not self.receiver.waiting:
                         await self._wait()
                     piece = self._take(piece)
+                    if only is not None and self._refusals >= MAX_REFUSALS:
+                        await self._look(only)
             if piece.updates or (self._heard > heard and not once):  # silence proves nothing
                 yield piece
             if self._ended:
@@ -123,6 +138,18 @@ class Pull:
                 self._subject, json.dumps(request).encode(), f"{self._inbox}.{self._number}"
             )
 
+    async def _look(self, only: Pass) -> None:
+        """End the pass if the consumer is past its end and all that it sent is taken.
+
+        A server may count more messages as pending than there are (seen with NATS 2.9, when keys
+        are written meanwhile). It then neither answers a request nor says that nothing is pending.
+        """
+        self._refusals = 0
+        sent, reached = await only.where()
+        taken = self.receiver.delivered if not self.receiver.waiting else -1
+        if reached >= only.last and sent <= taken:
+            self._ended, self._pending = True, 0
+
     def _take(self, first: Piece | None = None) -> Piece:
         """The messages received, added to `first`, up to the size of a piece."""
         waiting = self.receiver.waiting
@@ -136,6 +163,7 @@ class Pull:
                 self._on_status(arrived)
                 continue
             last = arrived
+            self._refusals = 0
             updates += arrived.updates
             size += arrived.size
             self._credit -= len(arrived.updates)
@@ -161,6 +189,7 @@ class Pull:
         self._credit = max(self._credit - left, 0)
         if status.number == self._single:
             self._single = 0
+        self._refusals = self._refusals + 1 if "requests pending" in text else 0
         if code == "404":
             self._ended = True
             self._pending = 0

@@ -25,6 +25,10 @@ class FakeNats:
         self.consumers_made = 0
         self.muted = False
         """No heartbeats, until somebody connects again."""
+        self.drifts = False
+        """Counts messages as pending that there are not: a pass is never told that it is over."""
+        self.refusals = 0
+        """Requests of passes that are refused before one is served."""
         self._tail_requests = 0
         self._paused = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -102,12 +106,21 @@ class FakeNats:
             consumers[name] = {"next": start, "delivered": 0}
             pending = max(last + 1 - start, 0)
             return [_msg(reply, sid, json.dumps({"num_pending": pending}).encode())]
+        if ".CONSUMER.INFO." in subject:
+            consumer = consumers[name]
+            where = {"consumer_seq": consumer["delivered"], "stream_seq": consumer["next"] - 1}
+            return [_msg(reply, sid, json.dumps({"delivered": where}).encode())]
         if ".CONSUMER.MSG.NEXT." not in subject or name not in consumers:
             return []
         request = json.loads(body)
+        if request.get("no_wait") and self.refusals:
+            self.refusals -= 1
+            return [status(reply, sid, "408 Requests Pending")]
         frames = self._frames(sid, consumers[name], last, int(request["batch"]))
         if request.get("no_wait"):
-            return [*frames, status(reply, sid, "404 No Messages")]
+            drifted = self.drifts and not frames
+            end = "408 Requests Pending" if drifted else "404 No Messages"
+            return [*frames, status(reply, sid, end)] if not self.drifts or drifted else frames
         self._tail_requests += 1
         consumers[name]["inbox"] = reply, sid
         return self._faults(self._tail_requests, frames)

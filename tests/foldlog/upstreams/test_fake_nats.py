@@ -89,6 +89,28 @@ def test_a_request_that_ends_for_any_reason_loses_nothing(path, reason):
             assert dict(mirror.snapshot().items()) == ENTRIES
 
 
+def test_a_pass_over_a_bucket_ends_though_the_server_counts_messages_that_there_are_not(path):
+    """NATS 2.9 counted messages twice that were written during a pass. It then never said that
+    nothing was pending, and the mirror asked again and again without end."""
+    with FakeNats(ENTRIES, first(lambda frames: frames)) as server:
+        server.drifts = True
+        with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
+            mirror.wait_synced(30)
+            assert dict(mirror.snapshot().items()) == ENTRIES
+            assert mirror.stats().link.attaches == 1
+
+
+def test_a_pass_whose_requests_are_refused_for_a_while_is_complete_all_the_same(path):
+    """What does not answer yet is not at its end."""
+    with FakeNats(ENTRIES, first(lambda frames: frames)) as server:
+        server.refusals, server.drifts = 30, True
+        with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
+            mirror.wait_synced(30)
+            assert server.refusals == 0
+            assert dict(mirror.snapshot().items()) == ENTRIES
+            assert mirror.stats().link.mended == 0
+
+
 def test_a_server_that_falls_silent_is_let_go_of(path, monkeypatch):
     from foldlog.upstreams import nats_pull
 
