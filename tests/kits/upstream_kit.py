@@ -172,18 +172,19 @@ class NatsSource:
         self.loop.run(self.js.publish(f"$KV.{self.bucket}.{key}", b"", headers=headers))
 
     def entries(self) -> dict[str, bytes]:
+        return {key: msg.data or b"" for key, msg in self._last() if not _is_removal(msg)}
+
+    def _last(self) -> Iterator[tuple[str, Any]]:
+        """The last message of each key."""
         from nats.js.errors import NotFoundError
 
-        found: dict[str, bytes] = {}
         info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}", subjects_filter=">"))
         for subject in info.state.subjects or ():
             try:
                 msg = self.loop.run(self.js.get_last_msg(f"KV_{self.bucket}", subject))
             except NotFoundError:
                 continue  # it has expired since
-            if not (msg.headers or {}).keys() & {"KV-Operation", "Nats-Marker-Reason"}:
-                found[subject.split(".", 2)[2]] = msg.data or b""
-        return found
+            yield subject.split(".", 2)[2], msg
 
     def consumers(self) -> int:
         info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}"))
@@ -194,8 +195,10 @@ class NatsSource:
         return NatsKv(self.url, bucket=self.bucket, **options)
 
     def forget(self) -> None:
-        bucket = self.loop.run(self.js.key_value(self.bucket))  # of the present connection
-        self.loop.run(bucket.purge_deletes(olderthan=-1))
+        """As `purge_deletes` does. That of nats-py waits for ever if a message expires meanwhile."""
+        for key, msg in self._last():
+            if _is_removal(msg):
+                self.api(f"STREAM.PURGE.KV_{self.bucket}", filter=f"$KV.{self.bucket}.{key}")
 
     def kill(self) -> None:
         self.loop.run(self.client.close())
@@ -209,6 +212,10 @@ class NatsSource:
         self.loop.close()
         if self._is_own:
             self.server.kill()
+
+
+def _is_removal(msg: Any) -> bool:
+    return bool((msg.headers or {}).keys() & {"KV-Operation", "Nats-Marker-Reason"})
 
 
 async def _quiet(error: Exception) -> None:
