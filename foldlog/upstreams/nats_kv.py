@@ -191,7 +191,12 @@ class NatsKv:
             if upto is None:
                 yield Piece([], pending=made.get("num_pending"))
             else:
-                only = Pass(upto.as_u64() or 0, lambda: self._where(connection, name))
+                version = client.connected_server_version
+                only = Pass(
+                    upto.as_u64() or 0,
+                    lambda: self._where(connection, name),
+                    drops_oversize=(version.major, version.minor) < (2, 10),
+                )
             async with contextlib.aclosing(pull.pieces(only)) as pieces:
                 async for piece in pieces:
                     yield piece

@@ -21,6 +21,9 @@ from foldlog.upstreams.nats_wire import Receiver, Run, Status
 
 REQUEST_MESSAGES = 4000
 REQUEST_BYTES = 8 * 1024 * 1024
+UNLIMITED_MESSAGES = 25
+"""Messages of a request without a limit on its bytes. What two of them bring, at 1 MiB a message,
+is within what a server keeps for a client."""
 PIECE_UPDATES = 1000
 PIECE_BYTES = 1024 * 1024
 EXPIRES_S = 30.0
@@ -53,6 +56,8 @@ class Pass(NamedTuple):
     """The stream's last sequence when the pass began: up to there it has to be complete."""
     where: Callable[[], Awaitable[tuple[int, int]]]
     """Where the consumer is: the messages it has sent, and the stream sequence it has reached."""
+    drops_oversize: bool = False
+    """True for a server that leaves out the message for which a request has no bytes left."""
 
 
 class Pull:
@@ -63,7 +68,7 @@ class Pull:
         self._connection, self._subject, self._inbox = connection, subject, inbox
         self._woken = asyncio.Event()
         self.receiver = Receiver(connection.who, subjects, self._woken.set)
-        self._batch = REQUEST_MESSAGES
+        self._batch, self._bytes = REQUEST_MESSAGES, REQUEST_BYTES
         self._number = 0
         self._asked: dict[int, int] = {}  # messages asked for by each of the newest requests
         # Messages that the server may still deliver. It serves open requests in turn, so what is
@@ -72,6 +77,7 @@ class Pull:
         self._wants_single = False  # request one message, without a limit on its size
         self._single = 0  # the request that does
         self._refusals = 0  # in a row, with nothing else in between
+        self._was_short = False  # a message was over what was left of the requests
         self._pending: int | None = None
         self._heard = time.monotonic()
         self._ended = False
@@ -79,6 +85,8 @@ class Pull:
     async def pieces(self, only: Pass | None = None) -> AsyncGenerator[Piece, None]:
         """The messages in pieces. Those of a pass end when nothing is pending."""
         once = only is not None
+        if only is not None and only.drops_oversize:
+            self._batch, self._bytes = UNLIMITED_MESSAGES, 0
         await self._ask(once)
         heard = self._heard = time.monotonic()
         while True:
@@ -121,8 +129,8 @@ class Pull:
             self._number += 1
             count = 1 if self._wants_single else self._batch
             request: dict[str, Any] = {"batch": count}
-            if not self._wants_single:
-                request["max_bytes"] = REQUEST_BYTES
+            if self._bytes and not self._wants_single:
+                request["max_bytes"] = self._bytes
             if once:
                 request["no_wait"] = True
             else:
@@ -148,6 +156,9 @@ class Pull:
         sent, reached = await only.where()
         taken = self.receiver.delivered if not self.receiver.waiting else -1
         if reached >= only.last and sent <= taken:
+            if self._was_short:  # perhaps it was left out
+                reason = f"{self._connection.who}: messages are pending that do not come"
+                raise UpstreamLost(reason)
             self._ended, self._pending = True, 0
 
     def _take(self, first: Piece | None = None) -> Piece:
@@ -196,6 +207,7 @@ class Pull:
         elif code == "409" and "message size exceeds" in text:
             # The message at hand fits no open request: the server has ended them all.
             self._credit, self._wants_single = 0, left == asked  # it brought nothing
+            self._was_short = True
         elif code == "409" and (limit := _LIMIT.search(text)) and int(limit[1]) > 0:
             self._batch = min(self._batch, int(limit[1]))
         elif code != "408" and not (code == "409" and "batch completed" in text):

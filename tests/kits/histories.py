@@ -109,7 +109,7 @@ class History:
     def restore(self) -> None:
         """The first time, take a copy of the server's files; the next time, put it back."""
         source, files, copy = self.source, self.folder / "js", self.folder / "copy"
-        source.loop.run(source.client.close())
+        source.disconnect()
         source.server.kill()
         if self.copied:
             shutil.rmtree(files)

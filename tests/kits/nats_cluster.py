@@ -80,6 +80,7 @@ class ClusterSource(NatsSource):
             pass
 
         def connected() -> bool:
+            self.disconnect()
             with contextlib.suppress(Exception):
                 options = {"error_cb": quiet, "connect_timeout": 1, "allow_reconnect": False}
                 self.client = self.loop.run(nats.connect(self.urls, **options))
@@ -97,8 +98,6 @@ class ClusterSource(NatsSource):
             with contextlib.suppress(Exception):
                 result.append(call())
                 return True
-            with contextlib.suppress(Exception):
-                self.loop.run(self.client.close())
             self.connect()
             return False
 

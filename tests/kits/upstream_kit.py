@@ -104,6 +104,7 @@ class NatsSource:
             self.server.start()
         self.bucket, self._config, self._client_options = bucket, config, client or {}
         self.loop = Loop()
+        self.client: Any = None
         try:
             self.connect()
             self.create()
@@ -118,9 +119,18 @@ class NatsSource:
         scheme = "tls" if "tls" in self._client_options else "nats"
         return f"{scheme}://127.0.0.1:{self.server.port}"
 
+    def disconnect(self) -> None:
+        """End the connection, if there is one: nats-py would go on with it."""
+        client, self.client = self.client, None
+        if client is not None:
+            with contextlib.suppress(Exception):
+                self.loop.run(client.close())
+
     def connect(self) -> None:
+        """Connect anew."""
         import nats
 
+        self.disconnect()
         options = {"error_cb": _quiet, **self._client_options}
         self.client = self.loop.run(nats.connect(self.url, **options))
         self.js = self.client.jetstream(timeout=self.request_s)
@@ -201,14 +211,13 @@ class NatsSource:
                 self.api(f"STREAM.PURGE.KV_{self.bucket}", filter=f"$KV.{self.bucket}.{key}")
 
     def kill(self) -> None:
-        self.loop.run(self.client.close())
+        self.disconnect()
         self.server.kill()
         self.server.start()
         self.connect()
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):
-            self.loop.run(self.client.close())
+        self.disconnect()
         self.loop.close()
         if self._is_own:
             self.server.kill()

@@ -69,6 +69,7 @@ def test_a_recreated_bucket_is_replaced_as_one_batch_and_told_as_the_difference(
 def put_back(source, folder) -> None:
     """Stop the server, put its copied files back, and start it."""
     files, copy = folder / "js", folder / "copy"
+    source.disconnect()
     source.server.kill()
     if copy.exists():
         shutil.rmtree(files)
@@ -229,6 +230,15 @@ def test_values_larger_than_a_request_may_bring_arrive(tmp_path, path):
             source.put("huge", b"small now")
             until(lambda: mirror.get("huge"))
             assert mirror.stats().link.skipped == 0
+
+
+def test_more_bytes_than_a_request_may_bring_arrive(source, path):
+    """NATS 2.9 left out of a pass each message for which the open requests had no bytes left."""
+    keys = {f"k.{number}": b"v" * 100_000 for number in range(300)}
+    source.put_many(keys)
+    with mirrored(path, source) as mirror:
+        assert dict(mirror.snapshot().items()) == keys
+        assert mirror.stats().link.mended == 0
 
 
 @pytest.mark.parametrize(
