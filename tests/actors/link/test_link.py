@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 
 import pytest
+import virtual_time
 from scripted_upstream import Marked, Plain, Scripted, at
 from upstream_kit import until
 
 import foldlog
 from foldlog import Changed, LinkState, Put, Rewound, StoreClosed, Synced, VersionToken
-from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost
+from foldlog.actors.link import link as link_module
+from foldlog.actors.link.intake import LinkConfig
+from foldlog.actors.link.link import Link
+from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, UpstreamMissing
 from foldlog.testing import Fault, FaultyFiles
 
 
@@ -21,6 +26,34 @@ def values(mirror) -> dict[str, bytes]:
 
 def true(upstream) -> dict[str, bytes]:
     return {key: put.value for key, put in upstream.live.items()}
+
+
+# A server that returns.
+
+
+@pytest.mark.parametrize("error", [UpstreamLost, UpstreamMissing])
+@pytest.mark.parametrize("jitter", [0.0, 1.0])
+def test_a_server_that_returns_is_asked_within_half_a_second(monkeypatch, error, jitter):
+    """So that its first update comes within a second, however long it was away. Each attempt fails
+    at once here, as a refused connection does; time is virtual."""
+    monkeypatch.setattr(link_module.random, "random", lambda: jitter)
+    asked_s: list[float] = []
+
+    class Away(Plain):
+        async def identify(self):
+            asked_s.append(asyncio.get_running_loop().time())
+            link._stopping = len(asked_s) == 200
+            raise error("away")
+
+    class Sink:
+        def snapshot(self):
+            return None
+
+    link = Link("away", Sink(), Away(), LinkConfig())
+    virtual_time.run(link._main())
+    waits_s = [later - earlier for earlier, later in itertools.pairwise(asked_s)]
+    assert max(waits_s) < 0.501
+    assert waits_s[-1] >= 0.25  # and a server that stays away is not asked without a pause
 
 
 # An attachment that ends.
