@@ -7,12 +7,8 @@ the answer or a typed error, whichever actors die meanwhile.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -38,6 +34,14 @@ from foldlog.actors.store.requests import (
 )
 from foldlog.actors.store.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
+from foldlog.life_cycle import (
+    UNOPENED_TIMEOUT_S,
+    await_dropped,
+    close,
+    close_dropped,
+    live,
+    would_wait_for_itself,
+)
 from foldlog.protocol.engine import CacheUse, Engine, Held, OpenReport, Sizes
 from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
 from foldlog.protocol.options import (
@@ -64,19 +68,15 @@ from foldlog.protocol.store import Backend, FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest
-from foldlog.storage.forks import Rank, call_after_fork
 from foldlog.storage.formats.format import VerifyReport
 from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
 
-EXIT_TIMEOUT_S = 10.0
 TURN_TIMEOUT_S = 20.0
 """A call with at least this timeout writes on its own thread if the writer is idle; there, a stuck
 disk can hold it past its deadline. A call with a shorter timeout leaves the write to the writer's
 thread, so it returns on time."""
-UNOPENED_TIMEOUT_S = 5.0
-"""How long an interrupted `open` waits for the log to be closed again."""
 
 
 def open(
@@ -162,7 +162,7 @@ def open(
         files=files,
         step=step or no_step,
     )
-    _await_dropped(config.path)
+    await_dropped(config.path)
     core = Core(config)
     supervisor = Supervisor(core)
     try:
@@ -190,9 +190,9 @@ class Store(Readable):
         self._supervisor = supervisor
         self._offer = supervisor.writer.inbox.offer
         # The actors hold the core, not the store, so that a dropped store can be detected.
-        self._finalizer = weakref.finalize(self, _close_dropped, supervisor, os.getpid())
+        self._finalizer = weakref.finalize(self, close_dropped, supervisor, os.getpid())
         self._finalizer.atexit = False
-        _live[supervisor] = os.getpid()
+        live[supervisor] = os.getpid()
 
     @property
     def synced_cursor(self) -> WatchCursor:
@@ -540,15 +540,15 @@ class Store(Readable):
         if self._core.state is State.FORKED:
             return
         was_closed = self._core.ended.is_set()
-        error = _close(self._supervisor, timeout_s)
+        error = close(self._supervisor, timeout_s)
         if self._core.ended.is_set():
             self._finalizer.detach()
-            _live.pop(self._supervisor, None)
+            live.pop(self._supervisor, None)
         if error is not None and not was_closed:
             raise error
 
     def _check_thread(self) -> None:
-        if _would_wait_for_itself(self._supervisor):
+        if would_wait_for_itself(self._supervisor):
             raise ReentrantCall(
                 "called during a write on this thread, from a callback, or on one of the store's"
                 " own threads, and would wait for itself: use apply_async"
@@ -560,72 +560,3 @@ class Store(Readable):
 
     def __repr__(self) -> str:
         return f"<foldlog.Store {str(self.path)!r} {self.state}>"
-
-
-# Life cycle beyond the with statement: dropped stores, interpreter exit, forks.
-
-_live: weakref.WeakKeyDictionary[Supervisor, int] = weakref.WeakKeyDictionary()
-_dropped: weakref.WeakSet[Supervisor] = weakref.WeakSet()
-"""Of stores that were dropped without `close`, those that may still be closing."""
-
-
-def _would_wait_for_itself(supervisor: Supervisor) -> bool:
-    return (
-        runs_callbacks()
-        or supervisor.writer.is_in_turn()
-        or supervisor.owns(threading.current_thread())
-    )
-
-
-def _close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
-    answer: Answer[BaseException | None] = Answer()
-    supervisor.post(CloseNow(answer))
-    if _would_wait_for_itself(supervisor) or any(
-        reader.is_in_turn() for reader in supervisor.readers
-    ):
-        return None
-    deadline = time.monotonic() + timeout_s
-    try:
-        error = answer.result(timeout_s)
-    except TimeoutError:
-        return RequestTimeout(
-            f"the store did not close within {timeout_s} s; the writer still has the log open"
-        )
-    supervisor.thread.join(max(deadline - time.monotonic(), 0.1))
-    return error
-
-
-def _close_dropped(supervisor: Supervisor, pid: int) -> None:
-    if os.getpid() == pid and supervisor.thread.is_alive():
-        _dropped.add(supervisor)
-        supervisor.post(CloseNow(Answer()))  # first: warnings may be errors
-        warnings.warn("a foldlog store was dropped without close()", ResourceWarning, stacklevel=2)
-
-
-def _await_dropped(path: Path) -> None:
-    """Wait for dropped stores on this log to close: an interrupt right after `open` drops one."""
-    for supervisor in tuple(_dropped):
-        if supervisor.core.config.path == path:
-            supervisor.core.ended.wait(UNOPENED_TIMEOUT_S)
-
-
-@atexit.register
-def _close_at_exit() -> None:
-    """Close stores that a script forgot, so that it ends promptly with every answered batch on
-    disk."""
-    for supervisor, pid in list(_live.items()):
-        if pid == os.getpid():
-            with contextlib.suppress(Exception):
-                _close(supervisor, EXIT_TIMEOUT_S)
-
-
-def _after_fork_in_child() -> None:
-    # The threads are gone, and any lock they held is held forever: replace what calls could wait
-    # on.
-    for supervisor in list(_live):
-        supervisor.after_fork()
-    _live.clear()
-    _dropped.clear()
-
-
-call_after_fork(_after_fork_in_child, Rank.STORE)

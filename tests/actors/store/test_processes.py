@@ -74,8 +74,8 @@ def test_another_atexit_handler_finds_the_store_closed_and_does_not_hang(path):
             print(store.apply([], foldlog.WatchCursor.from_u64(1)))
         store = foldlog.open(sys.argv[1])
         atexit.register(early)  # runs before foldlog's, which was registered at import
-        import foldlog.store
-        atexit.unregister(foldlog.store._close_at_exit); atexit.register(late); atexit.register(foldlog.store._close_at_exit)
+        import foldlog.life_cycle
+        atexit.unregister(foldlog.life_cycle._close_at_exit); atexit.register(late); atexit.register(foldlog.life_cycle._close_at_exit)
         atexit.unregister(early); atexit.register(early)
         """,
         path,
