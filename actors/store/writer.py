@@ -53,6 +53,11 @@ TURN_BATCHES = 64
 """The most batches that a caller holding the turn writes for others before it gets its answer."""
 
 
+def let_others_run() -> None:
+    """Release the interpreter lock to the threads that wait for it now."""
+    time.sleep(0)
+
+
 class Writer(SharedActor):
     """See the module."""
 
@@ -79,6 +84,8 @@ class Writer(SharedActor):
         self._engine: Engine | None = None
         self._in_hand: list[Request] = []
         """Requests in progress: those of `taken` that a crash can be blamed on."""
+        self._has_company = False
+        """True under sync="always" while several callers write: they share fsyncs."""
         self._compactor = Compactor(core, self._step, maintenance, self._made_progress)
         self.stop_error: Exception | None = None
         """The error raised while sealing the log, if any."""
@@ -183,7 +190,10 @@ class Writer(SharedActor):
 
     def work_in_turn(self, mail: Mail) -> bool:
         """See `SharedActor`. While writes are held back for a compaction, the writer's own thread
-        waits, so that each caller can keep its deadline."""
+        waits, so that each caller can keep its deadline. While several callers share
+        fsyncs, none of them takes one for itself."""
+        if self._has_company:
+            return False
         if self._compactor.running is not None and self._compactor.holds_back(mail.weight):
             return False
         return super().work_in_turn(mail)
@@ -205,7 +215,11 @@ class Writer(SharedActor):
     def handle(self, mails: list[Mail]) -> None:
         first = mails[0].message
         if isinstance(first, WriteRequest):
+            if self._has_company:
+                self._take_along(mails)
             self._apply([mail.message for mail in mails])
+            if self._core.config.sync == "always":
+                self._has_company = len(mails) > 1 or self._write_waits()
         elif isinstance(first, CompactRequest):
             self._compactor.want(first)
         elif isinstance(first, SyncRequest):
@@ -223,6 +237,24 @@ class Writer(SharedActor):
         elif isinstance(first, CheckFile):
             self._check_file()
         self._in_hand = []
+
+    def _take_along(self, mails: list[Mail]) -> None:
+        """Let the callers that the last turn answered write again, and add their mail to `mails`.
+
+        Otherwise whoever comes back first is synced alone, or those who come back during an fsync
+        form the next group, and each fsync serves half of the callers. Cost: releases the
+        interpreter lock once.
+        """
+        let_others_run()
+        if not self._compactor.holds_back(GROUP_BYTES):
+            self.inbox.move(mails, self.group, self.group_limit)
+
+    def _write_waits(self) -> bool:
+        """True if the next mail is a write."""
+        try:
+            return isinstance(self.inbox.mails[0].message, WriteRequest)
+        except IndexError:
+            return False
 
     def _sync(self, request: SyncRequest) -> None:
         """Sync the log. If the disk refuses, a restart heals the log and the sync is retried

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -19,6 +20,7 @@ from actor_kit import (
 
 from foldlog import Apply, Backpressure, Put, RequestTimeout, State
 from foldlog.actors.base.answers import Answer
+from foldlog.actors.store import writer as writer_module
 
 
 @pytest.fixture
@@ -192,6 +194,51 @@ def test_waiting_batches_make_one_commit_group(open_store, steps):
     gate.open()
     assert results(futures) == list(range(1, 52))
     assert (store.stats().groups, store.stats().largest_group, store.stats().batches) == (2, 50, 51)
+
+
+def test_callers_who_come_back_from_an_fsync_share_the_next(open_store, steps, monkeypatch):
+    """The first to come back was synced alone while the others waited: with four callers, groups
+    of one and of three took turns, and with sixteen each fsync served eight."""
+    store = open_store(sync="always")
+    gate = steps.park("writer.before_write")
+    alone = in_thread(store.apply, batch(1), cursor(1), DEADLINE_S)
+    gate.wait_until_reached()
+    futures = [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
+    later = iter((4, 5))
+
+    def others_run() -> None:
+        futures.extend(store.apply_async(batch(number), cursor(number)) for number in later)
+
+    monkeypatch.setattr(writer_module, "let_others_run", others_run)
+    gate.open()
+    assert alone.result(DEADLINE_S) == 1
+    assert results(futures[:2]) == [2, 3]
+    assert results(futures[2:]) == [4, 5]
+    assert (store.stats().groups, store.stats().largest_group) == (2, 4)
+
+
+def test_a_caller_that_is_alone_again_writes_on_its_own_thread(open_store, steps):
+    threads: list[threading.Thread] = []
+
+    def step(name: str) -> None:
+        steps(name)
+        if name == "writer.before_write":
+            threads.append(threading.current_thread())
+
+    store = open_store(sync="always", step=step)
+    gate = steps.park("writer.before_write")
+    first = store.apply_async(batch(1), cursor(1))
+    gate.wait_until_reached()
+    futures = [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
+    gate.open()
+    assert results([first, *futures]) == [1, 2, 3]
+
+    def is_written_here() -> bool:
+        store.apply(batch(4), cursor(4), DEADLINE_S)
+        return threads[-1] is threading.current_thread()
+
+    assert not is_written_here(), "others may want to share the fsync"
+    until(is_written_here, "no other caller is left to share an fsync with")
 
 
 def test_told_batches_are_weighed_before_the_mailbox_and_make_no_larger_groups(open_store, steps):
