@@ -10,6 +10,8 @@ thread that should notify it may have been interrupted just before.
     Latch     set once, for good
     Wakeup    wakes one thread that sleeps between polls
     Turns     one owner at a time, first come, first served; an ended frame holds nothing
+
+`enter_alone` is for what one thread uses at a time: it refuses where `Turns` would wait.
 """
 
 from __future__ import annotations
@@ -174,6 +176,22 @@ class Turns:
         discard(self.line, owner)
         if self.line:
             self._bell.ring()
+
+
+def enter_alone(line: deque[object], frame: object) -> None:
+    """Add the frame of a call to `line`. ReentrantCall, at once, if another call is in it: one
+    below on this thread's stack, or one on another thread.
+
+    Call it within `try`, and `discard(line, frame)` within its `finally`.
+    """
+    if frame not in line:
+        line.append(frame)
+    while (first := line[0]) is not frame:
+        if not is_over(first):
+            raise ReentrantCall(
+                "called while the store is being written: it is for one thread at a time"
+            )
+        discard(line, first)
 
 
 def discard(line: deque[Any] | list[Any], what: object) -> None:

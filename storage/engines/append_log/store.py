@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal, Self
 
 from foldlog.protocol.engine import OpenReport
-from foldlog.protocol.errors import FoldlogError, LogAccessError, ReentrantCall, check_forward
+from foldlog.protocol.errors import FoldlogError, LogAccessError, check_forward
 from foldlog.protocol.options import CACHE_BYTES, COMPACT_THRESHOLD, ENGINE_SYNC, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
@@ -19,7 +19,7 @@ from foldlog.storage.artifacts import artifact
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.formats.format import Progress, VerifyReport
-from foldlog.storage.handover import discard, is_over
+from foldlog.storage.handover import discard, enter_alone
 from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
 
@@ -255,18 +255,9 @@ class AppendLogSnapshot(Readable):
     def _enter(self, frame: object) -> None:
         """Begin to write, after settling what an interrupted call left half done.
 
-        ReentrantCall, at once, if another call is writing: one below on this thread's stack, or one
-        on another thread.
+        ReentrantCall if another call is writing.
         """
-        line = self._line
-        if frame not in line:
-            line.append(frame)
-        while (first := line[0]) is not frame:
-            if not is_over(first):
-                raise ReentrantCall(
-                    "called while the store is being written: it is for one thread at a time"
-                )
-            discard(line, first)
+        enter_alone(self._line, frame)
         self._engine.settle()
 
 

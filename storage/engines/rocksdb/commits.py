@@ -7,7 +7,7 @@ import ctypes
 import os
 import secrets
 import sys
-import weakref
+import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from foldlog.protocol.errors import (
     ForkedStore,
     LogPoisonedError,
     StoreClosed,
+    StoreLocked,
 )
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.tokens import WatchCursor
@@ -26,12 +27,13 @@ from foldlog.protocol.updates import (
     KvEntry,
     RawUpdates,
 )
-from foldlog.storage.engines.rocksdb.database.errors import is_stall, typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, is_stall, typed
 from foldlog.storage.engines.rocksdb.database.opening import binding, open_database
 from foldlog.storage.engines.rocksdb.database.record import State, encode_entry
 from foldlog.storage.engines.rocksdb.database.state import directory_bytes, state_of
+from foldlog.storage.engines.rocksdb.fold.held import HeldFolds
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
-from foldlog.storage.engines.rocksdb.fold.source import Source
+from foldlog.storage.engines.rocksdb.fold.source import Source, is_read_after_its_end
 from foldlog.storage.engines.rocksdb.fold.staged import StagedFold
 from foldlog.storage.engines.rocksdb.fold.trail import Trail
 from foldlog.storage.engines.rocksdb.past import Past
@@ -46,6 +48,9 @@ from foldlog.storage.log.files import OS_FILES, resolve
 if TYPE_CHECKING:
     from rocksdict import Rdict
 
+LINGER_S = 10.0
+"""Seconds that an opening waits for reads from an earlier opening to end."""
+_LINGER_PAUSE_S = 0.001
 _getframe = sys._getframe
 
 
@@ -73,15 +78,17 @@ class Commits:
         self._compacted_seq = -1
         # Whose turn it is with the database: any thread may sync it, and none closes it meanwhile.
         self._turns = Turns()
-        self._held: weakref.WeakSet[RocksDbFold] = weakref.WeakSet()
+        self._held = HeldFolds()
         self._pid = os.getpid()
-        self._past = Past()
         self._bridge = contextlib.ExitStack()  # what `heal` opened to keep reads alive
+        self._closing: Rdict | None = (
+            None  # ended, but still to be closed: `close` may be cut short
+        )
         created = not self.path.exists()
         self._open_source()
         if created:
             OS_FILES.sync_dir(self.path.parent)
-        self._past.begin(self._state.cursor)
+        self._past = Past(self._state.seq, self._state.cursor)
         self.report = OpenReport(
             self.path,
             created=created,
@@ -94,22 +101,38 @@ class Commits:
     # Opening.
 
     def _open_source(self) -> None:
-        db = open_database(
-            self.path, create=True, cache_bytes=self._cache_bytes, on_damage=self._on_damage
-        )
-        self._source = Source(db, self.path, self._rocksdict.ReadOptions)
-        self._writes = Writes(self._source)
-        self._place = Place(self.path)
-        self._trail = Trail()
-        self._in_doubt: State | None = None  # what the current commit writes
+        self._source = Source(self._opened(), self.path, self._rocksdict.ReadOptions, writable=True)
         try:
-            state = state_of(db, self.path) or self._begin()
+            self._writes = Writes(self._source)
+            self._place = Place(self.path)
+            self._trail = Trail()
+            self._in_doubt: State | None = None  # what the current commit writes
+            state = state_of(self._db, self.path) or self._begin()
+            self._publish(state)
         except BaseException:
-            self._source.db = None
+            self._release(StoreClosed(f"{self.path} was not opened"))
             raise
-        self._publish(state)
         # Opening has written what it recovered to tables.
         self._synced = (state.seq, state.cursor)
+
+    def _opened(self) -> Rdict:
+        """Open the database.
+
+        Wait for threads that are in the middle of a read from an earlier opening: it is locked
+        until they are through. StoreLocked if it takes longer than `LINGER_S`.
+        """
+        stop_s = 0.0
+        while True:
+            try:
+                return open_database(
+                    self.path, create=True, cache_bytes=self._cache_bytes, on_damage=self._on_damage
+                )
+            except StoreLocked as error:
+                now = time.monotonic()
+                stop_s = stop_s or now + LINGER_S
+                if error.pid != self._pid or now > stop_s or not is_read_after_its_end(self.path):
+                    raise
+                time.sleep(_LINGER_PAUSE_S)
 
     def _begin(self) -> State:
         """Write the first state record to an empty database."""
@@ -173,8 +196,10 @@ class Commits:
         0.5 us an update.
         """
         groups = [_raw(part) for batch in batches for part in batch.changes]
-        state = self._commit(groups, len(batches), batches[-1].cursor, batches[-1].origin or origin)
-        self._past.add(state.seq - len(batches), batches)
+        before = self._commit(
+            groups, len(batches), batches[-1].cursor, batches[-1].origin or origin
+        )
+        self._past.add(before.seq, before.cursor, batches)
         return self._newest()
 
     def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
@@ -182,13 +207,14 @@ class Commits:
 
         Cost: 0.5 us an update less than `commit`.
         """
-        state = self._commit([updates], 1, cursor, None)
-        self._past.begin(state.cursor)
-        return state.seq
+        seq = self._commit([updates], 1, cursor, None).seq + 1
+        self._past.begin(seq, cursor)
+        return seq
 
     def _commit(
         self, groups: Sequence[RawUpdates], batches: int, cursor: WatchCursor, origin: bytes | None
     ) -> State:
+        """Returns the state before."""
         self._check_usable()
         before = self._state
         state = State(
@@ -205,7 +231,7 @@ class Commits:
             self._flush_wal()
             self._synced = state.seq, state.cursor
         self._publish(state)
-        return state
+        return before
 
     def load(
         self,
@@ -227,7 +253,7 @@ class Commits:
         state = State(self._state.store_id, seq, cursor, self._state.origin)
         self._write((), state)
         self._publish(state)
-        self._past.begin(state.cursor)
+        self._past.begin(state.seq, state.cursor)
         self.sync()
 
     def _write(self, groups: Sequence[RawUpdates], state: State) -> None:
@@ -237,20 +263,23 @@ class Commits:
             if is_stall(error):
                 self._in_doubt = None  # none of it was written
                 raise typed(error, self.path) from error
+            if not is_rocksdbs(error):
+                raise
             raise self._failed(error) from error
 
     def _flush_wal(self) -> None:
         try:
             self._writes.sync()
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> Exception:
         """The error to raise. RocksDB writes no more after an error; nor does the engine."""
-        found = typed(error, self.path)
         if self._source.db is not None:
             self.failure = str(error)
-        return found
+        return typed(error, self.path)
 
     def _check_usable(self) -> None:
         self._check_open()
@@ -259,13 +288,14 @@ class Commits:
             self._settle()
 
     def resume(self) -> RocksDbFold:
-        """After the writer has died, continue from what the database holds.
+        """After the writer has died, continue from what the database holds, and sync it.
 
         Snapshots stay valid.
         """
         self._check_open()
         self.check_file()
         self._settle()
+        self._sync()
         return self._newest()
 
     @property
@@ -286,8 +316,11 @@ class Commits:
         state = state_of(self._db, self.path)
         assert state is not None
         if state.seq != self._state.seq:
+            if self.sync_each:
+                self._flush_wal()
+                self._synced = state.seq, state.cursor
             self._publish(state)
-            self._past.begin(state.cursor)
+            self._past.begin(state.seq, state.cursor)
         self._in_doubt = None
 
     def sync(self) -> None:
@@ -295,11 +328,14 @@ class Commits:
         try:
             self._turns.enter(_getframe())
             self._check_open()
-            state = self._state  # before the flush, which may miss later commits
-            self._flush_wal()
-            self._synced = state.seq, state.cursor
+            self._sync()
         finally:
             self._turns.leave(_getframe())
+
+    def _sync(self) -> None:
+        state = self._state  # before the flush, which may miss later commits
+        self._flush_wal()
+        self._synced = state.seq, state.cursor
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:
@@ -343,20 +379,27 @@ class Commits:
 
     def _close(self) -> None:
         db = self._source.db
-        if db is None or self.failure is not None:
+        if db is not None and self.failure is None:
+            try:
+                self.check_file()
+                db.flush_wal(True)
+            except Exception as error:
+                self._abandon()
+                if not is_rocksdbs(error):
+                    raise
+                raise typed(error, self.path) from error
+            self._closing = db
+            self._end()
+        else:
             self._abandon()
-            return
-        try:
-            self.check_file()
-            db.flush_wal(True)
-        except Exception as error:
-            self._abandon()
-            raise typed(error, self.path) from error
-        self._end()
-        try:
-            db.close()
-        except Exception as error:
-            raise typed(error, self.path) from error
+        if self._closing is not None:
+            try:
+                self._closing.close()
+            except Exception as error:
+                if not is_rocksdbs(error):
+                    raise
+                raise typed(error, self.path) from error
+            self._closing = None
 
     def abandon(self) -> None:
         """See `Engine`. What was committed is in the write-ahead log."""
@@ -379,17 +422,20 @@ class Commits:
     def _end(self) -> None:
         reason = f"{self.path} is closed"
         self.snapshot = ClosedFold(reason)
-        self._past.begin(self._state.cursor)
+        self._past.begin(self._state.seq, self._state.cursor)
         self._release(StoreClosed(reason))
         self._bridge.close()
 
-    def _release(self, ended: FoldlogError) -> None:
-        """Release the database and all its snapshots, so that it can be opened again."""
+    def _release(self, ended: FoldlogError, kept: RocksDbFold | None = None) -> None:
+        """Release the database and all its snapshots but `kept`, so that it can be opened again."""
         self._source.ended = ended
         self._source.db = None
-        for fold in list(self._held):
-            fold.end()
+        for fold in self._held.all():
+            if fold is not kept:
+                fold.end()
         self._held.clear()
+        if kept is not None:
+            self._held.add(kept)
 
     def after_fork(self) -> None:
         """In a forked child, keep the database from being freed.
@@ -398,9 +444,11 @@ class Commits:
         """
         if self._source.db is None:
             return
-        for fold in list(self._held):
+        for fold in self._held.all():
             _keep_for_ever(fold.view)
         _keep_for_ever(self._source.db)
+        _keep_for_ever(self._bridge)
+        self._bridge = contextlib.ExitStack()
         self._release(ForkedStore(f"{self.path} was opened before a fork"))
 
     def _newest(self) -> RocksDbFold:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -20,7 +21,7 @@ from foldlog.protocol.updates import DecodedBatch, Delete, Put
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb.commits import Commits
 from foldlog.storage.engines.rocksdb.compaction import FullCompaction
-from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
 from foldlog.storage.engines.rocksdb.database.opening import property_of
 from foldlog.storage.engines.rocksdb.database.state import directory_bytes
 from foldlog.storage.engines.rocksdb.exchange import artifact
@@ -53,23 +54,25 @@ class RocksDbEngine(Commits):
     def _heal(self) -> RocksDbFold:
         self.check_file()
         before, fold = self._state, self._newest()
+        ended = self._source  # while it lives, `_open_source` waits for those who read from it
         self._stop_writing()
-        self._bridge.close()
-        kept = self._read_beside(fold)
-        self._release(FoldlogError(f"{self.path} was opened anew after an error: {self.failure}"))
-        if kept is not None:
-            fold.read_through(kept)
-            self._held.add(fold)
+        kept = self._read_beside(fold)  # before the release: reads never stop
+        reason = f"{self.path} was opened anew after an error: {self.failure}"
+        self._release(FoldlogError(reason), fold if kept else None)
         self._open_source()
+        del ended
         if self._state == before:
             fold.read_through(self._newest())
-            self._held.add(fold)
-        elif kept is not None:
+            if not kept:
+                self._held.add(fold)
+        else:
             fold.end()
         self._bridge.close()
         try:
             self._db.flush()
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             raise self._failed(error) from error
         self.failure = None
         if self._state.store_id != before.store_id or self._state.seq < before.seq:
@@ -77,20 +80,28 @@ class RocksDbEngine(Commits):
                 self.path, f"holds batch {self._state.seq}, where {before.seq} was published"
             )
         if self._state.seq != before.seq:
-            self._past.begin(self._state.cursor)
+            self._past.begin(self._state.seq, self._state.cursor)
         return self._newest()
 
-    def _read_beside(self, fold: RocksDbFold) -> RocksDbFold | None:
-        """The same state, read through a second, read-only opening of the database.
+    def _read_beside(self, fold: RocksDbFold) -> bool:
+        """Let `fold` be read through a second, read-only opening of the database.
 
-        So that reads go on while it is reopened, and if that fails. None if that cannot be: a batch
-        in doubt is in the database.
+        So that reads go on while it is reopened, and if that fails. False if that cannot be: a
+        batch in doubt is in the database.
         """
+        before, bridge = self._bridge, contextlib.ExitStack()
+        is_open = fold.reads_from is not self._source  # since a `heal` that failed
         try:
-            kept = self._bridge.enter_context(stored_fold(self.path))
+            kept = bridge.enter_context(stored_fold(self.path))
         except (FoldlogError, OSError):
-            return None
-        return kept if (kept.seq, kept.cursor()) == (fold.seq, fold.cursor()) else None
+            return is_open
+        if (kept.seq, kept.cursor()) != (fold.seq, fold.cursor()):
+            bridge.close()
+            return is_open
+        self._bridge = bridge
+        fold.read_through(kept)
+        before.close()
+        return True
 
     # Compaction is RocksDB's, in its own threads.
 
@@ -146,6 +157,8 @@ class RocksDbEngine(Commits):
         try:
             self._db.compact_range(None, None)
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             raise self._failed(error) from error
 
     def batches_since(
@@ -206,6 +219,8 @@ class RocksDbEngine(Commits):
             db.flush()  # without the interpreter lock, which the checkpoint holds
             self._rocksdict.Checkpoint(db).create_checkpoint(os.fspath(path))
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             raise typed(error, self.path) from error
 
     # Statistics.
@@ -227,7 +242,7 @@ class RocksDbEngine(Commits):
         """See `Engine`. RocksDB keeps what the oldest needs on disk, and the trail in memory."""
         older = [
             fold
-            for fold in list(self._held)
+            for fold in self._held.all()
             if fold is not self.snapshot and not isinstance(fold, StagedFold)
         ]
         if not older:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterable
 from typing import Literal, Self, cast
 
@@ -16,8 +18,11 @@ from foldlog.storage.engines.rocksdb.exchange import artifact
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 from foldlog.storage.formats.format import Progress
+from foldlog.storage.handover import discard, enter_alone
 from foldlog.storage.log.files import resolve
 from foldlog.storage.readable import Publisher, Readable
+
+_getframe = sys._getframe
 
 
 class RocksDbSnapshot(Readable):
@@ -42,6 +47,8 @@ class RocksDbSnapshot(Readable):
         """Not for callers: use `open` or `import_artifact`."""
         self._engine = engine
         self._published = cast(Publisher, engine)
+        self._line: deque[object] = deque()
+        """The frame of the call that is writing, if any."""
         self.report: OpenReport = engine.report
         """What opening found."""
 
@@ -97,7 +104,12 @@ class RocksDbSnapshot(Readable):
         """
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
         cursor = as_cursor(cursor)
-        return self._engine.commit_raw(raw_updates(updates), cursor)
+        raw = raw_updates(updates)
+        try:
+            enter_alone(self._line, _getframe())
+            return self._engine.commit_raw(raw, cursor)
+        finally:
+            discard(self._line, _getframe())
 
     def snapshot(self) -> RocksDbFold:  # type: ignore[override]
         """The current state: immutable, safe to share among threads. Closing the store ends it."""
@@ -106,7 +118,11 @@ class RocksDbSnapshot(Readable):
     def compact(self) -> None:
         """Let RocksDB compact all tables now: frees at once what was overwritten or removed."""
         self._engine.snapshot.seq  # noqa: B018
-        self._engine.compact()
+        try:
+            enter_alone(self._line, _getframe())
+            self._engine.compact()
+        finally:
+            discard(self._line, _getframe())
 
     def sync(self) -> None:
         """Make all applied batches survive a power loss.
@@ -114,7 +130,11 @@ class RocksDbSnapshot(Readable):
         OSError if the disk refuses: `heal` recovers.
         """
         self._engine.snapshot.seq  # noqa: B018
-        self._engine.sync()
+        try:
+            enter_alone(self._line, _getframe())
+            self._engine.sync()
+        finally:
+            discard(self._line, _getframe())
 
     def heal(self) -> None:
         """Reopen the database after RocksDB refused to write, as it does after any disk error.
@@ -123,7 +143,11 @@ class RocksDbSnapshot(Readable):
         tells. Snapshots older than the newest raise FoldlogError from then on.
         """
         self._engine.snapshot.seq  # noqa: B018
-        self._engine.heal()
+        try:
+            enter_alone(self._line, _getframe())
+            self._engine.heal()
+        finally:
+            discard(self._line, _getframe())
 
     def export_to(self, dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
         """Write the state as an artifact at `dest_dir`, which must not exist (FileExistsError).
@@ -153,6 +177,11 @@ class RocksDbSnapshot(Readable):
     def close(self) -> None:
         """Sync and release the database; its snapshots end.
 
-        Every other method raises StoreClosed from then on. Closing twice is fine.
+        Every other method raises StoreClosed from then on. Closing twice is fine. If interrupted,
+        call it again to finish.
         """
-        self._engine.close()
+        try:
+            enter_alone(self._line, _getframe())
+            self._engine.close()
+        finally:
+            discard(self._line, _getframe())

@@ -242,7 +242,7 @@ def test_a_rocksdb_store_heals_after_an_error_of_the_disk(
 
     with foldlog.open(path, backend="rocksdb", sync="always") as store:
         store.apply(put(1), u64(1))
-        flush, failures = RocksDbEngine._flush_wal, [OSError(5, "injected")]
+        flush, failures = RocksDbEngine._flush_wal, [Exception("IO error: While fsync: injected")]
 
         def failing(engine: RocksDbEngine) -> None:
             if failures:

@@ -35,10 +35,11 @@ from foldlog import (
 )
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.updates import DecodedBatch, encode_batch
-from foldlog.storage.engines.rocksdb import RocksDbEngine, writes
+from foldlog.storage.engines.rocksdb import RocksDbEngine, commits, writes
 from foldlog.storage.engines.rocksdb import past as past_module
 from foldlog.storage.engines.rocksdb.database import opening
 from foldlog.storage.engines.rocksdb.fold import difference, snapshot
+from foldlog.storage.engines.rocksdb.fold.held import HeldFolds
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 120
@@ -357,6 +358,36 @@ def test_batches_since_a_cursor_are_those_that_this_process_wrote(
     engine.close()
 
 
+def test_a_past_with_a_gap_is_not_told(path: Path) -> None:
+    """An exception between a commit and the note of its batch left a gap: a watch that resumed
+    from before it missed that batch."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")], 1)
+    engine._commit([], 1, cursor(2), None)  # published, and never noted
+    assert batches_since(engine, cursor(1)) is None
+    commit(engine, [Put("a", b"3")], 3)
+    assert batches_since(engine, cursor(1)) is None
+    assert [seq for seq, _ in batches_since(engine, cursor(2)) or ()] == [3]
+    engine.close()
+
+
+def test_a_past_that_is_trimmed_while_it_is_read_is_told_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The start was read before the batches, and one was dropped in between: it was missing."""
+    past = past_module.Past(0, cursor(100))
+    for number in (1, 2):
+        past.add(number - 1, cursor(number - 1), [encode_batch([Put("a", b"x")], cursor(number))])
+    copied = past_module._copied
+
+    def trimmed(batches: Any) -> Any:
+        batches.popleft()
+        return copied(batches)
+
+    monkeypatch.setattr(past_module, "_copied", trimmed)
+    assert past.since(cursor(100), 2) is None
+
+
 # Writing.
 
 
@@ -420,6 +451,88 @@ def test_a_commit_that_an_exception_cut_short_is_settled_by_what_the_database_ho
     assert state(fold) == {**settled, "c": b"3"}
     assert fold.seq == (3 if written else 2)
     engine.close()
+
+
+@pytest.mark.parametrize("sync_each", [True, False])
+def test_what_a_writer_that_died_had_written_is_on_disk_before_it_is_answered(
+    path: Path, monkeypatch: pytest.MonkeyPatch, sync_each: bool
+) -> None:
+    """A writer died between the write and its sync. Its successor told the caller that the batch
+    was synced, which it was not."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE, sync_each=sync_each)
+    sync = writes.Writes.sync
+
+    def die(self: writes.Writes) -> None:
+        raise KeyboardInterrupt
+
+    if not sync_each:
+        commit(engine, [Put("a", b"1")], 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(writes.Writes, "sync", die)
+        with pytest.raises(KeyboardInterrupt):
+            commit(engine, [Put("a", b"1")], 1) if sync_each else engine.sync()
+    synced: list[int] = []
+
+    def counted(self: writes.Writes) -> None:
+        sync(self)
+        synced.append(engine._db.get(b"a") is not None)
+
+    monkeypatch.setattr(writes.Writes, "sync", counted)
+    assert engine.resume().seq == 1
+    assert synced
+    assert engine.synced == (1, cursor(1))
+    engine.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError, TimeoutError, LookupError])
+def test_an_exception_that_only_struck_the_thread_is_passed_on_and_the_store_goes_on(
+    path: Path, error: type[Exception]
+) -> None:
+    """Want of memory was called damage, and the exception of a handler an error of RocksDB."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    fold = commit(engine, [Put("a", b"1")])
+    db, view = engine._source.db, fold.view
+
+    class Struck:
+        def __getitem__(self, key: bytes) -> bytes:
+            raise error
+
+    def strike(*args: object) -> None:
+        raise error
+
+    calls = dict.fromkeys(("write", "get", "flush_wal", "items", "flush", "live_files"), strike)
+    engine._source.db, fold.view = Interposed(db, **calls), Struck()
+    for use in (
+        lambda: commit(engine, [Put("a", b"2")], 2),
+        lambda: fold.get("a"),
+        lambda: fold.range(),
+        engine.sync,
+        engine.resume,
+        engine.verify,
+        lambda: engine.export(None, path.with_name("artifact")),
+    ):
+        with pytest.raises(error):
+            use()
+    engine._source.db, fold.view = db, view
+    assert engine.failure is None
+    assert commit(engine, [Put("a", b"2")], 2).seq == 2
+    assert engine.verify().ok
+    engine.close()
+
+
+def test_folds_that_nobody_holds_are_not_kept_and_the_others_are() -> None:
+    held = HeldFolds()
+    folds = [snapshot.RocksDbFold(None, None, None, seq, cursor(seq)) for seq in range(100)]  # type: ignore[arg-type]
+    for fold in folds:
+        held.add(fold)
+    assert held.all() == folds
+    del folds[10:], fold
+    for seq in range(1000):
+        held.add(snapshot.RocksDbFold(None, None, None, seq, cursor(seq)))  # type: ignore[arg-type]
+    assert held.all() == folds
+    assert len(held._folds) < 50
+    held.clear()
+    assert held.all() == []
 
 
 def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,9 +657,11 @@ def test_reads_continue_while_the_database_is_healed(
         if reopens:
             engine.heal()
         else:
-            with pytest.raises(OSError, match="no space"):
-                engine.heal()
-    assert seen == [(expected, KvEntry("b", b"2", VersionToken.unknown()), 2)] * 2
+            for _ in range(2):  # the second time, it is read through what the first time opened
+                with pytest.raises(OSError, match="no space"):
+                    engine.heal()
+    assert len(seen) == (2 if reopens else 4)
+    assert seen == [(expected, KvEntry("b", b"2", VersionToken.unknown()), 2)] * len(seen)
     assert state(newest) == expected
     with pytest.raises(FoldlogError, match="opened anew"):
         older.get("a")
@@ -558,6 +673,51 @@ def test_reads_continue_while_the_database_is_healed(
     with pytest.raises(StoreClosed):
         newest.get("a")
     RocksDbEngine(path, cache_bytes=CACHE).close()  # nothing of it is open any more
+
+
+@pytest.mark.parametrize("how", ["heal", "abandon", "close"])
+def test_a_database_is_opened_again_once_a_read_from_before_has_ended(
+    path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """RocksDB is locked while a thread is in the middle of a read. A store with busy readers failed
+    for good when it should have healed: it was locked by itself."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")])
+    in_hand: list[object] = [engine.snapshot.view]  # as a thread has it in the middle of a get
+    refused: list[StoreLocked] = []
+
+    def open_database(*args: Any, **options: Any) -> Any:
+        try:
+            return opening.open_database(*args, **options)
+        except StoreLocked as error:
+            refused.append(error)
+            in_hand.clear()
+            raise
+
+    monkeypatch.setattr(commits, "open_database", open_database)
+    if how == "heal":
+        fail_a_sync(engine)
+        engine.heal()
+        again = engine
+    else:
+        engine.abandon() if how == "abandon" else engine.close()
+        again = RocksDbEngine(path, cache_bytes=CACHE)
+    assert len(refused) == 1
+    assert state(again.snapshot) == {"a": b"1"}
+    again.close()
+
+
+def test_a_read_that_never_ends_does_not_let_an_opening_wait_for_ever(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "LINGER_S", 0.0)
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    view = engine.snapshot.view
+    engine.close()
+    with pytest.raises(StoreLocked):
+        RocksDbEngine(path, cache_bytes=CACHE)
+    del view
+    RocksDbEngine(path, cache_bytes=CACHE).close()
 
 
 FILE_LIMIT = """

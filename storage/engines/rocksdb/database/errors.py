@@ -1,6 +1,16 @@
 """RocksDB's errors as foldlog's.
 
-The binding raises a bare Exception with RocksDB's message for everything.
+The binding raises a bare Exception with RocksDB's message for everything. An exception of another
+type is not RocksDB's: memory ran out, or a signal handler raised it. It is passed on as it is.
+So each use of the binding that may fail has
+
+    except Exception as error:
+        if not is_rocksdbs(error):
+            raise
+        raise typed(error, path) from error
+
+and not a function that raises: its frame and the error would hold each other, and the caller's
+frame with the open database.
 """
 
 from __future__ import annotations
@@ -38,16 +48,19 @@ def is_stall(error: Exception) -> bool:
     return STALLED in str(error)
 
 
+def is_rocksdbs(error: Exception) -> bool:
+    """True for an error of RocksDB or its binding, False for one that only struck the thread."""
+    return type(error) is Exception or type(error).__name__ == "DbClosedError"
+
+
 def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
-    """The error to raise for one of the binding's. RocksDB's message decides its type.
+    """The error to raise for one of RocksDB's. Its message decides the type.
 
     `opening`: treat a missing file as damage to the database.
     """
     words = str(error)
     if type(error).__name__ == "DbClosedError":
         return StoreClosed(f"{path} is closed")
-    if isinstance(error, (FoldlogError, OSError)):
-        return error
     if "lock hold by current process" in words:
         return StoreLocked(path, os.getpid())
     if "While lock file" in words and "temporarily unavailable" in words:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
 from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
-from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
 from foldlog.storage.formats.registry import MAGICS
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def open_database(
     try:
         return rocksdict.Rdict(os.fspath(path), options)  # type: ignore[no-any-return]
     except Exception as error:
+        if not is_rocksdbs(error):
+            raise
         raise typed(error, path, opening=True) from error
 
 
@@ -106,6 +108,8 @@ def reading(path: Path, cache_bytes: int = CACHE_BYTES.least):  # type: ignore[n
         try:
             db = rocksdict.Rdict(os.fspath(path), options, access_type=access)
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             raise typed(error, path, opening=True) from error
         try:
             yield db
@@ -240,4 +244,6 @@ def property_of(db: Rdict, name: str) -> int:
     try:
         return db.property_int_value(f"rocksdb.{name}") or 0
     except Exception as error:
+        if not is_rocksdbs(error):
+            raise
         raise FoldlogError(f"{name}: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
-from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
 from foldlog.storage.engines.rocksdb.database.opening import binding
 from foldlog.storage.engines.rocksdb.database.record import (
     STATE_KEY,
@@ -37,6 +37,8 @@ def state_of(db: Rdict, path: Path) -> State | None:
     except FoldlogError:
         raise
     except Exception as error:
+        if not is_rocksdbs(error):
+            raise
         raise typed(error, path, opening=True) from error
     try:
         return parse_state(raw)

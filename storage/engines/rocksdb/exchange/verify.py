@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
-from foldlog.storage.engines.rocksdb.database.errors import typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
 from foldlog.storage.engines.rocksdb.database.opening import binding, property_of, reading
 from foldlog.storage.engines.rocksdb.database.record import (
     ENTRIES_END,
@@ -116,6 +116,8 @@ def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
     try:
         tables = db.live_files()
     except Exception as error:
+        if not is_rocksdbs(error):
+            raise
         raise typed(error, path) from error
     total = sum(table["num_entries"] for table in tables)
     starts = sorted({table["start_key"] for table in tables})
@@ -140,6 +142,8 @@ def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
                 else:
                     problems.append(f"key {key[:40]!r}: {fault}")
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             if str(error) not in problems[-1:]:  # a table is tried twice if its first block is bad
                 problems.append(str(error))
             start = next((first for first in starts if first > at), None)  # the next table
@@ -171,6 +175,8 @@ def _state_alone(db: Rdict, problems: list[str]) -> State | None:
     try:
         raw = db.get(STATE_KEY)
     except Exception as error:
+        if not is_rocksdbs(error):
+            raise
         problems.append(str(error))
         return State(b"", 0, NO_CURSOR)
     return None if raw is None else _checked_state(raw, problems)

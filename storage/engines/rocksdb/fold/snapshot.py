@@ -20,10 +20,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NoReturn, TypeVar, overload
 
-from foldlog.protocol.errors import CorruptLogError, FoldlogError
+from foldlog.protocol.errors import CorruptLogError
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
-from foldlog.storage.engines.rocksdb.database.errors import ABSENT, typed
+from foldlog.storage.engines.rocksdb.database.errors import ABSENT, is_rocksdbs, typed
 from foldlog.storage.engines.rocksdb.database.record import ENTRIES_END, decode_entry
 from foldlog.storage.engines.rocksdb.database.scan import scan
 from foldlog.storage.engines.rocksdb.fold.source import Source, View
@@ -92,22 +92,25 @@ class RocksDbFold(SnapshotReads):
         Cost: a few us for a cached entry, a disk read for others.
         """
         try:
-            raw = self.view[key.encode()]
+            raw_key = key.encode()
+            # No call in between: nobody may be interrupted with RocksDB's snapshot in hand.
+            raw = self.view[raw_key]
         except Exception as error:
-            self._raise_unless_absent(key, error)
-            return default
+            if self._is_absent(key, error):
+                return default
+            if not is_rocksdbs(error):
+                raise
+            raise typed(error, self._source.path) from error
         if raw[:1] == b"\0":
             return _new_entry(KvEntry, (key, raw[1:], b""))
         return self._entry(key, raw)
 
-    def _raise_unless_absent(self, key: object, error: Exception) -> None:
+    def _is_absent(self, key: object, error: Exception) -> bool:
         if error.args == ABSENT or isinstance(error, UnicodeEncodeError):
-            return  # no key has a lone surrogate
+            return True  # no key has a lone surrogate
         if not isinstance(key, str):
             raise TypeError(f"a key is a str, not {type(key).__name__}") from None
-        if isinstance(error, FoldlogError):
-            raise error
-        raise typed(error, self._source.path) from error
+        return False
 
     def _entry(self, key: str, raw: bytes) -> KvEntry:
         try:
@@ -163,6 +166,11 @@ class RocksDbFold(SnapshotReads):
         """See `Snapshot`. Returns []: freeing a fold is cheap."""
         return []
 
+    @property
+    def reads_from(self) -> Source:
+        """The opening of the database that it reads from."""
+        return self._source
+
     def read_through(self, other: RocksDbFold) -> None:
         """Continue to read where `other`, which is the same state, is read from."""
         self._trail, self._changed = other._trail, (other._trail, [])  # first: see `_raw_blocks`
@@ -200,8 +208,11 @@ class RocksDbFold(SnapshotReads):
         try:
             return self.view[raw_key]
         except Exception as error:
-            self._raise_unless_absent("", error)
-            return None
+            if error.args == ABSENT:
+                return None
+            if not is_rocksdbs(error):
+                raise
+            raise typed(error, self._source.path) from error
 
     def _key(self, raw_key: bytes) -> str:
         try:
@@ -254,6 +265,8 @@ class RocksDbFold(SnapshotReads):
                     edge = item[0] if reverse else item[0] + b"\0"
                     break
         except Exception as error:
+            if not is_rocksdbs(error):
+                raise
             raise typed(error, source.path) from error
         if reverse:
             block.reverse()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -20,20 +21,41 @@ class View(Protocol):
         """Raises what the binding raises: for an absent key, an error with the args `ABSENT`."""
 
 
+_WRITABLE: weakref.WeakValueDictionary[int, Source] = weakref.WeakValueDictionary()
+"""The sources opened for writing that somebody still has, by id."""
+
+
+def is_read_after_its_end(path: Path) -> bool:
+    """True if no engine of this process has the database at `path` open for writing any more, but
+    somebody has a source that has ended: a thread may be in the middle of a read from it."""
+    found = [source() for source in _WRITABLE.valuerefs()]
+    here = [source for source in found if source is not None and source.path == path]
+    return bool(here) and all(source.db is None for source in here)
+
+
 class Source:
     """The open database that folds read from.
 
     Once it has ended, it becomes the view of all of them, and every read raises.
     """
 
-    __slots__ = ("db", "ended", "path", "read_options")
+    __slots__ = ("__weakref__", "db", "ended", "path", "read_options")
 
-    def __init__(self, db: Rdict, path: Path, read_options: Callable[[], ReadOptions]) -> None:
+    def __init__(
+        self,
+        db: Rdict,
+        path: Path,
+        read_options: Callable[[], ReadOptions],
+        *,
+        writable: bool = False,
+    ) -> None:
         self.db: Rdict | None = db
         self.path = path
         self.read_options = read_options
         self.ended: FoldlogError = StoreClosed(f"{path} is closed")
         """What a read raises once `db` is None."""
+        if writable:
+            _WRITABLE[id(self)] = self
 
     def opened(self) -> Rdict:
         """The database. Raises `ended` if it was closed."""
