@@ -1,4 +1,8 @@
-"""Messages that the actors of one store send each other, and nobody else sends."""
+"""Messages that the actors of one store send each other, and nobody else sends.
+
+Each has `fail`, called if the store ends before it is served: none is lost without a word, and
+none is reported as a user's would be.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +57,9 @@ class LetGo(NamedTuple):
     folds: list[Snapshot]
     """Emptied by maintenance."""
 
+    def fail(self, error: Exception | None) -> None:
+        """They are freed with this message."""
+
 
 @dataclass(frozen=True, slots=True)
 class Heal:
@@ -74,5 +81,10 @@ class CheckFile:
         """Nobody is left to check."""
 
 
-class Look(NamedTuple):
+class Look:
     """To the syncer: something happened to the name of the log."""
+
+    __slots__ = ()
+
+    def fail(self, error: Exception | None) -> None:
+        """Nobody is left to look."""

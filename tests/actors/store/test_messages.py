@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import threading
 
@@ -32,9 +33,12 @@ from foldlog import (
     Put,
     Range,
     RangePage,
+    StoreClosed,
     VersionMismatch,
     VersionToken,
 )
+from foldlog.actors.base.mailbox import Inbox, Mail
+from foldlog.actors.store import internal
 from foldlog.actors.store.readers import Reader
 
 # Local writes.
@@ -379,3 +383,29 @@ def test_an_interrupt_in_a_reader_s_turn_reaches_the_caller_and_the_reader_lives
         store.reader.ask(Get("k"))
     assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
     assert len(store.reader.ask(Range("k"), timeout=DEADLINE_S)) == 1
+
+
+INTERNAL = [
+    kind
+    for _, kind in inspect.getmembers(internal, inspect.isclass)
+    if kind.__module__ == internal.__name__
+]
+
+
+@pytest.mark.parametrize("kind", INTERNAL, ids=lambda kind: kind.__name__)
+def test_a_store_that_closes_does_not_report_its_own_messages_as_lost(kind, caplog):
+    """A file event during a close was logged as a message to an actor that cannot serve it: 'Look'.
+
+    A user who had told a message would have to read that. Nobody had.
+    """
+
+    class Anything:
+        def __getattr__(self, name):
+            return lambda *_: None
+
+    message = kind(*(Anything() for _ in inspect.signature(kind).parameters))
+    inbox = Inbox()
+    inbox.put(Mail(message))
+    inbox.end(lambda: StoreClosed("closed"))
+    assert not inbox.mails
+    assert not caplog.records
