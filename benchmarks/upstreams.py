@@ -6,7 +6,7 @@
     python benchmarks/upstreams.py --minutes 10    watch the memory for ten minutes
     python benchmarks/upstreams.py --json          also writes benchmarks/results/upstreams.json
 
-Prints a Markdown table. Beside the load stands what nats-py's own watchall brings into a dict. Each
+Prints a Markdown table. Beside the load is what nats-py's own watchall brings into a dict. Each
 client runs in its own process; the server is the one on PATH, else that of the extra `test`. CPU
 seconds are the client's alone, all of its threads.
 """

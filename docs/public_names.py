@@ -1,6 +1,6 @@
 """For the build of the site: the page of all public names, from `foldlog.__all__` and docstrings.
 
-Each name stands under the reference page that documents it, with a link to its entry there.
+Each name is listed under the reference page that documents it, with a link to its entry there.
 """
 
 from __future__ import annotations

@@ -390,9 +390,23 @@ def block_of_readme(language: str, containing: str) -> str:
     return str(block)
 
 
-def test_the_program_in_the_readme_runs_twice(tmp_path: Path) -> None:
-    program = block_of_readme("python", "from foldlog import")
-    for _ in range(2):
+@pytest.mark.parametrize(
+    ("containing", "runs", "printed"),
+    [
+        (
+            "from foldlog import",
+            2,
+            "None\nbeta/checkout b'1%' b'1%'\nbeta/search b'100%' b'5%'\n",
+        ),
+        ("settings.log", 1, "b'light' no font ['theme']\n"),
+    ],
+    ids=["with a stream, twice", "with plain keys"],
+)
+def test_a_program_in_the_readme_runs(
+    containing: str, runs: int, printed: str, tmp_path: Path
+) -> None:
+    program = block_of_readme("python", containing)
+    for _ in range(runs):
         done = subprocess.run(
             [sys.executable, "-c", program],
             cwd=tmp_path,
@@ -401,22 +415,7 @@ def test_the_program_in_the_readme_runs_twice(tmp_path: Path) -> None:
             timeout=150,
             check=False,
         )
-        assert (done.stderr, done.returncode) == ("", 0)
-        assert done.stdout == "None\nbeta/checkout b'1%' b'1%'\nbeta/search b'100%' b'5%'\n"
-
-
-def test_the_program_with_plain_keys_in_the_readme_runs_once(tmp_path: Path) -> None:
-    program = block_of_readme("python", "settings.log")
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert (done.stderr, done.returncode) == ("", 0)
-    assert done.stdout == "b'light' no font ['theme']\n"
+        assert (done.stderr, done.returncode, done.stdout) == ("", 0, printed)
 
 
 def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
