@@ -73,7 +73,8 @@ class PrefixIndex:
     def tell(self, group: Group, after: Place) -> None:
         """Wake those whose prefix `group` touches, or all if its steps are unknown. `after` is the
         place after the group."""
-        self._admit()
+        if self._joined or self._left:
+            self._admit()
         if self._parked:
             before = self.told
             if before is None or not group.follows(before.fold.seq):

@@ -33,6 +33,7 @@ RING_UPDATES = 32_768
 than two versions of each of its pieces."""
 RING_BYTES = 16 * 1024 * 1024
 """Encoded bytes that may wait. One group always fits, whatever its size."""
+_new = tuple.__new__  # a NamedTuple in half the time
 
 
 class Evicted:
@@ -50,32 +51,37 @@ class Cell:
         "batches",
         "content",
         "number",
-        "rewound",
-        "rewound_at",
+        "rewind",
         "size",
         "updates",
     )
 
-    def __init__(self, number: int = 0) -> None:
+    def __init__(
+        self,
+        number: int = 0,
+        batches: int = 0,
+        updates: int = 0,
+        size: int = 0,
+        rewind: tuple[str, int] = ("", -1),
+    ) -> None:
         self.content: Group | Evicted | None = None
         """None until it is published."""
         self.number = number
         """Of the group, counted since the ring began."""
-        self.batches = self.updates = self.size = 0
+        self.batches, self.updates, self.size = batches, updates, size
         """Totals of all groups before it."""
-        self.rewound, self.rewound_at = "", -1
+        self.rewind = rewind
         """The last rewind before it, and the number of its group."""
 
     def after(self, group: Group) -> Cell:
         """The cell that follows this one once `group` is in it."""
-        cell = Cell(self.number + 1)
-        cell.batches = self.batches + len(group)
-        cell.updates = self.updates + group.updates
-        cell.size = self.size + group.size
-        cell.rewound, cell.rewound_at = (
-            (group.rewound, self.number) if group.rewound else (self.rewound, self.rewound_at)
+        return Cell(
+            self.number + 1,
+            self.batches + len(group._batches),
+            self.updates + group.updates,
+            self.size + group.size,
+            (group.rewound, self.number) if group.rewound else self.rewind,
         )
-        return cell
 
 
 class Group:
@@ -104,21 +110,22 @@ class Group:
     ) -> None:
         """`size` in encoded bytes; None: that of the batches, which are then encoded ones."""
         self.fold, self.first_seq, self.rewound = fold, first_seq, rewound
-        self.updates = 0
-        measured = 0
-        for batch in batches:
-            if isinstance(batch, Batch):
-                self.updates += batch.length
-                measured += len(batch.item)
-            else:
-                self.updates += len(batch.keys)
-        self.size = measured if size is None else size
-        self.next: Cell
         self._batches = batches
-        # Each is made on the first call, for all subscribers, and replaced whole.
-        self._decoded: list[DecodedBatch] | None = None
-        self._events: list[tuple[int, list[Changed]]] | None = None
-        self._sorted: list[str] | None = None
+        if size is None:
+            length = size = 0
+            for batch in batches:
+                length += batch.length  # type: ignore[union-attr]
+                size += len(batch.item)  # type: ignore[union-attr]
+            self.updates, self.size = length, size
+        else:
+            self.updates = sum([_length(batch) for batch in batches]) if batches else 0
+            self.size = size
+        self.next: Cell
+        # Each is made on the first call, for all subscribers, and replaced whole. Until then, it is
+        # not set: most groups are not read.
+        self._decoded: list[DecodedBatch]
+        self._events: list[tuple[int, list[Changed]]]
+        self._sorted: list[str]
 
     def __len__(self) -> int:
         """The number of batches."""
@@ -127,24 +134,28 @@ class Group:
     @property
     def batches(self) -> Sequence[DecodedBatch]:
         """The batches with their updates in order. Decoded once, for all subscribers."""
-        if self._decoded is None:
-            self._decoded = [
+        try:
+            return self._decoded
+        except AttributeError:
+            self._decoded = decoded = [
                 decode_batches(batches_body((batch.item,)), 1)[0]
                 if isinstance(batch, Batch)
                 else batch
                 for batch in self._batches
             ]
-        return self._decoded
+            return decoded
 
     @property
     def events(self) -> list[tuple[int, list[Changed]]]:
         """The sequence and the changes of each batch. Made once, for all subscribers."""
-        if self._events is None:
-            self._events = [
+        try:
+            return self._events
+        except AttributeError:
+            self._events = events = [
                 (seq, [Changed(update, batch.cursor, seq) for update in batch.updates()])
                 for seq, batch in enumerate(self.batches, self.first_seq)
             ]
-        return self._events
+            return events
 
     @property
     def keys(self) -> list[Collection[str]]:
@@ -160,8 +171,9 @@ class Group:
         subscribers."""
         if not prefix:
             return True
-        keys = self._sorted
-        if keys is None:
+        try:
+            keys = self._sorted
+        except AttributeError:
             keys = self._sorted = sorted(chain.from_iterable(self.keys))
         at = bisect_left(keys, prefix)
         return at < len(keys) and keys[at].startswith(prefix)
@@ -169,6 +181,11 @@ class Group:
     def follows(self, seq: int) -> bool:
         """True if its batches are all that leads from batch `seq` to its fold."""
         return len(self) > 0 and self.first_seq <= seq + 1 and not self.rewound
+
+
+def _length(batch: Batch | DecodedBatch) -> int:
+    """The number of its updates."""
+    return batch.length if isinstance(batch, Batch) else len(batch.keys)
 
 
 class Lost(NamedTuple):
@@ -194,9 +211,9 @@ class Ring:
 
     def __init__(self) -> None:
         self._tail = Cell()
-        # The cells that hold a group, oldest first, with the totals before them. They are not kept:
-        # one that all subscribers have read is gone.
-        self._window: deque[tuple[weakref.ref[Cell], int, int]] = deque()
+        # The cells that hold a group, oldest first. They are not kept: one that all subscribers
+        # have read is gone, and so are those before it.
+        self._window: deque[weakref.ref[Cell]] = deque()
         self.newest: Place | None = None
         """Where the last group led to. None while nobody is subscribed."""
 
@@ -214,27 +231,28 @@ class Ring:
 
     def append(self, group: Group) -> Place:
         """Add a group. Returns the place after it, to be given to `advance`."""
-        cell = self.tail
-        group.next = cell.after(group)
-        self._window.append((weakref.ref(cell), cell.updates, cell.size))
+        cell = self._tail
+        if cell.content is not None:
+            cell = self.tail
+        group.next = after = cell.after(group)
+        self._window.append(weakref.ref(cell))
         cell.content = group  # from here on it can be read
-        self._tail = group.next
-        return Place(group.fold, group.next)
+        self._tail = after
+        return _new(Place, (group.fold, after))
 
     def advance(self, newest: Place) -> None:
         """Everything before `newest` has been told. Take out what is over the bounds."""
         self.newest = newest
         window, tail = self._window, newest.next
-        while len(window) > 1:
-            oldest, updates, size = window[0]
-            if (
-                len(window) <= RING_GROUPS
-                and tail.updates - updates <= RING_UPDATES
-                and tail.size - size <= RING_BYTES
-            ):
-                return
-            cell = oldest()
+        while window:
+            cell = window[0]()
             if cell is not None:
+                if len(window) == 1 or (
+                    len(window) <= RING_GROUPS
+                    and tail.updates - cell.updates <= RING_UPDATES
+                    and tail.size - cell.size <= RING_BYTES
+                ):
+                    return
                 cell.content = EVICTED
             window.popleft()
 
@@ -245,7 +263,9 @@ class Ring:
         if newest is None:
             return None
         tail = newest.next
-        rewound = tail.rewound if tail.rewound_at >= cell.number else ""
+        rewound, rewound_at = tail.rewind
+        if rewound_at < cell.number:
+            rewound = ""
         return Lost(newest.fold, tail.batches - cell.batches, rewound, tail)
 
     def forget(self) -> None:
