@@ -145,7 +145,9 @@ class CacheUse(NamedTuple):
     """The memory for what was read from disk, in bytes."""
 
     held_bytes: int
-    """In use. Snapshots from before the last compaction may hold what they read until then."""
+    """In use. Snapshots from before the last compaction may hold what they read until then.
+
+    For an append log, without the newest snapshot's hottest entries, which take up to 6 MB."""
     limit_bytes: int
     """The most: `cache_bytes`."""
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("conformance", "logfiles", "refencoder")
 
-pytest_plugins = ["actor_kit"]  # its fixtures
+pytest_plugins = ["actor_kit", "engine_kit"]  # their fixtures
 
 for profile, examples in (("foldlog", 40), ("campaign", 2000)):
     settings.register_profile(

@@ -20,6 +20,8 @@ import foldlog
 from foldlog import FoldlogError, Put, RequestTimeout
 from foldlog.protocol.store import Backend
 
+ON_EACH_ENGINE = True
+
 # What strikes within a finalizer is reported by CPython, and swallowed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -306,6 +308,7 @@ def test_a_watch_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, strid
         assert len(state) == 6
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follower_outlives_an_exception_at_any_point_of_a_wait(tmp_path: Path, stride: int):
     with foldlog.open(tmp_path / "a.log") as store, foldlog.follow(tmp_path / "a.log") as follower:
         position = 1
@@ -320,6 +323,7 @@ def test_a_follower_outlives_an_exception_at_any_point_of_a_wait(tmp_path: Path,
                 break
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follow_or_its_close_that_was_interrupted_leaves_nothing(tmp_path: Path, stride: int):
     foldlog.open(tmp_path / "a.log").close()
     for number in points(stride):

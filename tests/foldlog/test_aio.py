@@ -33,6 +33,8 @@ from foldlog import (
 )
 from foldlog.aio.bridge import Wake, bridge_here
 
+ON_EACH_ENGINE = True
+
 uvloop = pytest.importorskip("uvloop")
 
 Main = Callable[[], Awaitable[Any]]
@@ -103,6 +105,7 @@ def test_all_that_a_store_does_can_be_awaited(run: Any, path: Path, tmp_path: Pa
     run(main)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follower_is_awaited_for_what_was_put_here(run: Any, path: Path):
     async def main() -> None:
         async with aio.open(path) as store, aio.follow(path) as follower:
@@ -181,6 +184,7 @@ def test_an_opening_that_is_cancelled_leaves_nothing_open(run: Any, path: Path):
     run(main)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_mirror_is_awaited_and_refuses_to_be_written(run: Any, path: Path, tmp_path: Path):
     async def main() -> None:
         async with aio.open(tmp_path / "origin.log") as origin:
@@ -196,6 +200,7 @@ def test_a_mirror_is_awaited_and_refuses_to_be_written(run: Any, path: Path, tmp
     run(main)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_probe_on_the_loop_asks_store_mirror_and_follower_for_their_health(
     run: Any, path: Path, tmp_path: Path
 ):
@@ -482,6 +487,7 @@ def test_several_loops_in_several_threads_share_a_store(path: Path):
     asyncio.run(face.close())
 
 
+@pytest.mark.append_log("its program opens a log")
 @pytest.mark.parametrize(
     "end",
     ["pass", "raise SystemExit(0)", "asyncio.get_running_loop().stop(); await asyncio.sleep(9)"],
@@ -599,6 +605,7 @@ def test_a_typed_view_reads_at_once_and_awaits_its_writes(run: Any, path: Path):
     run(main)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_typed_view_stores_nothing_of_a_bad_key_or_value(run: Any, path: Path):
     async def main() -> None:
         async with aio.open(path, sync="never") as store:
@@ -624,6 +631,7 @@ def test_a_typed_view_stores_nothing_of_a_bad_key_or_value(run: Any, path: Path)
     run(main)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_typed_view_is_watched_with_decoded_values_and_survives_bad_ones(run: Any, path: Path):
     async def main() -> None:
         async with aio.open(path, sync="never") as store, aio.follow(path) as follower:
@@ -861,6 +869,7 @@ def test_a_large_batch_that_is_cancelled_or_late_while_it_is_encoded_is_withdraw
     run(main)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follower_works_and_is_closed_in_a_forked_child(path: Path):
     """The thread for work off the loop was not there: a watch, and closing, waited for ever."""
     with foldlog.open(path) as store:

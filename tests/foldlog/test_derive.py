@@ -19,6 +19,8 @@ from foldlog import Delete, FoldSnapshot, Put, RequestTimeout, StoreClosed, Upda
 from foldlog.actors.base.answers import Answer
 from foldlog.testing import crash_at
 
+ON_EACH_ENGINE = True
+
 Pairs = dict[str, bytes]
 
 
@@ -114,6 +116,7 @@ def test_it_is_built_anew_after_a_lag(path: Path, monkeypatch: Any):
         assert list(derived.value) == [f"{number:02}" for number in range(1, 21)]
 
 
+@pytest.mark.append_log("it is followed")
 def test_it_is_built_anew_after_a_rewind(path: Path, tmp_path: Path):
     with foldlog.open(tmp_path / "other.log") as store:
         store.put("theirs", b"")

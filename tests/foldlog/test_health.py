@@ -15,6 +15,8 @@ from foldlog.actors.store.core import Config
 from foldlog.health import Status, follower_health, store_health
 from foldlog.testing import Fault, FaultyFiles, crash_at
 
+ON_EACH_ENGINE = True
+
 NOW = 1_000_000.0
 
 
@@ -85,6 +87,7 @@ def test_each_state_of_a_follower_counts(state: FollowerState, delay_s: float, s
     assert (health.status, bool(health.reasons)) == (status, status is not Status.READY)
 
 
+@pytest.mark.append_log("its file fails")
 def test_a_store_is_ready_until_it_fails_and_again_once_it_is_reopened(path: Path):
     files = FaultyFiles()
     with foldlog.open(path, sync="never", max_restarts=0, files=files) as store:
@@ -122,6 +125,7 @@ def test_how_long_a_batch_waits_for_the_disk_is_told(path: Path):
         assert store.stats().unsynced_s == 0.0
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follower_is_ready_once_there_is_a_log(path: Path):
     with foldlog.follow(path) as follower:
         assert follower.health().status is Status.FAILED

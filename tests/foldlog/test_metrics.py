@@ -24,6 +24,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from foldlog import metrics
 
+ON_EACH_ENGINE = True
+
 DASHBOARD = Path(__file__).resolve().parents[2] / "docs" / "grafana-dashboard.json"
 
 
@@ -106,6 +108,7 @@ def test_every_batch_is_in_the_histograms_once_however_often_they_are_collected(
         assert sizes.sum == 30
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follower_is_told_of_as_well(path: Path, collected: Collected):
     with foldlog.open(path) as store, foldlog.follow(path) as follower:
         metrics.observe(follower, "worker", meter_provider=collected.provider)
@@ -159,6 +162,7 @@ def scraped(url: str) -> str:
         return str(answer.read().decode())
 
 
+@pytest.mark.append_log("it is followed")
 def test_prometheus_scrapes_them_from_a_real_endpoint_and_the_dashboard_asks_for_nothing_else(
     path: Path,
 ):

@@ -30,6 +30,8 @@ from foldlog import (
     WatchCursor,
 )
 
+ON_EACH_ENGINE = True
+
 msgspec = pytest.importorskip("msgspec")
 pydantic = pytest.importorskip("pydantic")
 
@@ -259,6 +261,7 @@ def test_a_view_over_a_store_is_a_mutable_mapping(path: Path):
         assert list(store) == ["other"]
 
 
+@pytest.mark.append_log("it is followed")
 @pytest.mark.parametrize("kind", ["engine", "follower", "snapshot"])
 def test_a_view_over_what_only_reads_is_read_only(path: Path, kind: str):
     with foldlog.open(path) as store:
@@ -281,6 +284,7 @@ def test_a_view_over_what_only_reads_is_read_only(path: Path, kind: str):
             assert foldlog.view(engine, "json")["a"] == 1
 
 
+@pytest.mark.append_log("RocksDB's snapshots end")
 def test_a_snapshot_of_a_view_does_not_change_and_shares_what_was_decoded(path: Path):
     codec = Counting()
     with foldlog.open(path) as store:

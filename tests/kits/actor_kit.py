@@ -32,6 +32,7 @@ from foldlog import (
     FoldlogError,
     Put,
     RequestTimeout,
+    RocksDbSnapshot,
     StoreClosed,
     StoreFailed,
     VersionToken,
@@ -326,7 +327,8 @@ class Truth(NamedTuple):
 
 def read_back(path: Path) -> Truth:
     """Replay the log with the engine: its lock must be free."""
-    with AppendLogSnapshot.open(path)[1] as snap:
+    engine = RocksDbSnapshot if path.is_dir() else AppendLogSnapshot
+    with engine.open(path)[1] as snap:
         return Truth(
             snap.snapshot().seq, snap.cursor(), {entry.key: entry for entry in snap.range("")}
         )
@@ -405,9 +407,16 @@ NO_FORK_WARNING = (
 def script(
     code: str, *arguments: object, timeout_s: float = DEADLINE_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script in its own process, with warnings as errors except those it is about."""
+    """Run a script in its own process, with warnings as errors except those it is about.
+
+    Its stores are on the engine that this process opens where no backend is named.
+    """
+    engine = foldlog.open.__kwdefaults__["backend"]
+    code = textwrap.dedent(code)
+    if engine != "append-log":
+        code = f"import foldlog\nfoldlog.open.__kwdefaults__['backend'] = {engine!r}\n{code}"
     return subprocess.run(
-        [sys.executable, *NO_FORK_WARNING, "-P", "-c", textwrap.dedent(code), *map(str, arguments)],
+        [sys.executable, *NO_FORK_WARNING, "-P", "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,

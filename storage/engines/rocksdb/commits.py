@@ -144,10 +144,12 @@ class Commits:
     def _publish(self, state: State) -> RocksDbFold:
         """Take RocksDB's snapshot of what was written, and publish it to readers."""
         source = self._source
-        view = source.opened().snapshot()
         newest = self._trail.next()
-        fold = RocksDbFold(source, view, newest, state.seq, state.cursor, state.origin)
+        fold = RocksDbFold(source, source, newest, state.seq, state.cursor, state.origin)
         self._held.add(fold)
+        # Nothing but a fold that `close` finds may hold it: not a variable, which outlives an
+        # exception with its traceback.
+        fold.view = source.opened().snapshot()
         self._trail.following = newest
         self._trail, self._state, self._in_doubt = newest, state, None
         # What readers see: the newest fold, until the engine is closed.
@@ -411,7 +413,11 @@ class Commits:
 
     def _abandon(self) -> None:
         self._stop_writing()
+        db = self._source.db
         self._end()
+        if db is not None:
+            with contextlib.suppress(Exception):  # it always raises: it was stopped
+                db.close()
 
     def _stop_writing(self) -> None:
         """Keep RocksDB from flushing when it is freed: its file names may be another's by now."""

@@ -19,6 +19,8 @@ from foldlog.actors.feeds import delivery as delivery_module
 from foldlog.actors.feeds import dispatcher as dispatcher_module
 from foldlog.actors.feeds import ring as ring_module
 
+ON_EACH_ENGINE = True
+
 Open = Callable[..., foldlog.Store]
 
 
@@ -267,6 +269,7 @@ def test_a_subscription_does_not_keep_a_store_that_is_dropped(listen, path: Path
     assert isinstance(told.next(), Ended)
 
 
+@pytest.mark.append_log("it is followed")
 def test_a_follower_tells_actors_too(listen, open_store: Open, path: Path):
     store = open_store()
     with foldlog.follow(path) as follower:

@@ -40,6 +40,8 @@ from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
+ON_EACH_ENGINE = True
+
 Open = Callable[..., foldlog.Store]
 
 
@@ -160,6 +162,7 @@ def test_since_a_cursor_tells_the_batches_behind_it_one_by_one(open_store: Open)
     )
 
 
+@pytest.mark.append_log("RocksDB's past is in memory")
 def test_since_a_cursor_from_before_the_last_compaction_is_expired_and_the_compaction_s_own_is_not(
     open_store: Open,
 ):
@@ -279,6 +282,7 @@ def test_watches_that_begin_while_eight_threads_apply_see_every_change_once_and_
         assert state == contents(store)
 
 
+@pytest.mark.append_log("of the log's files")
 def test_a_compaction_under_a_watch_is_not_heard_and_lets_go_of_the_old_file(open_store: Open):
     store = open_store()
     store.apply(numbered(1), cursor(1))
@@ -405,6 +409,7 @@ def test_one_batch_over_the_bounds_is_told_as_it_is_to_who_keeps_up(open_store: 
     assert len(events) == 52
 
 
+@pytest.mark.append_log("RocksDB's snapshots end")
 def test_a_lag_that_ends_with_the_store_is_still_told(open_store: Open, monkeypatch):
     """Found in review: the difference was asked of the store, which was closed by then."""
     monkeypatch.setattr(ring_module, "RING_GROUPS", 4)
@@ -432,6 +437,7 @@ def test_applying_is_not_held_up_by_a_subscriber_that_never_reads(open_store: Op
 # Ending.
 
 
+@pytest.mark.append_log("RocksDB's snapshots end")
 def test_a_watch_ends_with_its_store_after_all_that_was_told(open_store: Open):
     store = open_store()
     watch = store.watch()
@@ -539,6 +545,7 @@ def test_a_watch_over_a_file_that_was_overwritten_ends_with_the_error(
         assert follower.get("k5").value == b"new"
 
 
+@pytest.mark.append_log("RocksDB is not read in a fork")
 def test_a_forked_child_reads_and_is_refused_a_watch_and_one_from_before_ends_there(path: Path):
     result = script(
         """

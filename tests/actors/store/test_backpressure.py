@@ -22,6 +22,8 @@ from foldlog import Apply, Backpressure, Put, RequestTimeout, State
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.store import writer as writer_module
 
+ON_EACH_ENGINE = True
+
 
 @pytest.fixture
 def full(open_store, steps):

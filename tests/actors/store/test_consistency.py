@@ -39,6 +39,8 @@ from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import FoldSnapshot
 
+ON_EACH_ENGINE = True
+
 HARM = [
     "writer.before_write",
     "writer.after_write",
@@ -233,6 +235,7 @@ def test_batches_of_one_thread_are_written_in_the_order_of_its_calls_through_cra
     assert assert_whole(store.snapshot()) == 40
 
 
+@pytest.mark.append_log("RocksDB's snapshots end")
 def test_a_snapshot_outlives_crash_restart_compaction_and_close(open_store, steps):
     store = open_store()
     store.apply(
@@ -251,6 +254,7 @@ def test_a_snapshot_outlives_crash_restart_compaction_and_close(open_store, step
     assert held.get("k0000").value == b"old" * 50
 
 
+@pytest.mark.append_log("its file fails")
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
     open_store, steps, files, fails

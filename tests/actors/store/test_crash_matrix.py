@@ -27,6 +27,8 @@ from actor_kit import (
 
 from foldlog import Apply, FoldlogError, Get, Range, RequestTimeout, State
 
+ON_EACH_ENGINE = True
+
 pytestmark = pytest.mark.exhaustive
 
 ROUNDS = 6

@@ -34,6 +34,8 @@ from foldlog import (
     WatchCursor,
 )
 
+ON_EACH_ENGINE = True
+
 
 def test_a_with_statement_closes_also_when_its_body_fails(nothing_left, path):
     stores = []

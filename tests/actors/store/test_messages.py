@@ -41,6 +41,8 @@ from foldlog.actors.base.mailbox import Inbox, Mail
 from foldlog.actors.store import internal
 from foldlog.actors.store.readers import Reader
 
+ON_EACH_ENGINE = True
+
 # Local writes.
 
 

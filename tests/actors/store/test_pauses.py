@@ -17,6 +17,8 @@ from foldlog.actors.base.answers import Answer
 from foldlog.actors.store import supervisor as supervisor_module
 from foldlog.actors.store.policy import LATE_S, StuckClock, lateness_s, next_restart_delay_s
 
+ON_EACH_ENGINE = True
+
 
 def test_time_for_which_the_process_stood_still_does_not_count():
     clock = StuckClock()

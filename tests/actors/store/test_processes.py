@@ -10,6 +10,8 @@ from actor_kit import batch, cursor, read_back, script
 
 import foldlog
 
+ON_EACH_ENGINE = True
+
 
 def test_a_script_that_forgets_to_close_ends_promptly_with_all_that_was_answered_on_disk(path):
     began = time.monotonic()
@@ -151,6 +153,7 @@ def test_an_interrupt_of_open_or_close_ends_the_process_in_order(path, step):
     assert run.stderr == ""
 
 
+@pytest.mark.append_log("RocksDB is not read in a fork")
 def test_a_forked_child_reads_and_is_refused_to_write_and_its_end_does_not_touch_the_parent(path):
     run = script(
         """

@@ -18,6 +18,8 @@ from foldlog import (
 from foldlog.actors.store import supervisor as supervisor_module
 from foldlog.actors.store.policy import MAX_DELAY_S, PERMANENT, next_restart_delay_s
 
+ON_EACH_ENGINE = True
+
 # The rule.
 
 

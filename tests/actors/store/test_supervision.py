@@ -30,6 +30,8 @@ from foldlog import (
 from foldlog.actors.store.supervisor import Supervisor
 from foldlog.actors.store.writer import Writer
 
+ON_EACH_ENGINE = True
+
 
 def test_bad_arguments_are_answered_and_the_actor_lives_on(open_store, steps):
     """Row: a check of the arguments."""
@@ -48,6 +50,7 @@ def test_bad_arguments_are_answered_and_the_actor_lives_on(open_store, steps):
     assert store.stats().restarts == ()
 
 
+@pytest.mark.append_log("its file fails")
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
 def test_a_write_that_was_undone_is_the_callers_error_and_the_writer_goes_on(
     open_store, path, files, code
@@ -68,6 +71,7 @@ def test_a_write_that_was_undone_is_the_callers_error_and_the_writer_goes_on(
     assert "batch/000002" not in truth.entries
 
 
+@pytest.mark.append_log("its file fails")
 def test_an_fsync_that_failed_is_healed_by_a_new_file_and_the_caller_gets_the_answer(
     open_store, path, files
 ):
@@ -171,6 +175,7 @@ def corrupt(path: Path) -> None:
     path.write_bytes(raw)
 
 
+@pytest.mark.append_log("the file is damaged")
 @pytest.mark.parametrize("damage", ["flipped bit", "another log", "an older copy"])
 def test_a_log_that_cannot_be_replayed_fails_the_store_at_once_and_reads_go_on(
     open_store, path, steps, tmp_path, damage
@@ -205,6 +210,7 @@ def test_a_log_that_cannot_be_replayed_fails_the_store_at_once_and_reads_go_on(
     assert path.read_bytes() == kept
 
 
+@pytest.mark.append_log("the file is damaged")
 def test_a_log_that_is_locked_or_none_is_refused_at_open(open_store, path, nothing_left, tmp_path):
     """Row: the log: locked; and what open raises for a file that is none."""
     open_store()
@@ -219,6 +225,7 @@ def test_a_log_that_is_locked_or_none_is_refused_at_open(open_store, path, nothi
         foldlog.open(tmp_path / "y.log")
 
 
+@pytest.mark.append_log("RocksDB's is not in memory")
 def test_a_log_that_was_deleted_is_written_anew_from_memory(open_store, path):
     """Row: the log: deleted."""
     store = open_store()
@@ -317,6 +324,7 @@ def test_an_actor_that_dies_too_often_fails_the_store_until_it_is_reopened(
     assert read_back(path).cursor == cursor(101)
 
 
+@pytest.mark.append_log("the file is damaged")
 def test_reopening_fails_again_while_the_cause_stands(open_store, path):
     store = open_store(sync="never")
     store.apply(batch(1), cursor(1))
@@ -381,6 +389,7 @@ def test_a_foreign_actor_that_dies_of_system_exit_leaves_the_store_to_its_owner(
     assert store.state is State.RUNNING
 
 
+@pytest.mark.append_log("RocksDB's reads end")
 def test_a_supervisor_that_dies_fails_the_store_for_good_and_reads_go_on(
     open_store, path, monkeypatch
 ):

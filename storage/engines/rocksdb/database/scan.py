@@ -6,7 +6,7 @@ The binding's iterator ends silently at a block that it cannot read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rocksdict import Rdict, ReadOptions
@@ -28,28 +28,37 @@ def scan(
     """
     while high is None or low < high:
         item: tuple[bytes, bytes] | None = None
-        items: Iterator[Any] = db.items(
-            reverse, high if reverse else low, _below(new_options(), high)
-        )
-        for item in items:
+        # No variable holds an iterator, or a traceback would, and with it the database open.
+        for item in db.items(reverse, high if reverse else low, _below(new_options(), high)):
             if reverse and item[0] < low:
                 return
             yield item
         if item is not None:
             low, high = (low, item[0]) if reverse else (item[0] + b"\0", high)
-        probe = db.iter(_below(new_options(), high))
+        found = _probe(db, low, high, new_options, reverse)
+        if found is None or found[0] < low:
+            return
+        yield found
+        key = found[0]
+        low, high = (low, key) if reverse else (key + b"\0", high)
+
+
+def _probe(
+    db: Rdict, low: bytes, high: bytes | None, new_options: Callable[[], ReadOptions], reverse: bool
+) -> tuple[bytes, bytes] | None:
+    """The first entry, or with `reverse` the last. Raises what the binding raises."""
+    probe = db.iter(_below(new_options(), high))
+    try:
         if reverse:
             probe.seek_for_prev(high)  # type: ignore[arg-type]
         else:
             probe.seek(low)
-        if not probe.valid():
-            probe.status()
-            return
-        key: bytes = probe.key()
-        if key < low:
-            return
-        yield key, probe.value()
-        low, high = (low, key) if reverse else (key + b"\0", high)
+        if probe.valid():
+            return probe.key(), probe.value()
+        probe.status()
+        return None
+    finally:
+        del probe
 
 
 def _below(options: ReadOptions, high: bytes | None) -> ReadOptions:

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.engines.rocksdb.database.errors import ABSENT
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
-from foldlog.storage.engines.rocksdb.fold.source import View
 
 
 class _StagedView:
-    def __init__(self, below: View, staged: Mapping[bytes, bytes | None]) -> None:
+    def __init__(self, below: RocksDbFold, staged: Mapping[bytes, bytes | None]) -> None:
         self.below, self.staged = below, staged
 
     def __getitem__(self, raw_key: bytes, /) -> bytes:
         if raw_key not in self.staged:
-            return self.below[raw_key]
+            return self.below.view[raw_key]
         raw = self.staged[raw_key]
         if raw is None:
             raise LookupError(*ABSENT)
@@ -36,8 +35,7 @@ class StagedFold(RocksDbFold):
         cursor: WatchCursor,
         origin: bytes = b"",
     ) -> None:
-        view = _StagedView(base.view, staged)
-        super().__init__(base._source, view, base._trail, seq, cursor, origin)
+        super().__init__(base._source, _StagedView(base, staged), base._trail, seq, cursor, origin)
         self.staged = staged
         """Encoded entries by encoded key; None for a removed one."""
 
