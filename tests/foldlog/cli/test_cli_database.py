@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,49 @@ def test_a_directory_that_is_no_database_is_refused_and_left_as_it_is(
         assert "is a directory, and no RocksDB database" in result.stderr
         assert files_in(folder) == before
         assert not (tmp_path / "out").exists()
+
+
+def files_but_logs(database: Path) -> dict[str, bytes]:
+    """Without those in which RocksDB notes what it does."""
+    found = contents_of(database)
+    return {name: found[name] for name in found if not Path(name).name.startswith("LOG")}
+
+
+def of_a_newer_rocksdb(database: Path) -> str:
+    file = max(database.glob("OPTIONS-*"))
+    file.write_text(re.sub("rocksdb_version=.*", "rocksdb_version=99.0.0", file.read_text()))
+    return "was written by RocksDB 99.0"
+
+
+def damaged(database: Path) -> str:
+    file = max(database.glob("MANIFEST-*"))
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1
+    file.write_bytes(content)
+    return "Corruption: "
+
+
+@pytest.mark.parametrize(
+    "command", ["get", "range", "info", "verify", "export", "convert", "put", "compact", "apply"]
+)
+@pytest.mark.parametrize("spoil", [of_a_newer_rocksdb, damaged])
+def test_a_database_that_cannot_be_opened_is_refused_by_every_command(
+    database: Path, tmp_path: Path, spoil: Callable[[Path], str], command: str
+) -> None:
+    more = {
+        "get": ("a",),
+        "export": (tmp_path / "out",),
+        "convert": (tmp_path / "out", "--to", "foldlog"),
+        "put": ("a", "1"),
+    }.get(command, ())
+    words = spoil(database)
+    before = files_but_logs(database)
+    result = run(command, database, *more)
+    assert result.exit_code in (1, 2)
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert files_but_logs(database) == before
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["dump", "salvage", "tail", "top"])

@@ -29,7 +29,7 @@ def scan(
     while high is None or low < high:
         item: tuple[bytes, bytes] | None = None
         # No variable holds an iterator, or a traceback would, and with it the database open.
-        for item in db.items(reverse, high if reverse else low, _below(new_options(), high)):
+        for item in _items(db, low, high, new_options, reverse):
             if reverse and item[0] < low:
                 return
             yield item
@@ -41,6 +41,13 @@ def scan(
         yield found
         key = found[0]
         low, high = (low, key) if reverse else (key + b"\0", high)
+
+
+def _items(
+    db: Rdict, low: bytes, high: bytes | None, new_options: Callable[[], ReadOptions], reverse: bool
+) -> Iterator[tuple[bytes, bytes]]:
+    start = high if reverse else low
+    return db.items(reverse, start, _below(new_options(), high))  # type: ignore[return-value]
 
 
 def _probe(
