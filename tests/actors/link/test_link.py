@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from concurrent.futures import Future
 
 import pytest
 import virtual_time
@@ -12,10 +13,22 @@ from scripted_upstream import Marked, Plain, Scripted, at
 from upstream_kit import until
 
 import foldlog
-from foldlog import Changed, LinkState, Put, Rewound, StoreClosed, Synced, VersionToken
+from foldlog import (
+    Changed,
+    LinkState,
+    Put,
+    Rewound,
+    StoreClosed,
+    Synced,
+    VersionToken,
+    WatchCursor,
+)
 from foldlog.actors.link import link as link_module
-from foldlog.actors.link.intake import LinkConfig
+from foldlog.actors.link.intake import Intake, LinkConfig
 from foldlog.actors.link.link import Link
+from foldlog.actors.link.progress import Progress
+from foldlog.protocol.errors import Backpressure
+from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
 from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, UpstreamMissing
 from foldlog.testing import Fault, FaultyFiles
 
@@ -281,6 +294,119 @@ def test_a_first_look_that_a_second_one_does_not_confirm_rewinds_nothing(path):
         events = [watch.next(30), watch.next(30)]
         assert [type(event) for event in events] == [Synced, Changed]
         assert (mirror.stats().link.resets, mirror.stats().link.attaches) == (0, 2)
+
+
+# What cannot be held, cannot be sent, or is not confirmed.
+
+
+def test_an_entry_over_the_limits_that_is_skipped_takes_its_old_value_along_and_is_not_mended(path):
+    """The old value is not the upstream's any more. Each audit found the skipped key missing."""
+    upstream = Scripted()
+    upstream.put("k", b"small")
+    upstream.put("l", b"1")
+    with foldlog.mirror(path, upstream, on_oversize="skip", audit_interval_s=0.001) as mirror:
+        mirror.wait_synced(30)
+        upstream.put("k", bytes(MAX_VALUE_BYTES + 1))
+        until(lambda: mirror.cursor() == at(3))
+        assert values(mirror) == {"l": b"1"}
+        audits = mirror.stats().link.audits
+        until(lambda: mirror.stats().link.audits > audits + 3)
+        link = mirror.stats().link
+        assert (link.mended, link.skipped, link.attaches) == (0, 1, 1)
+
+
+def test_a_key_over_the_limit_is_never_skipped(path):
+    """Nothing could be said of it in the log."""
+    upstream = Scripted()
+    upstream.put("k" * (MAX_KEY_BYTES + 1))
+    with (
+        foldlog.mirror(path, upstream, on_oversize="skip") as mirror,
+        pytest.raises(foldlog.UpstreamOversize, match="cannot be held"),
+    ):
+        mirror.wait_synced(30)
+
+
+def test_an_upstream_that_neither_reaches_back_nor_tells_its_state_is_refused(path):
+    class Short(Plain):
+        async def identify(self):
+            return (await super().identify())._replace(first=at(2))
+
+    upstream = Short()
+    for number in range(3):
+        upstream.put(f"k.{number}")
+    with foldlog.mirror(path, upstream) as mirror:
+        with pytest.raises(foldlog.UpstreamRefused, match="no state"):
+            mirror.wait_synced(30)
+        assert len(mirror) == 0
+
+
+def test_a_mirror_is_not_live_while_the_upstream_says_that_more_is_waiting(path):
+    confirms = threading.Event()
+
+    class Unsure(Scripted):
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                yield piece if confirms.is_set() else piece._replace(behind=None)
+
+    upstream = Unsure()
+    upstream.put("k", b"1")
+    with foldlog.mirror(path, upstream) as mirror:
+        upstream.put("l", b"2")
+        until(lambda: mirror.cursor() == at(2))
+        assert mirror.link.state is LinkState.CATCHING_UP
+        assert mirror.staleness_s == float("inf")
+        assert mirror.stats().link.audits == 0
+        confirms.set()
+        mirror.wait_synced(30)
+        assert mirror.staleness_s < 30
+
+
+def test_an_upstream_that_does_not_let_go_is_left(path, monkeypatch):
+    """Its close never ended, and so the link never attached again."""
+    monkeypatch.setattr(link_module, "CLOSE_S", 0.05)
+
+    class Clings(Scripted):
+        closes = 0
+
+        async def changes(self, after, prefixes):
+            if not self.closes:
+                raise UpstreamLost("the connection broke")
+            async for piece in super().changes(after, prefixes):
+                yield piece
+
+        async def close(self):
+            self.closes += 1
+            await asyncio.Event().wait()
+
+    upstream = Clings()
+    upstream.put("k", b"1")
+    with foldlog.mirror(path, upstream) as mirror:
+        mirror.wait_synced(30)
+        assert (upstream.closes, mirror.stats().link.attaches) == (1, 2)
+    until(lambda: upstream.closes == 2)
+
+
+def test_a_batch_waits_for_room_in_the_mailbox_and_is_written_once():
+    fed: list[WatchCursor] = []
+
+    class Sink:
+        keeps_marks = True
+
+        def feed(self, batch, rewound):
+            fed.append(batch.cursor)
+            if len(fed) < 3:
+                raise Backpressure("the mailbox is full")
+            written: Future[int] = Future()
+            written.set_result(1)
+            return written
+
+    async def apply():
+        intake = Intake(Sink(), LinkConfig(), Progress("mailbox"))
+        await intake.apply([Put("k", b"1", VersionToken.from_u64(1))], at(1), b"")
+        return intake.position
+
+    assert virtual_time.run(apply()) == at(1)
+    assert fed == [at(1)] * 3
 
 
 # Consent.
