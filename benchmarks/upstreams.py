@@ -187,7 +187,7 @@ def latency(url: str, bucket: str, scratch: Path, seconds: float = 10.0) -> dict
         spent = time.process_time()
         process = subprocess.Popen(command)
         while len(delays) < count:
-            event = watch.next(10)
+            event = watch.next(60)
             now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             delays.append((now - int(event.update.value)) / 1e6)
         process.wait()
@@ -296,15 +296,18 @@ def run(case: str, url: str, bucket: str, scratch: Path, *arguments: float) -> d
 
 
 class Table:
-    """Rows, printed as they come."""
+    """Rows, printed as they come, and kept in a file, if there is one."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, str, str]] = []
+    def __init__(self, file: Path | None) -> None:
+        self._file, self.rows = file, list[tuple[str, str, str]]()
         print("| what | measured | goal |\n|---|---|---|")
 
     def row(self, what: str, measured: str, goal: str = "-") -> None:
         self.rows.append((what, measured, goal))
         print(f"| {what} | {measured} | {goal} |", flush=True)
+        if self._file is not None:
+            rows = ",\n".join(json.dumps(row) for row in self.rows)
+            self._file.write_text(f"[\n{rows}\n]\n")
 
 
 def loads(table: Table, server: Server, scratch: Path, count: int, size: int, repeats: int) -> None:
@@ -325,8 +328,8 @@ def loads(table: Table, server: Server, scratch: Path, count: int, size: int, re
     table.row(f"nats-py's watchall, {what}", f"{text}, {theirs['cpu_s']:.1f} s of CPU")
 
 
-def measure(only: set[str], quick: bool, minutes: float, scratch: Path) -> Table:
-    table, server = Table(), Server(scratch / "js")
+def measure(table: Table, only: set[str], quick: bool, minutes: float, scratch: Path) -> None:
+    server = Server(scratch / "js")
     try:
         if "load" in only:
             count = 100_000 if quick else 1_000_000
@@ -359,7 +362,6 @@ def measure(only: set[str], quick: bool, minutes: float, scratch: Path) -> Table
             table.row("private memory at 1,000 updates a second", text, "flat")
     finally:
         server.close()
-    return table
 
 
 def main() -> None:
@@ -378,11 +380,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print(f"{os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n")
+    table = Table(HERE / "results" / "upstreams.json" if options.json else None)
     with tempfile.TemporaryDirectory() as folder:
-        table = measure(set(options.only), options.quick, options.minutes, Path(folder))
-    if options.json:
-        rows = ",\n".join(json.dumps(row) for row in table.rows)
-        (HERE / "results" / "upstreams.json").write_text(f"[\n{rows}\n]\n")
+        measure(table, set(options.only), options.quick, options.minutes, Path(folder))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class Pull:
         self._wants_single = False  # request one message, without a limit on its size
         self._single = 0  # the request that does
         self._refusals = 0  # in a row, with nothing else in between
+        self._looked: tuple[int, int] | None = None
         self._was_short = False  # a message was over what was left of the requests
         self._pending: int | None = None
         self._heard = time.monotonic()
@@ -147,15 +148,17 @@ class Pull:
             )
 
     async def _look(self, only: Pass) -> None:
-        """End the pass if the consumer is past its end and all that it sent is taken.
+        """End the pass if the consumer is past its end, all that it sent is taken, and it has not
+        moved since the last look.
 
         A server may count more messages as pending than there are (seen with NATS 2.9, when keys
         are written meanwhile). It then neither answers a request nor says that nothing is pending.
         """
         self._refusals = 0
-        sent, reached = await only.where()
+        before, self._looked = self._looked, await only.where()
+        sent, reached = self._looked
         taken = self.receiver.delivered if not self.receiver.waiting else -1
-        if reached >= only.last and sent <= taken:
+        if self._looked == before and reached >= only.last and sent <= taken:
             if self._was_short:  # perhaps it was left out
                 reason = f"{self._connection.who}: messages are pending that do not come"
                 raise UpstreamLost(reason)

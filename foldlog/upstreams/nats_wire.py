@@ -29,10 +29,10 @@ _new_tuple = tuple.__new__
 _MARKER = "Nats-Marker-Reason"
 _OPERATION = "KV-Operation"
 _MESSAGE = (
-    rb"H?MSG ([^ ]++) %s \$JS\.ACK\.(?:[^. ]++\.[^. ]++\.)??[^. ]++\.[^. ]++\.\d++"
+    rb"H?MSG %s([^ ]++) %s \$JS\.ACK\.(?:[^. ]++\.[^. ]++\.)??[^. ]++\.[^. ]++\.\d++"
     rb"\.(\d++)\.(\d++)\.(\d++\.[^ ]++) (?:(\d++) )?(\d++)\r\n"
 )
-"""The line of a message: subject, sequence, consumer sequence, time and what follows, header size,
+"""The line of a message: key, sequence, consumer sequence, time and what follows, header size and
 size. The name of a bucket's stream is no number: this tells the tokens that a domain adds."""
 
 
@@ -69,7 +69,7 @@ class Receiver:
     def __init__(self, who: str, subjects: str, wake: Callable[[], None]) -> None:
         """`subjects`: the prefix of all subjects, which is cut off; `wake` is called when something
         arrives."""
-        self._who, self._skip, self.wake = who, len(subjects.encode()), wake
+        self._who, self._subjects, self.wake = who, re.escape(subjects.encode()), wake
         self.waiting: deque[Run | Status] = deque()
         self.delivered = 0
         """The consumer sequence of the last message."""
@@ -80,12 +80,12 @@ class Receiver:
         """Decode the complete messages of `sid` in `data` from `at` on, up to the first one that is
         not. Returns where that begins. Whatever it raises is for `fail`."""
         if self._message is None:
-            self._message = re.compile(_MESSAGE % sid)
-        match, skip, end = self._message.match, self._skip, len(data)
+            self._message = re.compile(_MESSAGE % (self._subjects, sid))
+        match, end = self._message.match, len(data)
         updates: list[Update] = []
         size, number, last = 0, self.delivered, None
         while found := match(data, at):
-            subject, sequence, told, _, header_size, length = found.groups()
+            key, sequence, told, _, header_size, length = found.groups()
             body = found.end()
             stop = body + int(length)
             if stop + 2 > end:
@@ -100,11 +100,11 @@ class Receiver:
                 header, body = body, body + int(header_size)
                 kind = _removal(data[header:body])
             if kind is None:
-                put = _new_tuple(Put, (subject[skip:].decode(), data[body:stop], version))
+                put = _new_tuple(Put, (key.decode(), data[body:stop], version))
                 updates.append(put)
                 size += stop - body
             else:
-                updates.append(kind(subject[skip:].decode(), version))
+                updates.append(kind(key.decode(), version))
             at, last = stop + 2, found
         self.delivered = number
         if last is not None:
