@@ -30,6 +30,8 @@ from upstream_kit import NatsSource, opened, same, until
 import foldlog
 from foldlog.storage.log.files import Files
 
+PATIENCE_S = 120.0
+"""How long a mirror may take to be in step at the end: histories run beside other work."""
 KEYS = [f"k.{number}" for number in range(12)]
 STEPS = ("put", "put", "put", "delete", "purge", "forget", "purge all", "away", "back")
 RARE = ("kill", "recreate", "restore", "kill client")
@@ -150,8 +152,9 @@ class History:
         until(
             lambda: same(self.mirror, self.source),  # type: ignore[arg-type]
             lambda: f"{self.mirror}: {self.mirror.stats().link}",  # type: ignore[union-attr]
+            PATIENCE_S,
         )
-        self.mirror.wait_synced(30)
+        self.mirror.wait_synced(PATIENCE_S)
         assert self.mirror.verify().ok
 
     def close(self) -> None:

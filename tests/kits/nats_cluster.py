@@ -87,7 +87,7 @@ class ClusterSource(NatsSource):
                 return True
             return False
 
-        until(connected, within_s=60)
+        until(connected, within_s=120)
         self.js = self.client.jetstream(timeout=self.request_s)
 
     def patiently(self, call: Any) -> Any:
@@ -101,7 +101,7 @@ class ClusterSource(NatsSource):
             self.connect()
             return False
 
-        until(done, within_s=60)
+        until(done, within_s=120)
         return result[0]
 
     def create(self) -> None:
