@@ -11,6 +11,7 @@ are left out: what they are about is the log's, for the reason given.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,13 +34,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True)
-def default_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The engine of a store for which no backend is named."""
+def default_engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The engine of a store for which no backend is named.
+
+    With a patch of its own: a test's `monkeypatch` holds what it patched, and must end before the
+    fixtures that look for what was left open.
+    """
     engine = str(getattr(request, "param", "append-log"))
-    if engine == "rocksdb":
-        pytest.importorskip("rocksdict")
-        monkeypatch.setitem(foldlog.open.__kwdefaults__, "backend", engine)
-    return engine
+    with pytest.MonkeyPatch.context() as patch:
+        if engine == "rocksdb":
+            pytest.importorskip("rocksdict")
+            patch.setitem(foldlog.open.__kwdefaults__, "backend", engine)
+        yield engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
