@@ -18,7 +18,7 @@ from typing import Any
 import pykka
 
 from foldlog.actors.base.adapter import Mail, start_aside
-from foldlog.actors.base.answers import Answer, runs_callbacks
+from foldlog.actors.base.answers import Answer, callback_threads, runs_callbacks
 from foldlog.actors.feeds.delivery import Delivery
 from foldlog.actors.feeds.subscription import Since, Subscription
 from foldlog.actors.feeds.watch import Watch
@@ -224,7 +224,8 @@ class Store(Readable):
         writer is processing it. Also StoreFailed, StoreClosed, ForkedStore.
         """
         self._core.snapshot.seq  # noqa: B018 - StoreClosed before TypeError or ValueError
-        timeout_s = check_timeout(timeout_s)  # before the updates, which may be an iterator
+        if timeout_s is not APPLY_TIMEOUT_S:
+            timeout_s = check_timeout(timeout_s)  # before the updates, which may be an iterator
         seq: int = self._send(write_of(updates, cursor, forward_only), timeout_s)
         return seq
 
@@ -289,19 +290,18 @@ class Store(Readable):
         return self._write(LocalWrite(key, UNSET, expected=expected), timeout_s)
 
     def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
-        return VersionToken.from_u64(self._send(request, timeout_s))
+        return VersionToken.from_u64(self._send(request, check_timeout(timeout_s)))
 
     def _submit(self, request: Request, timeout_s: float = 0.0) -> Future[Any]:
         """Put a request into the writer's mailbox. The caller waits for its future."""
         self._offer(Mail(request), timeout_s)
         return request.future
 
-    def _send(self, request: Request, timeout_s: float | None) -> Any:
-        timeout_s = check_timeout(timeout_s)
-        deadline = time.monotonic() + timeout_s
+    def _send(self, request: Request, timeout_s: float) -> Any:
+        """Have the writer carry out `request`, and wait for the answer. `timeout_s` is checked."""
         mail, writer = Mail(request), self._supervisor.writer
         in_hand = False
-        if runs_callbacks():
+        if callback_threads and runs_callbacks():
             self._check_thread()
         if timeout_s >= TURN_TIMEOUT_S and isinstance(request, WriteRequest):
             try:
@@ -314,7 +314,7 @@ class Store(Readable):
             self._check_thread()
             self._offer(mail, timeout_s)
         try:
-            return request.future.result(max(deadline - time.monotonic(), 0.0))
+            return request.future.result(request.created + timeout_s - time.monotonic())
         except TimeoutError:
             if request.future.done() and not request.future.cancelled():
                 # It arrived at the last moment, or the answer is itself a TimeoutError.
@@ -341,7 +341,7 @@ class Store(Readable):
 
         Returns once a rewrite that includes all batches before this call is done.
         """
-        self._send(CompactRequest(), timeout_s)
+        self._send(CompactRequest(), check_timeout(timeout_s))
 
     def export_to(
         self,

@@ -43,6 +43,8 @@ class _Token(bytes):
     @classmethod
     def from_u64(cls, number: int) -> Self:
         """The 8-byte big-endian token of `number`, 0 <= number < 2**64; else ValueError."""
+        if type(number) is int and 0 <= number <= U64_MAX:
+            return bytes.__new__(cls, number.to_bytes(U64_BYTES, "big"))
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{cls.__name__}.from_u64 takes an int, not {type(number).__name__}")
         if not 0 <= number <= U64_MAX:

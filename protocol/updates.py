@@ -46,6 +46,8 @@ which takes as long as packing 1,000 updates."""
 _ZIP_BATCH = 256  # up to here `zip` splits updates into columns in the least time
 _MAX_KEPT_BYTES = 1024 * 1024
 """A packer never shrinks its buffer; one that has grown beyond this is discarded."""
+_ITEM_BYTES = 32
+"""About what an encoded batch of one takes besides key and value."""
 _ITEM_WITH_ORIGIN = 0x95  # msgpack: an array of five
 
 
@@ -203,6 +205,13 @@ def check_origin(origin: object) -> None:
         raise ValueError(f"an origin takes at most {MAX_ORIGIN_BYTES} bytes, got {len(origin)}")
 
 
+def checked_weight(update: Update) -> int:
+    """About the bytes that `update` takes, encoded in a batch of its own. TypeError or ValueError
+    if it is invalid."""
+    key = _check(0, update)
+    return len(key) + (len(update.value) if type(update) is Put else 0) + _ITEM_BYTES
+
+
 def has_origin(item: bytes) -> bool:
     """True if an encoded batch names the upstream of its cursor."""
     return item[0] == _ITEM_WITH_ORIGIN
@@ -220,6 +229,16 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
         check_origin(origin)
     if type(updates) is not list:
         updates = _in_order(updates)
+    if len(updates) == 1 and type(only := updates[0]) is Put:
+        key, value, version = only
+        if (
+            type(key) is str
+            and type(value) is bytes
+            and type(version) is VersionToken
+            and len(key) <= SAFE_KEY_CHARS
+            and len(value) <= MAX_VALUE_BYTES
+        ):
+            return _batch_of_one(cursor, key, value, version, origin)
     if not updates:
         item = _with_origin(msgpack.packb([cursor, [], [], []]), origin)
         return Batch(cursor, item, (), 0, origin)
@@ -238,12 +257,27 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
         raise ValueError(
             f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}"
         )
-    changes: tuple[dict[str, Change], ...]
-    if len(keys) == 1 and type(values[0]) is bytes:  # 0.5 us less than the general way
-        changes = ({keys[0]: (keys[0], values[0], bytes(versions[0]))},)
-    else:
-        changes = _changes(keys, values, list(map(_plain, versions)))
+    changes = _changes(keys, values, list(map(_plain, versions)))
     return _new(Batch, (cursor, item, changes, len(keys), origin))
+
+
+def _batch_of_one(
+    cursor: WatchCursor, key: str, value: bytes, version: VersionToken, origin: bytes
+) -> Batch:
+    """The batch of one Put, checked but for its key's UTF-8: in half the time of the general
+    way."""
+    packer, _packers.packer = _packers.packer or msgpack.Packer(), None
+    try:
+        item: bytes = packer.pack((cursor, (key,), (value,), (version,)))
+    except UnicodeEncodeError:
+        _check(0, Put(key, value, version))
+        raise
+    if len(item) <= _MAX_KEPT_BYTES:
+        _packers.packer = packer
+    if origin:
+        item = _with_origin(item, origin)
+    changes = ({key: (key, value, _plain(version))},)
+    return _new(Batch, (cursor, item, changes, 1, origin))
 
 
 def _with_origin(item: bytes, origin: bytes) -> bytes:
@@ -350,7 +384,9 @@ def _explain(updates: Sequence[Update]) -> None:
         _check(index, update)
 
 
-def _check(index: int, update: Update) -> None:
+def _check(index: int, update: Update) -> bytes:
+    """The key in UTF-8. TypeError or ValueError if the update is invalid."""
+
     def fail(kind: type[Exception], what: str) -> NoReturn:
         raise kind(f"update {index}: {what}")
 
@@ -358,13 +394,13 @@ def _check(index: int, update: Update) -> None:
         fail(TypeError, f"a key is a str, not {type(update.key).__name__}")
     key = f"key {update.key[:40]!r}"
     try:
-        size = len(update.key.encode())
+        encoded = update.key.encode()
     except UnicodeEncodeError as error:
         fail(ValueError, f"{key} has a lone surrogate at character {error.start}")
-    if size > MAX_KEY_BYTES:
+    if len(encoded) > MAX_KEY_BYTES:
         fail(
             ValueError,
-            f"{key}... takes {size} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}",
+            f"{key}... takes {len(encoded)} bytes of UTF-8, over the limit of {MAX_KEY_BYTES}",
         )
     if type(update) is Put:
         if type(update.value) is not bytes:
@@ -383,6 +419,7 @@ def _check(index: int, update: Update) -> None:
             TypeError,
             f"the version of {key} is a VersionToken, not {type(update.version).__name__}",
         )
+    return encoded
 
 
 def _pack_columns(cursor: bytes, *columns: Sequence[Any]) -> bytes:

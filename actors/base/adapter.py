@@ -349,4 +349,4 @@ class SharedActor(SupervisedActor):
 def may_work(is_first: bool, inbox: Inbox) -> bool:
     """True if a caller that has entered the queue may take the turn: no caller and no mail came
     before it, and the actor has not ended."""
-    return is_first and not inbox.mails and not inbox.refusing
+    return is_first and not inbox.mails and inbox.refusal is None

@@ -31,6 +31,8 @@ T = TypeVar("T")
 log = logging.getLogger("foldlog")
 
 _STARTED, _CANCELLED = "started", "cancelled"
+_FACTS_OF_AN_END = 2
+"""An answer that has ended has a fate and an outcome. With more facts, someone waits for it."""
 
 
 class Answer(Future[T]):
@@ -42,10 +44,9 @@ class Answer(Future[T]):
 
     def __init__(self) -> None:  # without the Condition of the base: most answers are never shared
         # Each key is set once, by `setdefault`: "fate" by the one who starts or cancels, "outcome"
-        # by the one who answers.
+        # by the one who answers, the others by the first who waits or attaches something. Those set
+        # theirs before they look for an outcome; who answers looks for theirs afterwards.
         self._facts: dict[Any, Any] = {}
-        self._bell = Bell()
-        self._callbacks: list[Callable[[Future[T]], object]] = []
 
     # For the one who answers.
 
@@ -61,14 +62,18 @@ class Answer(Future[T]):
             return False
         if facts.setdefault("outcome", outcome) is not outcome:
             return False
-        self.tell()
+        if len(facts) > _FACTS_OF_AN_END:
+            self.tell()
         return True
 
     def tell(self) -> None:
         """Wake all waiters. Called again if the first caller may have been interrupted before
         waking them."""
-        self._bell.ring()
-        if self._callbacks or "watchers" in self._facts:
+        facts = self._facts
+        bell = facts.get("bell")
+        if bell is not None:
+            bell.ring()
+        if facts.get("callbacks") or "watchers" in facts:
             _run_soon(self._tell_users)
 
     def set_result(self, result: T) -> None:
@@ -107,7 +112,7 @@ class Answer(Future[T]):
     def result(self, timeout: float | None = None) -> T:
         """The result. TimeoutError if there is none within `timeout` seconds; CancelledError if
         cancelled; or the exception it failed with."""
-        result, error = self._outcome(timeout)
+        result, error = self._facts.get("outcome") or self._outcome(timeout)
         if error is not None:
             try:
                 raise error
@@ -122,7 +127,8 @@ class Answer(Future[T]):
     def _outcome(self, timeout: float | None) -> tuple[Any, BaseException | None]:
         outcome = self._facts.get("outcome")
         if outcome is None:
-            if not self._bell.wait_for(self.done, timeout):
+            bell = self._facts.get("bell") or self._facts.setdefault("bell", Bell())
+            if not bell.wait_for(self.done, timeout):
                 raise TimeoutError
             if self.cancelled():
                 raise CancelledError
@@ -132,7 +138,7 @@ class Answer(Future[T]):
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call `fn` with this future once it is done, on a callback thread; or at once, on this
         thread, if it is already done."""
-        self._callbacks.append(fn)
+        self._facts.setdefault("callbacks", []).append(fn)
         if self.done():
             self._tell_users()
 
@@ -140,9 +146,10 @@ class Answer(Future[T]):
         """Call each callback once, whichever thread gets here first."""
         for watcher in tuple(self._facts.get("watchers", ())):
             self._tell_watcher(watcher)
+        callbacks = self._facts.get("callbacks", [])
         while True:
             try:
-                callback = self._callbacks.pop(0)
+                callback = callbacks.pop(0)
             except IndexError:
                 return
             try:
@@ -268,16 +275,17 @@ def _run_soon(call: Callable[[], None]) -> None:
 
 def runs_callbacks() -> bool:
     """True on a callback thread: waiting there would hold up the callbacks that follow."""
-    return bool(_runner_ids) and threading.get_ident() in _runner_ids
+    return bool(callback_threads) and threading.get_ident() in callback_threads
 
 
-_runner_ids: set[int] = set()
+callback_threads: set[int] = set()
+"""The callback threads that run, by `threading.get_ident()`."""
 
 
 def _run_calls() -> None:
     began = [time.monotonic()]
     _runners.append(began)
-    _runner_ids.add(threading.get_ident())
+    callback_threads.add(threading.get_ident())
     try:
         while True:
             began[0] = float("inf")
@@ -292,7 +300,7 @@ def _run_calls() -> None:
                 log.exception("a callback of an answer failed")
             del call
     finally:
-        _runner_ids.discard(threading.get_ident())
+        callback_threads.discard(threading.get_ident())
         _runners.remove(began)
     with contextlib.suppress(queue.Empty):  # jobs added between the last look and leaving
         while True:
@@ -303,7 +311,7 @@ def _run_calls() -> None:
 def _after_fork_in_child() -> None:
     global _calls
     _runners.clear()
-    _runner_ids.clear()
+    callback_threads.clear()
     _calls = queue.SimpleQueue()
 
 

@@ -62,7 +62,8 @@ class Inbox:
         self._line: deque[object] = deque()
         """The frames of `offer` that wait for room, first come, first served."""
         self._room = Bell()
-        self._refusal: Refusal | None = None
+        self.refusal: Refusal | None = None
+        """Makes the error with which every message is answered now; None if they are accepted."""
         self._drained = False
         """Waiting mail is not served: refused mail answers itself."""
         self._ended = False
@@ -99,13 +100,13 @@ class Inbox:
             else:
                 self._post(mail)
             return
-        if self._refusal is not None:
-            raise self._refusal()
+        if self.refusal is not None:
+            raise self.refusal()
         if getattr(message, "urgent", False) or (not self._line and not self._full(mail.weight)):
             self._post(mail)
         else:
             self._wait_and_post(mail, timeout_s)
-        refusal = self._refusal
+        refusal = self.refusal
         if refusal is not None and self._drained:
             answer_error(mail, refusal())  # it may have come too late to be drained
 
@@ -141,14 +142,14 @@ class Inbox:
                 seen = len(self.mails)
                 self._room.wait_for(
                     lambda: (
-                        self._refusal
+                        self.refusal
                         or len(self.mails) < seen  # noqa: B023
                         or line[0] is not first  # noqa: B023
                     ),
                     min(rest, RECHECK_S),
                 )
-                if self._refusal is not None:
-                    raise self._refusal()
+                if self.refusal is not None:
+                    raise self.refusal()
         finally:
             self._leave(_getframe())
 
@@ -262,7 +263,7 @@ class Inbox:
         """
         self._drained = drain
         if publish is None:
-            self._refusal = refusal
+            self.refusal = refusal
         else:
             published = Latch()
 
@@ -270,10 +271,10 @@ class Inbox:
                 published.wait(RECHECK_S)
                 return refusal()
 
-            self._refusal = refuse_when_published
+            self.refusal = refuse_when_published
             publish()
             published.set()
-            self._refusal = refusal
+            self.refusal = refusal
         if self._line:
             self._room.ring()
         if not drain:
@@ -292,18 +293,13 @@ class Inbox:
     def accept(self) -> None:
         """Accept messages again."""
         self._drained = False
-        self._refusal = None
-
-    @property
-    def refusing(self) -> bool:
-        """True if messages are answered with an error now."""
-        return self._refusal is not None
+        self.refusal = None
 
     def after_fork(self, refusal: Refusal) -> None:
         """In a forked child: waiting mail is the parent's, and no actor takes mail here."""
         self.__init__()  # type: ignore[misc]
         self._drained = True
-        self._refusal = refusal
+        self.refusal = refusal
 
     # The rest of the interface that pykka expects of a mailbox.
 

@@ -74,11 +74,11 @@ class Compactor:
         """Begin a compaction if one is wanted or worthwhile, and none is running."""
         engine = self._core.engine
         assert engine is not None
-        if self.running is not None and self.running.cancelled:
+        if self.running is not None:
+            if not self.running.cancelled:
+                return
             # Maintenance could not report it: the store had failed and was reopened.
             self.drop()
-        if self.running is not None:
-            return
         if not self.wanted and not engine.should_compact(self._core.config.compact_threshold):
             return
         if engine.is_compact:

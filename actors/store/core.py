@@ -10,7 +10,7 @@ import enum
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,6 +201,17 @@ class Statistics:
         self.compaction_error = ""
         self.throttled_s = 0.0
 
+    def note_group(self, latencies_s: Sequence[float]) -> None:
+        """Count a commit group of as many batches, each answered so long after the call."""
+        size = len(latencies_s)
+        self.batches += size
+        self.groups += 1
+        if size > self.largest_group:
+            self.largest_group = size
+        self.latencies_s += latencies_s
+        self.group_size.add(size)
+        self.latency.add(*latencies_s)
+
     def note_restart(self, restart: Restart, error: BaseException) -> None:
         """Count the restart of an actor because of `error`."""
         self.restarts.append(restart)
@@ -236,12 +247,14 @@ class Core:
         self.ended = Latch()
         """Set when the store is CLOSED and its threads have ended."""
 
-    def publish(self, fold: Snapshot) -> None:
-        """Make `fold` visible to all readers. Only the writer calls it."""
+    def publish(self, fold: Snapshot) -> float:
+        """Make `fold` visible to all readers. Returns when (time.monotonic()). Only the writer
+        calls it."""
         self.snapshot = fold
-        self.published_at = time.monotonic()
+        now = self.published_at = time.monotonic()
         if self.unsynced_since is None and fold.seq > self.synced[0]:
-            self.unsynced_since = self.published_at
+            self.unsynced_since = now
+        return now
 
     @property
     def synced(self) -> tuple[int, WatchCursor]:

@@ -22,8 +22,10 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sums = [0.0] * (len(bounds) + 1)
 
-    def add(self, value: float) -> None:
-        """Count `value` in its bucket."""
-        bucket = bisect_left(self.bounds, value)
-        self.counts[bucket] += 1
-        self.sums[bucket] += value
+    def add(self, *values: float) -> None:
+        """Count each of `values` in its bucket."""
+        bounds, counts, sums = self.bounds, self.counts, self.sums
+        for value in values:
+            bucket = bisect_left(bounds, value)
+            counts[bucket] += 1
+            sums[bucket] += value

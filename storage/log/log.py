@@ -232,7 +232,10 @@ class Log:
         self._half_written = True
         self._leftover_bytes = len(data)
         try:
-            write_all(self.files, self.file.fd, data, position.offset)
+            files, fd = self.files, self.file.fd
+            done = files.write(fd, data, position.offset)
+            if done != len(data):
+                write_all(files, fd, memoryview(data)[done:], position.offset + done)
             self.position = end
         except BaseException as error:
             if self.position is position:

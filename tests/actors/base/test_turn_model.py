@@ -110,7 +110,7 @@ class Model:
         elif at == "decide":
             inbox = SimpleNamespace(
                 mails=() if self.without == "the look at the mailbox" else state.mails,
-                refusing=state.refusing,
+                refusal=object() if state.refusing else None,
             )
             yield go("take" if may_work(state.turn[0] == who, inbox) else "withdraw")
         elif at == "take":
