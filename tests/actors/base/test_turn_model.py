@@ -139,7 +139,7 @@ class Model:
             state.mails += (mail,)
             yield go("token")
         elif at == "token":
-            state.wake()
+            self.post_token(state)
             yield go("look again")
         elif at == "look again":
             if state.drained and self.without != "looking again":
@@ -155,6 +155,10 @@ class Model:
             yield go("wait")
         if old.interrupts:
             yield self.interrupted(old, who, at)
+
+    def post_token(self, state: State) -> None:
+        if self.without != "a token":
+            state.wake()
 
     def interrupted(self, old: State, who: int, at: str) -> State:
         """The caller is gone. Its `finally` runs, unless the second interrupt comes there."""
@@ -173,8 +177,10 @@ class Model:
             state.leave(who)
             if state.mails:
                 state.wake()
-        elif at in ("take", "handle", "clear", "leave", "token"):
+        elif at in ("take", "handle", "clear", "leave"):
             state.wake()
+        elif at == "token":
+            self.post_token(state)
         elif at in ("wake", "wake, then offer") and state.mails:
             state.recheck = True
         return state
@@ -185,16 +191,17 @@ class Model:
             state.leave(WRITER)
             state.writer = "wait"
             yield state
-        elif at in ("wait", "wait for the turn"):
-            if at == "wait" and state.mails:
-                pass
-            elif state.tokens:
+        elif at == "wait":
+            state.writer = "look after" if state.mails else "sleep"
+            yield state
+        elif at in ("sleep", "wait for the turn"):
+            if state.tokens:
                 state.tokens -= 1
             elif state.recheck:
                 state.recheck = False
             else:
                 return
-            state.writer = "look after" if at == "wait" else "look after the turn"
+            state.writer = "look after" if at == "sleep" else "look after the turn"
             yield state
         elif at in ("look after", "look after the turn"):
             first = state.turn[0] if state.turn else None
@@ -255,7 +262,9 @@ class Model:
             state.refusing, state.supervisor = True, "stop"
         elif at == "stop":
             state.mails += (STOP,)
-            state.wake()
+            state.supervisor = "token"
+        elif at == "token":
+            self.post_token(state)
             state.supervisor = "drain" if self.without == "refusing first" else "join"
         elif at == "join" and state.writer == "ended":
             state.supervisor = "say so"
@@ -332,6 +341,7 @@ def test_no_interleaving_loses_a_wake_up_an_answer_or_the_order(
     "rule",
     [
         "the look at the mailbox",
+        "a token",
         "waking the writer",
         "looking again",
         "looking after the turn",
