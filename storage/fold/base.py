@@ -43,6 +43,7 @@ class Base:
 
     __slots__ = (
         "_cache",
+        "_counts",
         "_crcs",
         "_index_crcs",
         "_index_lens",
@@ -70,6 +71,7 @@ class Base:
         self._offsets = array("Q")  # of each body
         self._lengths = array("I")
         self._crcs = array("I")
+        self._counts = array("H")
         self._index_lens = array("I")
         self._index_crcs = array("I")
         self._last = ""  # key of the last leaf
@@ -100,6 +102,7 @@ class Base:
         self._offsets.append(offset)
         self._lengths.append(len(body))
         self._crcs.append(crc)
+        self._counts.append(count)
         self._index_lens.append(index_len)
         self._index_crcs.append(index_crc)
         self._cache.add_leaf()
@@ -123,6 +126,10 @@ class Base:
     def __len__(self) -> int:
         """The number of leaves."""
         return len(self.firsts)
+
+    def count(self, number: int) -> int:
+        """The number of entries in a leaf."""
+        return self._counts[number]
 
     def crc(self, number: int) -> int:
         """The checksum of a leaf's body."""
@@ -204,15 +211,24 @@ class Base:
         """The index of a leaf, kept from its first read on while the cache has room."""
         index = self._cache.use_index(number)
         if index is None:
-            try:
-                raw = self._pread(self._index_lens[number], self._offsets[number])
-                index = Index(raw, self._lengths[number])
-            except Undecodable as error:
-                raise self._corrupt(number, str(error)) from None
-            if index.crc != self._index_crcs[number]:
-                raise self._corrupt(number, "a leaf's index is another than it was")
+            index = self._read_index(number)
             self._cache.keep_index(number, index)
         return index
+
+    def _read_index(self, number: int) -> Index:
+        try:
+            raw = self._pread(self._index_lens[number], self._offsets[number])
+            index = Index(raw, self._lengths[number])
+        except Undecodable as error:
+            raise self._corrupt(number, str(error)) from None
+        if index.crc != self._index_crcs[number]:
+            raise self._corrupt(number, "a leaf's index is another than it was")
+        return index
+
+    def keys(self, number: int) -> list[str]:
+        """The keys of a leaf, checked. Unlike `index`, keeps nothing of a leaf not read before."""
+        index = self._cache.indexes[number]
+        return (index or self._read_index(number)).keys
 
     def parts(self) -> list[object]:
         """What the base keeps in memory, in pieces of a leaf or a shard."""

@@ -216,16 +216,19 @@ class Delta:
             self.settle_entries,
         )
 
-    def copy_into(self, result: dict[str, Change], low: str, high: str | None) -> None:
-        """Add the changes with low <= key < high."""
+    def copy_into(self, result: dict[str, Change], low: str, high: str | None) -> bool:
+        """Add the changes with low <= key < high. False if an empty `result` is then not in key
+        order."""
         if not self._pieces:
-            return
+            return True
         start = bisect_right(self.firsts, low) - 1
         stop = len(self.firsts) if high is None else bisect_left(self.firsts, high)
         for piece in self._pieces[start:stop]:
             piece.copy_into(result, low, high)
+        settled = len(result)
         if self.settling:
             self.settling.copy_into(result, low, high)
+        return settled in (0, len(result))  # a key that is there already keeps its place
 
 
 EMPTY_DELTA = Delta([], [])

@@ -332,10 +332,11 @@ def decode_leaf(
     """
     if keys is None:
         keys = decode_keys(body)
-    return _entries(body, keys, *_bounds(keys, low, high))
+    return _entries(body, keys, *bounds(keys, low, high))
 
 
-def _bounds(keys: list[str], low: str | None, high: str | None) -> tuple[int, int]:
+def bounds(keys: list[str], low: str | None, high: str | None) -> tuple[int, int]:
+    """Start and stop of the keys with low <= key < high; None is no bound."""
     return 0 if low is None else bisect_left(keys, low), len(keys) if high is None else bisect_left(
         keys, high
     )
@@ -407,7 +408,7 @@ def checked_columns(
         if len(body) < HEADER.size or (index_len := HEADER.unpack_from(body)[1]) > len(body):
             raise Undecodable("a leaf's lengths do not fit")
         keys = _checked_keys(bytes(body[:index_len]), len(body))
-    start, stop = _bounds(keys, low, high)
+    start, stop = bounds(keys, low, high)
     columns = _entries(body, keys, start, stop)
     _check_values(body, columns.values, start)
     return columns
@@ -473,7 +474,7 @@ def merged_columns(
     """
     if keys is None:
         keys = decode_keys(body)
-    start, stop = _bounds(keys, low, high)
+    start, stop = bounds(keys, low, high)
     if len(changes) * 8 < stop - start:
         return _patched_columns(_entries(body, keys, start, stop), changes)
     if all(map(changes.__contains__, keys[start:stop])):
@@ -503,9 +504,9 @@ def changes_of(columns: Columns) -> dict[str, Change]:
     return dict(zip(columns.keys, zip(*columns)))
 
 
-def columns_of(changes: dict[str, Change]) -> Columns:
-    """The changes that leave a live entry, in key order."""
-    rows = [*map(changes.__getitem__, sorted(changes))]
+def columns_of(changes: dict[str, Change], *, in_order: bool = False) -> Columns:
+    """The changes that leave a live entry, in key order. `in_order`: `changes` are already."""
+    rows = [*(changes.values() if in_order else map(changes.__getitem__, sorted(changes)))]
     if not all(map(_value_of, rows)):  # a delete, or an empty value
         rows = [change for change in rows if change[1] is not None]
     if not rows:

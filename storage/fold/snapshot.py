@@ -31,6 +31,7 @@ from foldlog.storage.log.files import ReadHandle
 _SHARD_MASK = SHARDS - 1
 # Keys in a span of a fold that is all runs: the least that a range with a limit looks at.
 _UNSETTLED_SPAN_KEYS = 256
+_MOST_OF_A_LEAF = 2 / 3
 _new_entry = tuple.__new__
 D = TypeVar("D")
 
@@ -47,6 +48,8 @@ class Span(NamedTuple):
     """None: to the end."""
     changes: dict[str, Change]
     """All changes in the span that are newer than the base."""
+    in_order: bool
+    """True if `changes` are in key order."""
 
 
 class FoldSnapshot(SnapshotReads):
@@ -291,10 +294,12 @@ class FoldSnapshot(SnapshotReads):
         leaf_high = firsts[number + 1] if number + 1 < len(firsts) else None
         whole = number >= 0 and start <= firsts[number] and end == leaf_high
         changes: dict[str, Change] = {}
-        self.delta.copy_into(changes, start, end)
+        in_order = self.delta.copy_into(changes, start, end)
         for run in reversed(self.runs):
+            before = len(changes)
             run.copy_into(changes, start, end)
-        return Span(number, whole, start, end, changes)
+            in_order = in_order and before in (0, len(changes))
+        return Span(number, whole, start, end, changes, in_order)
 
     def columns(self, low: str, high: str | None, *, reverse: bool = False) -> Iterator[Columns]:
         """The live entries with low <= key < high by span; with `reverse`, the last span first."""
@@ -306,12 +311,28 @@ class FoldSnapshot(SnapshotReads):
     def span_columns(self, span: Span) -> Columns:
         """The live entries of a span."""
         if span.leaf < 0:
-            return leaf.columns_of(span.changes)
+            return leaf.columns_of(span.changes, in_order=span.in_order)
         low, high = (None, None) if span.whole else (span.low, span.high)
         if not span.changes:
             return self.base.columns(span.leaf, low, high)
+        if self._is_overwritten(span):
+            return leaf.columns_of(span.changes, in_order=span.in_order)
         body, keys = self.base.sound_body(span.leaf)
         return leaf.merged_columns(body, span.changes, low, high, keys)
+
+    def _is_overwritten(self, span: Span) -> bool:
+        """True if no entry of the leaf is left in the span, as far as it is worth looking.
+
+        Cost: reads the leaf's keys if that seems likely.
+        """
+        count = self.base.count(span.leaf)
+        if len(span.changes) < (count if span.whole else count * _MOST_OF_A_LEAF):
+            return False
+        keys = self.base.keys(span.leaf)
+        start, stop = leaf.bounds(keys, span.low, span.high)
+        return stop - start <= len(span.changes) and all(
+            map(span.changes.__contains__, keys[start:stop])
+        )
 
     def _leaf_keys(self, span: Span) -> list[str]:
         if span.leaf < 0:

@@ -661,6 +661,11 @@ def test_a_compaction_that_touches_every_leaf_decodes_and_encodes_each_once(
     assert leaves.encoded <= len(snap.snapshot().base)
     assert files.reads <= stretches + in_vain
     assert leaves.keys <= 2 * stretches, "to see what is to be done, and to do it"
+    if step == 1:
+        index_bytes = LEAF_BYTES - MAX_ENTRIES * VALUE_BYTES
+        assert files.bytes_read <= count * index_bytes + pieces * LEAF_BYTES, (
+            "values that are overwritten are not read, but where a piece begins"
+        )
 
 
 @both

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from foldlog import Put, VersionToken, WatchCursor
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.fold import delta
+from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA, MERGE_RATIO, Delta, Run, pushed
 from foldlog.storage.fold.snapshot import FoldSnapshot
 
@@ -84,7 +85,7 @@ def check_delta(current: Delta, expected: dict, low: str, high: str | None) -> N
         for key in ["", "a", "b", "cc", "zz", *expected]:
             assert current.get(key) == expected.get(key)
     found: dict = {}
-    current.copy_into(found, low, high)
+    assert current.copy_into(found, low, high) <= (list(found) == sorted(found))
     if high is None or low < high:
         assert found == {
             key: value
@@ -195,7 +196,7 @@ def test_what_settles_bit_by_bit_reads_the_same_at_every_step(batches, low, high
                 in_runs = next((run[key] for run in newer if key in run), None)
                 assert (in_runs or settled.get(key)) == state[key]
             found: dict = {}
-            settled.copy_into(found, low, high)
+            assert settled.copy_into(found, low, high) <= (list(found) == sorted(found))
             for run in reversed(newer):
                 run.copy_into(found, low, high)
             if high is None or low < high:
@@ -269,3 +270,16 @@ def test_what_replay_collects_settles_to_what_a_dict_would_hold(monkeypatch, lim
     assert settled.firsts[0] == ""
     if limit >= 64:
         assert max(map(len, settled)) <= 4 * 16
+
+
+@pytest.mark.parametrize("newest", [["b"], ["b", "c"], ["a", "c"]])
+@pytest.mark.parametrize("settling", [[], ["d"], ["e"]])
+def test_a_range_is_in_key_order_wherever_its_changes_are_kept(newest, settling):
+    def run(keys):
+        return Run({key: (key, key.encode(), b"") for key in keys})
+
+    settled = Delta(["", "b"], [run("a"), run("cefg")], run(settling))
+    fold = FoldSnapshot(EMPTY_BASE, settled, (run(newest),), 1, WatchCursor.none())
+    expected = sorted({*"acefg", *newest, *settling})
+    assert [entry.key for entry in fold.range()] == expected
+    assert [entry.key for entry in fold.iter_range(reverse=True)] == expected[::-1]
