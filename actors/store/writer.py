@@ -122,7 +122,7 @@ class Writer(SharedActor):
         fold = self.engine.snapshot
         self._core.publish(fold)
         # The crashed writer may have written some of it without publishing it.
-        self._core.feeds.jump(fold)
+        self._core.feeds.jump(fold, self._untold_rewind(fold.seq))
         self._settle_taken()
         self._compactor.begin_if_due()
 
@@ -158,6 +158,17 @@ class Writer(SharedActor):
         fold = engine.heal()
         self._core.note_synced(fold)
         self._core.publish(fold)
+
+    def _untold_rewind(self, seq: int) -> str:
+        """Why the state went back in a batch up to `seq` that the crashed writer wrote, and of
+        which it may have told nobody; "" if there is none."""
+        for mail in self.taken:
+            request = mail.message
+            if isinstance(request, WriteRequest) and request.seq and request.seq <= seq:
+                rewound, request.rewound = request.rewound, ""
+                if rewound:
+                    return rewound
+        return ""
 
     def _settle_taken(self) -> None:
         """Give each request the crashed writer had in hand its true answer, or retry it."""
@@ -399,6 +410,8 @@ class Writer(SharedActor):
             rewound = next((request.rewound for request in requests if request.rewound), "")
         if rewound:
             core.feeds.jump(fold, rewound)
+            for request in requests:
+                request.rewound = ""  # told: a restart does not tell it again
         else:
             core.feeds.publish(fold, fold.seq - len(batches) + 1, batches)
         if step is not no_step:

@@ -26,17 +26,20 @@ from foldlog import (
     Lagged,
     Purge,
     Put,
+    Rewound,
     StoreClosed,
     Synced,
     Update,
     Watch,
     WatchCursor,
 )
+from foldlog.actors.base.mailbox import Mail
 from foldlog.actors.feeds import ring as ring_module
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Group
 from foldlog.actors.feeds.subscription import Subscription
+from foldlog.actors.store.requests import WriteRequest
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
@@ -335,6 +338,30 @@ def test_what_was_written_and_never_told_is_told_at_the_restart_and_not_at_the_n
     steps.crash("writer.after_write")
     store.apply(numbered(1), cursor(1))
     assert applied([watch.next(DEADLINE_S), watch.next(DEADLINE_S)]) == contents(store)
+
+
+@pytest.mark.parametrize("error", FATAL)
+@pytest.mark.parametrize(
+    "step", ["writer.before_write", "writer.after_write", "writer.after_publish"]
+)
+def test_a_writer_that_dies_at_any_point_of_a_rewind_says_once_that_the_state_went_back(
+    open_store: Open, steps: Steps, step, error
+):
+    """Found in review: a writer that died between writing a mirror's reset and telling of it told
+    the difference after its restart, but no Rewound."""
+    store = open_store()
+    watch = store.watch()
+    assert isinstance(watch.next(DEADLINE_S), Synced)
+    store.apply([Put("old", b"1")], cursor(5))
+    crash = steps.crash(step, error)
+    reset = WriteRequest(encode_batch([Delete("old"), Put("new", b"2")], cursor(1)), "as told")
+    store._offer(Mail(reset), DEADLINE_S)
+    assert reset.future.result(DEADLINE_S) == 2
+    assert crash.happened.is_set()
+    store.apply(numbered(3), cursor(3))
+    events = following(watch, 3)
+    assert [event.reason for event in events if isinstance(event, Rewound)] == ["as told"]
+    assert applied(events) == contents(store)
 
 
 # Slow subscribers.
