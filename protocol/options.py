@@ -37,13 +37,13 @@ UNSET: Final = Unset.UNSET
 _Word = TypeVar("_Word", bound=str)
 
 
-def _real(name: str, value: object) -> float:
+def _real(name: str, value: object, bound: str = "at least 0") -> float:
     """`value` as a float. TypeError unless it is an int or a float; ValueError if it is nan or
-    negative."""
+    negative, which says the `bound`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
     if not value >= 0:  # nan, too
-        raise ValueError(f"{name} is at least 0, got {value!r}")
+        raise ValueError(f"{name} is {bound}, got {value!r}")
     return float(
         min(value, FOREVER_S)
     )  # before the conversion: an int may be too large for a float
@@ -115,11 +115,10 @@ class Seconds:
     def check(self, value: object) -> float:
         """`value` as seconds, at most `FOREVER_S`. TypeError unless it is a number; ValueError if
         it is out of bounds."""
-        seconds = _real(self.name, value)
-        if seconds < self.least:
-            raise ValueError(f"{self.name} is at least {self.least}, got {value!r}")
-        if seconds == 0:
-            raise ValueError(f"{self.name} is above 0, got {value!r}")
+        bound = f"at least {self.least}" if self.least else "above 0"
+        seconds = _real(self.name, value, bound)
+        if seconds < self.least or seconds == 0:
+            raise ValueError(f"{self.name} is {bound}, got {value!r}")
         if value == float("inf") and not self.may_be_infinite:
             raise ValueError(f"{self.name} is finite, got {value!r}")
         return seconds

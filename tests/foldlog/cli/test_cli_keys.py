@@ -231,6 +231,13 @@ def test_top_refuses_an_interval_that_is_none(path: Path, interval: str) -> None
     assert run("top", path, "--once", "--interval", interval).exit_code == 2
 
 
+@pytest.mark.parametrize("interval", ["nan", "-1", "0", "0.01"])
+def test_top_names_the_same_least_interval_whatever_was_wrong(path: Path, interval: str) -> None:
+    """Found in use: for nan and -1 it named 0, which it then refused as well."""
+    result = run("top", path, "--once", "--interval", interval)
+    assert "at least 0.05, got" in " ".join(result.output.split())
+
+
 def test_ids_are_hex_in_json(path: Path) -> None:
     run("put", path, "a", "1")
     header = json.loads(run("dump", path, "--json").stdout.splitlines()[0])
