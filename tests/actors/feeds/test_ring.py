@@ -190,6 +190,34 @@ def test_publishing_takes_the_same_work_for_any_number_of_idle_subscribers(is_sl
     assert few.is_like(many), (few, many)
 
 
+def test_publishing_to_one_that_never_reads_takes_eight_calls(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Found in use: the first idle watch took a fifth of the writer's rate. The ring is full, so a
+    group is taken out of it each time."""
+    monkeypatch.setattr(ring_module, "RING_GROUPS", 8)
+    publisher = Publisher()
+    bookmark = Bookmark()
+    publisher.feeds.add(bookmark)
+    for number in range(16):
+        publisher.publish(f"{number}")
+    batch = batch_of("last")
+    fold = publisher.fold.with_group([batch])
+    calls: list[str] = []
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and "/actors/" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_qualname)
+
+    profiled = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        publisher.feeds.publish(fold, fold.seq, [batch])
+    finally:
+        sys.setprofile(profiled)
+    assert len(calls) <= 8, calls
+
+
 def test_cells_count_what_is_before_them():
     cell = Cell()
     group = Group(FoldSnapshot.empty(), 1, [batch_of("a", "b"), batch_of("c")])
