@@ -394,14 +394,20 @@ class Commits:
             self._end()
         else:
             self._abandon()
-        if self._closing is not None:
-            try:
-                self._closing.close()
-            except Exception as error:
-                if not is_rocksdbs(error):
-                    raise
+        self._finish_closing()
+
+    def _finish_closing(self) -> None:
+        if self._closing is None:
+            return
+        try:
+            self._closing.close()
+        except Exception as error:
+            if not is_rocksdbs(error):
+                raise
+            # Closed already, if an earlier call was interrupted just after this.
+            if not isinstance(typed(error, self.path), StoreClosed):
                 raise typed(error, self.path) from error
-            self._closing = None
+        self._closing = None
 
     def abandon(self) -> None:
         """See `Engine`. What was committed is in the write-ahead log."""
