@@ -89,7 +89,7 @@ class Attachment:
             await asyncio.sleep(CONFIRM_S)
             again = await self._identify()
             if not confirms(found, decided, again, await self._recalled(self._plan(again), again)):
-                raise UpstreamLost("the upstream is not sure who it is")
+                raise UpstreamLost("the upstream cannot confirm its identity")
             found = again
         return found, decided
 
@@ -126,7 +126,9 @@ class Attachment:
         elif found.first.is_none:
             pieces = upstream.changes(WatchCursor.none(), prefixes)
         else:
-            raise UpstreamRefused("the upstream no longer reaches back, and tells no state")
+            raise UpstreamRefused(
+                "the upstream has neither the changes since the cursor nor a state to send"
+            )
         async with contextlib.AsyncExitStack() as stack:
             if inspect.isasyncgen(pieces):
                 stack.push_async_callback(pieces.aclose)

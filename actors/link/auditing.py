@@ -119,7 +119,7 @@ class Auditor:
         if isinstance(upstream, HasMarks) and intake.mark and not intake.in_doubt:
             position, mark = intake.position, intake.mark
             if await upstream.recalls(position, mark) is False:
-                raise UpstreamLost("the upstream no longer recalls the position")
+                raise UpstreamLost("the upstream no longer knows the position")
 
     async def _revisions(
         self, version_of: Callable[[Put | KvEntry], bytes]

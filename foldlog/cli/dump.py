@@ -56,7 +56,7 @@ _DAMAGED = 1
 
 @click.command(epilog="Example: foldlog dump routes.log --bodies")
 @log_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option(
     "--bodies", is_flag=True, help="Also print the contents of frames: batches with their updates."
 )

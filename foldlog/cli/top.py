@@ -238,9 +238,11 @@ def _interval(_context: click.Context, parameter: click.Parameter, value: float)
 )
 @log_argument
 @click.option(
-    "--once", is_flag=True, help="Print one picture and exit. Exit code 2 if LOG does not exist."
+    "--once",
+    is_flag=True,
+    help="Print the status once and exit. Exit code 2 if LOG does not exist.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print each picture as one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print each status as one line of JSON.")
 @click.option(
     "--interval",
     "interval_s",
@@ -248,14 +250,14 @@ def _interval(_context: click.Context, parameter: click.Parameter, value: float)
     callback=_interval,
     default=PICTURE_INTERVAL_S.default,
     show_default=True,
-    help="Seconds between pictures.",
+    help="Seconds between updates.",
 )
 def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
     """Show LOG live until `q` or Ctrl-C: state, writer, sequence, batches per second, cursor,
     sizes, last change.
 
     Read only; takes no lock. Waits for a log that does not exist yet. To a pipe, a file or a dumb
-    terminal, it prints one picture after another, without colours.
+    terminal, it prints one status after another, without colours.
     """
     if once:
         OS_FILES.stat(resolve(log))  # FileNotFoundError instead of an empty picture

@@ -16,7 +16,7 @@ class RocksDbSeat:
         Without the extra, `open` raises ImportError.
         """
         if options.format is not None:
-            raise ValueError("format is of an append log: a RocksDB store has one format only")
+            raise ValueError("format is for append logs: a RocksDB store has only one format")
         self._options = options
 
     def open(self, crashed: RocksDbEngine | None = None) -> RocksDbEngine:
