@@ -161,7 +161,7 @@ def test_processes_that_die_one_after_the_other_lose_nothing_and_leave_a_followe
             assert answered <= last <= answered + TOGETHER
             assert view(store) == fold_of(list(range(1, last + 1)))
             store.apply(batch(last + 1), WatchCursor.from_u64(last + 1))
-            follower.wait_for(WatchCursor.from_u64(last + 1), timeout_s=20)
+            follower.wait_for(WatchCursor.from_u64(last + 1), timeout_s=60)
             assert view(follower) == view(store)
     finally:
         follower.close()

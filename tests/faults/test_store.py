@@ -89,7 +89,7 @@ class Bench:
     def answer(self, number: int, future: Future[int]) -> None:
         """Take note of what became of a batch."""
         try:
-            future.result(20)
+            future.result(60)
         except (StoreFailed, RequestTimeout):
             self.unknown.append(number)
         except (OSError, FoldlogError):
@@ -99,7 +99,7 @@ class Bench:
 
     def apply(self, *numbers: int) -> None:
         futures = [
-            (n, self.opened.apply_async(batch(n), WatchCursor.from_u64(n), timeout_s=20))
+            (n, self.opened.apply_async(batch(n), WatchCursor.from_u64(n), timeout_s=60))
             for n in numbers
         ]
         for number, future in futures:
@@ -125,7 +125,7 @@ OPERATIONS = [
     Operation("apply", lambda bench: bench.apply(5)),
     Operation("commit a group", lambda bench: bench.apply(5, 6, 7, 8)),
     Operation("compact", lambda bench: bench.opened.compact(20)),
-    Operation("export", lambda bench: bench.opened.export_to(bench.dest, 20)),
+    Operation("export", lambda bench: bench.opened.export_to(bench.dest, 60)),
     Operation("close", lambda bench: bench.opened.close()),
 ]
 KINDS: dict[str, Callable[[int], Fault]] = {
@@ -206,14 +206,14 @@ def a_stores_life(campaign: CrashCampaign, step: Callable[[str], None] | None = 
         model.in_doubt = [2, 3, 4]
         futures = [store.apply_async(batch(n), WatchCursor.from_u64(n)) for n in (2, 3, 4)]
         for future in futures:
-            future.result(20)
+            future.result(60)
         model.acked += [2, 3, 4]
         model.all_durable()
         with contextlib.suppress(FoldlogError):
             store.compact(20)
         model.apply(store, 5, durable=True)
         with contextlib.suppress(FoldlogError):
-            store.export_to(campaign.work / "artifact", 20)
+            store.export_to(campaign.work / "artifact", 60)
         model.apply(store, 6, durable=True)
     finally:
         store.close()

@@ -22,7 +22,7 @@ STORM = textwrap.dedent(
 
     def handler(number, frame):
         if closing:
-            store.close(20)
+            store.close(60)
         elif armed:
             raise KeyboardInterrupt
 
@@ -35,7 +35,7 @@ STORM = textwrap.dedent(
     def other():
         while not stop.is_set():
             try:
-                others.append(store.put("other", b"x", timeout_s=20))
+                others.append(store.put("other", b"x", timeout_s=60))
             except foldlog.StoreClosed:
                 return
 
@@ -44,14 +44,14 @@ STORM = textwrap.dedent(
     watch = store.watch()
     calls = {
         "apply": lambda: store.apply([Put("a", b"1")], WatchCursor.from_u64(1)),
-        "put": lambda: store.put("a", b"1", timeout_s=15),
+        "put": lambda: store.put("a", b"1", timeout_s=60),
         "watch": lambda: watch.next(0.01),
         "wait_for": lambda: follower.wait_for(WatchCursor.from_u64(2**60), 0.002),
         "close": lambda: store.put("a", b"1"),
     }
     end = time.monotonic() + seconds
     struck = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end or (mode != "close" and not struck):
         signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002))
         try:
             armed = True
@@ -69,20 +69,21 @@ STORM = textwrap.dedent(
     signal.setitimer(signal.ITIMER_REAL, 0)
     if mode != "close":
         count = len(others)
-        store.put("last", b"x", timeout_s=20)
+        store.put("last", b"x", timeout_s=60)
         assert watch.ended is None
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + 60
         while len(others) == count and time.monotonic() < limit:
             time.sleep(0.01)
         assert len(others) > count, "the other thread writes no more"
-        assert struck, "no signal came within a call"
     stop.set()
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
-    began = time.monotonic()
-    store.close(20)
+    store.close(60)
     follower.close()
-    assert time.monotonic() - began < 15
+    for each in threading.enumerate():
+        if each.name.startswith("foldlog"):
+            each.join(60)
+            assert not each.is_alive(), each.name
     foldlog.open(path).close()
     print("done")
     """
@@ -94,7 +95,7 @@ def storm(path: Path, mode: str, seconds: float, seed: int) -> None:
         [sys.executable, "-c", STORM, str(path), mode, str(seconds), str(seed)],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
         check=False,
     )
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr[-3000:]

@@ -510,7 +510,7 @@ except (RuntimeError, SystemExit):
     pass
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     with foldlog.open(path) as store:

@@ -342,7 +342,7 @@ except foldlog.StoreLocked as error:
         [sys.executable, "-c", code, str(path)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=True,
     )
     assert done.stdout.split() == [str(os.getpid()), str(path)]
@@ -356,7 +356,7 @@ _, snap = foldlog.AppendLogSnapshot.open(sys.argv[1])
 snap.apply([foldlog.Put("k", b"v")], foldlog.WatchCursor.from_u64(5))
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=30)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60)
     assert done.returncode == -9
     cursor, snap = AppendLogSnapshot.open(path)
     with snap:

@@ -611,12 +611,12 @@ def test_a_follower_goes_on_in_a_forked_child_and_the_parents_is_not_touched(pat
                 assert str(followers[3].state) == "following" and followers[3].get("a").value == b"2"
                 followers[4].wait_for(at(2), 0.0)
                 with followers[0].watch() as events:
-                    while not isinstance(events.next(10), Synced):
+                    while not isinstance(events.next(60), Synced):
                         pass
                     os.write(to_parent[1], b"x")
-                    assert events.next(10).update.value == b"3"
+                    assert events.next(60).update.value == b"3"
                 for follower in followers[:5]:
-                    follower.wait_for(at(3), 10.0)
+                    follower.wait_for(at(3), 60)
                     assert follower.get("a").value == b"3" and len(follower) == 1
                 assert snapshot.get("a").value == b"1", "a snapshot stays what it was"
                 assert str(closed.state) == "closed"
@@ -634,7 +634,7 @@ def test_a_follower_goes_on_in_a_forked_child_and_the_parents_is_not_touched(pat
         store.apply([Put("a", b"3")], at(3))
         status = os.waitpid(child, 0)[1]
         for follower in followers:
-            follower.wait_for(at(3), 10.0)
+            follower.wait_for(at(3), 60)
             follower.close()
         store.close()
         print("status", status, [thread.name for thread in threading.enumerate()])
@@ -662,7 +662,7 @@ def test_a_forked_follower_says_what_became_of_the_log_meanwhile(path: Path):
             with foldlog.open(path) as store:
                 for number in range(9):
                     store.put("a", b"1")
-                follower.wait_for(store.cursor(), 10)
+                follower.wait_for(store.cursor(), 60)
             while len(follower) == 0:
                 follower.stats()
             os.rename(path, path + ".away")

@@ -223,12 +223,12 @@ def test_a_closed_store_refuses_at_the_call_and_not_at_the_first_entry(path: Pat
 def test_an_int_goes_wherever_a_cursor_goes(path: Path):
     with foldlog.open(path) as store, foldlog.follow(path) as follower:
         store.apply(puts("a"), 7)
-        store.apply_async(puts("b"), 8).result(10)
+        store.apply_async(puts("b"), 8).result(60)
         assert store.writer.ask(Apply(puts("c"), 9)) == 3
-        store.wait_for(9, 10)
-        follower.wait_for(9, 10)
+        store.wait_for(9, 60)
+        follower.wait_for(9, 60)
         with store.watch(since=8) as watch:
-            told = [watch.next(10), watch.next(10)]
+            told = [watch.next(60), watch.next(60)]
         assert (told[0].update.key, told[1]) == ("c", Synced(WatchCursor.from_u64(9), 3))
         assert int(store.cursor()) == 9
     with AppendLogSnapshot.open(path)[1] as engine:
@@ -270,7 +270,7 @@ def test_a_put_here_can_be_awaited_there(path: Path):
         follower.wait_for(seq=version)
         assert follower.get("a").value == b"1"
         version = store.delete("a")
-        follower.wait_for(seq=int(version), timeout_s=10)
+        follower.wait_for(seq=int(version), timeout_s=60)
         assert "a" not in follower
         store.wait_for(seq=version, timeout_s=0.0)
 
@@ -293,7 +293,7 @@ def test_waiting_takes_one_position_and_ends_with_its_time(path: Path):
 
 def test_waiting_on_a_store_that_is_closed_meanwhile_ends(path: Path):
     store = foldlog.open(path)
-    waiting = in_thread(lambda: store.wait_for(seq=5, timeout_s=20))
+    waiting = in_thread(lambda: store.wait_for(seq=5, timeout_s=60))
     store.put("a", b"")
     store.close()
     with pytest.raises(StoreClosed):

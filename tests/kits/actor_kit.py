@@ -41,7 +41,7 @@ from foldlog import (
 from foldlog.actors.store.internal import CheckFile, Heal
 from foldlog.storage.log.files import Files
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 """For what takes milliseconds. Reached only where the product hangs."""
 
 FATAL = [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit]

@@ -64,11 +64,11 @@ def store(path: Path, files: Files, answer: Answer, last: int) -> None:
         for first in range((opened.cursor().as_u64() or 0) + 1, last + 1, TOGETHER):
             numbers = range(first, min(first + TOGETHER, last + 1))
             futures = [
-                opened.apply_async(batch(number), numbered(number), timeout_s=20)
+                opened.apply_async(batch(number), numbered(number), timeout_s=60)
                 for number in numbers
             ]
             for number, future in zip(numbers, futures, strict=True):
-                future.result(20)
+                future.result(60)
                 answer(number)
             if first % 3 == 0:
                 opened.export_to(path.with_name(f"artifact-{first}"))

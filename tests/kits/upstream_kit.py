@@ -20,7 +20,7 @@ import servers
 import foldlog
 from foldlog.upstreams import Etcd, LogFile, NatsKv
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def until(
@@ -131,7 +131,8 @@ class NatsSource:
         import nats
 
         self.disconnect()
-        options = {"error_cb": _quiet, **self._client_options}
+        options = {"allow_reconnect": False, "connect_timeout": int(DEADLINE_S)}
+        options |= {"error_cb": _quiet, **self._client_options}
         self.client = self.loop.run(nats.connect(self.url, **options))
         self.js = self.client.jetstream(timeout=self.request_s)
 
@@ -164,7 +165,7 @@ class NatsSource:
         async def publish() -> None:
             for key, value in entries.items():
                 await self.client.publish(f"$KV.{self.bucket}.{key}", value)
-            await self.client.flush()
+            await self.client.flush(int(DEADLINE_S))
 
         self.loop.run(publish())
 
@@ -184,17 +185,25 @@ class NatsSource:
     def entries(self) -> dict[str, bytes]:
         return {key: msg.data or b"" for key, msg in self._last() if not _is_removal(msg)}
 
-    def _last(self) -> Iterator[tuple[str, Any]]:
+    def _last(self) -> list[tuple[str, Any]]:
         """The last message of each key."""
+        return self.loop.run(self._read_last())  # type: ignore[no-any-return]
+
+    async def _read_last(self) -> list[tuple[str, Any]]:
         from nats.js.errors import NotFoundError
 
-        info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}", subjects_filter=">"))
-        for subject in info.state.subjects or ():
-            try:
-                msg = self.loop.run(self.js.get_last_msg(f"KV_{self.bucket}", subject))
-            except NotFoundError:
-                continue  # it has expired since
-            yield subject.split(".", 2)[2], msg
+        found: list[tuple[str, Any]] = []
+
+        async def read(subject: str) -> None:
+            with contextlib.suppress(NotFoundError):  # it has expired since
+                msg = await self.js.get_last_msg(f"KV_{self.bucket}", subject)
+                found.append((subject.split(".", 2)[2], msg))
+
+        info = await self.js.stream_info(f"KV_{self.bucket}", subjects_filter=">")
+        subjects = list(info.state.subjects or ())
+        for first in range(0, len(subjects), 100):
+            await asyncio.gather(*map(read, subjects[first : first + 100]))
+        return found
 
     def consumers(self) -> int:
         info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}"))

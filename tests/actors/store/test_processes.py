@@ -91,14 +91,14 @@ INTERRUPTED = """
     def step(name):
         if name == sys.argv[2] and not reached.is_set():
             reached.set()
-            gate.wait(20)
+            gate.wait(60)
     def once(*_):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         heard.set()
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, once)
     def interrupt():
-        reached.wait(20)
+        reached.wait(60)
         while True:  # a signal that comes just before the main thread waits for a lock is not heard until it is released
             os.kill(os.getpid(), signal.SIGINT)
             if heard.wait(0.2):
@@ -141,7 +141,7 @@ def test_an_interrupt_of_open_or_close_ends_the_process_in_order(path, step):
     gate.set()
     for thread in threading.enumerate():
         if thread.name.startswith("foldlog"):
-            thread.join(20)
+            thread.join(60)
     with foldlog.open(sys.argv[1]) as store:
         print(store.cursor())
     """,

@@ -839,7 +839,7 @@ def test_closed_standard_streams_are_no_error_and_never_become_the_log(tmp_path:
         (("get", "a.log", "nope"), 1),
     ):
         assert (
-            subprocess.run((*shell, *args), cwd=tmp_path, check=False, timeout=30).returncode
+            subprocess.run((*shell, *args), cwd=tmp_path, check=False, timeout=60).returncode
             == code
         )
     assert state(tmp_path / "a.log") == {"k0001": "v1", "k0002": "v2", "k0003": "v3"}

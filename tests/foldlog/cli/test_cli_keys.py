@@ -18,7 +18,7 @@ from cli_kit import files_in, run
 import foldlog
 from foldlog import AppendLogSnapshot, Put, WatchCursor
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def test_put_and_delete_write_one_key_and_print_its_version(path: Path) -> None:

@@ -55,7 +55,7 @@ def test_it_runs_until_it_is_told_to_end_and_ends_with_0(source, tmp_path):
         with foldlog.follow(copy) as follower:
             until(lambda: "new" in follower)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.communicate()

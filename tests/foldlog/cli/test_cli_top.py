@@ -43,7 +43,7 @@ def log(path: Path) -> Path:
 
 
 def wait_for(follower: foldlog.Follower, cursor: int) -> None:
-    follower.wait_for(WatchCursor.from_u64(cursor), timeout_s=20)
+    follower.wait_for(WatchCursor.from_u64(cursor), timeout_s=60)
 
 
 def test_a_picture_tells_state_sizes_and_who_writes(log: Path) -> None:
@@ -269,7 +269,7 @@ def test_completion_scripts_come_for_the_three_shells(shell: str) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     # click asks bash for its version, and says so on stderr where there is none

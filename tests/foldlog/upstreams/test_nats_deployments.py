@@ -7,7 +7,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from upstream_kit import NatsSource, opened, same, until
 
 import foldlog
 from foldlog import LinkState
-from foldlog.upstreams import Etcd, NatsKv, from_url
+from foldlog.upstreams import Etcd, NatsKv, from_url, nats_connection, nats_pull
 
 pytest.importorskip("nats", reason="nats-py is not installed: the extra `nats`")
 
@@ -78,12 +77,18 @@ def test_a_mirror_over_tls_keeps_up_and_comes_back(secured, path):
         until(lambda: mirror.get("k.1").value == b"new")
 
 
-def test_a_certificate_that_is_not_trusted_is_refused_at_once(secured, path):
+@pytest.fixture
+def no_timeout(monkeypatch):
+    """Whoever waits for a timeout of the connection waits in vain."""
+    monkeypatch.setattr(nats_connection, "CONNECT_S", 600.0)
+    monkeypatch.setattr(nats_connection, "REQUEST_S", 600.0)
+    monkeypatch.setattr(nats_pull, "SILENCE_S", 600.0)
+
+
+def test_a_certificate_that_is_not_trusted_is_refused_at_once(secured, path, no_timeout):
     source, _ = secured
-    began = time.monotonic()
     with pytest.raises(foldlog.UpstreamRefused, match="certificate"):
         mirrored(path, source.upstream(tls=ssl.create_default_context()))
-    assert time.monotonic() - began < 10
 
 
 # Permissions, and what must not be shown.
@@ -98,7 +103,7 @@ def test_a_certificate_that_is_not_trusted_is_refused_at_once(secured, path):
         ('subscribe: {deny: "_INBOX.>"}', "_inbox"),
     ],
 )
-def test_a_permission_that_is_denied_is_told_at_once(tmp_path, path, denied, reason):
+def test_a_permission_that_is_denied_is_told_at_once(tmp_path, path, denied, reason, no_timeout):
     """The server tells of it aside; the request itself is never answered. The link took that for a
     server that is lost, and tried for ever."""
     config = f"""authorization {{ users = [
@@ -109,11 +114,9 @@ def test_a_permission_that_is_denied_is_told_at_once(tmp_path, path, denied, rea
     client = {"user": "admin", "password": "a"}
     with opened(NatsSource(tmp_path / "nats", server_config=config, client=client)) as source:
         source.put("k", b"1")
-        began = time.monotonic()
         with pytest.raises(foldlog.UpstreamRefused, match=r"(?i)permissions violation") as caught:
             mirrored(path, source.upstream(user="u", password="s3cret"))
         assert reason in str(caught.value).lower()
-        assert time.monotonic() - began < 4  # a request is given 5 s, and silence 3 s
 
 
 def test_the_permissions_on_the_page_about_fleets_are_all_that_a_mirror_needs(tmp_path, path):

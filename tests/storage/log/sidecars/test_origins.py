@@ -72,7 +72,7 @@ def test_local_writes_leave_the_origin_beside_the_cursor(path):
     with foldlog.open(path) as store, foldlog.follow(path) as follower:
         store.put("local", b"")
         assert store.snapshot().origin == ORIGIN
-        follower.wait_for(at(1), timeout_s=20)
+        follower.wait_for(at(1), timeout_s=60)
         assert follower.snapshot().origin == ORIGIN
     with foldlog.open(path) as store:
         store.apply([Put("fed by hand", b"")], at(7))
