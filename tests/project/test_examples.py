@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 
 import foldlog
 
@@ -158,17 +158,11 @@ def test_longest_prefix_routes_are_in_step_and_do_not_change_under_their_readers
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def served(command: list[str], log: Path, ready: str) -> Iterator[str]:
     """A server on loopback, until its probe answers; ended by SIGTERM, and its end is waited
     for."""
-    port = free_port()
+    port = servers.free_port()
     env = os.environ | {"FLAGS_LOG": str(log), "PYTHONPATH": str(EXAMPLES)}
     server = subprocess.Popen(
         [sys.executable, "-m", *(each.format(port=port) for each in command)],
