@@ -97,8 +97,11 @@ class Connection:
         if self.denied.is_set():
             return
         self._error, self._said = self.clean(error), str(error).lower()
-        if "permissions violation" in self._said and "consumer.delete" not in self._said:
-            self.denied.set()  # consumers that cannot be deleted remove themselves
+        # Consumers that cannot be deleted remove themselves; few servers need to be asked where
+        # one is.
+        spared = "consumer.delete" in self._said or "consumer.info" in self._said
+        if "permissions violation" in self._said and not spared:
+            self.denied.set()
 
     async def _on_lost(self) -> None:
         self.is_lost = True

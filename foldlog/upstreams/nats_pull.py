@@ -100,7 +100,7 @@ class Pull:
                     if not self.receiver.waiting:
                         await self._wait()
                     piece = self._take(piece)
-                    if only is not None and self._refusals >= MAX_REFUSALS:
+                    if only is not None and self._is_stuck():
                         await self._look(only)
             if piece.updates or (self._heard > heard and not once):  # silence proves nothing
                 yield piece
@@ -146,6 +146,10 @@ class Pull:
             await self._connection.tell(
                 self._subject, json.dumps(request).encode(), f"{self._inbox}.{self._number}"
             )
+
+    def _is_stuck(self) -> bool:
+        quiet_s = time.monotonic() - self._heard
+        return self._refusals >= MAX_REFUSALS or quiet_s > SILENCE_S / 2
 
     async def _look(self, only: Pass) -> None:
         """End the pass if the consumer is past its end, all that it sent is taken, and it has not

@@ -25,10 +25,11 @@ class FakeNats:
         self.consumers_made = 0
         self.muted = False
         """No heartbeats, until somebody connects again."""
-        self.drifts = False
-        """Counts messages as pending that there are not: a pass is never told that it is over."""
+        self.drift = ""
+        """Counts messages as pending that there are not: instead of telling a pass that it is over,
+        it "refuses" its requests, or is "silent"."""
         self.refusals = 0
-        """Requests of passes that are refused before one is served."""
+        """Requests of passes before one is served: the first stays open, the others are refused."""
         self._tail_requests = 0
         self._paused = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -115,12 +116,14 @@ class FakeNats:
         request = json.loads(body)
         if request.get("no_wait") and self.refusals:
             self.refusals -= 1
-            return [status(reply, sid, "408 Requests Pending")]
+            is_first = consumers[name].setdefault("open", reply) == reply
+            return [] if is_first else [status(reply, sid, "408 Requests Pending")]
         frames = self._frames(sid, consumers[name], last, int(request["batch"]))
         if request.get("no_wait"):
-            drifted = self.drifts and not frames
-            end = "408 Requests Pending" if drifted else "404 No Messages"
-            return [*frames, status(reply, sid, end)] if not self.drifts or drifted else frames
+            if not self.drift:
+                return [*frames, status(reply, sid, "404 No Messages")]
+            is_refused = self.drift == "refuses" and not frames
+            return [status(reply, sid, "408 Requests Pending")] if is_refused else frames
         self._tail_requests += 1
         consumers[name]["inbox"] = reply, sid
         return self._faults(self._tail_requests, frames)
