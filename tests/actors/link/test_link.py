@@ -335,7 +335,7 @@ def test_an_upstream_that_neither_reaches_back_nor_tells_its_state_is_refused(pa
     for number in range(3):
         upstream.put(f"k.{number}")
     with foldlog.mirror(path, upstream) as mirror:
-        with pytest.raises(foldlog.UpstreamRefused, match="no state"):
+        with pytest.raises(foldlog.UpstreamRefused, match="nor a state to send"):
             mirror.wait_synced(30)
         assert len(mirror) == 0
 

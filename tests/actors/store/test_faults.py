@@ -19,7 +19,7 @@ from foldlog import (
     StoreFailed,
     WriterCrashed,
 )
-from foldlog.actors.store.requests import WriteRequest
+from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.testing import Fault, FaultyFiles
 
 
@@ -101,14 +101,14 @@ def test_a_request_that_always_kills_the_writer_is_quarantined_and_its_neighbour
     store = open_store()
     poison = 5
 
-    def decide(self, fold):
-        if self.batch is not None and self.batch.cursor == cursor(poison):
+    def commit(self, batches, staged=None):
+        if cursor(poison) in [batch.cursor for batch in batches]:
             raise error("poison")
-        return original(self, fold)
+        return original(self, batches, staged)
 
-    original = WriteRequest.decide
+    original = LogEngine.commit
     gate, futures = commit_group(store, steps, range(1, 11))
-    monkeypatch.setattr(WriteRequest, "decide", decide)
+    monkeypatch.setattr(LogEngine, "commit", commit)
     gate.open()
     for number, future in enumerate(futures, 1):
         if number == poison:
