@@ -85,7 +85,15 @@ class Commits:
             None  # ended, but still to be closed: `close` may be cut short
         )
         created = not self.path.exists()
+        self._past = Past(0, WatchCursor.none())
         self._open_source()
+        try:
+            self._begin_at(created)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _begin_at(self, created: bool) -> None:
         if created:
             OS_FILES.sync_dir(self.path.parent)
         self._past = Past(self._state.seq, self._state.cursor)
@@ -101,8 +109,9 @@ class Commits:
     # Opening.
 
     def _open_source(self) -> None:
-        self._source = Source(self._opened(), self.path, self._rocksdict.ReadOptions, writable=True)
+        self._source = Source(None, self.path, self._rocksdict.ReadOptions, writable=True)
         try:
+            self._source.db = self._opened()  # in no variable: a traceback would keep it open
             self._writes = Writes(self._source)
             self._place = Place(self.path)
             self._trail = Trail()
@@ -110,7 +119,11 @@ class Commits:
             state = state_of(self._db, self.path) or self._begin()
             self._publish(state)
         except BaseException:
+            db = self._source.db
             self._release(StoreClosed(f"{self.path} was not opened"))
+            if db is not None:
+                with contextlib.suppress(Exception):
+                    db.close()  # a frame of the traceback may hold it
             raise
         # Opening has written what it recovered to tables.
         self._synced = (state.seq, state.cursor)
@@ -130,7 +143,11 @@ class Commits:
             except StoreLocked as error:
                 now = time.monotonic()
                 stop_s = stop_s or now + LINGER_S
-                if error.pid != self._pid or now > stop_s or not is_read_after_its_end(self.path):
+                if (
+                    error.pid != self._pid
+                    or now > stop_s
+                    or not is_read_after_its_end(self._source)
+                ):
                     raise
                 time.sleep(_LINGER_PAUSE_S)
 

@@ -79,8 +79,12 @@ class RocksDbSnapshot(Readable):
         engine = RocksDbEngine(
             path, sync_each=sync == "always", on_damage=on_damage, cache_bytes=cache_bytes
         )
-        snap = cls(engine)
-        return snap.cursor(), snap
+        try:
+            snap = cls(engine)
+            return snap.cursor(), snap
+        except BaseException:
+            engine.abandon()
+            raise
 
     @classmethod
     def import_artifact(

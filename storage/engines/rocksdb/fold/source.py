@@ -25,11 +25,12 @@ _WRITABLE: weakref.WeakValueDictionary[int, Source] = weakref.WeakValueDictionar
 """The sources opened for writing that somebody still has, by id."""
 
 
-def is_read_after_its_end(path: Path) -> bool:
-    """True if no engine of this process has the database at `path` open for writing any more, but
-    somebody has a source that has ended: a thread may be in the middle of a read from it."""
+def is_read_after_its_end(opening: Source) -> bool:
+    """True if no engine of this process has the database that `opening` is for open for writing any
+    more, but somebody has a source that has ended: a thread may be in the middle of a read from it.
+    """
     found = [source() for source in _WRITABLE.valuerefs()]
-    here = [source for source in found if source is not None and source.path == path]
+    here = [s for s in found if s is not None and s is not opening and s.path == opening.path]
     return bool(here) and all(source.db is None for source in here)
 
 
@@ -43,13 +44,13 @@ class Source:
 
     def __init__(
         self,
-        db: Rdict,
+        db: Rdict | None,
         path: Path,
         read_options: Callable[[], ReadOptions],
         *,
         writable: bool = False,
     ) -> None:
-        self.db: Rdict | None = db
+        self.db = db
         self.path = path
         self.read_options = read_options
         self.ended: FoldlogError = StoreClosed(f"{path} is closed")
