@@ -321,19 +321,20 @@ def test_a_bug_in_following_ends_neither_the_thread_nor_the_reads(
     store = open_store()
     store.apply(batch(1), cursor(1))
     follower = follow()
-    poll, failed = follower._thread._tail.poll, threading.Event()
+    failed = threading.Event()
 
     def broken() -> Any:
         failed.set()
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(follower._thread._tail, "poll", broken)
-    follower._thread.woken.set()
-    assert failed.wait(DEADLINE_S)  # so that no poll from before is under way any more
-    store.apply(batch(2), cursor(2))
-    state_of(follower, FollowerState.FAILED)
-    assert follower.cursor() == cursor(1)
-    monkeypatch.setattr(follower._thread._tail, "poll", poll)
+    # Undone here: `monkeypatch` may outlive the look for open files, and would hold the tail.
+    with monkeypatch.context() as patch:
+        patch.setattr(follower._thread._tail, "poll", broken)
+        follower._thread.woken.set()
+        assert failed.wait(DEADLINE_S)  # so that no poll from before is under way any more
+        store.apply(batch(2), cursor(2))
+        state_of(follower, FollowerState.FAILED)
+        assert follower.cursor() == cursor(1)
     follower.wait_for(cursor(2), DEADLINE_S)
     state_of(follower, FollowerState.FOLLOWING)
 
