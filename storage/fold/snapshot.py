@@ -101,15 +101,18 @@ class FoldSnapshot(SnapshotReads):
             entry = delta.hot.get(key)
             return self._get_older(key, default) if entry is None else entry
         known = self.base.cache[hash(key) & _SHARD_MASK].get(key)
-        return self._get_older(key, default) if known is None else _new_entry(KvEntry, known)
+        if known is None:
+            if not isinstance(key, str):
+                raise _not_a_key(key)
+            known = self.base.read(key)
+            if known is None:
+                return default
+        return _new_entry(KvEntry, known)
 
     def _get_older(self, key: str, default: object) -> object:
         if not isinstance(key, str):
-            raise TypeError(f"a key is a str, not {type(key).__name__}")
+            raise _not_a_key(key)
         delta = self.delta
-        if not delta.firsts:
-            change = self.base.read(key)
-            return default if change is None else _new_entry(KvEntry, change)
         change = delta.get(key)
         if change is None:
             change = self.base.cache[hash(key) & _SHARD_MASK].get(key) or self.base.read(key)
@@ -342,6 +345,10 @@ class FoldSnapshot(SnapshotReads):
         return keys[bisect_left(keys, span.low) : stop]
 
 
+def _not_a_key(key: object) -> TypeError:
+    return TypeError(f"a key is a str, not {type(key).__name__}")
+
+
 def _between(starts: list[str], low: str, high: str | None, reverse: bool = False) -> Iterator[str]:
     """Those of `starts` above `low` and below `high`; lazy, since a range may be left early."""
     stop = len(starts) if high is None else bisect_left(starts, high)
@@ -370,7 +377,11 @@ class _FoldSegment:
         return carried_leaf(self._fold.base, self._span.leaf, self._span.changes)
 
     def columns(self) -> Columns:
-        return self._fold.span_columns(self._span)
+        span, base = self._span, self._fold.base
+        if span.changes or span.whole or span.leaf < 0:
+            return self._fold.span_columns(span)
+        body, keys = base.sound_body(span.leaf)  # one read, where a range would make two
+        return leaf.decode_leaf(body, span.low, span.high, keys)
 
     def live_changes(self) -> list[Change] | None:
         return live_of(self._span.changes) if self._span.leaf < 0 else None

@@ -347,7 +347,10 @@ class ReadHandle:
 
     def read(self, size: int, offset: int) -> bytes:
         """Exactly `size` bytes from `offset`. EOFError if the file is shorter."""
-        return read_all(self.files, self.fd, size, offset)
+        data = self.files.read(self.fd, size, offset)
+        if len(data) == size:
+            return data
+        return data + read_all(self.files, self.fd, size - len(data), offset + len(data))
 
     def close(self) -> None:
         """Close it now. Only if nobody else may still read it."""

@@ -41,7 +41,7 @@ from foldlog.protocol.frames import FRAME_OVERHEAD
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import SLICE, batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
-from foldlog.storage.fold import delta, leaf
+from foldlog.storage.fold import base, delta, leaf
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.leaf import MAX_ENTRIES, MIN_ENTRIES
@@ -62,6 +62,8 @@ FEW, MANY = 2_000, 20_000
 VALUE_BYTES = 100
 LEAF_BYTES = MAX_ENTRIES * (VALUE_BYTES + 26)
 """No leaf takes more: a key of 7 bytes, a version of 8, and 11 to tell where they are."""
+INDEX_BYTES = MAX_ENTRIES * 26
+"""No index of a leaf takes more."""
 NOTE_BYTES = SLOT_BYTES
 """What is written beside the log: who has the lock, and what is synced."""
 
@@ -321,7 +323,18 @@ def test_an_absent_key_costs_the_index_of_a_leaf_once(
     assert files.reads == leaves.keys < len(snap.snapshot().base)
     assert leaves.entries == 0
     lines = work_of(snap.get, key(7) + " absent").lines
-    assert lines <= 22, "two calls below `get`: one that checks the key, and the search"
+    assert lines <= 22, "one call below `get`: the search"
+
+
+def test_an_absent_key_of_a_leaf_in_memory_is_looked_up_and_not_searched(
+    open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search compares eight keys, each somewhere else in memory."""
+    snap = open_log(FEW)
+    assert all(snap.get(key(number)) for number in range(FEW))
+    searches = calls_of(monkeypatch, base, "bisect_left")
+    assert not any(snap.get(key(number) + " absent") for number in range(FEW))
+    assert not searches
 
 
 @both
@@ -424,7 +437,10 @@ def test_a_range_decodes_the_leaves_that_it_lies_in_and_keeps_nothing(
             files.forget()
             leaves.forget()
             assert len(snap.range(prefix)) == found
-            assert leaves.entries == files.reads <= found // MIN_ENTRIES + 2
+            assert leaves.entries <= found // MIN_ENTRIES + 2
+            assert files.reads <= found // MIN_ENTRIES + 4, "two of a leaf at an end"
+            if not batch:
+                assert files.bytes_read <= (found + 2) * LEAF_BYTES // MIN_ENTRIES + 2 * INDEX_BYTES
             assert not any(snap.snapshot().base.parts())
 
 
@@ -436,11 +452,10 @@ def test_a_first_short_range_checks_the_values_that_it_returns_and_no_others(
     time."""
     snap = open_log(entries)
     checksums = calls_of(monkeypatch, leaf, "crc32c")
-    for again in (False, True):
+    for _ in range(2):
         checksums.clear()
         assert len(snap.range(key(50)[:-1])) == 10
-        leaves = 0 if again else 2
-        assert len(checksums) <= 10 + 2 * leaves, "those of an index, when it is first read"
+        assert len(checksums) <= 10 + 2 * 2, "and those of two indexes"
     checksums.clear()
     assert len(snap.range()) == entries
     assert entries <= len(checksums) <= entries + 2 * len(snap.snapshot().base)

@@ -54,10 +54,10 @@ def reads_of_each(path: Path) -> list[int]:
         return counts
 
 
-def test_a_fifth_of_a_leaf_brings_the_rest(tmp_path: Path) -> None:
-    fifth = ENTRIES // 5
-    assert reads_of_each(made(tmp_path / "log")) == [2] + [1] * (fifth - 1) + [2] + [0] * (
-        ENTRIES - fifth - 1
+def test_an_eighth_of_a_leaf_brings_the_rest(tmp_path: Path) -> None:
+    eighth = ENTRIES // 8
+    assert reads_of_each(made(tmp_path / "log")) == [2] + [1] * (eighth - 1) + [2] + [0] * (
+        ENTRIES - eighth - 1
     )
 
 

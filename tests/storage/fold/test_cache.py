@@ -21,7 +21,7 @@ from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import Change
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.cache import SHARDS, Cache, cached_size
-from foldlog.storage.fold.leaf import Index, encode_leaf
+from foldlog.storage.fold.leaf import Columns, Index, encode_leaf
 from foldlog.testing import FaultyFiles
 
 ENTRIES = 10_000
@@ -58,7 +58,7 @@ def real_bytes(held: object, seen: set[int] | None = None) -> int:
     elif isinstance(held, tuple | list):
         parts = iter(held)
     elif isinstance(held, Index):
-        parts = iter((held.keys, held._places))
+        parts = iter((held.keys, held._places, held.numbers))
     else:
         parts = iter(())
     collected = 16 if isinstance(held, tuple | list | dict) else 0
@@ -235,7 +235,7 @@ def test_a_cache_counts_what_it_holds_through_every_operation() -> None:
             if cache.take_older(read[0]) is None:
                 cache.add(read)
         elif pick == 1:
-            cache.add_all(map(change, range(step, step + 5)))
+            cache.add_leaf_entries(Columns(*map(list, zip(*map(change, range(step, step + 5))))))
         elif pick == 2:
             cache.take_older(key(chance.randrange(2000)))
         else:
@@ -252,7 +252,7 @@ def test_values_that_grew_before_a_compaction_stay_within_the_bound() -> None:
     once the new values alone were over the bound."""
     old = Cache(LIMIT)
     small = [(key(n), b"v" * 10, b"") for n in range(3000)]
-    old.add_all(small)
+    old.add_leaf_entries(Columns(*map(list, zip(*small))))
     assert LIMIT * 3 // 4 < old.held_bytes <= LIMIT
     new = Cache()
     new.inherit(old, {}, [{k: (k, b"v" * 600, b"") for k, _, _ in small[:900]}])
