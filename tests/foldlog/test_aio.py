@@ -382,12 +382,18 @@ def test_a_call_that_is_cancelled_is_withdrawn_if_it_was_not_begun(run: Any, pat
 def test_a_timeout_of_asyncios_own_tells_the_outcome_too(run: Any, path: Path):
     gate = Gate()
 
+    async def expire_once_reached(limit: asyncio.Timeout) -> None:
+        await asyncio.to_thread(gate.reached.wait, DEADLINE_S)
+        limit.reschedule(asyncio.get_running_loop().time())
+
     async def main() -> None:
         async with aio.open(path, step=gate) as store:
             gate.open.clear()
             with pytest.raises(TimeoutError) as caught:
-                async with asyncio.timeout(0.05):
+                async with asyncio.timeout(None) as limit:
+                    begun = asyncio.create_task(expire_once_reached(limit))
                     await store.put("a", b"")
+            await begun
             assert aio.outcome(caught.value) == "unknown"
             with pytest.raises(RequestTimeout, match="withdrawn"):
                 await store.put("b", b"", timeout_s=0.01)
