@@ -386,14 +386,17 @@ def test_a_timeout_of_asyncios_own_tells_the_outcome_too(run: Any, path: Path):
         await asyncio.to_thread(gate.reached.wait, DEADLINE_S)
         limit.reschedule(asyncio.get_running_loop().time())
 
+    async def put_until_it_is_begun(store: aio.Store) -> None:
+        async with asyncio.timeout(None) as limit:
+            expiring = asyncio.create_task(expire_once_reached(limit))
+            await store.put("a", b"")
+        await expiring
+
     async def main() -> None:
         async with aio.open(path, step=gate) as store:
             gate.open.clear()
             with pytest.raises(TimeoutError) as caught:
-                async with asyncio.timeout(None) as limit:
-                    begun = asyncio.create_task(expire_once_reached(limit))
-                    await store.put("a", b"")
-            await begun
+                await put_until_it_is_begun(store)
             assert aio.outcome(caught.value) == "unknown"
             with pytest.raises(RequestTimeout, match="withdrawn"):
                 await store.put("b", b"", timeout_s=0.01)
