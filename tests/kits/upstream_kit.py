@@ -65,7 +65,7 @@ class Source(Protocol):
     def put(self, key: str, value: bytes) -> None: ...
     def delete(self, key: str) -> None: ...
     def entries(self) -> dict[str, bytes]:
-        """All that is live."""
+        """All that is live, in key order."""
 
     def upstream(self) -> Any:
         """A new upstream of the product."""
@@ -186,7 +186,7 @@ class NatsSource:
         return {key: msg.data or b"" for key, msg in self._last() if not _is_removal(msg)}
 
     def _last(self) -> list[tuple[str, Any]]:
-        """The last message of each key."""
+        """The last message of each key, in key order."""
         return self.loop.run(self._read_last())  # type: ignore[no-any-return]
 
     async def _read_last(self) -> list[tuple[str, Any]]:
@@ -203,7 +203,7 @@ class NatsSource:
         subjects = list(info.state.subjects or ())
         for first in range(0, len(subjects), 100):
             await asyncio.gather(*map(read, subjects[first : first + 100]))
-        return found
+        return sorted(found, key=lambda last: last[0])
 
     def consumers(self) -> int:
         info = self.loop.run(self.js.stream_info(f"KV_{self.bucket}"))
