@@ -45,6 +45,7 @@ def _color(subjects: list[str], subject: str) -> Any:
 
 def _peers(samples: dict[str, dict[str, list[float]]], entries: int, path: Path) -> Path:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     subjects = [subject for subject in samples if not subject.endswith("-synced")]
     figure, grid = plt.subplots(2, 4, figsize=(15, 6))
@@ -66,6 +67,7 @@ def _peers(samples: dict[str, dict[str, list[float]]], entries: int, path: Path)
             )
         axes.grid(axis="x", alpha=0.3)
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.25, y=0.15)
         axes.invert_yaxis()
         axes.set_title(f"{title}, {FIGURES[name].unit}", fontsize=10)
