@@ -52,9 +52,6 @@ def etcd_server() -> str:
     return found
 
 
-_claims: list[socket.socket] = []
-
-
 def free_port() -> int:
     """A port that no other test takes for as long as this process lives, and that the system gives
     no outgoing connection: so a server may leave it and come back to it."""
@@ -62,13 +59,13 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(10_000, 30_000)
         claim = socket.socket(socket.AF_UNIX)
         try:
-            claim.bind(f"\0foldlog-test-port-{port}")  # freed with the process
+            claim.bind(f"\0foldlog-test-port-{port}")
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", port))
         except OSError:
             claim.close()
             continue
-        _claims.append(claim)
+        claim.detach()  # the claim ends with the process
         return port
 
 
