@@ -15,7 +15,9 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
+
+from foldlog.protocol.closing import Closing
 
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
 ACL = "system.posix_acl_access"
@@ -331,7 +333,7 @@ class Retiring:
         return (stat.st_dev, stat.st_ino) == self._identity
 
 
-class ReadHandle:
+class ReadHandle(Closing):
     """A file open for reading, shared by all its readers; closed when the last of them is gone.
 
     An open that fails must `close` it: the error's traceback counts as a reader. So must a with
@@ -358,12 +360,6 @@ class ReadHandle:
         if fd >= 0:
             with contextlib.suppress(OSError):
                 self.files.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:  # an interrupt may come before `fd` is set

@@ -7,11 +7,11 @@ who logged the error later, or opened another store meanwhile, found the log sti
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from actor_kit import descriptors
 from faultkit import MAX_CALLS
 
 import foldlog
@@ -27,16 +27,6 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def open_in(folder: Path) -> list[str]:
-    names = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            names.append(os.readlink(f"/proc/self/fd/{fd}"))
-        except FileNotFoundError:
-            continue  # that of the listing
-    return [name for name in names if name.startswith(str(folder))]
 
 
 def open_engine(folder: Path, files: FaultyFiles) -> None:
@@ -100,7 +90,7 @@ def test_a_call_that_failed_has_no_file_open_while_its_error_is_kept(
             call(folder, files)
         except (OSError, FoldlogError) as error:
             errors.append(error)
-            assert open_in(folder) == [], f"{operation} {nth}: {errors}"
+            assert descriptors(folder) == [], f"{operation} {nth}: {errors}"
         if not files.fired:
             return
     raise AssertionError("it never completes")
