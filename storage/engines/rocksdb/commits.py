@@ -81,9 +81,8 @@ class Commits:
         self._held = HeldFolds()
         self._pid = os.getpid()
         self._bridge = contextlib.ExitStack()  # what `heal` opened to keep reads alive
-        self._closing: Rdict | None = (
-            None  # ended, but still to be closed: `close` may be cut short
-        )
+        self._closing: Rdict | None = None
+        """Ended, but still to be closed: `close` may be cut short."""
         created = not self.path.exists()
         self._past = Past(0, WatchCursor.none())
         self._open_source()
