@@ -334,13 +334,13 @@ class SharedActor(SupervisedActor):
         error = self._died_of
         if first is self or (error is None and not is_over(first)):
             return
+        self._died_of = None  # before the turn is free: it says nothing of the next one
         if self.taken and self not in self.turn:
             self.turn.append(self)
         discard(self.turn, first)
         if not self.taken:
             self.busy_since = None
             return
-        self._died_of = None
         if error is not None and self.is_own_fault(error):
             raise error
         raise DiedInTurn(f"interrupted in a caller's thread: {error!r}") from error
