@@ -41,8 +41,16 @@ class State:
         self.supervisor = "refuse"
         self.caller: tuple[tuple[int, str], ...] = ((0, "look"),) * callers
         self.over: tuple[int, ...] = ()
+        """The callers whose frames of `work_in_turn` have ended."""
+        self.died = False
+        """`_died_of` is set: a caller failed or was interrupted in its turn."""
         self.interrupts, self.crashes = interrupts, crashes
         self.recheck = False
+
+    def __copy__(self) -> State:
+        new = State.__new__(State)
+        new.__dict__.update(self.__dict__)
+        return new
 
     def key(self) -> tuple[object, ...]:
         return tuple(self.__dict__.values())
@@ -106,6 +114,7 @@ class Model:
             yield go("offer" if kind == "send" or state.turn or waits else "enter")
         elif at == "enter":
             state.turn += (who,)
+            state.over = tuple(other for other in state.over if other != who)
             yield go("decide")
         elif at == "decide":
             inbox = SimpleNamespace(
@@ -151,6 +160,7 @@ class Model:
             state = copy(old)
             state.crashes -= 1
             state.over += (who,)
+            state.died = True
             state.wake()
             yield go("wait")
         if old.interrupts:
@@ -178,6 +188,7 @@ class Model:
             if state.mails:
                 state.wake()
         elif at in ("take", "handle", "clear", "leave"):
+            state.died = True
             state.wake()
         elif at == "token":
             self.post_token(state)
@@ -205,7 +216,12 @@ class Model:
             yield state
         elif at in ("look after", "look after the turn"):
             first = state.turn[0] if state.turn else None
-            if first in state.over and self.without != "looking after the turn":
+            is_over = first in state.over or (state.died and first not in (None, WRITER))
+            if is_over and self.without != "looking after the turn":
+                if first not in state.over:
+                    state.faults += ("took the turn of a caller at work",)
+                if state.taken or self.without != "believing a death once":
+                    state.died = False
                 state.leave(first)
                 if state.taken:
                     if WRITER not in state.turn:
@@ -345,10 +361,11 @@ def test_no_interleaving_loses_a_wake_up_an_answer_or_the_order(
         "waking the writer",
         "looking again",
         "looking after the turn",
+        "believing a death once",
         "waiting for the turn",
         "refusing first",
     ],
 )
 def test_each_rule_of_the_hand_over_is_needed(rule: str) -> None:
-    interrupts = 2 if rule == "looking after the turn" else 0
+    interrupts = {"looking after the turn": 2, "believing a death once": 1}.get(rule, 0)
     assert explored(Model(interrupts=interrupts, without=rule))[1] != []
