@@ -21,8 +21,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from itertools import chain, repeat
-from operator import add, and_, itemgetter
+from itertools import chain, compress, repeat
+from operator import add, and_, is_not, itemgetter
 
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import Change
@@ -115,27 +115,28 @@ class Cache:
                 self._make_room()
 
     def add_leaf_entries(self, columns: Columns) -> None:
-        """`add` for each entry of one leaf, without the check for size. Cost: 0.3 us each."""
+        """`add` for each entry of one leaf, without the check for size. Cost: 0.3 us each, and the
+        memory that they are kept in.
+
+        One that is among the older ones, too, is counted twice until its shard is trimmed.
+        """
+        keys, values, _ = columns
         rows: list[Change] = [*zip(*columns)]
-        if self.has_older:
-            older = self.older
-            rows = [row for row in rows if row[0] not in older[hash(row[0]) & SHARDS - 1]]
-        keys = [*map(_key_of, rows)]
         numbers = [*map(and_, map(hash, keys), repeat(SHARDS - 1))]
-        shards = [*map(self.recent.__getitem__, numbers)]
-        ascii_only = "".join(keys).isascii()
-        texts = map(len, keys) if ascii_only else map(text_bytes, keys)
-        values: Iterable[bytes] = map(_value_of, rows)
+        texts = map(len, keys) if "".join(keys).isascii() else map(text_bytes, keys)
         sizes, added = self._bytes, 0
         # Counted before they are kept: what interrupts this leaves them counted too high.
-        known = map(dict.__contains__, shards, keys)
-        for number, is_known, size in zip(numbers, known, map(add, map(len, values), texts)):
-            if not is_known:
-                size += ENTRY_OVERHEAD
-                sizes[number] += size
-                added += size
-        deque(map(dict.setdefault, shards, keys, rows), 0)
+        for number, size in zip(numbers, map(add, map(len, values), texts)):
+            size += ENTRY_OVERHEAD
+            sizes[number] += size
+            added += size
         self._entry_bytes += added
+        shards = map(self.recent.__getitem__, numbers)
+        kept = [*map(dict.setdefault, shards, keys, rows)]  # one probe for each: it costs the most
+        for number, row in compress(zip(numbers, kept), map(is_not, kept, rows)):
+            size = cached_size(row)
+            sizes[number] -= size
+            self._entry_bytes -= size
         if self._entry_bytes + self._index_bytes > self._quiet_bytes:
             self._make_room()
 
