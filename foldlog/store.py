@@ -167,7 +167,7 @@ def open(
     supervisor = Supervisor(core)
     try:
         start_aside(supervisor.thread, supervisor.not_started)
-        supervisor.opened.result()
+        supervisor.await_opening()
         return Store(core, supervisor)
     except BaseException:
         supervisor.post(CloseNow(Answer()))  # also after a KeyboardInterrupt

@@ -81,6 +81,10 @@ Notice = Started | Ended
 Post = Callable[[Notice], None]
 
 
+class NoThread(RuntimeError):
+    """No thread could be started for an actor."""
+
+
 class SupervisedActor(pykka.ThreadingActor):
     """An actor that always reports its end, and that can continue in a new thread.
 
@@ -107,6 +111,8 @@ class SupervisedActor(pykka.ThreadingActor):
         # Taken from the mailbox and not done. Owned by the thread that has the turn.
         self.taken: list[Mail] = []
         self.thread: threading.Thread | None = None
+        self._permit: list[None] = []
+        """Holds one item until its thread runs, or is kept from it."""
         self.told_to_stop = False
         self.busy_since: float | None = None
         """When it began its current work (time.monotonic()); None while it waits."""
@@ -120,20 +126,49 @@ class SupervisedActor(pykka.ThreadingActor):
         return Reply()
 
     def launch(self) -> None:
-        """Start. RuntimeError if no thread can be started; then nothing is left running."""
+        """Start. NoThread if no thread can be started; then nothing is left running."""
         try:
             self.resume()
-        except BaseException:
+        except NoThread:
             self.retire()
             raise
 
     def resume(self) -> None:
-        """Continue in a new thread after a crash. RuntimeError if none can be started; the call can
-        be repeated."""
+        """Continue in a new thread after a crash. NoThread if none can be started; the call can be
+        repeated."""
+        self._permit = permit = [None]
         self.thread = threading.Thread(
-            target=self._actor_loop, name=f"foldlog-{self.name}", daemon=True
+            target=self._run_permitted, args=(permit,), name=f"foldlog-{self.name}", daemon=True
         )
-        self._start_actor_loop()
+        try:
+            self._start_actor_loop()
+        except (RuntimeError, MemoryError) as error:
+            if self.withdraw():
+                raise NoThread(str(error)) from error
+
+    def withdraw(self) -> bool:
+        """Keep a thread that has not begun from running. False if it has begun.
+
+        For when `resume` ended with a MemoryError, so that nobody knows.
+        """
+        try:
+            self._permit.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _run_permitted(self, permit: list[None]) -> None:
+        try:
+            permit.pop()  # before anyone withdraws it
+        except IndexError:
+            return
+        self._actor_loop()
+
+    @property
+    def has_died(self) -> bool:
+        """True if its thread has ended, even if it had no memory left to tell."""
+        thread = self.thread
+        return thread is not None and thread.ident is not None and not thread.is_alive()
 
     def _start_actor_loop(self) -> None:
         assert self.thread is not None

@@ -20,6 +20,8 @@ from typing import Any
 from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
+from foldlog.actors.base.memory import insist
+
 log = logging.getLogger("foldlog")
 
 
@@ -82,24 +84,21 @@ class FileWatch(FileSystemEventHandler):
     def start(self) -> None:
         """Request events, if they are available."""
         self._retry_at = time.monotonic() + RETRY_S
-        observer = None
         try:
             if green := patched_by():
                 raise RuntimeError(f"the threads are those of {green}")
-            observer = self._make_observer()
+            self._observer = observer = self._make_observer()
             self._folder = self._folder_now()
             observer.schedule(
                 self, os.fspath(self._file.parent), recursive=False, event_filter=self._events
             )
             observer.start()
-        # No watches or instances left, no such directory, or no more threads.
-        except (OSError, RuntimeError) as error:
+        # No watches or instances left, no such directory, or no more threads or memory.
+        except (OSError, RuntimeError, MemoryError) as error:
+            self.stop()
             if not self._told:
                 log.info("%s: no file events (%s): polling only", self._path, error)
             self._told = True
-            _stop(observer)
-        else:
-            self._observer = observer
 
     def refresh(self) -> None:
         """Request events again if they were unavailable, or if the directory has been replaced.
@@ -128,8 +127,8 @@ class FileWatch(FileSystemEventHandler):
 
     def stop(self) -> None:
         """Stop, and wait for watchdog's threads."""
-        observer, self._observer = self._observer, None
-        _stop(observer)
+        _stop(self._observer)
+        self._observer = None
 
 
 def _is_alive(observer: Any) -> bool:
@@ -141,6 +140,6 @@ def _is_alive(observer: Any) -> bool:
 def _stop(observer: Any) -> None:
     if observer is not None:
         with contextlib.suppress(Exception):
-            observer.stop()
+            insist(observer.stop)
         if observer.is_alive() and observer is not threading.current_thread():
             observer.join(5.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
+from foldlog.actors.base.adapter import NoThread
 from foldlog.protocol.errors import (
     CorruptLogError,
     ForeignFileError,
@@ -29,11 +30,19 @@ PERMANENT = (
     ForkedStore,
 )
 """Errors that a restart cannot fix."""
-SHORTAGES = (errno.EMFILE, errno.ENFILE)
-"""Resources that a restarting actor may lack for as long as others hold them."""
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Resources that a restarting actor may lack for as long as others hold them: as memory, and
+threads."""
 MAX_DELAY_S = 5.0
 LATE_S = 0.05
 """A wait that ends later than this is not the store's fault: the process or machine was paused."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """True for an error that ends once others release what they hold."""
+    return isinstance(error, (MemoryError, NoThread)) or (
+        isinstance(error, OSError) and error.errno in SHORTAGES
+    )
 
 
 def next_restart_delay_s(
@@ -49,11 +58,11 @@ def next_restart_delay_s(
     """Seconds to wait before restarting an actor that died of `error`; None to give up.
 
     `restarts_s`: when it was restarted before. The first restart within the window is immediate;
-    then the delay doubles, up to 5 s. With `patient`, an actor that died of a shortage of
-    descriptors is always restarted: others will release theirs.
+    then the delay doubles, up to 5 s. With `patient`, an actor that died of a shortage is always
+    restarted: others will release what they hold.
     """
     recent = sum(now_s - at < window_s for at in restarts_s)
-    short = patient and isinstance(error, OSError) and error.errno in SHORTAGES
+    short = patient and is_shortage(error)
     if isinstance(error, PERMANENT) or (recent >= max_restarts and not short):
         return None
     return 0.0 if recent == 0 else min(delay_s * 2.0 ** (recent - 1), MAX_DELAY_S)

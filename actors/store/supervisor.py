@@ -38,7 +38,12 @@ It is a plain thread, not an actor: it must outlive every actor, and it waits fo
 | a writer that is stuck | -                     | FAILED, until it comes | StoreFailed; then as   |
 |                        |                       | back                   | before                 |
 | too few descriptors or | -                     | retried without limit, | the answer, later      |
-| threads to restart     |                       | at most 5 s apart      |                        |
+| threads to restart, or |                       | at most 5 s apart      |                        |
+| too little memory      |                       |                        |                        |
+| an actor has no memory | callers hang          | noticed within 1 s,    | the answer, later      |
+| left to tell its end   |                       | and restarted          |                        |
+| the supervisor has too | -                     | it takes up what it    | the answer, later      |
+| little memory          |                       | has left undone        |                        |
 | an exception strikes a | -                     | restart at once, not   | that caller: the       |
 | caller in a turn       |                       | counted                | exception; others: the |
 |                        |                       |                        | answer                 |
@@ -65,12 +70,14 @@ from foldlog.actors.base.adapter import (
     DiedInTurn,
     Ended,
     Mail,
+    NoThread,
     Notice,
     Started,
     SupervisedActor,
     log,
 )
 from foldlog.actors.base.answers import Answer
+from foldlog.actors.base.memory import insist, pause
 from foldlog.actors.store.core import Core, Restart, State
 from foldlog.actors.store.maintenance import Maintenance
 from foldlog.actors.store.policy import StuckClock, lateness_s, next_restart_delay_s
@@ -117,6 +124,10 @@ class Supervisor:
         self._running: set[SupervisedActor] = set()
         self._due: dict[SupervisedActor, float] = {}  # when to restart whom (time.monotonic())
         self._restarts_s: dict[SupervisedActor, list[float]] = {}
+        self._notice: Notice | CloseNow | Reopen | None = None
+        """The one in hand."""
+        self._is_behind = False
+        """True after a step that a MemoryError ended: see `_catch_up`."""
         self._closing: list[CloseNow] = []
         self._stop_error: BaseException | None = None
         self.opened: Answer[None] = Answer()
@@ -154,6 +165,19 @@ class Supervisor:
         self.opened.finish(None, error)
         self.core.ended.set()
 
+    def await_opening(self) -> None:
+        """Wait until the store has opened. Raises what it failed with. Any thread."""
+        while True:
+            try:
+                self.opened.result(HEALTH_CHECK_S)
+                return
+            except TimeoutError:
+                if self.opened.done():
+                    self.opened.result()  # it failed with a TimeoutError, or has just opened
+                    return
+                if self.thread.ident is not None and not self.thread.is_alive():
+                    self.not_started(MemoryError("the supervisor's thread did not begin"))
+
     def owns(self, thread: threading.Thread) -> bool:
         """True if `thread` is one of the store's own, which must not wait for the store."""
         return thread is self.thread or any(
@@ -177,23 +201,34 @@ class Supervisor:
         try:
             self._launch(self.writer)
             while self.core.state is not State.CLOSED:
-                self._wait()
+                try:
+                    self._wait()
+                except MemoryError:
+                    self._is_behind = True
+                    pause()
         except BaseException as error:
-            log.critical(
-                "the supervisor of %s died; the store only reads from now on",
-                self.core.config.path,
-                exc_info=True,
-            )
-            self._give_up(f"the supervisor died: {error!r}")
             self._stop_error = self._stop_error or error
-            self._stop_all()
-            self._answer_opened(error)
+            insist(self._die)
         finally:
-            self._answer_closed()
-            self.core.ended.set()
-            self._answer_late()
+            insist(self._answer_closed)
+            insist(self.core.ended.set)
+            insist(self._answer_late)
+
+    def _die(self) -> None:
+        """After an error of its own: the store only reads from now on."""
+        error = self._stop_error
+        path = self.core.config.path
+        log.critical(
+            "the supervisor of %s died; the store only reads from now on", path, exc_info=error
+        )
+        self._give_up(f"the supervisor died: {error!r}")
+        self._stop_all()
+        self._answer_opened(error)
 
     def _wait(self) -> None:
+        if self._is_behind:
+            self._catch_up()
+            self._is_behind = False
         now = time.monotonic()
         for actor in [
             actor
@@ -206,23 +241,64 @@ class Supervisor:
         timeout_s = min([look_s, *(max(due - now, 0.0) for due in self._due.values())])
         notice = self._next_notice(timeout_s)
         if notice is None:
+            self._find_the_dead()
             self._check_health(time.monotonic())
             return
+        self._heed(notice)
+        self._notice = None
+
+    def _heed(self, notice: Notice | CloseNow | Reopen) -> None:
+        """Do what a notice asks for. Can be repeated, if a MemoryError ended it."""
         if isinstance(notice, Started):
             self._on_started(notice.actor)
         elif isinstance(notice, Ended):
             self._on_ended(notice.actor, notice.error)
         elif isinstance(notice, CloseNow):
-            self._closing.append(notice)
+            if notice not in self._closing:
+                self._closing.append(notice)
             self._begin_close()
         else:
-            self._reopening.append(notice)
+            if notice not in self._reopening:
+                self._reopening.append(notice)
             self._begin_reopen()
+
+    def _catch_up(self) -> None:
+        """Take up what a step that a MemoryError ended may have left undone."""
+        self._running -= {actor for actor in self._running if actor.withdraw()}
+        if self._notice is not None:
+            self._heed(self._notice)
+            self._notice = None
+        core = self.core
+        if core.state is State.STARTING:
+            self._stop_error = MemoryError("while the store was opened")
+            if self.writer in self._running:
+                self._begin_close()
+            else:
+                self._end_unopened(self._stop_error)
+        elif core.state is State.CLOSING:
+            self._tell_to_stop()
+        elif core.state is State.FAILED:
+            self._abandon(core.reason)
+        else:
+            self._resume_the_dead(self.writer, *self._others)
+            if core.state is State.RUNNING:
+                self._answer_opened(None)
+        if self._closing and core.state is not State.CLOSING:
+            self._begin_close()
+
+    def _find_the_dead(self) -> None:
+        """An actor tells its end last, so one that is dead and has told nothing could not."""
+        for actor in tuple(self._running):
+            if actor.has_died and self._notices.empty():
+                was_stopped = actor.actor_stopped.is_set()
+                error = None if was_stopped else MemoryError("it ended without a notice")
+                self._on_ended(actor, error)
 
     def _next_notice(self, timeout_s: float) -> Notice | CloseNow | Reopen | None:
         began = time.monotonic()
         try:
-            return self._notices.get(timeout=timeout_s)
+            self._notice = self._notices.get(timeout=timeout_s)
+            return self._notice
         except queue.Empty:
             return None
         finally:
@@ -234,14 +310,14 @@ class Supervisor:
         self._running.add(actor)
         try:
             actor.launch()
-        except RuntimeError as error:  # no more threads
+        except NoThread as error:
             self._on_ended(actor, error)
 
     def _resume(self, actor: SupervisedActor) -> None:
         self._running.add(actor)
         try:
             actor.resume()
-        except RuntimeError as error:
+        except NoThread as error:
             self._on_ended(actor, error)
 
     def _on_started(self, actor: SupervisedActor) -> None:
@@ -249,7 +325,8 @@ class Supervisor:
             return
         if self.core.state is State.STARTING:
             for other in self._others:
-                self._launch(other)
+                if other not in self._running:
+                    self._launch(other)
                 if self.core.state is not State.STARTING:
                     return  # no more threads to be had
         self.core.state, self.core.reason = State.RUNNING, ""
@@ -257,13 +334,14 @@ class Supervisor:
         log.info("%s: open at batch %d", self.core.config.path, self.core.snapshot.seq)
 
     def _answer_opened(self, error: BaseException | None) -> None:
-        futures = [self.opened, *(reopen.future for reopen in self._reopening)]
-        self._reopening.clear()
-        for future in futures:
+        for future in [self.opened, *(reopen.future for reopen in self._reopening)]:
             with contextlib.suppress(InvalidStateError):
                 future.set_result(None) if error is None else future.set_exception(error)
+        self._reopening.clear()
 
     def _on_ended(self, actor: SupervisedActor, error: BaseException | None) -> None:
+        if actor not in self._running:
+            return  # heeded before
         if actor.thread is not None and actor.thread.ident is not None:
             # It has posted its last notice; none of its code may run beside its successor.
             actor.thread.join()
@@ -358,6 +436,10 @@ class Supervisor:
         self._due = {actor: due for actor, due in self._due.items() if actor in self.readers}
         self.writer.inbox.refuse(self._failed, drain=True, publish=publish)
         log.error("%s: failed: %s", core.config.path, reason)
+        self._abandon(reason)
+
+    def _abandon(self, reason: str) -> None:
+        """Answer all who wait for what does not happen in a FAILED store."""
         unknown = f"{reason}; whether this was written is unknown until the store is reopened"
         self.writer.abandon_requests(
             StoreFailed(unknown),
@@ -407,7 +489,7 @@ class Supervisor:
             self._end_failed(State.RESTARTING)
             if self.writer not in self._running:
                 self._resume(self.writer)
-            self._resume_the_dead()
+            self._resume_the_dead(*self._others)
             if self.writer in self._running and self.writer.busy_since is None:
                 self._on_started(self.writer)  # another actor had failed
         elif core.state is State.RUNNING:
@@ -433,7 +515,7 @@ class Supervisor:
             self._stuck_since = None
             if self.core.state is State.FAILED:
                 self._end_failed(State.RESTARTING)
-                self._resume_the_dead()
+                self._resume_the_dead(*self._others)
             log.warning("%s: the writer came back", self.core.config.path)
         idle = self.writer in self._running and busy_since is None
         if self.core.state is State.RESTARTING and (came_back or idle):
@@ -443,9 +525,9 @@ class Supervisor:
             self._give_up(f"the writer has been stuck for {stuck_s:.0f} s")
             self._stuck_since = busy_since
 
-    def _resume_the_dead(self) -> None:
-        for actor in self._others:
-            if actor not in self._running:
+    def _resume_the_dead(self, *actors: SupervisedActor) -> None:
+        for actor in actors:
+            if actor not in self._running and actor not in self._due:
                 self._resume(actor)
 
     # Closing.
@@ -457,9 +539,17 @@ class Supervisor:
             return
         if core.state is not State.CLOSING:
             core.state = State.CLOSING
-            self.writer.inbox.refuse(self._closed, drain=False)  # waiting mail is still served
-            if self.writer in self._running or self.writer in self._due:
-                self.writer.inbox.offer(Mail(STOP))
+            self._tell_to_stop()
+        else:
+            self._finish_close_if_ended()
+
+    def _tell_to_stop(self) -> None:
+        """Tell whoever is to stop next. Can be repeated: a second stop is answered, too."""
+        self.writer.inbox.refuse(self._closed, drain=False)  # waiting mail is still served
+        if self.writer in self._running or self.writer in self._due:
+            self.writer.inbox.offer(Mail(STOP))
+        for actor in self._others:
+            actor.told_to_stop = False
         self._finish_close_if_ended()
 
     def _finish_close_if_ended(self) -> None:

@@ -398,7 +398,7 @@ def test_a_supervisor_that_dies_fails_the_store_for_good_and_reads_go_on(
     store.apply(batch(1), cursor(1))
 
     def die(self: Supervisor, actor: object) -> None:
-        raise MemoryError("injected")
+        raise SystemError("injected")
 
     monkeypatch.setattr(Supervisor, "_check_health", die)
     until(lambda: store.state is State.FAILED, "the store has failed")
@@ -435,10 +435,10 @@ def test_a_supervisor_that_dies_answers_all_who_wait_for_it(open_store, monkeypa
     store = open_store()
 
     def die(self: Supervisor, *_: object) -> None:
-        raise MemoryError("injected")
+        raise SystemError("injected")
 
     monkeypatch.setattr(Supervisor, "_begin_close" if waits == "close" else "_begin_reopen", die)
-    with pytest.raises((MemoryError, StoreFailed, StoreClosed)):
+    with pytest.raises((SystemError, StoreFailed, StoreClosed)):
         getattr(store, waits)(DEADLINE_S)
     assert store._core.ended.wait(DEADLINE_S)
     monkeypatch.undo()

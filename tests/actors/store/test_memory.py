@@ -1,0 +1,113 @@
+"""A MemoryError at any point of any of the store's threads: nothing hangs, nothing is lost.
+
+A descriptor may stay open where the call that closes it has no memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from actor_kit import DEADLINE_S, batch, cursor, threads, until
+from interrupts import points
+
+import foldlog
+from foldlog import Get, State, WriterCrashed
+from foldlog.actors.base.adapter import NoThread, SupervisedActor
+from foldlog.actors.store.supervisor import Supervisor
+
+ON_EACH_ENGINE = True
+
+# What strikes outside of all that a thread guards, or in a finalizer, is reported and swallowed.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture(params=[11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+def stride(request: pytest.FixtureRequest) -> int:
+    """Try each so many-th point: all of them in the slow set."""
+    return request.param  # type: ignore[no-any-return]
+
+
+class RunsOut:
+    """A profile function that lets one call in its thread fail: the `number`-th of foldlog's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.fired = False
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if event in ("call", "c_call") and frame.f_globals["__name__"].startswith("foldlog."):
+            self.number -= 1
+            if self.number == 0:
+                self.fired = True
+                sys.setprofile(None)
+                raise MemoryError("injected")
+
+
+def strike_in(monkeypatch: pytest.MonkeyPatch, name: str, strike: RunsOut) -> None:
+    """Let memory run out in the store's thread of this name: once, even if it is restarted."""
+    owner, loop = (Supervisor, "_run") if name == "supervisor" else (SupervisedActor, "_actor_loop")
+    original = getattr(owner, loop)
+
+    def struck(self: Supervisor | SupervisedActor) -> None:
+        if (self.name if isinstance(self, SupervisedActor) else "supervisor") == name:
+            sys.setprofile(None if strike.fired else strike)
+        original(self)
+
+    monkeypatch.setattr(owner, loop, struck)
+
+
+def live(path: Path) -> int:
+    """What a store does in its life, with the crash of its writer. Returns the last batch."""
+    crashes = iter(["writer.before_write"])
+
+    def crash(step: str) -> None:
+        if step == "writer.before_write" and next(crashes, None):
+            raise RuntimeError("injected")
+
+    with foldlog.open(path, max_restarts=3, readers=1, step=crash, sync_interval_s=0.01) as store:
+        number = next(NUMBERS)
+        store.apply(batch(number), cursor(number))
+        store.compact(DEADLINE_S)
+        store.sync(DEADLINE_S)
+        assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"%d" % number
+        store.reopen(DEADLINE_S)
+        seq = store.apply(batch(number + 1), cursor(number + 1), timeout_s=DEADLINE_S)
+        assert store.state is State.RUNNING
+    return seq
+
+
+def of_stores(running: list[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in running if thread.name.startswith("foldlog-")]
+
+
+@pytest.mark.parametrize("name", ["supervisor", "writer", "reader-0", "maintenance", "syncer"])
+def test_a_store_outlives_a_memory_error_at_any_point_of_its_own_threads(
+    monkeypatch, path, name, stride
+):
+    """A thread that had no memory left to tell its end was never missed: each write hung."""
+    for number in points(stride):
+        strike = RunsOut(number)
+        with monkeypatch.context() as patch:
+            strike_in(patch, name, strike)
+            try:
+                seq = live(path)
+            except (MemoryError, NoThread, WriterCrashed):
+                assert strike.fired
+                seq = None  # it was being opened, or at work on a request
+        with foldlog.open(path) as store:
+            assert store.verify().ok
+            assert seq in (None, store.snapshot().seq)
+        if not strike.fired:
+            break
+    assert number > 1
+    until(lambda: not of_stores(threads()), "the store's threads have ended")
