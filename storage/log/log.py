@@ -6,6 +6,8 @@ is poisoned: the kernel may have dropped the pages and marked them clean, so a r
 from the page cache, would report success for data that is not on disk. Nothing is acknowledged
 through that file again. The fold in memory is intact; writing it to a new file (`rewrite.py`)
 clears the poison.
+
+A write that is complete when an exception strikes the thread is kept: a follower may have read it.
 """
 
 from __future__ import annotations
@@ -239,12 +241,26 @@ class Log:
             self.position = end
         except BaseException as error:
             if self.position is position:
-                self._undo(error)
+                if self._is_complete(error, end):
+                    self.position = end
+                else:
+                    self._undo(error)
             raise
         finally:
             if self.position is end:
                 self._half_written = False
                 self._leftover_bytes = 0
+
+    def _is_complete(self, error: BaseException, end: Position) -> bool:
+        """True if everything was written, and `error` struck the thread after that.
+
+        False for an error of the system: what it wrote is not to be trusted.
+        """
+        if isinstance(error, OSError) and error.errno is not None:
+            return False
+        with contextlib.suppress(OSError):
+            return self.files.fstat(self.file.fd).st_size == end.offset
+        return False
 
     def _undo(self, error: object) -> None:
         """Cut off a failed write, durably: later frames must not mix with its remains."""

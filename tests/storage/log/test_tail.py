@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interrupts import At, Struck, points, strike
 
 import foldlog
 from foldlog import AppendLogSnapshot, CorruptLogError, Delete, InvalidFormatError, Put, WatchCursor
@@ -105,6 +108,44 @@ def damage(path: Path, offset: int) -> None:
         byte = file.read(1)
         file.seek(offset)
         file.write(bytes((byte[0] ^ 0x40,)))
+
+
+class ReadAfterEachWrite(Files):
+    """A follower reads what was written before its writer gets to know that it was."""
+
+    followed: Followed | None = None
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        done = super().write(fd, data, offset)
+        if self.followed is not None:
+            profile = sys.getprofile()
+            sys.setprofile(None)  # what strikes the writer does not strike its follower
+            self.followed.poll()
+            sys.setprofile(profile)
+        return done
+
+
+# What strikes within a finalizer is reported by CPython, and swallowed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_batch_that_was_read_is_not_taken_back_when_an_exception_strikes_its_writer(path: Path):
+    """A Ctrl-C between the write and the next bytecode cut a complete frame off. In one of seven
+    storms of signals a follower had read it, told of it, and called the log rewound."""
+    files = ReadAfterEachWrite()
+    _, snap = AppendLogSnapshot.open(path, files=files)
+    files.followed = followed = Followed(path)
+    followed.poll()
+    for number in points():
+        at = At(number, strike)
+        with contextlib.suppress(Struck):
+            at.run(lambda number=number: snap.apply(batch(2 * number), cursor(2 * number)))
+        apply(snap, 2 * number + 1)
+        followed.poll()
+        assert followed.rewinds == [], f"struck at point {number}"
+        assert_same(followed.fold, snap)
+        if not at.fired:
+            break
+    assert number > 30
+    snap.close()
 
 
 # Growing: half frames.
