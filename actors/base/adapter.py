@@ -362,20 +362,24 @@ class SharedActor(SupervisedActor):
     def _look_after_turn(self) -> None:
         """Take over from a caller that was interrupted in its turn; raise if that left mail in
         hand."""
+        turn = self.turn
         try:
-            first = self.turn[0]
+            first = turn[0]
         except IndexError:
             return
-        error = self._died_of
-        if first is self or (error is None and not is_over(first)):
+        if first is self or (self._died_of is None and not is_over(first)):
             return
-        self._died_of = None  # before the turn is free: it says nothing of the next one
-        if self.taken and self not in self.turn:
-            self.turn.append(self)
-        discard(self.turn, first)
+        if first not in turn:
+            return  # it left in good order meanwhile, and the turn may be another's
+        # Only this thread removes it now. Before the turn is free: this says nothing of the next.
+        error, self._died_of = self._died_of, None
         if not self.taken:
             self.busy_since = None
+            discard(turn, first)
             return
+        # In its place, not at the end of the line: the turn is free at no moment in between.
+        discard(turn, self)
+        turn[0] = self
         if error is not None and self.is_own_fault(error):
             raise error
         raise DiedInTurn(f"interrupted in a caller's thread: {error!r}") from error

@@ -6,14 +6,18 @@ import contextlib
 import itertools
 import queue
 import threading
+from collections import deque
+from concurrent.futures import Future
 from functools import partial
 
 import pytest
 from actor_kit import DEADLINE_S, in_thread
 from interrupts import At, Struck, strike
 
+from foldlog.actors.base import adapter
 from foldlog.actors.base.adapter import STOP, Ended, Inbox, Mail, SharedActor, Started
 from foldlog.actors.base.answers import Reply
+from foldlog.storage.handover import is_over
 
 
 class Numbers(SharedActor):
@@ -29,6 +33,7 @@ class Numbers(SharedActor):
         self.deaths = 0
         self.looks = threading.Semaphore(0)
         self.in_handle = lambda number: None
+        self.before_look = lambda: None
 
     def on_start(self) -> None:
         unserved = [mail for mail in self.taken if mail.message not in self.served]
@@ -49,6 +54,7 @@ class Numbers(SharedActor):
         pass
 
     def _look_after_turn(self) -> None:
+        self.before_look()
         try:
             super()._look_after_turn()
         finally:
@@ -79,6 +85,10 @@ def numbers(nothing_left):
     actor.launch()
     assert actor.notices.get(timeout=DEADLINE_S) == Started(actor)
     yield actor
+    end(actor)
+
+
+def end(actor: Numbers) -> None:
     actor.settle()
     stopped = Reply()
     actor.inbox.offer(Mail(STOP, stopped))
@@ -127,3 +137,109 @@ def test_a_strike_in_a_turn_loses_no_mail_and_is_not_believed_in_the_next_turn(n
         assert numbers.settle() == 0
         assert numbers.served.count(second) == 1
     assert numbers.deaths > 10
+
+
+def held_turn(numbers: Numbers, message: int) -> tuple[Future[bool], threading.Event]:
+    """A caller in the middle of its turn, on another thread: its result, and what lets it go on."""
+    working, go_on = threading.Event(), threading.Event()
+    numbers.in_handle = lambda _: (working.set(), go_on.wait(DEADLINE_S))
+    turn = in_thread(partial(numbers.work_in_turn, Mail(message)))
+    assert working.wait(DEADLINE_S)
+    return turn, go_on
+
+
+def test_a_caller_that_leaves_while_the_actor_looks_is_not_taken_for_the_next_one(
+    numbers, monkeypatch
+):
+    """The actor's thread saw who had the turn, then that it had ended, and took it for dead, though
+    it had left in good order. The turn that it took away was the next caller's, who was writing."""
+    looking, go_on = threading.Event(), threading.Event()
+
+    def look(frame: object) -> bool:
+        looking.set()
+        assert go_on.wait(DEADLINE_S)
+        return is_over(frame)
+
+    first, end_first = held_turn(numbers, 1)
+    monkeypatch.setattr(adapter, "is_over", look)
+    numbers.inbox.wake()
+    assert looking.wait(DEADLINE_S)
+    end_first.set()
+    assert first.result(DEADLINE_S)
+    second, end_second = held_turn(numbers, 2)
+    while numbers.looks.acquire(blocking=False):
+        pass
+    go_on.set()
+    numbers.wait_for_look()
+    assert numbers.turn[0] is not numbers
+    assert numbers.notices.empty()
+    end_second.set()
+    assert second.result(DEADLINE_S)
+    assert numbers.settle() == 0
+    assert numbers.served == [1, 2]
+
+
+class Held:
+    """A step that one thread is held at."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def hold(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(DEADLINE_S)
+
+
+class SlowLine(deque[object]):
+    """A line in which each caller stops before it enters, and after."""
+
+    def __init__(self, line: deque[object]) -> None:
+        super().__init__(line)
+        self.before, self.after = Held(), Held()
+        self.slow: threading.Thread | None = None
+
+    def append(self, owner: object) -> None:
+        is_slow = threading.current_thread() is self.slow
+        if is_slow:
+            self.before.hold()
+        super().append(owner)
+        if is_slow:
+            self.after.hold()
+
+
+def test_a_caller_that_comes_while_another_dies_does_not_work_beside_the_restart(nothing_left):
+    """It had seen that the turn was free, entered the line behind the caller that was dying, and
+    was first in it once the actor's thread had removed that one: ahead of the actor itself."""
+    numbers = Numbers()
+    numbers.turn = line = SlowLine(numbers.turn)
+    looks = Held()
+    numbers.launch()
+    assert numbers.notices.get(timeout=DEADLINE_S) == Started(numbers)
+    while line:
+        numbers.wait_for_look()
+    numbers.before_look = looks.hold
+    outcome: list[bool] = []
+    slow = threading.Thread(target=lambda: outcome.append(numbers.work_in_turn(Mail(2))))
+    line.slow = slow
+    slow.start()
+    assert line.before.reached.wait(DEADLINE_S)
+
+    def die(number: int) -> None:
+        raise Struck
+
+    numbers.in_handle = die
+    with pytest.raises(Struck):
+        numbers.work_in_turn(Mail(1))
+    numbers.in_handle = lambda _: None
+    line.before.opened.set()
+    assert line.after.reached.wait(DEADLINE_S)
+    looks.opened.set()
+    ended = numbers.notices.get(timeout=DEADLINE_S)
+    assert isinstance(ended, Ended)
+    line.after.opened.set()
+    slow.join(DEADLINE_S)
+    assert (outcome, numbers.served) == ([False], [])
+    numbers.notices.put(ended)
+    assert numbers.settle() == 1
+    assert numbers.served == [1]
+    end(numbers)
