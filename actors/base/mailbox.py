@@ -328,7 +328,7 @@ def answer_error(mail: Mail, error: Exception | None) -> None:
         )
 
 
-def reply(mail: Mail, value: Any = None, error: Exception | None = None) -> None:
+def reply(mail: Mail, value: Any = None, error: BaseException | None = None) -> None:
     """Answer an `ask`, once."""
     if mail.reply_to is None:
         return

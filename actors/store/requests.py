@@ -60,6 +60,13 @@ class Request:
             log.error("%s was told to the writer and failed: %s", self.asker.message, error)
         reply(self.asker, error=error)
 
+    def tell(self) -> None:
+        """Pass the answer on again: whoever gave it may have been interrupted before that."""
+        self.future.tell()
+        if self.asker is not None and self.future.done():
+            error = self.future.exception()
+            reply(self.asker, None if error else self.future.result(), error)
+
     def asked_by(self, kind: str, reply_to: Any) -> None:
         """It came as a message of this kind: its answer goes to `reply_to`. Without one, a failure
         is logged."""

@@ -179,7 +179,7 @@ class Writer(SharedActor):
             if not isinstance(request, Request):
                 again.append(mail)
             elif request.future.done():
-                request.future.tell()  # the turn may have ended before its callers were woken
+                request.tell()  # the turn may have ended before its callers were woken
                 continue
             elif (
                 isinstance(request, WriteRequest)
@@ -505,4 +505,5 @@ class Writer(SharedActor):
             if isinstance(request, Request):
                 begun = not isinstance(request, WriteRequest) or request.seq is not None
                 request.fail(copy.copy(error if begun or not_begun is None else not_begun))
+                request.tell()
         self._compactor.answer_wanted(error)

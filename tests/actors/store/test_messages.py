@@ -20,6 +20,7 @@ from actor_kit import (
     until,
     waiting,
 )
+from interrupts import Struck
 
 from foldlog import (
     Apply,
@@ -37,8 +38,8 @@ from foldlog import (
     VersionMismatch,
     VersionToken,
 )
-from foldlog.actors.base.mailbox import Inbox, Mail
-from foldlog.actors.store import internal
+from foldlog.actors.base.mailbox import Inbox, Mail, reply
+from foldlog.actors.store import internal, requests
 from foldlog.actors.store.readers import Reader
 
 ON_EACH_ENGINE = True
@@ -385,6 +386,31 @@ def test_an_interrupt_in_a_reader_s_turn_reaches_the_caller_and_the_reader_lives
         store.reader.ask(Get("k"))
     assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
     assert len(store.reader.ask(Range("k"), timeout=DEADLINE_S)) == 1
+
+
+def test_an_asker_is_answered_though_the_caller_whose_turn_it_was_served_in_is_struck(
+    open_store, monkeypatch
+):
+    """Its request had an outcome and its reply none when the exception came. The restart took the
+    request for answered, and the asker waited for ever."""
+    asked: list[pykka.Future[int]] = []
+    strikes = iter([Struck])
+
+    def ask(name: str) -> None:
+        if name == "writer.before_write" and not asked:
+            asked.append(store.writer.ask(Apply(batch(2), cursor(2)), block=False))
+
+    def struck_reply(*answer: object) -> None:
+        for strike in strikes:
+            raise strike
+        reply(*answer)
+
+    store = open_store(step=ask)
+    monkeypatch.setattr(requests, "reply", struck_reply)
+    with pytest.raises(Struck):
+        store.apply(batch(1), cursor(1))
+    assert asked[0].get(timeout=DEADLINE_S) == 2
+    assert store.cursor() == cursor(2)
 
 
 INTERNAL = [
