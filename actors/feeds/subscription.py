@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 import weakref
@@ -22,7 +21,7 @@ from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor
 from foldlog.protocol.updates import DecodedBatch, Put
-from foldlog.storage.handover import is_over
+from foldlog.storage.handover import discard, is_over
 
 Since: TypeAlias = CursorLike | Snapshot | None
 
@@ -132,8 +131,8 @@ class Subscription:
                 # In a forked child, the frame may be of a thread that is not there.
                 if not is_over(first) and not self.bookmark.is_dropped:
                     raise ReentrantCall("the watch is being read already")
+                discard(line, first)
                 del first
-                line.popleft()
             if timeout_s is not None:
                 timeout_s = time.monotonic() + check_timeout(timeout_s)
             self.bookmark.begin(timeout_s)
@@ -145,8 +144,7 @@ class Subscription:
             raise
         finally:
             first = None
-            with contextlib.suppress(ValueError):
-                line.remove(_getframe())
+            discard(line, _getframe())
 
     def _offer(self) -> Event | None:
         while True:

@@ -35,6 +35,7 @@ from foldlog import (
 )
 from foldlog.actors.base.mailbox import Mail
 from foldlog.actors.feeds import ring as ring_module
+from foldlog.actors.feeds import subscription
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Group
@@ -726,6 +727,28 @@ def test_a_call_that_does_not_wait_ends_though_the_publisher_is_faster_than_it(
     monkeypatch.setattr(subscription.bookmark, "first", taking)
     assert subscription.next(0.0) is None
     assert len(taken) == 1
+
+
+def test_a_read_that_comes_as_another_ends_has_its_turn(open_store: Open, monkeypatch):
+    """It saw that the read before it was over, removed the first in the line, and that was itself:
+    an IndexError."""
+    store = open_store()
+    watch = store.watch()
+    really_over = subscription.is_over
+
+    def is_over(frame: object) -> bool:
+        monkeypatch.setattr(subscription, "is_over", really_over)
+        store.put("k", b"1")
+        assert first.result(DEADLINE_S).update.key == "k"
+        return really_over(frame)
+
+    while watch.next(0.0) is not None:
+        pass
+    first = in_thread(lambda: watch.next(DEADLINE_S))
+    until(lambda: watch._subscription._line, "the first read")
+    monkeypatch.setattr(subscription, "is_over", is_over)
+    assert watch.next(0.0) is None
+    assert watch.ended is None
 
 
 def test_in_a_forked_child_a_watch_that_another_thread_was_reading_has_ended(open_store: Open):
