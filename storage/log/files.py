@@ -13,12 +13,17 @@ import os
 import stat
 import struct
 import sys
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.closing import Closing
+from foldlog.protocol.errors import ReentrantCall
+from foldlog.storage.handover import discard, enter_alone
 
+_getframe = sys._getframe
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOCTTY", 0)
 ACL = "system.posix_acl_access"
 # The kernel's `struct flock` on 64-bit Linux: type, whence, start, length, pid. Only there can
@@ -340,12 +345,20 @@ class ReadHandle(Closing):
     block, at whose end nobody reads it any more.
     """
 
-    __slots__ = ("__weakref__", "fd", "files", "path")
+    __slots__ = ("__weakref__", "_gone", "_retiring", "fd", "files", "path")
 
     def __init__(self, files: Files, path: Path) -> None:
         self.fd = -1  # for __del__, if opening fails
         self.files, self.path = files, path
-        self.fd = files.open_read(path)
+        self._retiring: Retiring | None = None
+        self._gone: weakref.ref[ReadHandle] | None = None
+        if _gone:
+            close_left_open()
+        self.fd = fd = files.open_read(path)
+        self._retiring = retiring = Retiring(files, fd)
+        # The callback is one call into C: unlike `__del__`, it cannot be interrupted.
+        self._gone = gone = weakref.ref(self, _gone.append)
+        _unclosed[id(gone)] = gone, retiring
 
     def read(self, size: int, offset: int) -> bytes:
         """Exactly `size` bytes from `offset`. EOFError if the file is shorter."""
@@ -355,15 +368,44 @@ class ReadHandle(Closing):
         return data + read_all(self.files, self.fd, size - len(data), offset + len(data))
 
     def close(self) -> None:
-        """Close it now. Only if nobody else may still read it."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        """Close it now. Only if nobody else may still read it. If interrupted, call it again."""
+        if self._retiring is None and self.fd >= 0:  # opening it was interrupted
+            self._retiring = Retiring(self.files, self.fd)
+        self.fd = -1
+        if self._retiring is not None:
             with contextlib.suppress(OSError):
-                self.files.close(fd)
+                self._retiring.close()
+            _unclosed.pop(id(self._gone), None)
+            self._gone = None
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:  # an interrupt may come before `fd` is set
             self.close()
+
+
+# What closes the descriptors of the handles that are open, by the id of the reference.
+_unclosed: dict[int, tuple[weakref.ref[ReadHandle], Retiring]] = {}
+# Handles that are gone, though their finalizers were interrupted.
+_gone: deque[weakref.ref[ReadHandle]] = deque()
+_closers: deque[object] = deque()
+
+
+def close_left_open() -> None:
+    """Close what handles left open whose finalizers were interrupted. The next opening does it."""
+    try:
+        enter_alone(_closers, _getframe())
+        while _gone:
+            known = _unclosed.get(id(_gone[0]))
+            if known is not None:
+                with contextlib.suppress(OSError):
+                    known[1].close()
+                _unclosed.pop(id(known[0]), None)
+                del known
+            _gone.popleft()
+    except ReentrantCall:  # another thread is at it
+        pass
+    finally:
+        discard(_closers, _getframe())
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
