@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from actor_kit import DEADLINE_S, cursor, in_thread
+from actor_kit import DEADLINE_S, cursor, in_thread, until
 from engine_kit import ENGINES
 from engine_kit import backend as backend
 from interrupts import At, Struck, points, strike
 
 import foldlog
 from foldlog import FoldlogError, Put, RequestTimeout
+from foldlog.actors.base.adapter import SharedActor
+from foldlog.actors.store.writer import Writer
 from foldlog.protocol.store import Backend
 
 ON_EACH_ENGINE = True
@@ -105,6 +107,144 @@ def test_a_store_outlives_an_exception_at_any_point_of_a_call(
             break
         goes_on(store)
     assert number > 1
+    store.close(DEADLINE_S)
+    with foldlog.open(path) as store:
+        assert store.verify().ok
+
+
+class Watched:
+    """Counts how often an actor's own thread has looked after its turn, and how often any actor was
+    restarted; holds a caller in its turn."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        self.step, self.store = step, None
+        self.looks = threading.Semaphore(0)
+        self.holder: threading.Thread | None = None
+        self.reached, self.opened = threading.Event(), threading.Event()
+        look = SharedActor._look_after_turn
+
+        def counted(actor: SharedActor) -> None:
+            try:
+                look(actor)
+            finally:
+                if self.store is not None and actor is self.actor:
+                    self.looks.release()
+
+        monkeypatch.setattr(SharedActor, "_look_after_turn", counted)
+        monkeypatch.setattr(Writer, "tick_s", None)  # it has a turn now and then
+
+    @property
+    def actor(self) -> SharedActor:
+        supervisor = self.store._supervisor
+        return supervisor.readers[0] if self.step == "reader.handle" else supervisor.writer
+
+    @property
+    def restarts(self) -> int:
+        return sum(self.store._core.statistics.restarts_by_cause.values())
+
+    def on_step(self, name: str) -> None:
+        if name == self.step and threading.current_thread() is self.holder:
+            self.reached.set()
+            assert self.opened.wait(DEADLINE_S)
+
+    def settle(self) -> None:
+        """Wait until the actor is idle."""
+        actor = self.actor
+        until(lambda: not actor.turn and not actor.inbox.mails, "the actor is idle")
+
+    @contextlib.contextmanager
+    def another_at_work(self, call: Callable[[], Any]) -> Iterator[None]:
+        """Another thread is in the middle of a turn: while the block runs, and while the actor's
+        own thread looks twice after it. Then it goes on, and nothing was restarted."""
+        self.reached, self.opened = threading.Event(), threading.Event()
+        outcome: list[Any] = []
+        self.holder = threading.Thread(target=lambda: outcome.append(call()))
+        before = self.restarts
+        try:
+            self.holder.start()
+            assert self.reached.wait(DEADLINE_S), "it has the turn"
+            yield
+            while self.looks.acquire(blocking=False):
+                pass
+            for _ in range(2):  # the first may have begun before
+                self.actor.inbox.wake()
+                assert self.looks.acquire(timeout=DEADLINE_S)
+        finally:
+            self.opened.set()
+            self.holder.join(DEADLINE_S)
+        assert outcome, "it had its answer"
+        self.settle()
+        assert self.restarts == before
+
+
+def press_ctrl_c() -> None:
+    """`strike`, but never taken for a failure of a step."""
+    raise KeyboardInterrupt
+
+
+IN_A_TURN: dict[str, tuple[str, Callable[[foldlog.Store], Any]]] = {
+    name: ("reader.handle" if name == "ask a reader" else "writer.before_write", STORE_CALLS[name])
+    for name in ("apply", "put", "create", "ask a reader")
+}
+
+
+@pytest.fixture(params=[41, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"])
+def each(request: pytest.FixtureRequest) -> int:
+    """Try each so many-th point: all of them in the exhaustive set."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", IN_A_TURN)
+def test_nothing_is_restarted_under_a_caller_at_work_after_another_was_struck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, each: int
+):
+    """What the struck caller left behind was believed in the next one's turn: the log was replayed
+    while that one was writing."""
+    step, call = IN_A_TURN[name]
+    watched = Watched(monkeypatch, step)
+    path = tmp_path / "a.log"
+    store = watched.store = foldlog.open(
+        path, readers=1, sync_interval_s=1_000.0, step=watched.on_step
+    )
+    store.put("p", b"1")
+    for number in points(each):
+        at = At(number, press_ctrl_c)
+        with contextlib.suppress(KeyboardInterrupt):
+            at.run(partial(call, store))
+        watched.settle()
+        with watched.another_at_work(partial(call, store)):
+            pass
+        if not at.fired:
+            break
+    assert number > 1
+    assert {kind for _, kind in store._core.statistics.restarts_by_cause} <= {"DiedInTurn"}
+    store.close(DEADLINE_S)
+    with foldlog.open(path) as store:
+        assert store.verify().ok
+
+
+@pytest.mark.parametrize("name", ["apply_async", "tell the writer", "watch", "stats", "get"])
+def test_a_caller_at_work_goes_on_when_another_is_struck_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, each: int
+):
+    calls = {**STORE_CALLS, "apply_async": lambda store: store.apply_async(an_update(), cursor(1))}
+    watched = Watched(monkeypatch, "writer.before_write")
+    path = tmp_path / "a.log"
+    store = watched.store = foldlog.open(
+        path, readers=1, sync_interval_s=1_000.0, step=watched.on_step
+    )
+    for number in points(each):
+        at = At(number, press_ctrl_c)
+        watched.settle()
+        with (
+            watched.another_at_work(lambda: store.put("other", b"1")),
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            at.run(partial(calls[name], store))
+        if not at.fired:
+            break
+    assert number > 1
+    assert watched.restarts == 0
     store.close(DEADLINE_S)
     with foldlog.open(path) as store:
         assert store.verify().ok
