@@ -465,16 +465,25 @@ class Supervisor:
         its lock released."""
         for actor in self._running:
             actor.inbox.offer(Mail(STOP))
-        for actor in (self.writer, *self._others):
-            if actor in self._running and actor.thread is not None:
-                actor.thread.join(self.core.config.stuck_after_s)
-                if actor.thread.is_alive():
-                    continue  # it may still write: the lock stays
-            actor.retire()
-            actor.inbox.end(self._failed)
-            actor.abandon(self._failed())
-            if actor is self.writer:
+        # The readers share a mailbox, where each finds its stop message: it ends with the last.
+        for group in ([self.writer], [self.maintenance], [self.syncer], self.readers):
+            stopped = [actor for actor in group if self._has_stopped(actor)]
+            for actor in stopped:
+                actor.retire()
+            if len(stopped) == len(group):
+                group[0].inbox.end(self._failed)
+            for actor in stopped:
+                actor.abandon(self._failed())
+            if self.writer in stopped:  # else it may still write: the lock stays
                 self.writer.let_go()
+
+    def _has_stopped(self, actor: SupervisedActor) -> bool:
+        """Wait for a thread that was told to stop. False if it does not end."""
+        thread = actor.thread
+        if actor not in self._running or thread is None or thread.ident is None:
+            return True
+        thread.join(self.core.config.stuck_after_s)
+        return not thread.is_alive()
 
     def _failed(self) -> Exception:
         return StoreFailed(self.core.reason, applied=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 from pathlib import Path
 
 import pykka
@@ -21,6 +22,7 @@ from foldlog import (
     KeyExists,
     LogChangedError,
     Put,
+    Range,
     State,
     StoreClosed,
     StoreFailed,
@@ -443,3 +445,38 @@ def test_a_supervisor_that_dies_answers_all_who_wait_for_it(open_store, monkeypa
     assert store._core.ended.wait(DEADLINE_S)
     monkeypatch.undo()
     store.close(DEADLINE_S)
+
+
+def test_a_supervisor_that_dies_lets_each_reader_take_its_stop_message(open_store, monkeypatch):
+    """Readers share a mailbox. It was ended with the first of them: the stop message of one that
+    was busy was gone, its thread lived on, and the supervisor waited for it in vain."""
+    busy, go_on = threading.Semaphore(0), {name: threading.Event() for name in ("first", "last")}
+
+    def hold(step: str) -> None:
+        if step == "reader.handle":
+            first = threading.current_thread() is readers[0].thread
+            busy.release()
+            assert go_on["first" if first else "last"].wait(DEADLINE_S)
+
+    store = open_store(readers=2, step=hold)
+    readers = store._supervisor.readers
+    answers = [store.reader.ask(Range(""), block=False) for _ in readers]
+    assert all(busy.acquire(timeout=DEADLINE_S) for _ in readers)
+    join = readers[-1].thread.join
+
+    def join_the_last(timeout_s: float) -> None:
+        go_on["last"].set()
+        join(timeout_s)
+
+    monkeypatch.setattr(readers[-1].thread, "join", join_the_last)
+
+    def die(self: Supervisor) -> None:
+        go_on["first"].set()
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(Supervisor, "_begin_reopen", die)
+    with pytest.raises(StoreFailed):
+        store.reopen(DEADLINE_S)
+    assert [answer.get(timeout=DEADLINE_S) for answer in answers] == [[], []]
+    assert store._core.ended.wait(DEADLINE_S)
+    assert not any(reader.thread.is_alive() for reader in readers)
