@@ -291,6 +291,7 @@ def test_a_dispatcher_that_has_ended_keeps_no_group_no_state_and_no_actor(
     sending = weakref.ref(delivery._sending)
     delivery.cancel()
     assert delivery.wait_ended(DEADLINE_S)
+    crowd.next(Ended)  # until then the actor has the envelope of the event before in hand
     until(lambda: not dispatchers(), "its thread has ended")
     delivery.cancel()  # wakes nobody
     del delivery
