@@ -23,6 +23,7 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
+from foldlog.actors.link import attachment
 from foldlog.actors.link import link as link_module
 from foldlog.actors.link.intake import Intake, LinkConfig
 from foldlog.actors.link.link import Link
@@ -31,6 +32,13 @@ from foldlog.protocol.errors import Backpressure
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
 from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, UpstreamMissing
 from foldlog.testing import Fault, FaultyFiles
+
+
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch):
+    """Do not wait for what a script confirms at once, nor between the restarts of a link."""
+    monkeypatch.setattr(attachment, "CONFIRM_S", 0.05)
+    monkeypatch.setattr(link_module.random, "uniform", lambda low, high: 0.0)
 
 
 def values(mirror) -> dict[str, bytes]:

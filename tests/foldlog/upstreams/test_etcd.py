@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 import servers
-from upstream_kit import EtcdSource, opened, same, until
+from upstream_kit import same, until
 
 import foldlog
 from foldlog import LinkState
 from foldlog.upstreams import Etcd
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    with opened(EtcdSource(tmp_path_factory.mktemp("etcd"))) as source:
-        yield source
+@pytest.fixture
+def source(etcd):
+    return etcd
 
 
 def test_changes_of_one_revision_are_one_batch(source, path):

@@ -7,34 +7,16 @@ from functools import partial
 
 import pytest
 import servers
-from upstream_kit import EtcdSource, LogSource, NatsSource, opened, same, until
+from upstream_kit import LogSource, NatsSource, opened, same, until
 
 import foldlog
 from foldlog import Changed, Delete, LinkState, MirrorReadOnly, Put, Synced, WatchCursor
-from foldlog.actors.link import attachment
-from foldlog.upstreams import etcd as etcd_upstream
-
-
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch):
-    """Do not wait a second for what a single server on loopback confirms at once."""
-    monkeypatch.setattr(attachment, "CONFIRM_S", 0.05)
-    monkeypatch.setattr(etcd_upstream, "LOOK_S", 0.05)
-
-
-@pytest.fixture(scope="module")
-def etcd(tmp_path_factory):
-    """One for all tests: it takes a second to start."""
-    with opened(EtcdSource(tmp_path_factory.mktemp("etcd"))) as source:
-        yield source
 
 
 @pytest.fixture(params=["etcd", "log", "nats", *(f"nats of {leg}" for leg in servers.NATS_LEGS)])
 def source(request, tmp_path):
     if request.param == "etcd":
-        source = request.getfixturevalue("etcd")
-        source.clear()
-        yield source
+        yield request.getfixturevalue("etcd")
     else:
         leg = request.param.partition(" of ")[2]
         kind = LogSource if request.param == "log" else partial(NatsSource, leg=leg)
