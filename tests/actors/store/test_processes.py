@@ -135,6 +135,7 @@ def test_an_interrupt_of_open_or_close_ends_the_process_in_order(path, step):
     run = script(
         INTERRUPTED
         + """
+    foldlog.store.UNOPENED_TIMEOUT_S = 0.1  # how long the interrupted call waits for the step
     try:
         with foldlog.open(sys.argv[1], step=step) as store:
             store.apply([foldlog.Put("a", b"1")], foldlog.WatchCursor.from_u64(1))
