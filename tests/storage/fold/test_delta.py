@@ -144,14 +144,19 @@ class Counted(Run):
         )
 
 
-@pytest.mark.parametrize("size", [1, 10, 100])
-def test_a_change_is_copied_a_bounded_number_of_times(monkeypatch, size):
+@pytest.mark.parametrize(
+    ("size", "total"),
+    [
+        *((size, 40_000) for size in (1, 10, 100)),
+        *(pytest.param(size, 100_000, marks=pytest.mark.exhaustive) for size in (1, 10, 100)),
+    ],
+)
+def test_a_change_is_copied_a_bounded_number_of_times(monkeypatch, size, total):
     monkeypatch.setattr(delta, "Run", Counted)
     Counted.copied = 0
     rng = random.Random(5)
     fold = FoldSnapshot.empty()
     most_runs = 0
-    total = 100_000
     expected = {}
     for seq in range(1, total // size + 1):
         updates = [Put(f"{rng.randrange(10**9):09}", b"%d" % seq) for _ in range(size)]
