@@ -274,28 +274,29 @@ class StoreConformance:
             store = kind.open(path)
         store.close()
 
-    @pytest.mark.parametrize("token", TOKENS, ids=lambda token: token.hex() or "none")
-    def test_a_cursor_of_any_length_resumes(self, kind, path, token):
+    def test_a_cursor_of_any_length_resumes(self, kind, path):
         store = kind.open(path)
-        store.apply([Put("k", b"v")], WatchCursor(token))
-        assert store.cursor() == WatchCursor(token)
-        store.close()
-        store = kind.open(path)
-        assert bytes(store.cursor()) == token
-        assert type(store.cursor()) is WatchCursor
+        for token in TOKENS:
+            store.apply([Put("k", b"v")], WatchCursor(token))
+            assert store.cursor() == WatchCursor(token)
+            store.close()
+            store = kind.open(path)
+            assert bytes(store.cursor()) == token
+            assert type(store.cursor()) is WatchCursor
         store.close()
 
-    @pytest.mark.parametrize("number", [0, 1, 255, 2**32, 2**63, U64_MAX])
-    def test_a_stream_revision_and_a_versionstamp_come_back_unchanged(self, kind, path, number):
-        stamp = VersionToken(number.to_bytes(10, "big"))
+    def test_a_stream_revision_and_a_versionstamp_come_back_unchanged(self, kind, path):
         store = kind.open(path)
-        store.apply([Put("u64", b"", version(number)), Put("stamp", b"", stamp)], cursor(number))
-        store.close()
-        store = kind.open(path)
-        assert store.cursor().as_u64() == number
-        assert store.get("u64").version.as_u64() == number
-        assert store.get("stamp").version == stamp
-        assert store.get("stamp").version.as_u64() is None
+        for number in (0, 1, 255, 2**32, 2**63, U64_MAX):
+            stamp = VersionToken(number.to_bytes(10, "big"))
+            updates = [Put("u64", b"", version(number)), Put("stamp", b"", stamp)]
+            store.apply(updates, cursor(number))
+            store.close()
+            store = kind.open(path)
+            assert store.cursor().as_u64() == number
+            assert store.get("u64").version.as_u64() == number
+            assert store.get("stamp").version == stamp
+            assert store.get("stamp").version.as_u64() is None
         store.close()
 
     def test_a_cursor_may_stand_still_go_back_or_return_to_none(self, kind, path):
