@@ -245,7 +245,7 @@ def test_a_step_that_could_not_be_told_is_told_with_the_next_poll(
     after a rewind their state was wrong from then on, without a word."""
     store = open_store()
     store.apply([Put("a", b"1")], cursor(1))
-    follower = follow()
+    follower = follow(poll_interval_s=0.05)
     watch = follower.watch()
     assert [type(watch.next(DEADLINE_S)) for _ in range(2)] == [Changed, Synced]
     feeds = follower._thread.feeds

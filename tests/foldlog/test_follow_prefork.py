@@ -24,7 +24,7 @@ from foldlog import AppendLogSnapshot, Put, WatchCursor
 gunicorn = pytest.importorskip("gunicorn", reason="gunicorn does not run on this platform")
 
 WORKERS = 4
-CLIENTS = 3
+CLIENTS = 2
 KILLS = 3
 
 SERVICE = """

@@ -29,6 +29,7 @@ from foldlog import (
     StoreLocked,
     WriterCrashed,
 )
+from foldlog.actors.store import supervisor as supervisor_module
 from foldlog.actors.store.supervisor import Supervisor
 from foldlog.actors.store.writer import Writer
 
@@ -396,6 +397,7 @@ def test_a_supervisor_that_dies_fails_the_store_for_good_and_reads_go_on(
     open_store, path, monkeypatch
 ):
     """Row: the supervisor itself."""
+    monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
     store = open_store()
     store.apply(batch(1), cursor(1))
 
