@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actor_kit import until
+from actor_kit import DEADLINE_S, until
 
 import foldlog
 from foldlog import FollowerState, Put, Restart, State
@@ -133,5 +133,5 @@ def test_a_follower_is_ready_once_there_is_a_log(path: Path):
             version = store.put("a", b"")
             follower.wait_for(seq=version)
             until(lambda: follower.health().is_ready, "it follows")
-            assert 0.0 <= follower.stats().delay_s < 5.0
+            assert 0.0 <= follower.stats().delay_s < DEADLINE_S
     assert follower.health().status is Status.FAILED
