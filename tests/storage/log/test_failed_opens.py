@@ -18,7 +18,7 @@ import foldlog
 from foldlog import AppendLogSnapshot, FoldlogError, Put, WatchCursor
 from foldlog.storage.repair.salvage import salvage_log
 from foldlog.storage.repair.verify import verify_log
-from foldlog.testing import Fault, FaultyFiles
+from foldlog.testing import Fault, FaultyFiles, UnsyncedFiles
 
 
 @pytest.fixture
@@ -63,11 +63,12 @@ def import_other(folder: Path, files: FaultyFiles) -> None:
 CALLS = [open_engine, open_store, follow, verify, salvage, import_own, import_other]
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, *, artifact: bool) -> None:
     folder.mkdir()
-    with AppendLogSnapshot.open(folder / "log")[1] as snap:
+    with AppendLogSnapshot.open(folder / "log", files=UnsyncedFiles())[1] as snap:
         snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
-        snap.export_to(folder / "artifact")
+        if artifact:
+            snap.export_to(folder / "artifact")
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
 
 
@@ -83,8 +84,8 @@ def test_a_call_that_failed_has_no_file_open_while_its_error_is_kept(
     errors: list[Exception] = []  # their tracebacks refer to all that the calls had open
     for nth in range(1, MAX_CALLS):
         folder = tmp_path / str(nth)
-        make(folder)
-        files = FaultyFiles()
+        make(folder, artifact=call in (import_own, import_other))
+        files = FaultyFiles(inner=UnsyncedFiles())
         files.arm(Fault(operation, nth=nth))
         try:
             call(folder, files)

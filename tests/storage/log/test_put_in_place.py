@@ -16,7 +16,7 @@ from logfiles import some_batches, write_log
 from foldlog import AppendLogSnapshot, FoldlogError, LogChangedError, LogPoisonedError, Put
 from foldlog import WatchCursor as Cursor
 from foldlog.storage.log.sidecars.lock import lock_path
-from foldlog.testing import Call, Fault, FaultyFiles
+from foldlog.testing import Call, Fault, FaultyFiles, UnsyncedFiles
 
 THEIRS = b"theirs"
 
@@ -115,7 +115,7 @@ def rewrite_with_a_deed(
     """Rewrite the log, and do the deed before the n-th call. Whether it was done, and before which
     operation.
     """
-    files = FaultyFiles()
+    files = FaultyFiles(inner=UnsyncedFiles())  # thousands of rewrites; no power fails here
     _, snap = AppendLogSnapshot.open(path, files=files)
     snap.apply([Put("a", b"1")], Cursor.from_u64(1))
     state(snap, path, files)
