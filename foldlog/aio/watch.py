@@ -8,7 +8,6 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from foldlog.actors.feeds.bookmark import Bookmark
@@ -57,12 +56,7 @@ class AsyncEvents(AsyncIterator[E]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         self.close()
 
 

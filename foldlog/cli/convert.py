@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -19,7 +18,7 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.formats.registry import FORMATS, format_of
 from foldlog.storage.formats.rewrite import write_new
-from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve, unused_path
 from foldlog.storage.log.sidecars.lock import WriterLock
 
 
@@ -39,13 +38,11 @@ def convert(log: Path, dest: Path, to: str, as_json: bool) -> None:
     not exist.
 
     LOG is only read. It may be open for writing; DEST then holds the state from the start of the
-    conversion. DEST appears complete or not at all. The entries and the cursor are copied exactly;
-    the history is not, nor, with --to slipstream-v2, are the log id and the sequence. From and to a
-    RocksDB database, a directory, the sequence is copied, too.
+    conversion. DEST appears complete or not at all, with the same entries and cursor. The history
+    is not copied; nor, with --to slipstream-v2, are the log id and the sequence. To or from a
+    RocksDB database (a directory), the sequence is copied.
     """
-    given = Path(os.path.abspath(dest))
-    if OS_FILES.exists(given):
-        raise FileExistsError(errno.EEXIST, "convert never overwrites", str(given))
+    given = unused_path(OS_FILES, dest, "convert")
     if database.is_database(log) or to == database.ROCKSDB:
         with progress_bar("converting", "entries") as progress:
             entries = database.convert(log, dest, to, progress)

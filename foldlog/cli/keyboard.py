@@ -7,7 +7,6 @@ import os
 import select
 import sys
 import time
-from types import TracebackType
 from typing import Any, Self
 
 
@@ -45,12 +44,7 @@ class Keyboard:
                     self._fd = None
         return False
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         import termios
 
         if self._before:

@@ -252,7 +252,7 @@ def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | N
     """Write the state of LOG as an artifact to the new directory DEST_DIR; `import` verifies it.
 
     Takes no lock: LOG may be open for writing. The artifact holds the state from the start of the
-    export. A RocksDB database must not be open elsewhere, unless --format names that of a log.
+    export. A RocksDB database must not be open elsewhere, unless --format is given.
     """
     if database.is_database(log):
         with progress_bar("exporting", "entries") as progress:

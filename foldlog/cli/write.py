@@ -282,7 +282,7 @@ def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatNa
     exist.
 
     The artifact is from foldlog or from the append log of the Rust crate beyond-slipstream; its
-    manifest says which. That of a RocksDB database becomes such a database again.
+    manifest says which. One of a RocksDB database becomes a database again.
     """
     if not artifact_dir.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "no such directory", str(artifact_dir))

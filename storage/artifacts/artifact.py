@@ -43,6 +43,7 @@ from foldlog.storage.log.files import (
     ReadHandle,
     remove_quietly,
     resolve,
+    unused_path,
     write_all,
 )
 from foldlog.storage.log.sidecars.lock import WriterLock, temporary
@@ -174,6 +175,15 @@ def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES)
         files.close(fd)
 
 
+def import_destination(files: Files, dest_path: str | os.PathLike[str]) -> Path:
+    """The absolute `dest_path`, which is free. FileExistsError; FileNotFoundError without its
+    directory."""
+    dest = resolve(unused_path(files, dest_path, "an import"))
+    if not files.exists(dest.parent):
+        raise FileNotFoundError(errno.ENOENT, "no such directory to import to", str(dest.parent))
+    return dest
+
+
 def import_artifact(
     artifact_dir: str | os.PathLike[str],
     dest_path: str | os.PathLike[str],
@@ -190,12 +200,7 @@ def import_artifact(
     `dest_path` exists, StoreLocked or OSError: nothing has been created at `dest_path`.
     """
     FORMAT.check(format)
-    given = Path(os.path.abspath(dest_path))
-    if files.exists(given):
-        raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
-    dest = resolve(given)
-    if not files.exists(dest.parent):
-        raise FileNotFoundError(errno.ENOENT, "no such directory to import to", str(dest.parent))
+    dest = import_destination(files, dest_path)
     read_manifest(artifact_dir, files)  # most bad artifacts are refused before a lock file exists
     lock = WriterLock(files, dest)  # or a writer that opens here would remove the staged copy
     staged = temporary(dest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from foldlog.storage.log.files import Files
+from foldlog.storage.log.files import Files, unused_path
 
 
 @contextmanager
@@ -22,9 +21,7 @@ def staging(
     The block syncs what it writes below the directory. FileExistsError if `dest_dir` exists. An
     error leaves nothing, unless only the last step failed, which makes the name durable.
     """
-    dest = Path(os.path.abspath(dest_dir))
-    if files.exists(dest):
-        raise FileExistsError(errno.EEXIST, "an export never overwrites", str(dest))
+    dest = unused_path(files, dest_dir, "an export")
     stage = dest.with_name(f"{dest.name}.partial-{secrets.token_hex(4)}")  # a unique name
     make(stage)
     try:

@@ -408,6 +408,14 @@ def close_left_open() -> None:
         discard(_closers, _getframe())
 
 
+def unused_path(files: Files, path: str | os.PathLike[str], what: str) -> Path:
+    """The absolute `path`. FileExistsError if it exists: `what` never overwrites."""
+    given = Path(os.path.abspath(path))
+    if files.exists(given):
+        raise FileExistsError(errno.EEXIST, f"{what} never overwrites", str(given))
+    return given
+
+
 def resolve(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a log, with links followed. FileNotFoundError for a dangling link."""
     given = Path(os.fsdecode(path) if isinstance(path, bytes) else path)

@@ -55,11 +55,9 @@ class Evidence:
 class Facts:
     """The input of the table."""
 
-    header_valid: bool
-    """The bad frame's own header is valid."""
     cut_short: bool
-    """Its header is valid and it runs past the end of the file; or the rest is the beginning of a
-    header."""
+    """The bad frame's header is valid and it runs past the end of the file; or the rest is the
+    beginning of a header."""
     all_zero: bool
     """All bytes from the bad frame on are zero."""
     evidence: Evidence | None
@@ -213,7 +211,6 @@ def gather(
     else:
         cut_short = rest.size < FRAME_HEADER.size and first[:4] == FRAME_MAGIC[: len(first)]
     return Facts(
-        header_valid=header is not None,
         cut_short=cut_short,
         all_zero=all_zero,
         evidence=evidence,

@@ -11,7 +11,6 @@ replays from there corrects the state, since the last write of each key wins.
 
 from __future__ import annotations
 
-import errno
 import os
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from foldlog.storage.formats.foldlog.walk import Piece, Walker
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import check_own_format
 from foldlog.storage.formats.rewrite import write_new
-from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve, unused_path
 
 NO_CURSOR = WatchCursor.none()
 
@@ -118,10 +117,8 @@ def salvage_log(
     if cursor not in ("safe", "last"):
         raise ValueError(f'cursor is "safe" or "last", not {cursor!r}')
     with ReadHandle(files, resolve(source)) as handle:
-        given = Path(os.path.abspath(output))
-        if files.exists(given):
-            raise FileExistsError(errno.EEXIST, "a salvage never overwrites", str(given))
-        return _salvaged(handle, resolve(given), cursor, progress)
+        dest = resolve(unused_path(files, output, "a salvage"))
+        return _salvaged(handle, dest, cursor, progress)
 
 
 def _salvaged(

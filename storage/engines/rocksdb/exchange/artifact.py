@@ -30,6 +30,7 @@ from foldlog.storage.artifacts.artifact import (
     MANIFEST_NAME,
     ArtifactFile,
     ExportManifest,
+    import_destination,
     read_manifest,
 )
 from foldlog.storage.artifacts.staging import staging
@@ -37,7 +38,7 @@ from foldlog.storage.engines.rocksdb.database.opening import binding
 from foldlog.storage.engines.rocksdb.database.record import GENERATION
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
 from foldlog.storage.formats.format import Progress
-from foldlog.storage.log.files import OS_FILES, Files, resolve, write_all
+from foldlog.storage.log.files import OS_FILES, Files, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,12 +117,7 @@ def import_artifact(
     Raises ArtifactInvalidError, FileExistsError or OSError, and leaves `dest_path` as it was.
     """
     binding()
-    given = Path(os.path.abspath(dest_path))
-    if OS_FILES.exists(given):
-        raise FileExistsError(errno.EEXIST, "an import never overwrites", str(given))
-    dest = resolve(given)
-    if not OS_FILES.exists(dest.parent):
-        raise FileNotFoundError(errno.ENOENT, "no such directory to import into", str(dest.parent))
+    dest = import_destination(OS_FILES, dest_path)
     root = Path(os.path.abspath(artifact_dir))
     manifest = read_manifest(root)
     _identify(root, manifest)

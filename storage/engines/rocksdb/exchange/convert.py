@@ -7,12 +7,9 @@ at all, and admits nobody whom the source does not.
 
 from __future__ import annotations
 
-import errno
-import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.store import FormatName, StrPath
@@ -28,7 +25,7 @@ from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.access import narrow
-from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve
+from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve, unused_path
 from foldlog.storage.log.sidecars.lock import WriterLock
 
 _LOAD_CACHE_BYTES = 32 * CACHE_BYTES.least
@@ -40,7 +37,7 @@ def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = No
     `dest` must not exist. Returns the number of entries. Raises what opening the log raises, and
     FileExistsError. Cost: 3 us an entry.
     """
-    target = _free(dest)
+    target = resolve(unused_path(OS_FILES, dest, "a conversion"))
     with ReadHandle(OS_FILES, resolve(log)) as source:
         fold = load_intact(source).fold
         staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
@@ -71,7 +68,7 @@ def log_from_rocksdb(
     Returns the number of entries. Raises what opening the store raises, and FileExistsError. Cost:
     3 us an entry.
     """
-    target = _free(dest)
+    target = resolve(unused_path(OS_FILES, dest, "a conversion"))
     with stored_fold(database) as stored:
         fold = writable(stored)
         lock = WriterLock(OS_FILES, target)
@@ -88,13 +85,6 @@ def log_from_rocksdb(
         finally:
             lock.release()
         return fold.entries
-
-
-def _free(dest: StrPath) -> Path:
-    given = Path(os.path.abspath(dest))
-    if OS_FILES.exists(given):
-        raise FileExistsError(errno.EEXIST, "a conversion never overwrites", str(given))
-    return resolve(given)
 
 
 def writable(fold: RocksDbFold) -> _Streamed:
