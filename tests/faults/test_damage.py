@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from counting import CountedFiles
 from crc32c import crc32c
 from faultkit import quick_folder, rebooted
 from hypothesis import example, given
@@ -348,23 +349,6 @@ def test_any_edit_of_a_manifest_is_a_manifest_or_a_value_error(at, inserted, rem
 # What reading costs, on files made to be costly: in bytes read and bytes held, not in seconds.
 
 
-class CountedReads(Files):
-    def __init__(self) -> None:
-        self.bytes_read = self.calls = 0
-
-    def read(self, fd: int, size: int, offset: int) -> bytes:
-        data = super().read(fd, size, offset)
-        self.bytes_read += len(data)
-        self.calls += 1
-        return data
-
-    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
-        count = super().read_into(fd, buffer, offset)
-        self.bytes_read += count
-        self.calls += 1
-        return count
-
-
 def costly(path: Path, parts: int) -> dict[str, bytes]:
     """Files made to be costly to read: endless headers, false lengths, correct checksums. The more
     `parts`, the larger."""
@@ -426,7 +410,7 @@ def test_files_made_to_be_costly_are_read_in_bounded_memory_and_with_bounded_rea
     for (what, image), (name, reader) in itertools.product(made.items(), readers.items()):
         path.write_bytes(image)
         path.with_name("saved.log").unlink(missing_ok=True)
-        files = CountedReads()
+        files = CountedFiles()
         tracemalloc.start()
         try:
             with rebooted():  # or the verdict comes before the search for evidence
@@ -441,4 +425,4 @@ def test_files_made_to_be_costly_are_read_in_bounded_memory_and_with_bounded_rea
         assert files.bytes_read < 80 * 1024 * 1024 + 8 * len(image), (
             f"{name} of {what}: {files.bytes_read} bytes read"
         )
-        assert files.calls < 83_000 * parts, f"{name} of {what}: {files.calls} reads"
+        assert files.reads < 83_000 * parts, f"{name} of {what}: {files.reads} reads"

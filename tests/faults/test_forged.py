@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from actor_kit import logging_text_only
 from blake3 import blake3
+from counting import CountedFiles
 from forged import KEYS, forged, sample, written
 
 import foldlog
@@ -26,7 +27,7 @@ from foldlog import (
 from foldlog.cli import main
 from foldlog.storage.artifacts.artifact import ArtifactFile, ExportManifest
 from foldlog.storage.formats.registry import load_intact
-from foldlog.storage.log.files import Files, ReadHandle
+from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.repair.verify import verify_log
 
 pytestmark = pytest.mark.exhaustive
@@ -36,26 +37,6 @@ MAX_GROWTH_KIB = 96 * 1024
 OUTPUT = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
 """What the commands print. One for all runs: click keeps each stream that it has written to, which
 took 50 MiB in the campaign."""
-
-
-class CountedReads(Files):
-    """Counts the bytes that are asked for."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def sync(self, fd: int) -> None:
-        pass
-
-    def read(self, fd: int, size: int, offset: int) -> bytes:
-        data = super().read(fd, size, offset)
-        self.asked += len(data)
-        return data
-
-    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
-        count = super().read_into(fd, buffer, offset)
-        self.asked += count
-        return count
 
 
 class Tally:
@@ -90,7 +71,7 @@ def read_all_ways(reader: Any) -> None:
 
 def check(path: Path, raw: bytes, tally: Tally) -> None:
     """Read a log in every way that there is."""
-    files = CountedReads()
+    files = CountedFiles()
     path.write_bytes(raw)
     with contextlib.suppress(FoldlogError), foldlog.follow(path, files=files) as follower:
         read_all_ways(follower)
@@ -118,7 +99,7 @@ def check(path: Path, raw: bytes, tally: Tally) -> None:
             snap.verify()
         finally:
             snap.close()
-    assert files.asked < 400 * len(raw) + 65_536
+    assert files.bytes_read < 400 * len(raw) + 65_536
     tally.cases += 1
     for left in path.parent.iterdir():
         shutil.rmtree(left) if left.is_dir() else left.unlink()

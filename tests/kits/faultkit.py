@@ -143,6 +143,16 @@ def descriptors() -> set[str]:
     }
 
 
+@contextlib.contextmanager
+def nothing_left_open(folder: Path, what: str) -> Iterator[None]:
+    """Check that the block closes all files below `folder` that it opens."""
+    count = len(os.listdir("/proc/self/fd"))
+    yield
+    if len(os.listdir("/proc/self/fd")) != count:
+        left = {name for name in descriptors() if str(folder) in name}  # collects garbage first
+        assert not left, f"{what} leaves open {left}"
+
+
 def run_with(
     fault: Fault, files: FaultyFiles, run: Callable[[], object]
 ) -> tuple[list[Call], Exception | None]:
@@ -166,13 +176,8 @@ def fail_every_call(folder: Path, operation: str, attempt: Callable[[Path, int],
     """
     for nth in range(1, MAX_CALLS):
         own = folder / str(nth)
-        count = len(os.listdir("/proc/self/fd"))
-        came = attempt(own, nth)
-        if len(os.listdir("/proc/self/fd")) != count:
-            left = {
-                name for name in descriptors() if str(folder) in name
-            }  # garbage is collected by now
-            assert not left, f"{operation} with a fault in call {nth} leaves open {left}"
+        with nothing_left_open(folder, f"{operation} with a fault in call {nth}"):
+            came = attempt(own, nth)
         shutil.rmtree(own)
         if not came:
             return nth - 1

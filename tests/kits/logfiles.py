@@ -22,18 +22,10 @@ from foldlog.protocol.frames import (
 )
 from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
-from foldlog.storage.log.files import Files
 from foldlog.storage.log.sidecars.lock import lock_path, note_path
+from foldlog.testing import UnsyncedFiles
 
-
-class Unsynced(Files):
-    """Files never synced: thousands of openings cost no disk. `test_io_errors.py` tests syncing."""
-
-    def sync(self, fd: int) -> None:
-        pass
-
-
-UNSYNCED = Unsynced()
+UNSYNCED = UnsyncedFiles()
 Batches = Sequence[Iterable[Update]]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counting import CountedFiles
 from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from foldlog import (
     diff,
 )
 from foldlog.storage.fold import base, leaf
-from foldlog.storage.log.files import Files
 
 Entries = dict[str, tuple[bytes, bytes]]
 
@@ -297,16 +297,8 @@ def test_values_with_one_checksum_are_told_apart(path: Path, reopened: bool):
     snap.close()
 
 
-class BytesRead(Files):
-    read_bytes = 0
-
-    def read(self, fd: int, size: int, offset: int) -> bytes:
-        self.read_bytes += size
-        return super().read(fd, size, offset)
-
-
 def test_leaves_that_a_compaction_copied_are_not_read(path: Path):
-    files = BytesRead()
+    files = CountedFiles()
     snap = AppendLogSnapshot.open(path, files=files)[1]
     snap.apply([Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], WatchCursor.from_u64(1))
     snap.compact()
@@ -314,25 +306,25 @@ def test_leaves_that_a_compaction_copied_are_not_read(path: Path):
     for number in range(2, 5):
         snap.apply([Put("k00500", b"%d" % number)], WatchCursor.from_u64(number))
         snap.compact()
-    files.read_bytes = 0
+    files.forget()
     assert list(diff(before, snap.snapshot())) == [Put("k00500", b"4")]
-    assert files.read_bytes < 8 * 512 * 100, "the leaf that changed, in both files"
+    assert files.bytes_read < 8 * 512 * 100, "the leaf that changed, in both files"
     snap.close()
 
 
 def test_leaves_of_two_files_are_compared_once_and_only_under_the_prefix(path: Path):
-    files = BytesRead()
+    files = CountedFiles()
     snap = AppendLogSnapshot.open(path, files=files)[1]
     snap.apply([Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], WatchCursor.from_u64(1))
     snap.compact()
     before = snap.snapshot()
     snap.close()
     snap = AppendLogSnapshot.open(path, files=files)[1]
-    files.read_bytes = 0
+    files.forget()
     assert list(diff(before, snap.snapshot(), "k00")) == []
-    assert files.read_bytes < 20_000 * 60 / 2
+    assert files.bytes_read < 20_000 * 60 / 2
     assert list(diff(before, snap.snapshot())) == []
-    files.read_bytes = 0
+    files.forget()
     assert list(diff(before, snap.snapshot())) == []
-    assert files.read_bytes == 0
+    assert files.bytes_read == 0
     snap.close()

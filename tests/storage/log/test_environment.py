@@ -4,7 +4,6 @@ was."""
 from __future__ import annotations
 
 import errno
-import os
 from typing import Any
 
 import pytest
@@ -17,10 +16,11 @@ from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import leaf
 from foldlog.storage.formats.registry import load_intact
-from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.log.files import OS_FILES, ReadHandle
 from foldlog.storage.log.tail import Tail
 from foldlog.storage.repair.salvage import salvage_log
 from foldlog.storage.repair.verify import verify_log
+from foldlog.testing import Fault, FaultyFiles
 
 
 class SoftTimeLimit(Exception):
@@ -102,28 +102,9 @@ def test_what_msgpack_raises_for_bytes_is_all_that_counts_as_damage():
             decoding.unpack_map(body)
 
 
-class Failing(Files):
-    """Reads fail from the n-th on."""
-
-    def __init__(self, nth: int) -> None:
-        self.left = nth
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def read(self, fd: int, size: int, offset: int) -> bytes:
-        self._count()
-        return super().read(fd, size, offset)
-
-    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
-        self._count()
-        return super().read_into(fd, buffer, offset)
-
-
+@pytest.mark.parametrize("operation", ["read", "read_into"])
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_read_that_fails_is_an_error_of_the_disk_wherever_it_comes(path, raw, torn):
+def test_a_read_that_fails_is_an_error_of_the_disk_wherever_it_comes(path, raw, torn, operation):
     raw = raw[:-9] if torn else raw
     path.write_bytes(raw)
     readers = [
@@ -133,14 +114,14 @@ def test_a_read_that_fails_is_an_error_of_the_disk_wherever_it_comes(path, raw, 
         lambda files: Engine(path, files=files, on_damage="cut").log.abandon(),
     ]
     for reader in readers:
-        for nth in range(100):
-            files = Failing(nth)
+        for nth in range(1, 100):
+            files = FaultyFiles(Fault(operation, nth, lasting=True))
             try:
                 reader(files)
             except OSError as error:
                 assert error.errno == errno.EIO  # noqa: PT017
                 assert path.read_bytes() == raw
-            if files.left >= 0:
+            if not files.fired:
                 break
         else:
             pytest.fail("no end of reads")

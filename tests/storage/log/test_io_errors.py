@@ -1,74 +1,27 @@
 """Each file system call of a script fails, once or for good: nothing acknowledged is ever lost.
 
-`Failing` is the double: it fails the n-th call of one operation. The script is repeated with
-n = 1, 2, 3, ... until no fault fires, so that no call is left out.
+The script is repeated with n = 1, 2, 3, ... for the call that fails, until no fault fires, so that
+no call is left out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import itertools
-import os
 from pathlib import Path
 
 import pytest
-from faultkit import view
+from faultkit import nothing_left_open, view
 from logfiles import companions, read_state
 from sampling import every
 
 from foldlog import AppendLogSnapshot, Delete, FoldlogError, LogPoisonedError, Put, WatchCursor
 from foldlog.storage.log.files import Files
 from foldlog.storage.log.sidecars.lock import read_note
+from foldlog.testing import Fault, FaultyFiles
 
 pytestmark = pytest.mark.exhaustive
-
-
-class Failing(Files):
-    """The operating system's files; an operation's n-th call fails (`for_good`: all after it)."""
-
-    def __init__(
-        self,
-        operation: str,
-        nth: int,
-        error: int,
-        *,
-        for_good: bool = False,
-        takes: int | None = None,
-    ) -> None:
-        self.operation, self.nth, self.error, self.for_good = operation, nth, error, for_good
-        self.takes = takes
-        """Bytes that a failing write takes before it fails."""
-        self.calls = 0
-        self.fired = False
-
-    def due(self, operation: str) -> bool:
-        if operation != self.operation:
-            return False
-        self.calls += 1
-        due = self.calls == self.nth or (self.for_good and self.calls > self.nth)
-        self.fired |= due
-        return due
-
-    def fail(self) -> None:
-        raise OSError(self.error, os.strerror(self.error))
-
-    def write(self, fd, data, offset):
-        if self.due("write"):
-            if self.takes:
-                super().write(fd, bytes(data[: self.takes]), offset)
-            self.fail()
-        return super().write(fd, data, offset)
-
-
-def failing(name):
-    def method(self, *arguments, **more):
-        if self.due(name):
-            self.fail()
-        return getattr(Files, name)(self, *arguments, **more)
-
-    return method
 
 
 OPERATIONS = [
@@ -83,35 +36,10 @@ OPERATIONS = [
     "list_dir",
     "link_new",
     "lock",
+    "stat",
+    "read_into",
+    "unlink",
 ]
-OPERATIONS += ["stat", "read_into", "unlink"]
-for _name in [*OPERATIONS[1:], "fstat", "read", "open_at"]:
-    setattr(Failing, _name, failing(_name))
-
-
-class ShortWrites(Files):
-    """Every write takes one byte, or three."""
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-
-    def write(self, fd, data, offset):
-        return super().write(fd, memoryview(data)[: self.most], offset)
-
-
-def descriptors() -> set[str]:
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
-    return {name for name in found if "/fd" not in name.split(" ", 1)[1]}
-
-
-def no_more_than(before: set[str]) -> bool:
-    if descriptors() <= before:
-        return True
-    gc.collect()
-    return descriptors() <= before
 
 
 def holding_a(path: Path, sync="never") -> AppendLogSnapshot:
@@ -203,11 +131,11 @@ def test_nothing_acknowledged_is_lost_whichever_call_fails(
         folder = tmp_path / str(nth)
         folder.mkdir()
         path = folder / "state.log"
-        files = Failing(operation, nth, errno.ENOSPC if nth % 2 else errno.EIO, for_good=for_good)
+        error = errno.ENOSPC if nth % 2 else errno.EIO
+        files = FaultyFiles(Fault(operation, nth, error, lasting=for_good))
         story = Story()
-        before = descriptors()
-        play(path, files, story, sync=sync)
-        assert no_more_than(before), f"call {nth} of {operation}: a descriptor leaked"
+        with nothing_left_open(folder, f"call {nth} of {operation}"):
+            play(path, files, story, sync=sync)
         _, snap = AppendLogSnapshot.open(path)
         assert view(snap) in story.possible(), f"call {nth} of {operation}"
         snap.close()
@@ -226,7 +154,7 @@ def test_nothing_acknowledged_is_lost_whichever_call_fails(
 def test_a_write_that_falls_short_and_fails_is_cut_back(path, takes):
     snap = holding_a(path)
     before = path.read_bytes()
-    files = Failing("write", 1, errno.ENOSPC, takes=takes)
+    files = FaultyFiles(Fault("write", error=errno.ENOSPC, takes=takes))
     snap._engine.log.files = files
     with pytest.raises(OSError, match="No space"):
         snap.apply([Put("b", b"2" * 100)], WatchCursor.from_u64(2))
@@ -238,12 +166,7 @@ def test_a_write_that_falls_short_and_fails_is_cut_back(path, takes):
 
 def test_a_cut_that_is_not_synced_poisons_the_log(path):
     snap = holding_a(path)
-
-    class Both(Failing):
-        def sync(self, fd):
-            self.fail()
-
-    snap._engine.log.files = Both("write", 1, errno.EIO, takes=30)
+    snap._engine.log.files = FaultyFiles(Fault("write", takes=30), Fault("sync", lasting=True))
     with pytest.raises(OSError, match="Input/output"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     snap._engine.log.files = Files()
@@ -256,17 +179,17 @@ def test_a_cut_that_is_not_synced_poisons_the_log(path):
 
 def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
     snap = holding_a(path, sync="always")
-    files = Failing("sync", 1, errno.EIO)
+    files = FaultyFiles(Fault("sync"))
     snap._engine.log.files = files
     with pytest.raises(LogPoisonedError, match="fsync"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
-    calls = files.calls
+    calls = files.counts["sync"]
     for _ in range(3):
         with pytest.raises(LogPoisonedError):
             snap.apply([Put("c", b"3")], WatchCursor.from_u64(2))
         with pytest.raises(LogPoisonedError):
             snap.sync()
-    assert files.calls == calls, "an fsync was tried again"
+    assert files.counts["sync"] == calls, "an fsync was tried again"
     inode = path.stat().st_ino
     assert read_note(Files(), path).poisoned == inode
     snap.compact()
@@ -280,7 +203,7 @@ def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
 
 def test_the_next_process_rewrites_a_poisoned_log_too(path):
     snap = holding_a(path)
-    snap._engine.log.files = Failing("sync", 1, errno.EIO)
+    snap._engine.log.files = FaultyFiles(Fault("sync"))
     with pytest.raises(LogPoisonedError):
         snap.sync()
     snap.close()
@@ -295,7 +218,7 @@ def test_the_next_process_rewrites_a_poisoned_log_too(path):
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_short_writes_without_an_error_are_written_on(path, most):
-    _, snap = AppendLogSnapshot.open(path, files=ShortWrites(most))
+    _, snap = AppendLogSnapshot.open(path, files=FaultyFiles(short=most))
     snap.apply(BATCHES[0], WatchCursor.from_u64(1))
     snap.compact()
     snap.apply(BATCHES[1], WatchCursor.from_u64(2))
@@ -305,14 +228,14 @@ def test_short_writes_without_an_error_are_written_on(path, most):
 
 def test_an_applied_batch_is_acknowledged_though_the_compaction_behind_it_fails(path):
     # apply() raised the compaction's error: the caller took a batch for lost that was in the log.
-    files = Failing("replace", 1, errno.ENOSPC, for_good=True)
+    files = FaultyFiles(Fault("replace", error=errno.ENOSPC, lasting=True))
     _, snap = AppendLogSnapshot.open(path, 0, files=files)
     for number in range(1, 30):
         assert snap.apply([Put(f"k{number}", b"v" * 50)], WatchCursor.from_u64(number)) == number
     assert files.fired
-    assert files.calls < 10, "a compaction that fails is tried at every batch"
+    assert files.counts["replace"] < 10, "a compaction that fails is tried at every batch"
     assert len(view(snap)) == 29
-    files.operation = "nothing"
+    files.disarm()
     snap.compact()
     snap.close()
     assert len(read_state(path).entries) == 29
@@ -325,7 +248,7 @@ def test_an_applied_batch_is_acknowledged_though_the_compaction_behind_it_fails(
 def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error):
     snap = holding_a(path)
     before = path.read_bytes(), path.stat().st_ino
-    snap._engine.log.files = Failing(operation, 1, error)
+    snap._engine.log.files = FaultyFiles(Fault(operation, error=error))
     with pytest.raises(OSError, match=r"\[Errno"):
         snap.compact()
     assert (path.read_bytes(), path.stat().st_ino) == before
@@ -340,12 +263,12 @@ def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error
 def test_a_rename_is_the_last_step_of_a_compaction_that_can_fail(path):
     snap = holding_a(path)
 
-    class NoMoreAfterTheRename(Failing):
+    class NoMoreAfterTheRename(FaultyFiles):
         def replace(self, source, dest):
             super().replace(source, dest)
-            self.operation = "fstat"
+            self.arm(Fault("fstat"))
 
-    snap._engine.log.files = NoMoreAfterTheRename("nothing", 1, errno.EIO)
+    snap._engine.log.files = NoMoreAfterTheRename()
     with contextlib.suppress(OSError):
         snap.compact()
     snap._engine.log.files = Files()
@@ -358,7 +281,7 @@ def test_a_rename_is_the_last_step_of_a_compaction_that_can_fail(path):
 
 def test_an_unsynced_rename_poisons_the_new_file(path):
     snap = holding_a(path)
-    snap._engine.log.files = Failing("sync_dir", 1, errno.EIO)
+    snap._engine.log.files = FaultyFiles(Fault("sync_dir"))
     snap.compact()
     with pytest.raises(LogPoisonedError, match="directory"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
@@ -370,24 +293,17 @@ def test_an_unsynced_rename_poisons_the_new_file(path):
     "operation", ["write", "create", "sync", "sync_dir", "open_read", "make_dir", "rename_new"]
 )
 def test_an_export_that_fails_leaves_nothing(path, tmp_path, operation):
-    class Broken(Files):
-        pass
-
-    def fail(self, *arguments, **more):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    setattr(Broken, operation, fail)
+    full = Fault(operation, error=errno.ENOSPC, lasting=True)
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
         real = snap._engine.log.files
-        snap._engine.log.files = Broken()
-        before = descriptors()
-        with pytest.raises(OSError, match="No space"):
-            snap.export_to(tmp_path / "artifact")
-        assert no_more_than(before)
+        snap._engine.log.files = FaultyFiles(full)
+        artifact = tmp_path / "artifact"
+        with nothing_left_open(artifact, "an export"), pytest.raises(OSError, match="No space"):
+            snap.export_to(artifact)
         assert [file.name for file in tmp_path.iterdir()] == [path.parent.name]
         snap._engine.log.files = real
-        snap.export_to(tmp_path / "artifact")
+        snap.export_to(artifact)
 
 
 @pytest.mark.parametrize(
@@ -401,16 +317,12 @@ def test_an_import_that_fails_leaves_nothing_and_leaks_nothing(path, tmp_path, o
     for nth in itertools.count(1):
         dest = tmp_path / str(nth) / "x.log"
         dest.parent.mkdir()
-        files = Failing(operation, nth, errno.EIO)
-        snap = None
-        before = descriptors()
-        try:
-            _, snap = AppendLogSnapshot.import_artifact(tmp_path / "artifact", dest, files=files)
-            snap.close()
-        except (OSError, FoldlogError):
-            pass
-        del snap
-        assert no_more_than(before)
+        files = FaultyFiles(Fault(operation, nth))
+        with (
+            nothing_left_open(tmp_path, f"call {nth} of {operation}"),
+            contextlib.suppress(OSError, FoldlogError),
+        ):
+            AppendLogSnapshot.import_artifact(tmp_path / "artifact", dest, files=files)[1].close()
         if dest.exists():
             assert set(read_state(dest).entries) == {"a"}
         assert not list(dest.parent.glob("*.tmp*"))

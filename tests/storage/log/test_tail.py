@@ -29,6 +29,7 @@ from foldlog.storage.log import tail as tail_module
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.storage.log.sidecars.lock import note_path
 from foldlog.storage.log.tail import STALLED_POLLS, Advance, Jump, Tail
+from foldlog.testing import Fault, FaultyFiles
 
 
 def cursor(number: int) -> WatchCursor:
@@ -187,30 +188,18 @@ def test_half_a_frame_that_stays_is_waited_for_without_end_and_without_reading_t
         torn = path.read_bytes()[: whole + 60]
     path.write_bytes(torn)
     note_path(path).unlink()  # which remembers batch 3
-    opened = Counting()
-    followed = Followed(path, opened)
+    followed = Followed(path, files := FaultyFiles())
     followed.poll()
     assert followed.fold.cursor() == cursor(2)
     assert followed.polls(500) == []
-    assert opened.opens <= 1 + 8, "each look that finds nothing new doubles the time to the next"
+    assert files.counts["open_read"] <= 1 + 8, (
+        "each look that finds nothing new doubles the time to the next"
+    )
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 4)
         assert [type(step) for step in followed.poll()] == [Advance]
         assert_same(followed.fold, snap)
     assert followed.told == [4]
-
-
-class Counting(Files):
-    def __init__(self) -> None:
-        self.opens = self.reads = 0
-
-    def read_into(self, fd: int, buffer: memoryview, offset: int) -> int:
-        self.reads += 1
-        return super().read_into(fd, buffer, offset)
-
-    def open_read(self, path: Path) -> int:
-        self.opens += 1
-        return super().open_read(path)
 
 
 def test_a_whole_frame_that_is_wrong_is_retried_and_becomes_an_error_when_it_stays(path, snap):
@@ -636,7 +625,7 @@ def test_a_log_cut_inside_its_base_is_refused_even_between_two_leaves(path):
 
 def test_junk_that_took_the_name_is_refused_and_read_once(path, snap):
     apply(snap, 1)
-    followed = Followed(path, counting := Counting())
+    followed = Followed(path, files := FaultyFiles())
     followed.poll()
     shutil.copy(path, path.parent / "aside")
     (path.parent / "junk").write_bytes(b"no log")
@@ -645,51 +634,42 @@ def test_junk_that_took_the_name_is_refused_and_read_once(path, snap):
         with pytest.raises(InvalidFormatError):
             followed.poll()
     assert followed.fold.cursor() == cursor(1)
-    opens = counting.opens
+    opens = files.counts["open_read"]
     os.replace(path.parent / "aside", path)
     followed.poll()
     assert followed.fold.cursor() == cursor(1)
     assert not followed.rewinds
-    assert counting.opens == opens + 1
+    assert files.counts["open_read"] == opens + 1
 
 
 def test_a_damaged_log_is_not_read_over_and_over(path):
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1, 2)
     damage(path, path.stat().st_size - 150)
-    followed = Followed(path, counting := Counting())
+    followed = Followed(path, files := FaultyFiles())
     with pytest.raises(CorruptLogError):
         followed.poll()
-    reads = counting.reads
+    reads = files.counts["read_into"]
     for _ in range(20):
         with pytest.raises(CorruptLogError):
             followed.poll()
-    assert counting.reads == reads
+    assert files.counts["read_into"] == reads
 
 
 def test_an_error_of_the_disk_loses_nothing(path, snap):
     """Found in review: a step that was taken before the error of the same poll was never told."""
-
-    class Failing(Files):
-        broken = False
-
-        def open_read(self, name: Path) -> int:
-            if self.broken:
-                raise OSError(5, "input/output error")
-            return super().open_read(name)
-
-    files = Failing()
+    files = FaultyFiles()
     apply(snap, 1)
     followed = Followed(path, files)
     followed.poll()
-    files.broken = True
+    files.arm(Fault("open_read", lasting=True))
     apply(snap, 2)
     snap.compact()
     apply(snap, 3)
-    with pytest.raises(OSError, match="input/output"):
+    with pytest.raises(OSError, match="Input/output"):
         followed.poll()
     assert followed.fold.cursor() == cursor(2), "the old file was open already, and read to its end"
-    files.broken = False
+    files.disarm()
     followed.poll()
     assert_same(followed.fold, snap)
     assert not followed.rewinds
