@@ -285,14 +285,6 @@ class Index:
         self.kept_bytes += grown
         return grown
 
-    def find(self, key: str) -> int:
-        """The number of `key`, or -1."""
-        numbers = self.numbers
-        if numbers is not None:
-            return numbers.get(key, -1)
-        number = bisect_left(self.keys, key)
-        return number if number < self._count and self.keys[number] == key else -1
-
     def locate(self, number: int) -> tuple[int, int, int, bytes]:
         """The offset of an entry's value in the body, its length and checksum, and the version."""
         places, count = self._places, self._count
@@ -520,8 +512,8 @@ def patched_leaf(body: bytes, changes: dict[str, Change]) -> bytes | None:
         return None  # decoding the leaf reports why
     patched = bytearray(body)
     for key, value, version in changes.values():
-        number = index.find(key)
-        if number < 0 or value is None:
+        number = bisect_left(index.keys, key)
+        if value is None or number == len(index.keys) or index.keys[number] != key:
             return None
         start, size, _, old_version = index.locate(number)
         if size != len(value) or len(old_version) != len(version):

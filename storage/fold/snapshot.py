@@ -191,11 +191,6 @@ class FoldSnapshot(SnapshotReads):
         if self.base is not EMPTY_BASE:
             self.base.retire()
 
-    @property
-    def is_base(self) -> bool:
-        """True if nothing is newer than the base."""
-        return not self.runs and not self.delta.firsts
-
     # For who writes it to a file.
 
     @property

@@ -103,19 +103,13 @@ def die_before_calls(story: str, folder: Path, stride: int) -> int:
     raise AssertionError("the story never completes")
 
 
+@pytest.mark.parametrize(("stride", "least"), [(5, 10), pytest.param(1, 60, marks=CAMPAIGN)])
 @pytest.mark.parametrize("story", ["engine", "store", "importing"])
-def test_a_process_that_dies_before_a_call_loses_nothing_that_it_answered(folder, story):
-    count = die_before_calls(story, folder, stride=5)
-    assert count >= 10
-    print(f"{count} deaths before a call, {story}, 0 losses")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("story", ["engine", "store", "importing"])
-def test_a_process_that_dies_before_any_call_loses_nothing_that_it_answered(folder, story):
-    count = die_before_calls(story, folder, stride=1)
-    assert count >= 60
+def test_a_process_that_dies_before_a_call_loses_nothing_that_it_answered(
+    folder, story, stride, least
+):
+    count = die_before_calls(story, folder, stride=stride)
+    assert count >= least
     print(f"{count} deaths before a call, {story}, 0 losses")
 
 

@@ -39,7 +39,7 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.actors.store.internal import CheckFile, Heal
-from foldlog.storage.log.files import Files
+from foldlog.testing import Call, FaultyFiles
 
 DEADLINE_S = 60.0
 """For what takes milliseconds. Reached only where the product hangs."""
@@ -158,52 +158,39 @@ class Steps:
             raise crash.error(f"injected at {name}")
 
 
-class FaultyFiles(Files):
-    """The operating system's files; chosen operations fail on paths with the given ending."""
+class FailingFiles(FaultyFiles):
+    """Files whose chosen operations fail on paths with a given part."""
 
     def __init__(self) -> None:
-        self._faults: dict[str, list[list[Any]]] = {}
-        self.fired: Counter[str] = Counter()
+        super().__init__(hook=self._fail_if_chosen)
+        self._chosen: list[list[Any]] = []
+        self.failed: Counter[str] = Counter()
         self.happened = threading.Event()
 
     def fail(
         self, operation: str, error: int = errno.EIO, times: int | None = 1, part: str = "state.log"
     ) -> None:
         """Fail the operation's next `times` calls (None: all) on files named with `part`."""
-        self._faults.setdefault(operation, []).append([error, times, part])
+        self._chosen.append([operation, error, times, part])
 
     def mend(self) -> None:
-        self._faults.clear()
+        self._chosen.clear()
 
-    def check(self, operation: str, name: str) -> None:
-        for fault in self._faults.get(operation, []):
-            error, times, part = fault
-            if times != 0 and part in name and ".foldlog-" not in name:
+    def _fail_if_chosen(self, call: Call) -> None:
+        for chosen in self._chosen:
+            operation, error, times, part = chosen
+            if operation != call.operation or times == 0:
+                continue
+            target = call.args[1] if operation == "replace" else call.args[0]
+            name = (
+                os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+            )
+            if part in name and ".foldlog-" not in name:
                 if times is not None:
-                    fault[1] = times - 1
-                self.fired[operation] += 1
+                    chosen[2] = times - 1
+                self.failed[operation] += 1
                 self.happened.set()
                 raise OSError(error, os.strerror(error))
-
-    def write(self, fd: int, data: Any, offset: int) -> int:
-        self.check("write", os.readlink(f"/proc/self/fd/{fd}"))
-        return super().write(fd, data, offset)
-
-    def truncate(self, fd: int, size: int) -> None:
-        self.check("truncate", os.readlink(f"/proc/self/fd/{fd}"))
-        super().truncate(fd, size)
-
-    def sync(self, fd: int) -> None:
-        self.check("sync", os.readlink(f"/proc/self/fd/{fd}"))
-        super().sync(fd)
-
-    def replace(self, source: Path, dest: Path) -> None:
-        self.check("replace", str(dest))
-        super().replace(source, dest)
-
-    def create(self, path: Path, *, exclusive: bool = False, mode: int = 0o666) -> int:
-        self.check("create", str(path))
-        return super().create(path, exclusive=exclusive, mode=mode)
 
 
 def cursor(number: int) -> WatchCursor:
@@ -495,8 +482,8 @@ def steps() -> Iterator[Steps]:
 
 
 @pytest.fixture
-def files() -> FaultyFiles:
-    return FaultyFiles()
+def files() -> FailingFiles:
+    return FailingFiles()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from faultkit import batch
 
@@ -42,7 +43,14 @@ def numbered(number: int) -> WatchCursor:
 
 def engine(path: Path, files: Files, answer: Answer, last: int) -> None:
     """The engine applies, compacts each 5 batches, exports each 7, and starts anew each 9."""
-    cursor, snap = AppendLogSnapshot.open(path, files=files)
+    alone(lambda: AppendLogSnapshot.open(path, files=files), path, answer, last)
+
+
+def alone(
+    reopen: Callable[[], tuple[WatchCursor, Any]], path: Path, answer: Answer, last: int
+) -> None:
+    """The story of an engine."""
+    cursor, snap = reopen()
     for number in range((cursor.as_u64() or 0) + 1, last + 1):
         snap.apply(batch(number), numbered(number))
         answer(number)
@@ -52,7 +60,7 @@ def engine(path: Path, files: Files, answer: Answer, last: int) -> None:
             snap.export_to(path.with_name(f"artifact-{number}"))
         if number % 9 == 0:
             snap.close()
-            _, snap = AppendLogSnapshot.open(path, files=files)
+            _, snap = reopen()
     snap.close()
 
 
@@ -89,18 +97,7 @@ def importing(path: Path, files: Files, answer: Answer, last: int) -> None:
 
 def rocksdb(path: Path, files: Files, answer: Answer, last: int) -> None:
     """The RocksDB engine applies, flushes every 5 batches, exports every 7, restarts every 9."""
-    cursor, snap = RocksDbSnapshot.open(path)
-    for number in range((cursor.as_u64() or 0) + 1, last + 1):
-        snap.apply(batch(number), numbered(number))
-        answer(number)
-        if number % 5 == 0:
-            snap.compact()
-        if number % 7 == 0:
-            snap.export_to(path.with_name(f"artifact-{number}"))
-        if number % 9 == 0:
-            snap.close()
-            _, snap = RocksDbSnapshot.open(path)
-    snap.close()
+    alone(lambda: RocksDbSnapshot.open(path), path, answer, last)
 
 
 def rocksdb_store(path: Path, files: Files, answer: Answer, last: int) -> None:

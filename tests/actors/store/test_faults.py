@@ -159,7 +159,7 @@ def test_a_failed_fsync_is_healed_and_each_caller_gets_his_own_truth(
     files.fail("sync")
     gate.open()
     assert results(futures) == list(range(2, 2 + callers))
-    assert files.fired["sync"] == 1
+    assert files.failed["sync"] == 1
     assert store.synced_cursor == store.cursor() == cursor(1 + callers)
     until(lambda: store.state is State.RUNNING, "the store runs")
     assert steps.seen["writer.heal"] == 1

@@ -180,18 +180,27 @@ def test_put_delete_apply_and_compact_write_a_database(database: Path) -> None:
     assert run("put", database, "k", "v", "--format", "foldlog").exit_code == 2
 
 
-@pytest.mark.parametrize(
+def arguments(command: str, out: Path) -> tuple[str | Path, ...]:
+    """What a command takes beside the log or database."""
+    more: dict[str, tuple[str | Path, ...]] = {
+        "get": ("a",),
+        "export": (out,),
+        "convert": (out, "--to", "foldlog"),
+        "put": ("a", "1"),
+    }
+    return more.get(command, ())
+
+
+ALL_COMMANDS = pytest.mark.parametrize(
     "command", ["get", "range", "info", "verify", "export", "convert", "put", "compact", "apply"]
 )
+
+
+@ALL_COMMANDS
 def test_a_directory_that_is_no_database_is_refused_and_left_as_it_is(
     tmp_path: Path, command: str
 ) -> None:
-    more = {
-        "get": ("a",),
-        "export": (tmp_path / "out",),
-        "convert": (tmp_path / "out", "--to", "foldlog"),
-        "put": ("a", "1"),
-    }.get(command, ())
+    more = arguments(command, tmp_path / "out")
     for name in ("empty", "other"):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
@@ -225,19 +234,12 @@ def damaged(database: Path) -> str:
     return "Corruption: "
 
 
-@pytest.mark.parametrize(
-    "command", ["get", "range", "info", "verify", "export", "convert", "put", "compact", "apply"]
-)
+@ALL_COMMANDS
 @pytest.mark.parametrize("spoil", [of_a_newer_rocksdb, damaged])
 def test_a_database_that_cannot_be_opened_is_refused_by_every_command(
     database: Path, tmp_path: Path, spoil: Callable[[Path], str], command: str
 ) -> None:
-    more = {
-        "get": ("a",),
-        "export": (tmp_path / "out",),
-        "convert": (tmp_path / "out", "--to", "foldlog"),
-        "put": ("a", "1"),
-    }.get(command, ())
+    more = arguments(command, tmp_path / "out")
     words = spoil(database)
     before = files_but_logs(database)
     result = run(command, database, *more)
