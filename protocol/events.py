@@ -10,7 +10,10 @@ from foldlog.protocol.updates import Update
 
 
 class Changed(NamedTuple):
-    """A key was written or removed. Before the first `Synced`: an entry of the state."""
+    """A key was written or removed. Before the first `Synced`: an entry of the state.
+
+    In a difference, a `Purge` appears as a `Delete`.
+    """
 
     update: Update
     cursor: WatchCursor
@@ -41,8 +44,8 @@ class Lagged(NamedTuple):
 
 
 class Rewound(NamedTuple):
-    """Followers only: the log went back to an older state or was replaced. The difference follows,
-    then a `Synced`."""
+    """Followers and mirrors only: the log or the upstream went back to an older state or was
+    replaced. The difference follows, then a `Synced`."""
 
     reason: str
 
