@@ -35,6 +35,8 @@ WRITE_BUFFER_BYTES = 64 * 1024 * 1024
 
 With a small cache, they are smaller.
 """
+READ_ATTEMPTS = 100
+"""How often to open a database for reading whose files a writer replaces meanwhile."""
 _BLOOM_BITS = 10
 _SURELY_OLD = (9, 8)
 """RocksDB's version in the oldest rocksdict that the extra allows.
@@ -97,7 +99,8 @@ def open_database(
 def reading(path: Path, cache_bytes: int = CACHE_BYTES.least):  # type: ignore[no-untyped-def]
     """The database at `path`, opened read-only.
 
-    Works while a writer has it open, and leaves its state as it is.
+    Works while a writer has it open, and leaves its state as it is. FoldlogError if that writer
+    replaces files faster than they can be opened.
     """
     rocksdict = binding()
     look_at(path, create=False)
@@ -105,12 +108,21 @@ def reading(path: Path, cache_bytes: int = CACHE_BYTES.least):  # type: ignore[n
         options = _options(rocksdict, cache_bytes, "refuse")
         options.set_db_log_dir(logs)  # RocksDB would write its own log into the database
         access = rocksdict.AccessType.read_only(False)
-        try:
-            db = rocksdict.Rdict(os.fspath(path), options, access_type=access)
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            raise typed(error, path, opening=True) from error
+        for _ in range(READ_ATTEMPTS):
+            names = set(os.listdir(path))
+            try:
+                db = rocksdict.Rdict(os.fspath(path), options, access_type=access)
+            except Exception as error:
+                if not is_rocksdbs(error):
+                    raise
+                if set(os.listdir(path)) == names:
+                    raise typed(error, path, opening=True) from error
+                continue  # a writer removed a file that was about to be opened
+            if set(os.listdir(path)) == names:
+                break
+            db.close()  # it may lack what was in a file that a writer removed
+        else:
+            raise FoldlogError(f"{path}: its files are replaced faster than they can be opened")
         try:
             yield db
         finally:
