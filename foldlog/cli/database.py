@@ -70,7 +70,7 @@ def _holds_database(directory: Path) -> bool:
 def refuse_format(log: Path, format_name: FormatName | None) -> None:
     """ValueError if a file format is asked for, where there are no files of one format."""
     if format_name is not None:
-        raise ValueError(f"{log}: --format is of a log; a RocksDB database has one format only")
+        raise ValueError(f"{log}: --format is for logs; a RocksDB database has only one format")
 
 
 def is_database(path: Path) -> bool:
@@ -84,7 +84,7 @@ def is_database(path: Path) -> bool:
     except InvalidFormatError:
         if _holds_database(path):
             raise
-        reason = "is a directory, and no RocksDB database"
+        reason = "is a directory, but not a RocksDB database"
         raise IsADirectoryError(errno.EISDIR, reason, str(path)) from None
 
 

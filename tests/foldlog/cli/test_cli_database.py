@@ -153,7 +153,7 @@ def test_an_export_is_imported_as_a_database_again(database: Path, tmp_path: Pat
     assert exported["cursor"] == 7
     refused = run("import", artifact, copy, "--format", "foldlog")
     assert refused.exit_code == 2
-    assert "one format only" in refused.stderr
+    assert "only one format" in refused.stderr
     assert run("import", artifact, copy).exit_code == 0
     assert state_of(copy) == (ENTRIES, CURSOR)
 
@@ -209,7 +209,7 @@ def test_a_directory_that_is_no_database_is_refused_and_left_as_it_is(
         before = files_in(folder)
         result = run(command, folder, *more)
         assert result.exit_code == 2
-        assert "is a directory, and no RocksDB database" in result.stderr
+        assert "is a directory, but not a RocksDB database" in result.stderr
         assert files_in(folder) == before
         assert not (tmp_path / "out").exists()
 

@@ -109,9 +109,9 @@ def table(path: Path) -> Path:
 def test_a_directory_of_something_else_is_refused_and_left_as_it_is(path: Path) -> None:
     path.mkdir()
     (path / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidFormatError, match="no RocksDB database"):
+    with pytest.raises(InvalidFormatError, match="not a RocksDB database"):
         opened(path)
-    with pytest.raises(InvalidFormatError, match="no RocksDB database"):
+    with pytest.raises(InvalidFormatError, match="not a RocksDB database"):
         describe(path)
     assert content(path) == {"notes.txt": b"mine"}
 
@@ -140,14 +140,14 @@ def test_a_log_of_the_rust_crate_is_refused_where_a_directory_is_expected(path: 
 @pytest.mark.parametrize("content", [b"", b"text"])
 def test_any_other_file_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(InvalidFormatError, match="is no directory"):
+    with pytest.raises(InvalidFormatError, match="is not a directory"):
         opened(path)
     assert path.read_bytes() == content
 
 
 def test_a_pipe_is_refused_without_waiting_for_it(path: Path) -> None:
     os.mkfifo(path)
-    with pytest.raises(InvalidFormatError, match="is no directory"):
+    with pytest.raises(InvalidFormatError, match="is not a directory"):
         opened(path)
 
 

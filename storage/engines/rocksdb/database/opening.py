@@ -176,7 +176,7 @@ def look_at(path: Path, *, create: bool) -> bool:
         raise CorruptLogError(path / "CURRENT", 0, f"is missing, where {tables[0]} is not")
     if create and all(map(_BEFORE_CURRENT.fullmatch, names)):
         return False
-    raise InvalidFormatError(path, 0, "is a directory, and no RocksDB database")
+    raise InvalidFormatError(path, 0, "is a directory, but not a RocksDB database")
 
 
 def _what_file(path: Path) -> str:
@@ -193,7 +193,7 @@ def _what_file(path: Path) -> str:
             os.close(fd)
     if first.startswith(MAGICS):
         return "is a log, which the append-log engine opens; a RocksDB database is a directory"
-    return "is no directory, as a RocksDB database is"
+    return "is not a directory, as a RocksDB database is"
 
 
 def _refuse_foreign(path: Path, names: list[str]) -> None:
