@@ -128,12 +128,18 @@ def campaign(store, steps, ledger, seed, rounds):
     results([*others, harming])
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("seed", "rounds"),
+    [
+        *((seed, 20) for seed in (1, 2, 3)),
+        *(pytest.param(seed, 60, marks=pytest.mark.slow) for seed in range(20)),
+    ],
+)
 def test_eight_threads_and_crashes_never_show_half_a_batch_or_lose_one(
-    open_store, steps, path, seed
+    open_store, steps, path, seed, rounds
 ):
     store = open_store(
-        max_restarts=1000,
+        max_restarts=10_000,
         sync_interval_s=0.02,
         readers=2,
         sync=["interval", "always", "never"][seed % 3],
@@ -141,7 +147,7 @@ def test_eight_threads_and_crashes_never_show_half_a_batch_or_lose_one(
     # Restarts follow each other at once: what is tested is what they show, not how long they wait.
     object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
     ledger = Ledger()
-    campaign(store, steps, ledger, seed, rounds=20)
+    campaign(store, steps, ledger, seed, rounds=rounds)
     until(lambda: store.state is State.RUNNING, "the store runs")
     extra = store.snapshot().seq - len(ledger.answered)
     store.close(DEADLINE_S)
@@ -157,25 +163,6 @@ def check(ledger, path, extra):
     }
     assert truth.cursor == cursor(max(ledger.answered, key=ledger.answered.__getitem__))
     assert truth.seq == len(ledger.answered) + extra
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
-def test_a_long_campaign_of_crashes_never_shows_half_a_batch_or_loses_one(
-    open_store, steps, path, seed
-):
-    store = open_store(
-        max_restarts=10_000,
-        sync_interval_s=0.01,
-        readers=3,
-        sync=["interval", "always", "never"][seed % 3],
-    )
-    object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
-    ledger = Ledger()
-    campaign(store, steps, ledger, seed, rounds=60)
-    extra = store.snapshot().seq - len(ledger.answered)
-    store.close(DEADLINE_S)
-    check(ledger, path, extra)
 
 
 def test_counters_that_eight_threads_compare_and_set_lose_no_increment(open_store, steps):
