@@ -71,8 +71,14 @@ def start_aside(thread: threading.Thread, failed: Callable[[BaseException], obje
         except BaseException as error:
             failed(error)
 
+    call_aside(start, failed)
+
+
+def call_aside(call: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
+    """Call `call`, which must not raise, on a thread of its own, where no interrupt comes. If none
+    can be started, calls `failed` with the RuntimeError."""
     try:
-        _thread.start_new_thread(start, ())
+        _thread.start_new_thread(call, ())
     except RuntimeError as error:
         failed(error)
 

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from foldlog.actors.base.adapter import log, start_aside
+from foldlog.actors.base.adapter import call_aside, log
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.prefixes import PrefixIndex, listed
 from foldlog.actors.feeds.ring import Cell, Group, Place, Ring
@@ -69,13 +69,16 @@ class Dispatcher:
         """Those that may have something to send. May hold some twice."""
         self._served: dict[Served, None] = {}
         self._runner: dict[str, object] = {}
-        """The thread that runs, under one key: claimed and released in one step."""
+        """The claim of the thread that runs, under one key: taken and released in one step."""
         self._next_check = 0.0
 
     def add(self, served: Served) -> None:
-        """Serve it. RuntimeError if no thread can be started."""
+        """Serve it. If no thread can be started, it is given up."""
         self._joining.append(served)
-        self._start()
+        if self._runner:
+            self._bookmark.wake()
+        else:
+            call_aside(self._start, lambda error: self._not_started(served, error))
 
     def wake(self, served: Served) -> None:
         """It may have something to send, or is to end. Any thread may call it. Never blocks."""
@@ -83,39 +86,60 @@ class Dispatcher:
             self._ready.append(served)
             self._bookmark.wake()
 
-    def _start(self) -> None:
-        """Start the thread if none runs. One too many ends at once."""
-        if self._runner:
-            self._bookmark.wake()
-        else:
-            thread = threading.Thread(target=self._run, name="foldlog-dispatcher", daemon=True)
-            start_aside(thread, self._failed_to_start)
+    def _claim(self) -> bool:
+        """Claim to be the one that runs. False if there is one already: it is woken.
 
-    def _failed_to_start(self, error: BaseException) -> None:
-        while self._joining and not self._runner:
-            self._joining.popleft().give_up(f"no thread could be started: {error}")
+        Never in a caller's frame, which an interrupt could leave with the claim held.
+        """
+        me = object()
+        if self._runner.setdefault("thread", me) is me:
+            return True
+        self._bookmark.wake()
+        return False
+
+    def _release(self) -> None:
+        self._runner.pop("thread", None)
+
+    def _start(self) -> None:
+        """Start the thread, unless one runs."""
+        if not self._claim():
+            return
+        try:
+            threading.Thread(target=self._run, name="foldlog-dispatcher", daemon=True).start()
+        except BaseException as error:
+            while True:
+                for served in listed(self._joining):
+                    self._not_started(served, error)
+                self._release()
+                if not self._joining or not self._claim():  # some may have been added before that
+                    return
+
+    def _not_started(self, served: Served, error: BaseException) -> None:
+        """Give it up, unless a thread serves it that was started for another one."""
+        try:
+            self._joining.remove(served)
+        except ValueError:
+            return
+        served.give_up(f"no thread could be started: {error}")
 
     def _run(self) -> None:
-        me = object()
-        if self._runner.setdefault("thread", me) is not me:
-            self._bookmark.wake()
-            return
-        bookmark = self._bookmark
-        try:
-            bookmark.place(self._ring, self._published)
-            self.index.told = None
-            self._serve_all()
-        except BaseException:  # a mailbox of the user's may raise anything
-            log.exception("the dispatcher failed")
-            for served in (*listed(self._served), *listed(self._joining)):
-                served.give_up("the dispatcher failed")
-            self._served.clear()
-            self._joining.clear()
-        finally:
-            self._let_go()
-            self._runner.pop("thread", None)
-        if self._joining:  # added between the last look and leaving
-            self._start()
+        """Serve, until there is nobody to serve. The thread was started with the claim."""
+        while True:
+            try:
+                self._bookmark.place(self._ring, self._published)
+                self.index.told = None
+                self._serve_all()
+            except BaseException:  # a mailbox of the user's may raise anything
+                log.exception("the dispatcher failed")
+                for served in (*listed(self._served), *listed(self._joining)):
+                    served.give_up("the dispatcher failed")
+                self._served.clear()
+                self._joining.clear()
+            finally:
+                self._let_go()
+                self._release()
+            if not self._joining or not self._claim():  # some may have been added before that
+                return
 
     def _let_go(self) -> None:
         """Nobody is served: keep no group, no state and no actor."""

@@ -83,8 +83,7 @@ def test_a_hundred_subscriptions_take_one_thread_and_none_once_they_have_ended(
     deliveries = [store.subscribe(ref, f"{number:03}/") for number in range(100)]
     for _ in deliveries:
         crowd.next(Synced)
-    # Several may be started at once; all but the first end at once.
-    until(lambda: dispatchers() == ["foldlog-dispatcher"], "one thread serves all")
+    assert dispatchers() == ["foldlog-dispatcher"], "one thread serves all"
     store.apply([Put(f"{number:03}/k", b"") for number in range(0, 100, 7)], cursor(1))
     told = {crowd.next(Changed)[1].update.key for _ in range(15)}
     assert told == {f"{number:03}/k" for number in range(0, 100, 7)}
@@ -175,6 +174,9 @@ def test_a_group_takes_the_same_work_of_the_dispatcher_for_any_number_that_it_do
     assert few.is_like(many), (few, many)
 
 
+NO_THREAD = "can't start new thread"
+
+
 def test_where_no_thread_can_be_started_the_subscription_ends_and_says_why(
     crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
 ):
@@ -185,15 +187,15 @@ def test_where_no_thread_can_be_started_the_subscription_ends_and_says_why(
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dispatcher_module, "start_aside", refuse)
+        patch.setattr(dispatcher_module, "call_aside", refuse)
         with pytest.raises(RuntimeError):
             store.subscribe(ref)
     assert not store._core.feeds.wanted
     with monkeypatch.context() as patch:
         patch.setattr(
             dispatcher_module,
-            "start_aside",
-            lambda thread, failed: failed(RuntimeError("can't start new thread")),
+            "call_aside",
+            lambda call, failed: failed(RuntimeError("can't start new thread")),
         )
         delivery = store.subscribe(ref)
     assert delivery.wait_ended(DEADLINE_S)
@@ -201,6 +203,134 @@ def test_where_no_thread_can_be_started_the_subscription_ends_and_says_why(
     crowd.next(Ended)
     store.subscribe(ref)
     crowd.next(Synced)
+
+
+class Aside:
+    """In the place of `call_aside`: keeps each call, for the test to make. Also that of the class
+    of threads: keeps what is to run in the one that would be started."""
+
+    daemon = True
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+        self.started: list[Callable[[], object]] = []
+        self.error: BaseException | None = None
+        """What the start of a thread, or a call aside, fails with."""
+        self.target: Callable[[], object] = self.start
+
+    def call(self, call: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
+        if self.error is not None:
+            failed(self.error)
+        else:
+            self.calls.append(call)
+
+    def thread(self, target: Callable[[], object], **options: object) -> Aside:
+        self.target = target
+        return self
+
+    def start(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.started.append(self.target)
+
+
+class Once:
+    """Is over after one turn."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.reason = ""
+
+    def serve(self, limit: int) -> bool:
+        self.is_over = True
+        return False
+
+    def check(self) -> None:
+        pass
+
+    def give_up(self, reason: str) -> None:
+        self.reason, self.is_over = reason, True
+
+
+@pytest.fixture
+def aside(monkeypatch: pytest.MonkeyPatch) -> Aside:
+    aside = Aside()
+    monkeypatch.setattr(dispatcher_module, "call_aside", aside.call)
+    monkeypatch.setattr(dispatcher_module.threading, "Thread", aside.thread)
+    return aside
+
+
+def test_a_burst_of_subscriptions_starts_one_thread(aside: Aside):
+    """Each that came before the first thread had begun started one of its own."""
+    dispatcher = Feeds().dispatcher
+    burst = Once(), Once(), Once()
+    for served in burst:
+        dispatcher.add(served)
+    for call in aside.calls:
+        call()
+    (run,) = aside.started
+    run()
+    assert [served.reason for served in burst] == [""] * 3
+    assert all(served.is_over for served in burst)
+    late = Once()
+    dispatcher.add(late)
+    aside.calls[-1]()
+    assert len(aside.started) == 2, "another one begins when it is needed again"
+
+
+def test_one_that_is_added_while_the_thread_lets_go_is_served_by_it(
+    aside: Aside, monkeypatch: pytest.MonkeyPatch
+):
+    dispatcher = Feeds().dispatcher
+    early, late = Once(), Once()
+    dispatcher.add(early)
+    aside.calls[0]()
+    let_go = dispatcher._let_go
+
+    def let_go_late() -> None:
+        if not late.is_over:
+            dispatcher.add(late)  # sees a thread that runs
+        let_go()
+
+    monkeypatch.setattr(dispatcher, "_let_go", let_go_late)
+    aside.started[0]()
+    assert (late.is_over, late.reason, len(aside.calls)) == (True, "", 1)
+
+
+def test_a_thread_that_cannot_be_started_ends_only_the_subscription_that_asked_for_it(
+    aside: Aside,
+):
+    """Another one's thread was about to begin. Its subscription was ended, too, for want of a
+    thread."""
+    dispatcher = Feeds().dispatcher
+    well, refused = Once(), Once()
+    dispatcher.add(well)
+    aside.error = RuntimeError(NO_THREAD)
+    dispatcher.add(refused)
+    aside.error = None
+    assert (well.reason, refused.reason) == ("", f"no thread could be started: {NO_THREAD}")
+    aside.calls[0]()
+    aside.started[0]()
+    assert well.is_over
+    assert well.reason == ""
+
+
+def test_those_who_counted_on_a_thread_that_cannot_be_started_are_given_up(aside: Aside):
+    dispatcher = Feeds().dispatcher
+    both = Once(), Once()
+    for served in both:
+        dispatcher.add(served)
+    aside.error = RuntimeError(NO_THREAD)
+    aside.calls[0]()
+    assert [served.reason for served in both] == [f"no thread could be started: {NO_THREAD}"] * 2
+    aside.error = None
+    aside.calls[1]()
+    aside.started[0]()  # finds nobody
+    late = Once()
+    dispatcher.add(late)
+    aside.calls[2]()
+    aside.started[1]()
+    assert (late.is_over, late.reason) == (True, "")
 
 
 def test_a_group_that_concerns_nobody_has_nobody_served(
