@@ -91,16 +91,14 @@ class Pull:
         await self._ask(once)
         heard = self._heard = time.monotonic()
         while True:
-            if not self.receiver.waiting:
-                await self._wait()
+            await self._wait()
             piece = self._take()
-            if once:  # nobody needs parts of a pass early: use fewer, larger pieces
+            if only is not None:  # nobody needs parts of a pass early: use fewer, larger pieces
                 while not self._ended and not _is_full(len(piece.updates), piece.size):
                     await self._ask(once)
-                    if not self.receiver.waiting:
-                        await self._wait()
+                    await self._wait()
                     piece = self._take(piece)
-                    if only is not None and self._is_stuck():
+                    if self._is_stuck():
                         await self._look(only)
             if piece.updates or (self._heard > heard and not once):  # silence proves nothing
                 yield piece
@@ -110,7 +108,7 @@ class Pull:
             await self._ask(once)
 
     async def _wait(self) -> None:
-        """Wait for something to arrive, for half a heartbeat at most."""
+        """Wait until something has arrived, for half a heartbeat at most."""
         self._woken.clear()
         if self.receiver.error is None and not self.receiver.waiting:
             self._connection.check()
@@ -126,7 +124,7 @@ class Pull:
 
     async def _ask(self, once: bool) -> None:
         """Keep enough requests open. The server may send no more than they ask for."""
-        while not self._single and (self._wants_single or self._credit <= self._batch):
+        while not self._single and self._credit <= self._batch:
             self._number += 1
             count = 1 if self._wants_single else self._batch
             request: dict[str, Any] = {"batch": count}
@@ -166,7 +164,7 @@ class Pull:
             if self._was_short:  # perhaps it was left out
                 reason = f"{self._connection.who}: messages are pending that do not come"
                 raise UpstreamLost(reason)
-            self._ended, self._pending = True, 0
+            self._ended = True
 
     def _take(self, first: Piece | None = None) -> Piece:
         """The messages received, added to `first`, up to the size of a piece."""
@@ -210,7 +208,6 @@ class Pull:
         self._refusals = self._refusals + 1 if "requests pending" in text else 0
         if code == "404":
             self._ended = True
-            self._pending = 0
         elif code == "409" and "message size exceeds" in text:
             # The message at hand fits no open request: the server has ended them all.
             self._credit, self._wants_single = 0, left == asked  # it brought nothing
