@@ -18,12 +18,15 @@ import re
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import Delete, Purge, Put, Update
 from foldlog.protocol.upstream import UpstreamError, UpstreamLost, UpstreamRefused
 
+CACHED_HEADER_BYTES = 256
+"""Longer headers are decoded each time."""
 _new_bytes = bytes.__new__
 _new_tuple = tuple.__new__
 _MARKER = "Nats-Marker-Reason"
@@ -110,7 +113,7 @@ class Receiver:
         if last is not None:
             stored_ns, pending, *_ = last[4].split(b".")
             self._add(Run(updates, int(last[2]), int(stored_ns), int(pending), size))
-        return at if found else self._take_status(data, at, sid)
+        return self._take_status(data, at, sid)
 
     def _take_status(self, data: bytes, at: int, sid: bytes) -> int:
         """Decode a status at `at`, if there is a complete one of `sid`. Returns where it ends."""
@@ -206,24 +209,19 @@ def _unit(data: bytes, at: int) -> tuple[int, bytes]:
     return stop + 2 + int(parts[-1]) + 2, parts[2]
 
 
-_removals: dict[bytes, type[Delete] | type[Purge] | None] = {}
-
-
 def _removal(raw: bytes) -> type[Delete] | type[Purge] | None:
     """What the headers of a message make it, if not a Put. Cached: most have the same headers."""
-    if raw in _removals:
-        return _removals[raw]
+    return _cached_removal(raw) if len(raw) <= CACHED_HEADER_BYTES else _parsed_removal(raw)
+
+
+def _parsed_removal(raw: bytes) -> type[Delete] | type[Purge] | None:
     headers = headers_of(raw)
-    kind: type[Delete] | type[Purge] | None = None
     if headers.get(_OPERATION) == "DEL":
-        kind = Delete
-    elif headers.get(_OPERATION) == "PURGE" or _MARKER in headers:
-        kind = Purge
-    if len(_removals) >= 256:
-        _removals.clear()
-    if len(raw) <= 256:
-        _removals[raw] = kind
-    return kind
+        return Delete
+    return Purge if headers.get(_OPERATION) == "PURGE" or _MARKER in headers else None
+
+
+_cached_removal = lru_cache(maxsize=256)(_parsed_removal)
 
 
 def headers_of(raw: bytes) -> dict[str, str]:

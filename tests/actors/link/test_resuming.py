@@ -15,6 +15,8 @@ from foldlog.actors.link.resuming import (
     Step,
     audit_delay_s,
     confirms,
+    is_same,
+    mark_of,
     may_delete,
     next_audit_s,
     plan,
@@ -195,6 +197,12 @@ ORIGIN, REBORN, OTHER = NAME + b"1", NAME + b"2", b"o" * 16 + b"1"
         (Held(ORIGIN, at(5), False), Identity(ORIGIN, at(6), at(9)), Step.REPLACE, False),
         (Held(ORIGIN, at(5), False), Identity(ORIGIN, at(0), at(4)), Step.REPLACE, True),
         (
+            Held(ORIGIN, WatchCursor(b"\0"), False),
+            Identity(ORIGIN, at(0), at(4)),
+            Step.REPLACE,
+            True,
+        ),
+        (
             Held(ORIGIN, WatchCursor(b"x"), False),
             Identity(ORIGIN, at(0), at(4)),
             Step.REPLACE,
@@ -210,6 +218,39 @@ ORIGIN, REBORN, OTHER = NAME + b"1", NAME + b"2", b"o" * 16 + b"1"
 def test_where_a_link_goes_on(held, found, step, rewound):
     decided = plan(held, found)
     assert (decided.step, decided.rewound) == (step, rewound)
+
+
+def test_a_log_of_unknown_origin_is_told_from_that_of_another_upstream():
+    found = Identity(ORIGIN, at(0), at(9))
+    reasons = [plan(Held(origin, at(5), False), found).reason for origin in (OTHER, b"")]
+    assert [reason.split(" by ")[1] for reason in reasons] == [
+        "another upstream",
+        "an unknown upstream",
+    ]
+
+
+def test_a_second_look_confirms_only_the_same_plan_for_the_same_upstream():
+    found, other = Identity(ORIGIN, at(0), at(4)), Identity(REBORN, at(0), at(4))
+    back, resume = Plan(Step.REPLACE, "went back", rewound=True), Plan(Step.RESUME)
+    assert confirms(found, back, found._replace(last=at(3)), back)
+    assert not confirms(found, back, other, back)
+    assert not confirms(found, back, found, resume)
+
+
+@pytest.mark.parametrize(
+    ("held", "mark", "same"),
+    [
+        (ORIGIN, b"", True),
+        (ORIGIN + b"m" * 8, b"m" * 8, True),
+        (ORIGIN + b"m" * 7, b"", False),
+        (ORIGIN + b"m" * 9, b"", False),
+        (OTHER + b"m" * 8, b"", False),
+        (OTHER, b"", False),
+        (b"", b"", False),
+    ],
+)
+def test_a_mark_is_what_follows_the_origin_in_full_length(held, mark, same):
+    assert (mark_of(held, ORIGIN), is_same(held, ORIGIN)) == (mark, same)
 
 
 def test_a_foreign_log_is_replaced_only_once_its_owner_agrees():
@@ -237,6 +278,7 @@ def test_keys_told_of_meanwhile_are_exempt_from_an_audit():
 def test_a_scope_keeps_the_name_and_other_prefixes_are_another_incarnation():
     scopes = {scoped_origin(ORIGIN, p) for p in ((), ("a",), ("b",), ("a", "b"), ("ab",))}
     assert len(scopes) == 5
+    assert scoped_origin(ORIGIN, ()) == ORIGIN
     assert {scope[:16] for scope in scopes} == {NAME}
     assert scoped_origin(ORIGIN, ("b", "a")) == scoped_origin(ORIGIN, ("a", "b"))
     assert all(len(scope) <= 32 for scope in scopes)

@@ -9,6 +9,7 @@ import pytest
 
 from foldlog.protocol.updates import Delete, Purge, Put
 from foldlog.protocol.upstream import UpstreamLost, UpstreamRefused
+from foldlog.upstreams import nats_wire
 from foldlog.upstreams.nats_wire import Receiver, Run, Status, Wire, headers_of
 
 
@@ -138,6 +139,7 @@ def test_a_domain_adds_tokens_to_a_reply(reply):
         (message(b"a", 2, b""), UpstreamLost, "message 2 of the consumer came after 0"),
         (message(b"a\xff", 1, b""), UpstreamRefused, "key b'a\\\\xff' is not UTF-8"),
         (message(b"a", 1, b"").replace(b".10.1.", b".x.y."), UpstreamLost, "cannot be read"),
+        (status(b"100 Beat").replace(b" 7 ", b" 7 reply "), UpstreamLost, "cannot be read"),
     ],
 )
 def test_what_cannot_be_held_ends_the_receiver_and_not_the_connection(data, error, text):
@@ -171,3 +173,60 @@ def test_a_status_and_its_headers_are_read():
         "Nats-Pending-Bytes": "7",
     }
     assert headers_of(b"NATS/1.0 503\r\n\r\n") == {"Status": "503", "Description": ""}
+    assert headers_of(b"NATS/1.0\r\nA: b\r\n\r\n") == {"A": "b"}
+
+
+@pytest.mark.parametrize("line", [b"\r\n", b"MSG a 7\r\n", b"MSG a 7 x\r\n", b"MSG a 7 1 x\r\n"])
+def test_a_line_that_is_no_message_is_left_to_nats_py(line):
+    updates, others = received([line + message(b"k", 1, b"") + OTHERS[0]])
+    assert others == [line, OTHERS[0]]
+    assert [update.key for update in updates] == ["k"]
+
+
+def test_a_message_that_comes_in_many_reads_is_not_searched_at_each(monkeypatch):
+    """Else the work for a large one would be the square of its size."""
+    units, unit = [], nats_wire._unit
+
+    def counted(data, at):
+        units.append(at)
+        return unit(data, at)
+
+    monkeypatch.setattr(nats_wire, "_unit", counted)
+    data = message(b"large", 1, b"v" * 10_000)
+    (update,), _ = received([data[at : at + 100] for at in range(0, len(data), 100)])
+    assert len(update.value) == 10_000
+    assert len(units) < 10
+
+
+def test_what_is_received_and_what_fails_wakes_the_reader_and_the_first_failure_counts():
+    woken = []
+    receiver = Receiver("b", "$KV.b.", lambda: woken.append(receiver.error))
+    data = message(b"a", 1, b"") + status(b"100 Beat")
+    assert receiver.take(data, receiver.take(data, 0, b"7"), b"7") == len(data)
+    first, second = UpstreamLost("first"), UpstreamLost("second")
+    receiver.fail(first)
+    receiver.fail(second)
+    assert woken[0] is None
+    assert woken[-2:] == [first, first]
+    assert [type(arrived) for arrived in receiver.waiting] == [Run, Status]
+
+
+def test_a_new_connection_begins_with_nothing_of_the_one_before():
+    parser = Parser()
+    wire = Wire(parser)
+    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    asyncio.run(wire.parse(OTHERS[0] + message(b"half", 1, b"1")[:-5]))
+    wire.reset()
+    assert parser.units == []
+    asyncio.run(wire.parse(message(b"whole", 1, b"1")))
+    (run,) = receiver.waiting
+    assert [update.key for update in run.updates] == ["whole"]
+
+
+def test_headers_are_decoded_once_unless_they_are_long():
+    nats_wire._cached_removal.cache_clear()
+    start = b"NATS/1.0\r\nKV-Operation: DEL\r\nX: "
+    for size in (nats_wire.CACHED_HEADER_BYTES, nats_wire.CACHED_HEADER_BYTES + 1) * 2:
+        assert nats_wire._removal(start + b"x" * (size - len(start) - 4) + b"\r\n\r\n") is Delete
+    found = nats_wire._cached_removal.cache_info()
+    assert (found.hits, found.misses) == (1, 1)
