@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import virtual_time
 from scripted_upstream import Marked, Plain, Scripted, at
 from upstream_kit import until
+from virtual_link import MemorySink, drive, failed, live, reached
 
 import foldlog
 from foldlog import (
@@ -30,7 +32,14 @@ from foldlog.actors.link.link import Link
 from foldlog.actors.link.progress import Progress
 from foldlog.protocol.errors import Backpressure
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
-from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, UpstreamMissing
+from foldlog.protocol.upstream import (
+    Changes,
+    ResetHeld,
+    UpstreamLost,
+    UpstreamMissing,
+    UpstreamOversize,
+    UpstreamRefused,
+)
 from foldlog.testing import Fault, FaultyFiles
 
 
@@ -75,6 +84,150 @@ def test_a_server_that_returns_is_asked_within_half_a_second(monkeypatch, error,
     waits_s = [later - earlier for earlier, later in itertools.pairwise(asked_s)]
     assert max(waits_s) < 0.501
     assert waits_s[-1] >= 0.25  # and a server that stays away is not asked without a pause
+
+
+# In virtual time: when it attaches again, and when it gives up.
+
+
+class Failing(Scripted):
+    """Each look at it fails with the next of `errors`, while there are any."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        super().__init__()
+        self.errors, self.closed = list(errors), 0
+
+    async def identify(self):
+        if self.errors:
+            raise self.errors.pop(0)
+        return await super().identify()
+
+    async def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UpstreamLost("away"), "away"),
+        (UpstreamMissing("no bucket"), "no bucket"),
+        (ConnectionResetError("reset"), "reset"),
+        (TimeoutError(), "TimeoutError"),
+        (foldlog.StoreFailed("the disk"), "the disk"),
+    ],
+)
+def test_what_may_pass_is_tried_again_and_is_no_restart(error, reason):
+    upstream, sink = Failing(error), MemorySink()
+    link = drive(sink, upstream, live)
+    assert link.states[:3] == [
+        (LinkState.ATTACHING, ""),
+        (LinkState.LOST, reason),
+        (LinkState.LOST, reason),
+    ]
+    assert link.states[3] == (LinkState.ATTACHING, reason)
+    assert (sink.restarts, link.stats().attaches) == ([], 2)
+    assert upstream.closed == 2, "once an attachment"
+
+
+@pytest.mark.parametrize("error", [UpstreamRefused("no"), UpstreamOversize("k is large", "k")])
+def test_what_cannot_pass_is_not_tried_again(error):
+    async def waits(link):
+        await failed(link)
+        await asyncio.sleep(10)
+        assert link.stats().attaches == 1
+        assert (link.error, link.reason) == (error, str(error))
+        link.accept_reset()  # none is held
+        await asyncio.sleep(10)
+        assert link.state is LinkState.FAILED
+
+    link = drive(MemorySink(), Failing(error), waits)
+    assert LinkState.LOST not in [state for state, _ in link.states]
+
+
+def test_attempts_are_counted_from_the_last_confirmation_on(monkeypatch):
+    attempts = []
+
+    def noted(attempt, jitter):
+        attempts.append(attempt)
+        return 0.01
+
+    class Breaks(Failing):
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                yield piece
+                if len(attempts) == 5:
+                    raise UpstreamLost("broken")
+
+    monkeypatch.setattr(link_module, "retry_delay_s", noted)
+    away, missing = UpstreamLost("away"), UpstreamMissing("gone")
+    upstream = Breaks(away, away, away, missing, away)
+    drive(MemorySink(), upstream, lambda link: reached(lambda: len(attempts) == 6))
+    assert attempts == [1, 2, 3, link_module.MISSING_ATTEMPT, 5, 0]
+
+
+def test_a_bug_restarts_the_link_with_growing_delays_and_at_last_fails_it():
+    bugs = [RuntimeError(f"bug {number}") for number in range(9)]
+    upstream, sink = Failing(*bugs), MemorySink()
+
+    async def waits(link):
+        await failed(link)
+        await asyncio.sleep(10)
+        assert link.error is bugs[3]
+
+    link = drive(sink, upstream, waits, max_restarts=3)
+    assert [restart.reason for restart in sink.restarts] == [
+        f"RuntimeError: bug {number}" for number in range(3)
+    ]
+    delays_s = [restart.delay_s for restart in sink.restarts]
+    assert delays_s[0] == 0.0
+    assert 0.05 <= delays_s[1] <= 0.1 <= delays_s[2] <= 0.2
+    assert (LinkState.LOST, "RuntimeError: bug 2") in link.states
+
+
+def test_restarts_long_ago_do_not_count(monkeypatch):
+    now_s = itertools.count(step=11.0)
+    clock = SimpleNamespace(monotonic=lambda: next(now_s), time=lambda: 0.0)
+    monkeypatch.setattr(link_module, "time", clock)
+    upstream, sink = Failing(*[RuntimeError("bug")] * 9), MemorySink()
+    drive(sink, upstream, live, max_restarts=2, restart_window_s=22.0)
+    assert len(sink.restarts) == 9
+    assert {restart.delay_s for restart in sink.restarts[1:]} != {0.0}
+
+
+def test_a_link_whose_store_is_closed_ends_and_one_whose_store_has_failed_does_not():
+    sink = MemorySink()
+
+    async def closed(link):
+        await live(link)
+        sink.error = foldlog.StoreFailed("the disk")
+        await reached(lambda: link.state is LinkState.LOST)
+        assert link.reason == "the disk"
+        await asyncio.sleep(5)
+        assert not link._task.done()
+        sink.error = StoreClosed("closed")
+        await reached(lambda: link._task.done())
+        assert link._task.exception() is None
+
+    drive(sink, Failing(), closed, audit_interval_s=1.0)
+
+
+def test_a_link_that_is_not_attached_does_not_know_how_far_it_is():
+    class Breaks(Failing):
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                yield piece
+                if self.errors:
+                    raise UpstreamLost("broken")
+
+    upstream = Breaks()
+
+    async def lost(link):
+        await live(link)
+        assert link.stats().lag == 0
+        upstream.errors = [UpstreamLost("away")] * 999
+        await reached(lambda: link.state is LinkState.LOST)
+        assert link.stats().lag is None
+
+    drive(MemorySink(), upstream, lost)
 
 
 # An attachment that ends.

@@ -1,0 +1,295 @@
+"""Audits, one by one: what they correct, when, and what they leave alone."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import scripted_upstream
+from scripted_upstream import Marked, Scripted, at
+from virtual_link import Fed, MemorySink, drive, failed, live, reached
+
+from foldlog import Delete, LinkState, Put, VersionToken
+from foldlog.actors.link import auditing
+from foldlog.protocol.upstream import Revisions
+
+ORIGIN = Scripted.origin
+
+
+@pytest.fixture(autouse=True)
+def _slow_beats_and_no_threads(monkeypatch):
+    async def inline(call, *arguments):
+        return call(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", inline)
+    monkeypatch.setattr(scripted_upstream, "BEAT_S", 0.1)
+
+
+def version(number: int) -> VersionToken:
+    return VersionToken.from_u64(number)
+
+
+def upstream_and_sink(*values: bytes, kind=Scripted):
+    """An upstream with k.0, k.1, ..., and a sink that holds all of it."""
+    upstream, sink = kind(), MemorySink()
+    for number, value in enumerate(values):
+        upstream.put(f"k.{number}", value)
+    sink.hold(upstream.updates, at(len(values)), ORIGIN)
+    return upstream, sink
+
+
+def spoil(sink, *updates) -> None:
+    """Make the fold differ from the upstream, with no change that tells of it."""
+    sink.hold(list(updates), sink.fold.cursor(), sink.fold.origin)
+
+
+def test_an_audit_corrects_what_is_missing_wrong_or_too_much_as_one_batch():
+    upstream, sink = upstream_and_sink(b"a", b"b", b"c")
+    spoil(sink, Delete("k.0"), Put("k.1", b"x", version(1)), Put("extra", b"", version(3)))
+    link = drive(sink, upstream, live)
+    assert sink.fed == [Fed({"k.0": b"a", "k.1": b"b"}, {"extra"}, 3, ORIGIN, "")]
+    assert (link.stats().mended, link.stats().resets) == (3, 0)
+    assert link.stats().audits == 2, "what is corrected is checked at once"
+
+
+def test_an_audit_that_finds_nothing_writes_nothing():
+    upstream, sink = upstream_and_sink(b"a", b"b")
+    link = drive(sink, upstream, live)
+    assert (sink.fed, link.stats().mended, link.stats().audits) == ([], 0, 1)
+
+
+@pytest.mark.parametrize(("held", "rewound"), [(1, False), (2, False), (3, True)])
+def test_only_an_older_entry_than_the_one_that_is_held_is_told_as_a_rewind(held, rewound):
+    upstream, sink = upstream_and_sink(b"a", b"b")
+    if held == 2:
+        held_version, upstream.updates[1] = version(2), Put("k.1", b"b", version(2))
+        spoil(sink, Put("k.1", b"b", version(1)))
+    else:
+        held_version = version(held)
+        spoil(sink, Put("k.1", b"x", held_version))
+    drive(sink, upstream, live)
+    assert [bool(fed.rewound) for fed in sink.fed] == [rewound]
+
+
+@pytest.mark.parametrize(("cost_s", "audits"), [(0.0, 2), (1.0, 1)])
+def test_audits_go_on_at_their_interval_and_within_their_budget(monkeypatch, cost_s, audits):
+    upstream, sink = upstream_and_sink(b"a")
+    spent_s = itertools.count(step=cost_s)
+    clock = SimpleNamespace(monotonic=auditing.time.monotonic, thread_time=lambda: next(spent_s))
+    monkeypatch.setattr(auditing, "time", clock)
+
+    async def counted(link):
+        await live(link)
+        await asyncio.sleep(9)
+        assert link.stats().audits == 1
+        await asyncio.sleep(2)
+        assert link.stats().audits == audits
+
+    drive(sink, upstream, counted, audit_interval_s=10.0)
+
+
+def test_keys_under_other_prefixes_are_not_missing():
+    upstream, sink = upstream_and_sink(b"a", b"b")
+    sink = MemorySink()
+    drive(sink, upstream, live, prefixes=("k.1",))
+    link = drive(sink, upstream, live, prefixes=("k.1",))
+    assert (sink.entries, link.stats().mended) == ({"k.1": b"b"}, 0)
+
+
+def test_with_a_parse_an_audit_compares_what_it_makes_of_the_state():
+    def parse(update):
+        if update.key == "k.0":
+            return None
+        return update._replace(key="copy." + update.key)
+
+    upstream, sink = upstream_and_sink(b"a", b"b", b"c")
+    sink = MemorySink()
+    drive(sink, upstream, live, parse=parse)
+    spoil(sink, Delete("copy.k.1"), Put("k.0", b"a", version(1)))
+    link = drive(sink, upstream, live, parse=parse)
+    assert sink.entries == {"copy.k.1": b"b", "copy.k.2": b"c"}
+    assert link.stats().mended == 2
+
+
+class InPieces(Scripted):
+    """Its state comes in pieces, of a change each: with deletes."""
+
+    async def state(self, prefixes):
+        for update in self.updates:
+            yield scripted_upstream.Changes([update], at(len(self.updates)), None, b"")
+
+
+def test_a_state_whose_later_pieces_delete_is_compared_as_it_is_at_its_end():
+    upstream, sink = upstream_and_sink(b"a", b"b", kind=InPieces)
+    upstream.delete("k.0")
+    sink.hold(upstream.updates[2:], at(3), ORIGIN)
+    link = drive(sink, upstream, live, parse=lambda update: update)
+    assert (sink.fed, link.stats().mended) == ([], 0)
+    spoil(sink, Put("k.0", b"a", version(1)))
+    link = drive(sink, upstream, live)
+    assert (sink.entries, link.stats().mended) == ({"k.1": b"b"}, 1)
+
+
+def test_an_audit_that_would_delete_most_keys_is_held_and_consent_serves_once():
+    upstream, sink = upstream_and_sink(b"a")
+    spoil(sink, *[Put(f"old.{n}", b"") for n in range(200)])
+
+    async def accepted(link):
+        await failed(link)
+        assert link.reason == "200 of 201 keys would be deleted"
+        assert len(sink.fold) == 201
+        link.accept_reset()
+        await reached(lambda: len(sink.fold) == 1)
+        assert not link._intake.accepted
+        await live(link)
+
+    drive(sink, upstream, accepted)
+
+
+def test_what_is_rewritten_is_no_delete():
+    upstream, sink = upstream_and_sink(*[b"a"] * 200)
+    spoil(sink, *[Put(f"k.{n}", b"x", version(500)) for n in range(200)])
+    link = drive(sink, upstream, live)
+    assert link.stats().mended == 200
+
+
+class Meanwhile(Scripted):
+    """Something happens while the revisions of the first audit are being read."""
+
+    asked = 0
+
+    def meanwhile(self) -> None:
+        raise NotImplementedError
+
+    async def revisions(self, prefixes):
+        found = await super().revisions(prefixes)
+        self.asked += 1
+        if self.asked == 1:
+            self.meanwhile()
+            await asyncio.sleep(1.0)
+        return found
+
+
+def test_keys_that_change_while_an_audit_reads_are_left_to_the_tail():
+    class Changing(Meanwhile):
+        def meanwhile(self):
+            self.put("k.0", b"new")
+            self.delete("k.1")
+            self.put("k.3", b"new")
+
+    upstream, sink = upstream_and_sink(b"a", b"b", b"c", kind=Changing)
+    link = drive(sink, upstream, live)
+    assert (link.stats().mended, link.stats().audits) == (0, 1)
+    assert sink.entries == {"k.0": b"new", "k.2": b"c", "k.3": b"new"}
+
+
+def test_a_key_that_changes_between_two_audits_is_audited_again():
+    class Changing(Meanwhile):
+        def meanwhile(self):
+            self.put("k.0", b"new")
+
+    upstream, sink = upstream_and_sink(b"a", kind=Changing)
+
+    async def spoiled(link):
+        await live(link)
+        spoil(sink, Delete("k.0"))
+        await reached(lambda: link.stats().audits == 3)
+        assert link.stats().mended == 1
+
+    drive(sink, upstream, spoiled, audit_interval_s=5.0)
+    assert sink.entries == {"k.0": b"new"}
+
+
+def test_what_an_audit_has_seen_and_the_tail_has_yet_to_bring_is_not_missing():
+    class Ahead(Scripted):
+        held_back = True
+
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                while piece.updates and self.held_back:
+                    await asyncio.sleep(0.1)
+                yield piece
+
+        async def revisions(self, prefixes):
+            self.put("k.9", b"new")
+            asyncio.get_running_loop().call_later(3.0, self.__setattr__, "held_back", False)
+            await asyncio.sleep(1.0)
+            return await super().revisions(prefixes)
+
+    upstream, sink = upstream_and_sink(b"a", kind=Ahead)
+    link = drive(sink, upstream, live)
+    assert link.stats().mended == 0
+    assert sink.fed == [Fed({"k.9": b"new"}, set(), 2, ORIGIN, "")]
+
+
+def test_a_position_that_no_change_leads_to_is_reached_once_the_tail_has_run_dry():
+    class Past(Scripted):
+        async def revisions(self, prefixes):
+            return Revisions((await super().revisions(prefixes)).versions, at(99))
+
+    upstream, sink = upstream_and_sink(b"a", kind=Past)
+    spoil(sink, Delete("k.0"))
+    drive(sink, upstream, live)
+    assert sink.entries == {"k.0": b"a"}
+
+
+def test_suspects_that_turn_out_right_are_not_written():
+    class Wrong(Scripted):
+        async def revisions(self, prefixes):
+            found = await super().revisions(prefixes)
+            return found._replace(versions={"k.0": b"wrong", "never": b"was"})
+
+    upstream, sink = upstream_and_sink(b"a", b"b", kind=Wrong)
+    link = drive(sink, upstream, live)
+    assert (sink.fed, link.stats().mended, link.stats().audits) == ([], 0, 1)
+
+
+def test_a_large_fold_is_compared_whole_and_lets_the_loop_run(monkeypatch):
+    monkeypatch.setattr(auditing, "BLOCKS", 2)
+    upstream, sink = upstream_and_sink(*[b"a"] * 3000)
+    spoil(sink, Delete("k.0"), Delete("k.2999"), Put("zz", b""))
+    link = drive(sink, upstream, live)
+    assert link.stats().mended == 3
+
+
+def test_an_upstream_that_no_longer_knows_its_mark_at_an_audit_is_let_go_of():
+    upstream, sink = upstream_and_sink(b"a", kind=Marked)
+    sink.hold([], at(1), ORIGIN + upstream.mark(1))
+
+    async def rewound(link):
+        await live(link)
+        upstream.past = b"2"
+        await reached(lambda: link.state is LinkState.LOST)
+        assert link.reason == "the upstream no longer knows the position"
+        await live(link)
+        assert link.stats().resets == 1
+
+    drive(sink, upstream, rewound, audit_interval_s=5.0)
+
+
+def test_a_mark_that_the_upstream_can_no_longer_tell_is_no_doubt_at_an_audit():
+    upstream, sink = upstream_and_sink(b"a", kind=Marked)
+    sink.hold([], at(1), ORIGIN + upstream.mark(1))
+
+    async def forgotten(link):
+        await live(link)
+
+        async def recalls(position, mark):
+            return None
+
+        upstream.recalls = recalls
+        await reached(lambda: link.stats().audits == 3)
+        assert link.stats().attaches == 1
+
+    drive(sink, upstream, forgotten, audit_interval_s=5.0)
+
+
+def test_a_log_that_keeps_no_marks_is_audited_by_values_and_gets_none():
+    upstream, sink = upstream_and_sink(b"a", kind=Marked)
+    spoil(sink, Put("k.0", b"x", version(1)))
+    sink.keeps_marks = False
+    link = drive(sink, upstream, live)
+    assert sink.fed == [Fed({"k.0": b"a"}, set(), 1, ORIGIN, "")]
+    assert not link._intake.in_doubt
