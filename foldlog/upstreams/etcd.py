@@ -178,8 +178,7 @@ class Etcd:
 
     def _keys(self) -> dict[str, str]:
         raw = self.prefix.encode()
-        end = raw.rstrip(b"\xff")
-        end = end[:-1] + bytes((end[-1] + 1,)) if end else b"\0"
+        end = raw[:-1] + bytes((raw[-1] + 1,)) if raw else b"\0"  # no byte of UTF-8 is 0xff
         return {"key": _b64(raw or b"\0"), "range_end": _b64(end)}
 
     async def _range(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +193,7 @@ class Etcd:
         except HttpError as error:
             raise self._http_error(error) from None
         except (OSError, TimeoutError, EOFError) as error:
-            raise UpstreamLost(f"{self!r}: {error or type(error).__name__}") from None
+            raise UpstreamLost(f"{self!r}: {str(error) or type(error).__name__}") from None
         return answer
 
     async def _stream(self, path: str, body: dict[str, Any]) -> Stream:
@@ -204,7 +203,7 @@ class Etcd:
         except HttpError as error:
             raise self._http_error(error) from None
         except (OSError, TimeoutError, EOFError) as error:
-            raise UpstreamLost(f"{self!r}: {error or type(error).__name__}") from None
+            raise UpstreamLost(f"{self!r}: {str(error) or type(error).__name__}") from None
 
     def _http_error(self, error: HttpError) -> UpstreamError:
         with contextlib.suppress(ValueError):
