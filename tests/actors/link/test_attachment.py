@@ -10,7 +10,7 @@ import scripted_upstream
 from scripted_upstream import Marked, Plain, Scripted, at
 from virtual_link import Fed, MemorySink, drive, failed, live, reached
 
-from foldlog import LinkState, Put, VersionToken, WatchCursor
+from foldlog import Delete, LinkState, Put, VersionToken, WatchCursor
 from foldlog.actors.link import attachment
 from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, UpstreamRefused
 
@@ -390,3 +390,72 @@ def test_a_client_library_that_swallows_a_cancellation_is_cancelled_again():
     link = drive(holding(upstream, 1), upstream, again)
     assert cancelled[1] - cancelled[0] == pytest.approx(0.5)
     assert (LinkState.LOST, "the connection broke") in link.states
+
+
+@pytest.mark.parametrize("part", ["changes", "state"])
+def test_what_is_being_read_is_closed_before_the_upstream_is_asked_again(part):
+    events = []
+
+    class Closes(InPieces):
+        async def identify(self):
+            events.append("identify")
+            return await super().identify()
+
+        async def changes(self, after, prefixes):
+            try:
+                async for piece in super().changes(after, prefixes):
+                    yield piece
+            finally:
+                events.append("changes")
+
+        async def state(self, prefixes):
+            try:
+                async for piece in super().state(prefixes):
+                    yield piece
+            finally:
+                events.append("state")
+
+    upstream = filled(Closes, b"a")
+
+    def on_applied(updates, cursor):
+        if events.count("identify") == 1 and (part == "state" or cursor == at(2)):
+            raise RuntimeError("a hook fails while what it is told of is being read")
+
+    async def twice(link):
+        if part == "changes":
+            await live(link)
+            upstream.put("k.1", b"b")
+        await reached(lambda: link.stats().attaches == 2)
+        await live(link)
+
+    drive(MemorySink(), upstream, twice, on_applied=on_applied)
+    loaded = [] if part == "state" else ["state"]
+    assert events[: len(loaded) + 3] == ["identify", *loaded, part, "identify"]
+
+
+class Iterator:
+    """What has only the methods of an asynchronous iterator."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.generator.__anext__()
+
+
+def test_an_upstream_may_send_by_iterators_that_cannot_be_closed():
+    class Iterating(Scripted):
+        def changes(self, after, prefixes):
+            return Iterator(super().changes(after, prefixes))
+
+        def state(self, prefixes):
+            return Iterator(super().state(prefixes))
+
+    upstream, sink = filled(Iterating, b"a", b"b"), MemorySink()
+    drive(sink, upstream, live)
+    sink.hold([Delete("k.0")], at(2), ORIGIN)
+    drive(sink, upstream, live)
+    assert sink.entries == {"k.0": b"a", "k.1": b"b"}

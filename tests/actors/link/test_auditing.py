@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import scripted_upstream
-from scripted_upstream import Marked, Scripted, at
+from scripted_upstream import Marked, Plain, Scripted, at
 from virtual_link import Fed, MemorySink, drive, failed, live, reached
 
 from foldlog import Delete, LinkState, Put, VersionToken
@@ -43,6 +43,17 @@ def upstream_and_sink(*values: bytes, kind=Scripted):
 def spoil(sink, *updates) -> None:
     """Make the fold differ from the upstream, with no change that tells of it."""
     sink.hold(list(updates), sink.fold.cursor(), sink.fold.origin)
+
+
+def test_only_an_upstream_with_a_state_and_revisions_can_be_audited():
+    class State(Plain):
+        state = Scripted.state
+
+    class Listed(Plain):
+        revisions = Scripted.revisions
+
+    found = [auditing.can_audit(kind()) for kind in (Plain, State, Listed, Scripted)]
+    assert found == [False, False, False, True]
 
 
 def test_an_audit_corrects_what_is_missing_wrong_or_too_much_as_one_batch():
@@ -90,10 +101,16 @@ def test_audits_go_on_at_their_interval_and_within_their_budget(monkeypatch, cos
     drive(sink, upstream, counted, audit_interval_s=10.0)
 
 
+async def unread(prefixes):
+    raise AssertionError("the state was read")
+    yield
+
+
 def test_keys_under_other_prefixes_are_not_missing():
     upstream, sink = upstream_and_sink(b"a", b"b")
     sink = MemorySink()
     drive(sink, upstream, live, prefixes=("k.1",))
+    upstream.state = unread
     link = drive(sink, upstream, live, prefixes=("k.1",))
     assert (sink.entries, link.stats().mended) == ({"k.1": b"b"}, 0)
 
@@ -185,6 +202,29 @@ def test_keys_that_change_while_an_audit_reads_are_left_to_the_tail():
     assert sink.entries == {"k.0": b"new", "k.2": b"c", "k.3": b"new"}
 
 
+def test_a_key_that_changes_while_suspects_are_read_again_is_left_to_the_tail():
+    """What was read is older than what the tail has brought since: watchers saw it go back."""
+
+    class Changing(Scripted):
+        async def state(self, prefixes):
+            async for piece in super().state(prefixes):
+                yield piece
+            self.put("k.0", b"new")
+            await asyncio.sleep(1.0)
+
+    upstream, sink = upstream_and_sink(b"a", b"b", kind=Changing)
+    spoil(sink, Delete("k.0"), Delete("k.1"))
+
+    async def changed(link):
+        await reached(lambda: link.stats().audits >= 1)
+
+    drive(sink, upstream, changed)
+    assert sink.fed == [
+        Fed({"k.0": b"new"}, set(), 3, ORIGIN, ""),
+        Fed({"k.1": b"b"}, set(), 3, ORIGIN, ""),
+    ]
+
+
 def test_a_key_that_changes_between_two_audits_is_audited_again():
     class Changing(Meanwhile):
         def meanwhile(self):
@@ -222,6 +262,29 @@ def test_what_an_audit_has_seen_and_the_tail_has_yet_to_bring_is_not_missing():
     link = drive(sink, upstream, live)
     assert link.stats().mended == 0
     assert sink.fed == [Fed({"k.9": b"new"}, set(), 2, ORIGIN, "")]
+
+
+def test_an_entry_that_is_newer_than_what_the_tail_has_brought_is_left_to_it():
+    class Ahead(Scripted):
+        held_back = True
+
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                while piece.updates and self.held_back:
+                    await asyncio.sleep(0.1)
+                yield piece
+
+        async def state(self, prefixes):
+            self.put("k.0", b"new")
+            asyncio.get_running_loop().call_later(3.0, self.__setattr__, "held_back", False)
+            await asyncio.sleep(1.0)
+            async for piece in super().state(prefixes):
+                yield piece
+
+    upstream, sink = upstream_and_sink(b"a", kind=Ahead)
+    spoil(sink, Delete("k.0"))
+    drive(sink, upstream, live)
+    assert sink.fed == [Fed({"k.0": b"new"}, set(), 2, ORIGIN, "")]
 
 
 def test_a_position_that_no_change_leads_to_is_reached_once_the_tail_has_run_dry():
