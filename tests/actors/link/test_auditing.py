@@ -65,6 +65,38 @@ def test_an_audit_corrects_what_is_missing_wrong_or_too_much_as_one_batch():
     assert link.stats().audits == 2, "what is corrected is checked at once"
 
 
+def test_a_mirror_is_live_only_once_an_audit_finds_nothing_to_correct():
+    class Asked(Scripted):
+        asked = 0
+
+        async def revisions(self, prefixes):
+            self.asked += 1
+            if self.asked == 2:
+                await asyncio.Event().wait()
+            return await super().revisions(prefixes)
+
+    upstream, sink = upstream_and_sink(b"a", kind=Asked)
+    spoil(sink, Delete("k.0"))
+
+    async def waits(link):
+        await reached(lambda: upstream.asked == 2)
+        await asyncio.sleep(5)
+        assert link.state is LinkState.CATCHING_UP
+
+    drive(sink, upstream, waits)
+
+
+def test_nothing_is_audited_while_more_is_waiting():
+    class Unsure(Scripted):
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                yield piece._replace(behind=None)
+
+    upstream, sink = upstream_and_sink(b"a", kind=Unsure)
+    link = drive(sink, upstream, lambda link: asyncio.sleep(5))
+    assert (link.state, link.stats().audits) == (LinkState.CATCHING_UP, 0)
+
+
 def test_an_audit_that_finds_nothing_writes_nothing():
     upstream, sink = upstream_and_sink(b"a", b"b")
     link = drive(sink, upstream, live)
@@ -259,6 +291,7 @@ def test_what_an_audit_has_seen_and_the_tail_has_yet_to_bring_is_not_missing():
             return await super().revisions(prefixes)
 
     upstream, sink = upstream_and_sink(b"a", kind=Ahead)
+    upstream.state = unread
     link = drive(sink, upstream, live)
     assert link.stats().mended == 0
     assert sink.fed == [Fed({"k.9": b"new"}, set(), 2, ORIGIN, "")]
@@ -356,3 +389,14 @@ def test_a_log_that_keeps_no_marks_is_audited_by_values_and_gets_none():
     link = drive(sink, upstream, live)
     assert sink.fed == [Fed({"k.0": b"a"}, set(), 1, ORIGIN, "")]
     assert not link._intake.in_doubt
+
+
+def test_an_upstream_that_marks_what_it_sends_need_not_recall_it():
+    class Forgetful(Scripted):
+        past = Marked.past
+        mark = Marked.mark
+
+    upstream, sink = upstream_and_sink(b"a", kind=Forgetful)
+    sink.hold([], at(1), ORIGIN + upstream.mark(1))
+    drive(sink, upstream, live)
+    assert (sink.fed, sink.restarts) == ([], [])
