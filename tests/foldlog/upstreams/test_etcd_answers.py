@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ssl
 
 import pytest
 import virtual_time
@@ -90,6 +91,9 @@ def test_an_address_is_taken_apart():
     made = Etcd("http://u:p@h:1", user="other", password="secret")
     assert repr(made) == "Etcd('http://h:1', prefix='')"
     assert (made._user, made._password, made._tls) == ("other", "secret", None)
+    trusted = ssl.create_default_context()
+    assert Etcd("https://h", tls=trusted)._tls is trusted
+    assert Etcd("https://h")._tls is not None
 
 
 def test_a_cluster_and_a_prefix_make_an_origin(gateway):
@@ -118,6 +122,18 @@ def test_a_user_is_authenticated_once_and_again_once_the_token_has_expired(gatew
     gateway.asked.clear()
     identified(upstream)
     assert [path for path, _, _ in gateway.asked] == ["/v3/auth/authenticate", "/v3/kv/range"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"code": 16, "message": "no such user"}', b'{"code": 7, "message": "invalid auth token"}'],
+)
+def test_only_a_token_that_has_expired_is_asked_for_again(gateway, body):
+    upstream = Etcd("http://u:p@h")
+    identified(upstream)
+    gateway.error = HttpError("x", body)
+    with pytest.raises(UpstreamRefused):
+        identified(upstream)
 
 
 def test_who_gives_no_user_is_not_authenticated(gateway):
@@ -232,12 +248,15 @@ def test_a_page_that_promises_more_and_holds_nothing_ends_reading(gateway, monke
 # Changes.
 
 
-def watched(gateway, script, after=5):
+AFTER = WatchCursor.from_u64(5)
+
+
+def watched(gateway, script, after=AFTER):
     """Run a test, given a function that returns the next piece."""
 
     async def main():
         upstream = Etcd("http://h")
-        changes = upstream.changes(at(after), ())
+        changes = upstream.changes(after, ())
         try:
             return await script(changes.__anext__)
         finally:
@@ -270,6 +289,15 @@ def test_a_watch_begins_after_the_position_and_tells_puts_and_deletes(gateway):
     assert (first.position, first.behind) == (at(7), 0)
     assert second.updates == [Put("empty", b"", VersionToken.from_u64(8))]
     assert gateway.closed == 1
+
+
+def test_a_watch_from_the_start_begins_with_the_first_revision(gateway):
+    async def script(following):
+        gateway.lines.put_nowait(events(put(b"a", 1)))
+        return (await following()).position
+
+    assert watched(gateway, script, WatchCursor.none()) == at(1)
+    assert gateway.asked[0][1]["create_request"]["start_revision"] == 1
 
 
 @pytest.mark.parametrize(
