@@ -65,8 +65,8 @@ class Tail:
         self._moved.set()
 
     def show_live(self) -> None:
-        """Enter LIVE, if nothing is missing for that."""
-        if self.is_caught_up and self.is_audited:
+        """Enter LIVE, if the fold is audited. Call it only once the tail is caught up."""
+        if self.is_audited:
             self._progress.set(LinkState.LIVE)
 
     async def until(self, condition: Callable[[], bool]) -> None:
