@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 from upstream_kit import DEADLINE_S, until
 
 import foldlog
-from foldlog import Delete, FollowerState, LinkState, Put, WatchCursor
+from foldlog import Changed, Delete, FollowerState, LinkState, Put, Synced, WatchCursor
 from foldlog.follow import follow
 from foldlog.upstreams import LogFile, log_file
 
@@ -169,3 +171,147 @@ def test_a_mirror_that_is_closed_while_it_opens_its_source_leaves_no_follower(
         threading.Timer(0.0, go.set).start()
     until(lambda: opened and opened[0].state is FollowerState.CLOSED)
     assert source._follower is None
+
+
+# The changes, piece by piece. The test is the follower.
+
+
+class Watched:
+    """In the place of a follower and of its watch: tells `events` in turn, and then nothing."""
+
+    def __init__(self, *events) -> None:
+        self.events, self.ended = list(events), None
+        self.state, self.reason = FollowerState.FOLLOWING, ""
+        self.is_open = False
+
+    def snapshot(self):
+        return foldlog.FoldSnapshot.empty()
+
+    def stats(self):
+        return SimpleNamespace(reason=self.reason)
+
+    def watch(self, since):
+        return self
+
+    def __enter__(self):
+        self.is_open = True
+        return self
+
+    def __exit__(self, *_):
+        self.is_open = False
+
+    def next(self, timeout_s):
+        return self.events.pop(0) if self.events else None
+
+
+def changed(seq, *keys, value=b"v"):
+    return [Changed(Put(key, value), WatchCursor.none(), seq) for key in keys]
+
+
+def pieces_of(watched, count):
+    """The first pieces of the live changes, as (keys, position, behind)."""
+    source = LogFile("a.log")
+    source._follower = watched
+
+    async def collect():
+        changes = source._live(watched, watched.snapshot())
+        try:
+            return [await anext(changes) for _ in range(count)]
+        finally:
+            await changes.aclose()
+            assert not watched.is_open
+
+    return [
+        ([update.key for update in piece.updates], piece.position.as_u64(), piece.behind)
+        for piece in asyncio.run(collect())
+    ]
+
+
+def test_what_comes_together_is_one_piece_and_silence_is_a_heartbeat():
+    watched = Watched(*changed(1, "a"), *changed(2, "b", "c"))
+    assert pieces_of(watched, 3) == [(["a", "b", "c"], 2, 0), ([], 2, 0), ([], 2, 0)]
+
+
+@pytest.mark.parametrize(("limit", "size"), [("PIECE_UPDATES", 3), ("PIECE_BYTES", 30)])
+def test_a_piece_that_is_full_ends_with_its_batch(monkeypatch, limit, size):
+    monkeypatch.setattr(log_file, limit, size)
+    batches = [("a", "b"), ("c", "d", "e"), ("f", "g"), ("h",)]
+    events = [
+        event
+        for seq, keys in enumerate(batches, 1)
+        for event in changed(seq, *keys, value=b"v" * 10)
+    ]
+    assert pieces_of(Watched(*events), 3) == [
+        (["a", "b", "c", "d", "e"], 2, None),
+        (["f", "g", "h"], 4, 0),
+        ([], 4, 0),
+    ]
+
+
+def test_deletes_count_as_updates_and_take_no_bytes(monkeypatch):
+    monkeypatch.setattr(log_file, "PIECE_BYTES", 1)
+    deletes = [Changed(Delete(key), WatchCursor.none(), seq) for seq, key in ((1, "a"), (2, "b"))]
+    assert pieces_of(Watched(*deletes), 1) == [(["a", "b"], 2, 0)]
+
+
+def test_a_state_that_is_synced_moves_the_position_and_never_back():
+    watched = Watched(Synced(WatchCursor.none(), 5))
+    assert pieces_of(watched, 1) == [([], 5, 0)]
+    watched = Watched(*changed(7, "a"), Synced(WatchCursor.none(), 5))
+    assert pieces_of(watched, 2) == [(["a"], 7, 0), ([], 7, 0)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda watched: watched.events.append(foldlog.Lagged(WatchCursor.none(), 3)), "Lagged"),
+        (lambda watched: setattr(watched, "ended", "the file was replaced"), "was replaced"),
+        (lambda watched: setattr(watched, "state", FollowerState.WAITING), "is waiting: torn"),
+    ],
+)
+def test_a_follower_that_misses_something_or_ends_is_lost(change, reason):
+    watched = Watched()
+    watched.reason = "torn"
+    change(watched)
+    with pytest.raises(foldlog.UpstreamLost, match=reason):
+        pieces_of(watched, 1)
+
+
+def test_the_backlog_comes_in_pieces_of_whole_batches_that_say_how_many_are_left(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(log_file, "PIECE_UPDATES", 3)
+    with foldlog.open(tmp_path / "a.log") as store:
+        for number in range(1, 6):
+            store.apply([Put(f"k.{number}", b""), Put("k", b"")], WatchCursor.from_u64(number))
+        source = LogFile(tmp_path / "a.log")
+
+        async def collect(after, count):
+            await source.identify()
+            changes = source.changes(after, ())
+            try:
+                return [await anext(changes) for _ in range(count)]
+            finally:
+                await changes.aclose()
+                await source.close()
+
+        pieces = asyncio.run(collect(WatchCursor.none(), 3))
+        assert [(len(p.updates), p.position.as_u64(), p.behind) for p in pieces] == [
+            (4, 2, 3),
+            (4, 4, 1),
+            (2, 5, 0),
+        ]
+        (piece,) = asyncio.run(collect(WatchCursor.from_u64(5), 1))
+        assert (piece.updates, piece.position.as_u64(), piece.behind) == ([], 5, 0)
+        with pytest.raises(foldlog.UpstreamLost, match="ends at batch 5, before 6"):
+            asyncio.run(collect(WatchCursor.from_u64(6), 1))
+        store.compact()
+        with pytest.raises(foldlog.UpstreamLost, match="does not reach back to batch 2"):
+            asyncio.run(collect(WatchCursor.from_u64(2), 1))
+
+
+def test_a_source_that_is_not_identified_is_not_followed():
+    source = LogFile("a.log")
+    with pytest.raises(foldlog.UpstreamLost, match="is not followed"):
+        source._following()
+    asyncio.run(source.close())
