@@ -122,5 +122,5 @@ async def _read_headers(reader: asyncio.StreamReader) -> tuple[int, dict[str, st
         status = int(first.split(" ", 2)[1])
     except (ValueError, IndexError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
         raise HttpError("the answer is not HTTP") from None
-    fields = (line.partition(":") for line in lines if line)
+    fields = (line.partition(":") for line in lines)
     return status, {name.strip().lower(): value.strip() for name, _, value in fields}

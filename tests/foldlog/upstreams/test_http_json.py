@@ -15,13 +15,14 @@ class Writer:
     """Keeps what is written."""
 
     def __init__(self) -> None:
-        self.sent, self.closed = b"", 0
+        self.sent, self.drained, self.closed = b"", 0, 0
 
     def write(self, data: bytes) -> None:
         self.sent += data
 
     async def drain(self) -> None:
-        pass
+        assert self.sent
+        self.drained += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -78,10 +79,11 @@ def test_a_request_says_where_it_goes_and_shows_its_token(writer, host, name, to
     first, *fields = head.split(b"\r\n")
     assert first == b"POST /p HTTP/1.1"
     assert b"Host: " + name + b":2379" in fields
-    assert (b"Authorization: secret" in fields) is bool(token)
+    authorizations = [field for field in fields if field.startswith(b"Authorization")]
+    assert authorizations == ([b"Authorization: secret"] if token else [])
     assert b"Content-Length: %d" % len(body) in fields
     assert json.loads(body) == {"a": 1}
-    assert writer.closed == 1
+    assert (writer.drained, writer.closed) == (1, 1)
 
 
 def test_a_body_ends_at_its_length_though_more_follows(writer):
@@ -135,8 +137,9 @@ def test_what_is_not_http_or_not_json_is_an_error(writer, raw, reason):
     assert writer.closed == 1
 
 
-def test_a_line_that_is_not_json_is_an_error(writer):
-    writer.answer = chunks(b"1\nx\n")
+@pytest.mark.parametrize("line", [b"x\n", b"\n"])
+def test_a_line_that_is_not_json_is_an_error(writer, line):
+    writer.answer = chunks(b"1\n" + line)
     with pytest.raises(HttpError, match="a line is not JSON"):
         lines(2)
 
