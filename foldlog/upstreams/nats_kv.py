@@ -191,11 +191,10 @@ class NatsKv:
             if upto is None:
                 yield Piece([], pending=made.get("num_pending"))
             else:
-                version = client.connected_server_version
                 only = Pass(
                     upto.as_u64() or 0,
                     lambda: self._where(connection, name),
-                    drops_oversize=(version.major, version.minor) < (2, 10),
+                    drops_oversize=_is_before_2_10(client.connected_server_version),
                 )
             async with contextlib.aclosing(pull.pieces(only)) as pieces:
                 async for piece in pieces:
@@ -249,6 +248,11 @@ def _stem(prefix: str) -> str:
 def _filter_config(filters: list[str], version: Any) -> dict[str, Any]:
     if len(filters) == 1:
         return {"filter_subject": filters[0]}
-    if (version.major, version.minor) >= (2, 10):
-        return {"filter_subjects": filters}
-    return {"filter_subject": filters[0].split(".", 2)[0] + "." + filters[0].split(".")[1] + ".>"}
+    if _is_before_2_10(version):
+        root, name, _ = filters[0].split(".", 2)
+        return {"filter_subject": f"{root}.{name}.>"}
+    return {"filter_subjects": filters}
+
+
+def _is_before_2_10(version: Any) -> bool:
+    return (version.major, version.minor) < (2, 10)

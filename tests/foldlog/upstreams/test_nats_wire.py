@@ -108,6 +108,23 @@ def test_it_does_not_matter_where_reads_from_the_socket_cut(seed):
     assert received(pieces) == received([data])
 
 
+def test_messages_may_be_cut_anywhere():
+    """Also between a message and the end of its line."""
+    data = message(b"a", 1, b"1") + OTHERS[0] + message(b"b", 2, b"") + message(b"c", 3, b"3")
+    data += status(b"100 Beat") + OTHERS[1]
+    whole = received([data])
+    for cut in range(len(data)):
+        assert received([data[:cut], data[cut:]]) == whole
+
+
+def test_a_status_that_answers_no_request_has_the_number_0():
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    data = status(b"100 Beat").replace(b"_INBOX.x.1 ", b"_INBOX.x.beat ")
+    assert receiver.take(data, 0, b"7") == len(data)
+    (told,) = receiver.waiting
+    assert told.number == 0
+
+
 def test_the_last_message_of_a_run_tells_its_position():
     receiver = Receiver("b", "$KV.b.", lambda: None)
     data = message(b"a", 1, b"xy") + message(b"b", 2, b"z")
