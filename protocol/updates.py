@@ -185,6 +185,16 @@ class DecodedBatch(NamedTuple):
         state.update(zip(keys, zip(keys, values, self.versions)))  # type: ignore[arg-type]
 
 
+class DecodedPuts(DecodedBatch):
+    """A batch that is known to hold nothing but puts: most do."""
+
+    __slots__ = ()
+
+    def change_into(self, state: dict[str, Change]) -> None:
+        _, keys, values, versions, _ = self
+        state.update(zip(keys, zip(keys, values, versions)))  # type: ignore[arg-type]
+
+
 class _Packers(threading.local):
     # Taken out during packing and put back only on success: if a MemoryError or an interrupt stops
     # it half-way, the buffer with the partly packed batch is dropped.

@@ -67,6 +67,11 @@ class Feeds:
         return bool(self._subscribed or self._waiters)
 
     @property
+    def has_subscribers(self) -> bool:
+        """True if anyone is subscribed, and so told of each batch."""
+        return bool(self._subscribed)
+
+    @property
     def backlog(self) -> tuple[int, ...]:
         """The number of waiting groups, for each subscription."""
         return tuple(map(len, self.bookmarks))

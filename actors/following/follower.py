@@ -263,6 +263,7 @@ class FollowerThread:
 
     def _step(self) -> bool:
         was_started = self._tail.started
+        self._tail.keeps_batches = self.feeds.has_subscribers
         step = self._tail.poll()
         self._error = None
         self._had_log |= self._tail.started
@@ -277,7 +278,7 @@ class FollowerThread:
                 self._rewound = rewound
         self._set_state()
         if step is not None:
-            batches = len(step.batches) if isinstance(step, Advance) else 1
+            batches = step.length if isinstance(step, Advance) else 1
             self._found_at.extend([time.monotonic()] * min(batches, BUSY_BATCHES))
             self.delay_s = max(time.time() - self._tail.written_at, 0.0)
         if step is not None or self._untold is not None:
@@ -289,8 +290,11 @@ class FollowerThread:
         untold = self._untold
         self._untold = rewound or untold or ""
         try:
-            if untold is None and isinstance(step, Advance) and step.batches:
-                self.feeds.publish(step.fold, step.first_seq, step.batches, step.size)
+            if untold is None and isinstance(step, Advance) and step.length:
+                batches = step.batches
+                if batches is None and self.feeds.has_subscribers:
+                    batches = self._tail.batches_again()  # the first came during this poll
+                self.feeds.publish(step.fold, step.first_seq, batches or (), step.size)
             else:
                 self.feeds.jump(cast(FoldSnapshot, self.snapshot), self._untold)
             self._untold = None

@@ -61,10 +61,11 @@ class Chain(NamedTuple):
             return f"the frame says that batch {frame.synced_seq} was synced, which is impossible"
         return None
 
-    def after(self, frame: FrameHeader) -> Chain:
-        """The position after `frame`."""
-        crc, body_len, _, seq, synced_seq, *_ = frame
-        return tuple.__new__(Chain, (self.offset + FRAME_OVERHEAD + body_len, crc, seq, synced_seq))
+    @staticmethod
+    def after(frame: FrameHeader) -> Chain:
+        """The position after `frame`, which is at its own offset."""
+        crc, body_len, _, seq, synced_seq, offset, *_ = frame
+        return tuple.__new__(Chain, (offset + FRAME_OVERHEAD + body_len, crc, seq, synced_seq))
 
 
 def displaced(frame: FrameHeader) -> str:
@@ -116,41 +117,54 @@ def read_frames(
     """
     seed = header.seed
     window = memoryview(bytearray(min(window_bytes, max(size - chain.offset, 0))))
-    base, filled = chain.offset, 0  # the offset of window[0], and how much is read
-    while chain.offset < size:
-        at = chain.offset - base
-        rest = size - chain.offset
+    read, filled = window, 0  # the part of it that is read, from the offset `base`
+    offset, last_link, last_seq, last_synced = chain
+    base = offset
+    while offset < size:
+        at, rest = offset - base, size - offset
         if filled - at < FRAME_HEADER.size and filled - at < rest:
-            base, at = chain.offset, 0
-            filled = _fill(handle, window, base, min(len(window), rest))
-        frame = parse_frame_header(window if filled == len(window) else window[:filled], at, seed)
+            base, at = offset, 0
+            read = _fill(handle, window, base, min(len(window), rest))
+            filled = len(read)
+        frame = parse_frame_header(read, at, seed)
         if frame is None:
-            raise BadFrame(chain.offset, NO_HEADER, final=False)
-        fault = chain.fault(frame)
-        if fault is not None:
-            raise BadFrame(chain.offset, fault, final=True)
-        frame_size = FRAME_OVERHEAD + frame.body_len
-        is_usual = frame.kind == KIND_BATCHES and not frame.flags and frame_size <= WINDOW_BYTES
-        if not is_usual or frame_size > rest:
-            bad = header_fault(frame, chain.offset, rest)
+            raise BadFrame(offset, NO_HEADER, final=False)
+        crc, body_len, body_crc, seq, synced_seq, place, link, kind, flags, batches = frame
+        # First what nearly every frame is: this loop is most of the cost of a small frame.
+        is_usual = kind == KIND_BATCHES and batches and not (flags and flags & ~KNOWN_FLAGS)
+        if not (
+            is_usual
+            and place == offset
+            and link == last_link
+            and seq == last_seq + batches
+            and last_synced <= synced_seq <= last_seq
+        ):
+            fault = Chain(offset, last_link, last_seq, last_synced).fault(frame)
+            if fault is not None:
+                raise BadFrame(offset, fault, final=True)
+        frame_size = FRAME_OVERHEAD + body_len
+        if not is_usual or frame_size > rest or frame_size > WINDOW_BYTES:
+            bad = header_fault(frame, offset, rest)
             if bad is not None:
                 raise bad
         if filled - at < frame_size:
             if len(window) < frame_size:
                 window = memoryview(bytearray(frame_size))
-            base, at = chain.offset, 0
-            filled = _fill(handle, window, base, min(len(window), rest))
+            base, at = offset, 0
+            read = _fill(handle, window, base, min(len(window), rest))
+            filled = len(read)
         start = at + FRAME_HEADER.size
-        end = start + frame.body_len
-        body = window[start:end]
-        if crc32c(body) != frame.body_crc or window[end : end + len(TRAILER)] != TRAILER:
-            reason = body_fault(frame, body, window[end : end + len(TRAILER)])
-            raise BadFrame(chain.offset, reason, final=False)
+        end = start + body_len
+        body = read[start:end]
+        if crc32c(body) != body_crc or read[end : end + len(TRAILER)] != TRAILER:
+            reason = body_fault(frame, body, read[end : end + len(TRAILER)])
+            raise BadFrame(offset, reason, final=False)
         yield frame, body
-        chain = chain.after(frame)
+        offset, last_link, last_seq, last_synced = offset + frame_size, crc, seq, synced_seq
 
 
-def _fill(handle: ReadHandle, window: memoryview, offset: int, size: int) -> int:
+def _fill(handle: ReadHandle, window: memoryview, offset: int, size: int) -> memoryview:
+    """Read `size` bytes from `offset` into the window. Returns that part of it."""
     filled = 0
     while filled < size:
         count = handle.files.read_into(handle.fd, window[filled:size], offset + filled)
@@ -159,4 +173,4 @@ def _fill(handle: ReadHandle, window: memoryview, offset: int, size: int) -> int
                 handle.path, f"ends at byte {offset + filled}, but was longer before"
             )
         filled += count
-    return filled
+    return window[:size]

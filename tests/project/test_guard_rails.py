@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -51,10 +52,10 @@ from foldlog.storage.formats.foldlog import replay
 from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import BUFFER_BYTES
 from foldlog.storage.log import backlog
-from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.files import OS_FILES, ReadHandle
 from foldlog.storage.log.scan import Chain, read_frames
 from foldlog.storage.log.sidecars.note import LOCK_BYTES, SLOT_BYTES
-from foldlog.storage.log.tail import Advance, Jump, Tail
+from foldlog.storage.log.tail import WINDOW_BYTES, Advance, Jump, Tail
 from foldlog.testing import UnsyncedFiles
 
 FEW, MANY = 2_000, 20_000
@@ -973,3 +974,62 @@ def test_a_follower_of_a_busy_log_makes_two_system_calls_for_each_poll_that_find
         assert thread.snapshot.cursor() == cursor(number)
     assert files.counts == {"fstat": 10, "read_into": 10}
     assert [busy_pause_s(worked_s) for worked_s in (0.0, 0.004, 1.0)] == [0.008, 0.028, 0.05]
+
+
+def test_a_follower_to_which_nobody_subscribes_keeps_nothing_of_frames_that_are_overwritten(
+    open_log: OpenLog,
+) -> None:
+    """It kept the batches of all that it read until it had folded them. Fresh memory and the
+    collector of garbage took more time than the decoding."""
+    snap = open_log(FEW)
+
+    def peak_bytes(frames: int) -> int:
+        thread = FollowerThread(snap.report.path, OS_FILES, 0.5, cache_bytes=CACHE_BYTES.default)
+        while thread._poll():
+            pass
+        for number in range(frames):
+            snap.apply(puts(range(10)), cursor(number))
+        work = work_of(thread._poll)
+        assert thread.snapshot.seq == snap.snapshot().seq
+        return work.peak_bytes
+
+    few, many = peak_bytes(300), peak_bytes(1500)
+    assert few > WINDOW_BYTES, "both fill the window"
+    assert many < few + 16 * 1024
+
+
+def test_a_follower_publishes_once_for_all_that_a_poll_finds(
+    open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snap = open_log(FEW)
+    thread = FollowerThread(snap.report.path, OS_FILES, 0.5, cache_bytes=CACHE_BYTES.default)
+    thread._poll()
+    published = calls_of(monkeypatch, thread.feeds, "publish")
+    folds = calls_of(monkeypatch, FoldSnapshot, "with_batch")
+    for number in range(2, 302):
+        snap.apply(puts([number]), cursor(number))
+    folds.clear()
+    assert thread._poll()
+    assert (len(published), len(folds)) == (1, 1)
+
+
+def test_a_frame_is_parsed_decoded_and_folded_in_a_few_calls(open_log: OpenLog) -> None:
+    """Eight followers of a busy log take as much of the processors as these calls do."""
+    snap = open_log(FEW)
+    tail = Tail(OS_FILES, snap.report.path)
+    tail.keeps_batches = False
+    tail.poll()
+    for number in range(2, 102):
+        snap.apply(puts(range(10)), cursor(number))
+    calls = Counter(functions_of(tail.poll))
+    often = {name for name, count in calls.items() if count > 10}
+    assert often - {"decode_batches.<locals>.<listcomp>"} == {  # part of its function from 3.12 on
+        "read_frames",
+        "parse_frame_header",
+        "_Gathered.add",
+        "decoded",
+        "decode_batches",
+        "_usual_item",
+        "DecodedPuts.change_into",
+    }
+    assert max(calls.values()) <= 103, "each once a frame"

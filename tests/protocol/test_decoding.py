@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import pytest
 
 from foldlog.protocol.decoding import Undecodable, _decode_item, _usual_item
-from foldlog.protocol.updates import DecodedBatch
+from foldlog.protocol.updates import Change, DecodedPuts
 
 SIZE = 4096
 ODD = (None, False, True, 7, "text", b"bytes", b"eleven byte", "\ud800", [], {}, 1.5)
@@ -45,7 +46,10 @@ def test_the_quick_way_gives_what_the_strict_one_does_or_leaves_it_to_that(seed:
             continue
         quick += 1
         assert found == _decode_item(item, SIZE)
-        assert type(found) is DecodedBatch
+        assert type(found) is DecodedPuts
+        changes: dict[str, Change] = {}
+        found.change_into(changes)
+        assert changes == dict(chain.from_iterable(part.items() for part in found.changes()))
     assert quick > 50
 
 

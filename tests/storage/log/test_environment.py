@@ -198,7 +198,8 @@ def test_a_follower_that_could_not_fold_what_it_read_reads_it_again(path, monkey
         snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
         with monkeypatch.context() as patch:
             patch.setattr(
-                "foldlog.storage.log.tail._folded", lambda *_: (_ for _ in ()).throw(MemoryError)
+                "foldlog.storage.log.tail._Gathered.fold",
+                lambda *_: (_ for _ in ()).throw(MemoryError),
             )
             with pytest.raises(MemoryError):
                 tail.poll()

@@ -13,7 +13,15 @@ import pytest
 from interrupts import At, Struck, points, strike
 
 import foldlog
-from foldlog import AppendLogSnapshot, CorruptLogError, Delete, InvalidFormatError, Put, WatchCursor
+from foldlog import (
+    AppendLogSnapshot,
+    CorruptLogError,
+    Delete,
+    InvalidFormatError,
+    LogChangedError,
+    Put,
+    WatchCursor,
+)
 from foldlog.protocol.frames import (
     FILE_HEADER,
     KIND_BATCHES,
@@ -278,6 +286,41 @@ def test_much_to_catch_up_with_is_taken_in_steps_of_bounded_size(path, snap, mon
     assert followed.fold.seq == 200
     assert not followed.tail.behind
     assert all(step.size < 12_000 for step in followed.steps if isinstance(step, Advance))
+
+
+def test_batches_that_are_not_kept_lead_to_the_same_state_and_can_be_read_again(path, snap):
+    followed, kept = Followed(path), Followed(path)
+    followed.tail.poll()
+    kept.poll()
+    followed.tail.keeps_batches = False
+    apply(snap, 1, 2)
+    snap.apply([Delete("last"), Put("big", b"x" * 5000)], cursor(3))
+    snap.apply([Put(f"many/{number}", b"") for number in range(9000)], cursor(4))
+    apply(snap, 5)
+    step = followed.tail.poll()
+    assert isinstance(step, Advance)
+    assert (step.first_seq, step.length, step.batches) == (1, 5, None)
+    assert_same(step.fold, snap)
+    (again,) = kept.poll()
+    assert followed.tail.batches_again() == again.batches
+    assert followed.tail.poll() is None
+    assert followed.tail.batches_again() == [], "only until the next poll"
+
+
+def test_batches_that_cannot_be_read_again_are_an_error(path, snap):
+    followed = Followed(path)
+    followed.tail.poll()
+    start = path.stat().st_size
+    followed.tail.keeps_batches = False
+    apply(snap, 1, 2)
+    followed.tail.poll()
+    damage(path, start + 200)
+    with pytest.raises(LogChangedError):
+        followed.tail.batches_again()
+    damage(path, start + 200)
+    os.truncate(path, start)
+    with pytest.raises(LogChangedError):
+        followed.tail.batches_again()
 
 
 # Compaction.
