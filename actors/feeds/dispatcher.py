@@ -24,6 +24,8 @@ CHECK_S = 1.0
 """How long it may take to notice, while no events come, that an actor is dead."""
 EVENTS_A_TURN = 16
 """Events sent to one actor before the next one has its turn."""
+GROUPS_A_LOOK = 64
+"""Groups that are looked at together. The more, the later the first sleeper is woken."""
 SLICE_S = 0.002
 """How long it works before it yields the interpreter."""
 REST_SHARE = 1.0
@@ -171,13 +173,12 @@ class Dispatcher:
         bookmark, before = self._bookmark, self._bookmark.cell
         bookmark.begin(0.0)
         while (source := bookmark.first()) is not None:
-            after = Place(source.fold, source.next)
             if isinstance(source, Group):
-                self.index.tell(source, after)
+                after = self.index.tell_run(source.run(GROUPS_A_LOOK))
             else:
                 self.index.wake_all()
-                self.index.told = after
-            bookmark.drop(source)
+                self.index.told = after = Place(source.fold, source.next)
+            bookmark.drop(after)
         return bookmark.cell is not before
 
     def _serve_ready(self) -> bool:

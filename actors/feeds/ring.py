@@ -178,6 +178,13 @@ class Group:
         at = bisect_left(keys, prefix)
         return at < len(keys) and keys[at].startswith(prefix)
 
+    def run(self, most: int) -> list[Group]:
+        """This group and those that were published after it, up to `most`."""
+        groups = [self]
+        while len(groups) < most and isinstance(group := groups[-1].next.content, Group):
+            groups.append(group)
+        return groups
+
     def follows(self, seq: int) -> bool:
         """True if its batches are all that leads from batch `seq` to its fold."""
         return len(self) > 0 and self.first_seq <= seq + 1 and not self.rewound

@@ -6,12 +6,14 @@ import random
 
 import pytest
 from actor_kit import cursor
+from counting import calls_of
 
 from foldlog import FoldSnapshot, Put
 from foldlog.actors.feeds import ring as ring_module
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
-from foldlog.actors.feeds.ring import Group, Place
+from foldlog.actors.feeds.prefixes import PrefixIndex
+from foldlog.actors.feeds.ring import Group, Place, Ring
 from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.events import Changed, Event, Lagged
 from foldlog.protocol.updates import encode_batch
@@ -121,6 +123,56 @@ def test_a_group_that_came_just_before_the_sleeper_lay_down_is_not_skipped(publi
     group = bookmark.first()
     assert isinstance(group, Group)
     assert group.touches("a")
+
+
+def group_of(fold: FoldSnapshot, *keys: str) -> Group:
+    batch = encode_batch([Put(key, b"") for key in keys], cursor(1))
+    fold = fold.with_group([batch])
+    return Group(fold, fold.seq, [batch])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_told_together_wake_the_same_sleepers_at_the_same_places_as_one_by_one(seed: int):
+    chance = random.Random(seed)
+    ring, groups = Ring(), [group_of(FoldSnapshot.empty(), "first")]
+    while len(groups) < 12:
+        fold = groups[-1].fold
+        if chance.random() < 0.1:  # what came between is not told
+            fold = group_of(fold, "a/unseen").fold
+        groups.append(group_of(fold, chance.choice(["a/1", "b", "c"]), "d"))
+    places = [ring.append(group) for group in groups]
+    prefixes = chance.sample(["", "a", "a/", "b", "c", "x", "y/long"], 3)
+
+    def told(split: int) -> list[tuple[str, bool, Place | None]]:
+        """What becomes of sleepers, if the first groups are told one by one."""
+        index = PrefixIndex()
+        index.tell(groups[0], places[0])
+        spots = [index.join(prefix, lambda: None) for prefix in prefixes]
+        for group, place in zip(groups[1:split], places[1:split], strict=True):
+            index.tell(group, place)
+        if split < len(groups):
+            assert index.tell_run(groups[split].run(100)) == places[-1]
+        assert index.told == places[-1]
+        return [(spot.prefix, spot.released, spot.before) for spot in spots]
+
+    assert groups[3].run(4) == groups[3:7]
+    assert told(1) == told(6) == told(len(groups))
+
+
+def test_groups_that_touch_no_prefix_are_looked_at_together(monkeypatch: pytest.MonkeyPatch):
+    """2,000 actors sleep, and nothing concerns them: the dispatcher looked for each group, and had
+    the interpreter for a tenth of what the writer's work takes."""
+    ring, groups = Ring(), [group_of(FoldSnapshot.empty(), "first")]
+    while len(groups) < 20:
+        groups.append(group_of(groups[-1].fold, f"k{len(groups)}"))
+    places = [ring.append(group) for group in groups]
+    index = PrefixIndex()
+    index.tell(groups[0], places[0])
+    spots = [index.join(f"{number}/", lambda: None) for number in range(100)]
+    looks = calls_of(monkeypatch, PrefixIndex, "_touched")
+    index.tell_run(groups[1:])
+    assert len(looks) == 1
+    assert not any(spot.released for spot in spots)
 
 
 @pytest.mark.parametrize("seed", range(30))
