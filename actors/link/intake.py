@@ -32,6 +32,9 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 
 LARGE_BATCH = 20_000
 """Batches of more updates than this are encoded off the loop, so that heartbeats are heard."""
+UNRESTED = 16
+"""Batches that may be written before the loop is let run. An upstream whose changes are always
+ready would otherwise keep it from being stopped."""
 FULL_MAILBOX_S = 0.01
 """How long to wait before a batch is offered again."""
 
@@ -104,6 +107,7 @@ class Intake:
         """True if the owner has accepted a reset that is still to come."""
         self._skipped: dict[str, bytes] = {}
         self._under_way: _UnderWay | None = None
+        self._unrested = 0  # batches written since the loop was let run
 
     def wanted(self, updates: Sequence[Update]) -> Sequence[Update]:
         """Those under the prefixes, as `parse` makes them."""
@@ -147,9 +151,16 @@ class Intake:
             except Backpressure:
                 await asyncio.sleep(FULL_MAILBOX_S)
         self._under_way = _UnderWay(written, updates, cursor)
-        # Shielded: cancelling this batch while a later one is written would lose updates.
-        await asyncio.shield(asyncio.wrap_future(written))
+        if not written.done():
+            # Shielded: cancelling this batch while a later one is written would lose updates.
+            await asyncio.shield(asyncio.wrap_future(written))
+            self._unrested = 0
+        written.result()
         self._settled()
+        self._unrested += 1
+        if self._unrested >= UNRESTED:
+            self._unrested = 0
+            await asyncio.sleep(0)
 
     async def settle(self) -> None:
         """Wait for the batch in flight, if there is one: until then the store's cursor does not

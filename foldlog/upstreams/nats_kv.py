@@ -200,6 +200,7 @@ class NatsKv:
                 async for piece in pieces:
                     yield piece
         finally:
+            pull.close()
             with contextlib.suppress(Exception):
                 await subscription.unsubscribe()
             connection.wire.receivers.pop(sid, None)

@@ -82,6 +82,8 @@ class Pull:
         self._pending: int | None = None
         self._heard = time.monotonic()
         self._ended = False
+        # Wakes what waits, now and then. One timer, rather than one for each message.
+        self._tick: asyncio.TimerHandle | None = None
 
     async def pieces(self, only: Pass | None = None) -> AsyncGenerator[Piece, None]:
         """The messages in pieces. Those of a pass end when nothing is pending."""
@@ -112,15 +114,24 @@ class Pull:
         self._woken.clear()
         if self.receiver.error is None and not self.receiver.waiting:
             self._connection.check()
-            try:
-                async with asyncio.timeout(HEARTBEAT_S / 2):  # wait_for swallows cancellations
-                    await self._woken.wait()
-            except TimeoutError:
-                if time.monotonic() - self._heard > SILENCE_S:
-                    reason = f"{self._connection.who}: no heartbeat for {SILENCE_S} s"
-                    raise UpstreamLost(reason) from None
-        if self.receiver.error is not None and not self.receiver.waiting:
+            if self._tick is None:
+                self._tick = asyncio.get_running_loop().call_later(HEARTBEAT_S / 2, self._on_tick)
+            await self._woken.wait()
+        if self.receiver.waiting:
+            return
+        if self.receiver.error is not None:
             raise self.receiver.error
+        if time.monotonic() - self._heard > SILENCE_S:
+            raise UpstreamLost(f"{self._connection.who}: no heartbeat for {SILENCE_S} s")
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self._woken.set()
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._tick is not None:
+            self._tick.cancel()
 
     async def _ask(self, once: bool) -> None:
         """Keep enough requests open. The server may send no more than they ask for."""

@@ -13,7 +13,7 @@ import virtual_time
 from foldlog import Put, VersionToken
 from foldlog.protocol.upstream import UpstreamLost
 from foldlog.upstreams import nats_pull
-from foldlog.upstreams.nats_pull import Pass, Pull
+from foldlog.upstreams.nats_pull import HEARTBEAT_S, SILENCE_S, Pass, Pull
 from foldlog.upstreams.nats_wire import Run, Status
 
 pytest.importorskip("nats", reason="nats-py is not installed: the extra `nats`")
@@ -618,3 +618,60 @@ def test_a_pass_from_which_a_message_may_have_been_left_out_is_not_taken_for_com
 
     with pytest.raises(UpstreamLost, match="messages are pending that do not come"):
         run(script)
+
+
+# What waiting takes, and when it ends.
+
+MESSAGES = 50
+
+
+class Quiet:
+    """A connection that holds, and takes every request."""
+
+    who = "b"
+
+    def check(self):
+        pass
+
+    async def tell(self, subject, body, reply):
+        pass
+
+
+def run_of(number: int) -> Run:
+    return Run([Put("k", b"1")], number, 0, 0, 1)
+
+
+def test_waiting_for_messages_takes_one_timer_rather_than_one_for_each():
+    async def timers():
+        loop = asyncio.get_running_loop()
+        pull, made, call_later = Pull(Quiet(), "s", "i", "$KV.b."), [], loop.call_later
+
+        def counted(delay_s, *arguments):
+            made.append(delay_s)
+            return call_later(delay_s, *arguments)
+
+        loop.call_later = counted
+        pieces = pull.pieces()
+        for number in range(1, MESSAGES + 1):
+            loop.call_soon(pull.receiver._add, run_of(number))
+            assert (await anext(pieces)).last == number
+        await pieces.aclose()
+        pull.close()
+        return made
+
+    assert virtual_time.run(timers()) == [HEARTBEAT_S / 2]
+
+
+def test_a_consumer_that_is_silent_for_too_long_is_lost():
+    async def lost_after():
+        loop = asyncio.get_running_loop()
+        pull = Pull(Quiet(), "s", "i", "$KV.b.")
+        pieces = pull.pieces()
+        loop.call_soon(pull.receiver._add, run_of(1))
+        assert (await anext(pieces)).last == 1
+        heard = loop.time()
+        with pytest.raises(UpstreamLost, match="no heartbeat"):
+            await anext(pieces)
+        return loop.time() - heard
+
+    assert SILENCE_S < virtual_time.run(lost_after()) <= SILENCE_S + HEARTBEAT_S
