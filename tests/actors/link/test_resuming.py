@@ -7,6 +7,7 @@ import itertools
 from typing import NamedTuple
 
 import pytest
+from counting import work_of
 
 from foldlog.actors.link.resuming import (
     Audit,
@@ -112,7 +113,7 @@ def attached(held: Held, fold: dict[str, bytes], world: World, stale: World, rul
 
 def both_ways(fold: dict[str, bytes], found: dict[str, bytes]) -> set[str]:
     audit = Audit(found, ())
-    audit.compare(fold.items())
+    audit.compare(list(fold), list(fold.values()))
     return audit.end()
 
 
@@ -271,7 +272,17 @@ def test_a_mass_delete_is_over_half_of_the_keys_and_at_least_100(deleted, live, 
 
 def test_keys_told_of_meanwhile_are_exempt_from_an_audit():
     audit = Audit({"a": b"1", "b": b"1", "new": b"1"}, {"b", "gone", "new"})
-    audit.compare([("a", b"1"), ("b", b"0"), ("gone", b"1")])
+    audit.compare(["a", "b", "gone"], [b"1", b"0", b"1"])
+    assert audit.end() == set()
+
+
+def test_an_audit_takes_no_loop_over_what_is_equal():
+    """It took 9 us a key of the link's thread, and so came seldom at 1 % of a core."""
+    keys = [f"k.{number}" for number in range(1000)]
+    versions = [b"%d" % number for number in range(1000)]
+    audit = Audit(dict(zip(keys, versions, strict=True)), ())
+    few = work_of(audit.compare, keys[:100], versions[:100]).lines
+    assert work_of(audit.compare, keys[100:], versions[100:]).lines == few
     assert audit.end() == set()
 
 
