@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from operator import itemgetter
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from types import NoneType
+from typing import Any, NamedTuple, NoReturn, TypeAlias, overload
 
 import msgpack
 
 from foldlog.protocol.tokens import (
     MAX_ORIGIN_BYTES,
+    MAX_TOKEN_BYTES,
     CursorLike,
     VersionToken,
     WatchCursor,
@@ -125,6 +128,100 @@ class Purge(_ByKind, _Removal):
 
 Update: TypeAlias = Put | Delete | Purge
 
+
+class UpdateColumns(Sequence[Update]):
+    """Updates in three columns of equal length. Each update is made when it is read.
+
+    The garbage collector tracks three lists, rather than a tuple for each update.
+    """
+
+    __slots__ = ("keys", "values", "versions")
+
+    def __init__(
+        self, keys: list[str], values: list[bytes | bool | None], versions: list[bytes]
+    ) -> None:
+        """`values`: None for a delete, False for a purge. `versions`: tokens as plain bytes."""
+        self.keys, self.values, self.versions = keys, values, versions
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[Update]:
+        return iter(_updates(self.keys, self.values, self.versions))
+
+    @overload
+    def __getitem__(self, index: int) -> Update: ...
+    @overload
+    def __getitem__(self, index: slice) -> UpdateColumns: ...
+    def __getitem__(self, index: int | slice) -> Update | UpdateColumns:
+        if isinstance(index, slice):
+            return UpdateColumns(self.keys[index], self.values[index], self.versions[index])
+        (one,) = _updates([self.keys[index]], [self.values[index]], [self.versions[index]])
+        return one
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self)!r})"
+
+    def extend(self, more: UpdateColumns) -> None:
+        """Add the updates of `more` after these."""
+        self.keys += more.keys
+        self.values += more.values
+        self.versions += more.versions
+
+    def under(self, prefixes: tuple[str, ...]) -> UpdateColumns:
+        """Those whose key starts with one of `prefixes`."""
+        kept = [key.startswith(prefixes) for key in self.keys]
+        if all(kept):
+            return self
+        keys, values = list(compress(self.keys, kept)), list(compress(self.values, kept))
+        return UpdateColumns(keys, values, list(compress(self.versions, kept)))
+
+    @property
+    def removes(self) -> bool:
+        """True if any of them is a delete or a purge."""
+        return not set(map(type, self.values)) <= {bytes}
+
+    def are_sound(self) -> bool:
+        """True if all may be held, but perhaps for their UTF-8."""
+        keys, versions = self.keys, self.versions
+        kinds = set(map(type, self.values))
+        removed = kinds & {NoneType, bool}
+        values = [v for v in self.values if v.__class__ is bytes] if removed else self.values
+        return (
+            kinds <= {bytes, NoneType, bool}
+            and (bool not in kinds or True not in self.values)
+            and max(map(len, values), default=0) <= MAX_VALUE_BYTES  # type: ignore[arg-type]
+            and set(map(type, keys)) == {str}
+            and max(map(len, keys)) <= SAFE_KEY_CHARS
+            and set(map(type, versions)) == {bytes}
+            and max(map(len, versions)) <= MAX_TOKEN_BYTES
+            and len(keys) == len(self.values) == len(versions)
+        )
+
+
+def keys_of(updates: Sequence[Update]) -> Sequence[str]:
+    """The key of each update."""
+    return updates.keys if type(updates) is UpdateColumns else [update.key for update in updates]
+
+
+def _updates(
+    keys: Sequence[str], values: Sequence[bytes | bool | None], versions: Sequence[bytes]
+) -> list[Update]:
+    return [
+        Delete(key, version)
+        if value is None
+        else Purge(key, version)
+        if value is False
+        else Put(key, value, version)  # type: ignore[arg-type]
+        for key, value, version in zip(keys, values, map(VersionToken, versions), strict=True)
+    ]
+
+
 Change: TypeAlias = tuple[str, bytes | None, bytes]
 """What a fold keeps of an update: (key, value, version). The value None marks a removed key.
 
@@ -161,16 +258,7 @@ class DecodedBatch(NamedTuple):
 
     def updates(self) -> list[Update]:
         """The updates, in upstream order."""
-        return [
-            Delete(key, version)
-            if value is None
-            else Purge(key, version)
-            if value is False
-            else Put(key, value, version)  # type: ignore[arg-type]
-            for key, value, version in zip(
-                self.keys, self.values, map(VersionToken, self.versions), strict=True
-            )
-        ]
+        return _updates(self.keys, self.values, self.versions)
 
     def changes(self) -> tuple[dict[str, Change], ...]:
         """The last change of each key; see `Batch.changes`."""
@@ -267,7 +355,9 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
         raise ValueError(
             f"the batch takes {len(item)} bytes encoded, over the limit of {MAX_ITEM_BYTES}"
         )
-    changes = _changes(keys, values, list(map(_plain, versions)))
+    if type(updates) is not UpdateColumns:
+        versions = list(map(_plain, versions))
+    changes = _changes(keys, values, versions)
     return _new(Batch, (cursor, item, changes, len(keys), origin))
 
 
@@ -307,7 +397,7 @@ def _packed(item: tuple[Any, ...]) -> bytes:
 
 
 def _in_order(updates: Iterable[Update]) -> Sequence[Update]:
-    if type(updates) is list or type(updates) is tuple:
+    if type(updates) is list or type(updates) is tuple or type(updates) is UpdateColumns:
         return updates
     if isinstance(updates, (Put, Delete, Purge)) or not isinstance(updates, Iterable):
         raise TypeError(
@@ -344,10 +434,16 @@ def raw_updates(updates: Iterable[Update]) -> RawUpdates:
 
 def _columns(
     updates: Sequence[Update],
-) -> tuple[Sequence[str], Sequence[Any], Sequence[VersionToken]]:
+) -> tuple[Sequence[str], Sequence[Any], Sequence[bytes]]:
     keys: Sequence[Any]
     values: Sequence[Any]
     versions: Sequence[Any]
+    if type(updates) is UpdateColumns:
+        keys, values, versions = updates.keys, updates.values, updates.versions
+        if not updates.are_sound():
+            _explain(updates)
+            versions = list(map(_plain, versions))
+        return keys, values, versions
     if len(updates) == 1 and type(updates[0]) is Put:  # the general path below takes 1.5 us longer
         key, value, version = updates[0]
         typed = type(key) is str and type(value) is bytes and type(version) is VersionToken

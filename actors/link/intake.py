@@ -25,6 +25,7 @@ from foldlog.protocol.updates import (
     Delete,
     Put,
     Update,
+    UpdateColumns,
     encode_batch,
 )
 from foldlog.protocol.upstream import Prefixes, ResetHeld, UpstreamOversize
@@ -112,7 +113,9 @@ class Intake:
     def wanted(self, updates: Sequence[Update]) -> Sequence[Update]:
         """Those under the prefixes, as `parse` makes them."""
         prefixes, parse = self._config.prefixes, self._config.parse
-        if prefixes:
+        if prefixes and type(updates) is UpdateColumns:
+            updates = updates.under(prefixes)
+        elif prefixes:
             updates = [update for update in updates if update.key.startswith(prefixes)]
         if parse is None:
             return updates

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 
 from foldlog.actors.link.intake import Intake
 from foldlog.actors.link.progress import LinkState, Progress
+from foldlog.protocol.updates import keys_of
 from foldlog.protocol.upstream import Changes, Prefixes, Upstream
 
 
@@ -53,7 +54,7 @@ class Tail:
         intake, progress = self._intake, self._progress
         updates = intake.wanted(piece.updates)
         if self.touched is not None:
-            self.touched.update(update.key for update in updates)
+            self.touched.update(keys_of(updates))
         async with intake.turn:
             if updates or piece.position != intake.position:
                 await intake.apply(updates, piece.position, piece.mark)

@@ -4,6 +4,7 @@ watch drops messages that it cannot buffer.
     nats_kv.py          the bucket: its identity, changes, state, revisions
     nats_pull.py        reads a consumer by pull requests, and proves that nothing is missing
     nats_wire.py        decodes messages in runs
+    nats_bulk.py        decodes large reads, in a few calls
     nats_connection.py  connects, asks the API, and explains failures
 
 Everything is read through pull consumers: named, ephemeral, in memory, without acknowledgements.
@@ -22,7 +23,7 @@ from hashlib import blake2b
 from typing import Any, cast
 
 from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
-from foldlog.protocol.updates import Put
+from foldlog.protocol.updates import Put, UpdateColumns
 from foldlog.protocol.upstream import (
     Changes,
     Identity,
@@ -152,11 +153,7 @@ class NatsKv:
         start = {"deliver_policy": "last_per_subject", "headers_only": True}
         async with contextlib.aclosing(self._consume(start, prefixes, upto=at)) as pieces:
             async for piece in pieces:
-                for update in piece.updates:
-                    if type(update) is Put:
-                        found[update.key] = update.version
-                    else:
-                        found.pop(update.key, None)
+                _note_versions(found, piece.updates)
                 if piece.last:
                     at = max(at, WatchCursor.from_u64(piece.last))
         return Revisions(found, at)
@@ -189,7 +186,7 @@ class NatsKv:
             made = await connection.request(f"CONSUMER.CREATE.{self._stream}.{name}", body)
             only: Pass | None = None
             if upto is None:
-                yield Piece([], pending=made.get("num_pending"))
+                yield Piece(UpdateColumns([], [], []), pending=made.get("num_pending"))
             else:
                 only = Pass(
                     upto.as_u64() or 0,
@@ -219,6 +216,17 @@ class NatsKv:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
+
+
+def _note_versions(found: dict[str, bytes], updates: UpdateColumns) -> None:
+    if not updates.removes:
+        found.update(zip(updates.keys, updates.versions, strict=True))
+        return
+    for update in updates:
+        if type(update) is Put:
+            found[update.key] = bytes(update.version)
+        else:
+            found.pop(update.key, None)
 
 
 def _mark(stored_ns: int) -> bytes:

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NamedTuple
 
-from foldlog.protocol.updates import Update
+from foldlog.protocol.updates import UpdateColumns
 from foldlog.protocol.upstream import UpstreamLost
 from foldlog.upstreams.nats_connection import Connection
 from foldlog.upstreams.nats_wire import Receiver, Run, Status
@@ -38,7 +38,7 @@ _LIMIT = re.compile(r"exceeded maxrequestbatch of (\d+)")
 class Piece(NamedTuple):
     """What was received since the last piece."""
 
-    updates: list[Update]
+    updates: UpdateColumns
     last: int = 0
     """The stream sequence of the last message; 0 if there was none."""
     pending: int | None = None
@@ -180,7 +180,8 @@ class Pull:
     def _take(self, first: Piece | None = None) -> Piece:
         """The messages received, added to `first`, up to the size of a piece."""
         waiting = self.receiver.waiting
-        updates, size = (first.updates, first.size) if first is not None else ([], 0)
+        updates = UpdateColumns([], [], []) if first is None else first.updates
+        size = 0 if first is None else first.size
         last: Run | None = None
         if waiting:
             self._heard = time.monotonic()
@@ -191,7 +192,10 @@ class Pull:
                 continue
             last = arrived
             self._refusals = 0
-            updates += arrived.updates
+            if updates:
+                updates.extend(arrived.updates)
+            else:
+                updates = arrived.updates
             size += arrived.size
             self._credit -= len(arrived.updates)
             self._single, self._pending = 0, arrived.pending

@@ -15,20 +15,24 @@ A message without a reply is a status: a heartbeat, or the end of a request.
 from __future__ import annotations
 
 import re
+import struct
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from foldlog.protocol.tokens import VersionToken
-from foldlog.protocol.updates import Delete, Purge, Put, Update
+from foldlog.protocol.updates import Delete, Purge, UpdateColumns
 from foldlog.protocol.upstream import UpstreamError, UpstreamLost, UpstreamRefused
+from foldlog.upstreams.nats_bulk import MIN_BYTES, BulkDecoder
 
 CACHED_HEADER_BYTES = 256
 """Longer headers are decoded each time."""
-_new_bytes = bytes.__new__
-_new_tuple = tuple.__new__
+FEW, PAUSE = 16, 16
+"""Where the bulk decoder takes fewer messages of a read than `FEW`, it is not tried for the next
+`PAUSE` reads: their values may all contain line ends."""
+# OverflowError and struct.error: for a sequence beyond 64 bits.
+_UNREADABLE = (UpstreamError, ValueError, IndexError, OverflowError, struct.error)
 _MARKER = "Nats-Marker-Reason"
 _OPERATION = "KV-Operation"
 _MESSAGE = (
@@ -42,7 +46,7 @@ size. The name of a bucket's stream is no number: this tells the tokens that a d
 class Run(NamedTuple):
     """Consecutive messages of a consumer."""
 
-    updates: list[Update]
+    updates: UpdateColumns
     last: int
     """The stream sequence of the last message."""
     stored_ns: int
@@ -72,20 +76,27 @@ class Receiver:
     def __init__(self, who: str, subjects: str, wake: Callable[[], None]) -> None:
         """`subjects`: the prefix of all subjects, which is cut off; `wake` is called when something
         arrives."""
-        self._who, self._subjects, self.wake = who, re.escape(subjects.encode()), wake
+        self._who, self._prefix, self.wake = who, subjects.encode(), wake
+        self._subjects = re.escape(self._prefix)
         self.waiting: deque[Run | Status] = deque()
         self.delivered = 0
         """The consumer sequence of the last message."""
         self.error: UpstreamError | None = None
         self._message: re.Pattern[bytes] | None = None
+        self._bulk: BulkDecoder | None = None
+        self._pause = 0  # reads for which it is not tried
 
     def take(self, data: bytes, at: int, sid: bytes) -> int:
         """Decode the complete messages of `sid` in `data` from `at` on, up to the first one that is
         not. Returns where that begins. Whatever it raises is for `fail`."""
         if self._message is None:
             self._message = re.compile(_MESSAGE % (self._subjects, sid))
+        if self._pause:
+            self._pause -= 1
+        elif len(data) - at >= MIN_BYTES:
+            at = self._take_bulk(data, at, sid)
         match, end = self._message.match, len(data)
-        updates: list[Update] = []
+        updates = UpdateColumns([], [], [])
         size, number, last = 0, self.delivered, None
         while found := match(data, at):
             key, sequence, told, _, header_size, length = found.groups()
@@ -96,24 +107,50 @@ class Receiver:
             number += 1
             if int(told) != number:
                 raise self._gap(int(told), number - 1)
-            # A token of 8 bytes needs no check.
-            version = _new_bytes(VersionToken, int(sequence).to_bytes(8, "big"))
             kind = None
             if header_size is not None:
                 header, body = body, body + int(header_size)
                 kind = _removal(data[header:body])
+            updates.keys.append(key.decode())
+            updates.versions.append(int(sequence).to_bytes(8, "big"))
             if kind is None:
-                put = _new_tuple(Put, (key.decode(), data[body:stop], version))
-                updates.append(put)
+                updates.values.append(data[body:stop])
                 size += stop - body
             else:
-                updates.append(kind(key.decode(), version))
+                updates.values.append(None if kind is Delete else False)
             at, last = stop + 2, found
-        self.delivered = number
         if last is not None:
-            stored_ns, pending, *_ = last[4].split(b".")
-            self._add(Run(updates, int(last[2]), int(stored_ns), int(pending), size))
+            self._note(updates, number, int(last[2]), last[4], size)
         return self._take_status(data, at, sid)
+
+    def _take_bulk(self, data: bytes, at: int, sid: bytes) -> int:
+        """Decode the messages that the bulk decoder takes. Returns where the next one begins."""
+        if self._bulk is None:
+            assert self._message is not None
+            found = self._message.match(data, at)
+            if found is None:
+                return at
+            reply = data[data.index(b"$JS.ACK.", found.end(1)) : found.start(2) - 1]
+            start = reply.rpartition(b".")[0] + b"."
+            removing = (_OPERATION.encode(), _MARKER.encode())
+            self._bulk = BulkDecoder(self._prefix, sid, start, _removal, removing)
+        before = self.delivered
+        while bulk := self._bulk.take(data, at, self.delivered):
+            updates, at = bulk.updates, bulk.end
+            self._note(updates, self.delivered + len(updates), bulk.last, bulk.rest, bulk.size)
+            if len(data) - at < MIN_BYTES:
+                return at
+        if self.delivered - before < FEW:
+            self._pause = PAUSE
+        return at
+
+    def _note(
+        self, updates: UpdateColumns, delivered: int, last: int, rest: bytes, size: int
+    ) -> None:
+        """Add decoded messages. `rest`: the end of the last one's reply."""
+        self.delivered = delivered
+        stored_ns, pending, *_ = rest.split(b".")
+        self._add(Run(updates, last, int(stored_ns), int(pending), size))
 
     def _take_status(self, data: bytes, at: int, sid: bytes) -> int:
         """Decode a status at `at`, if there is a complete one of `sid`. Returns where it ends."""
@@ -187,7 +224,7 @@ class Wire:
             else:
                 try:
                     at = receiver.take(data, at, sid)
-                except (UpstreamError, ValueError, IndexError) as error:
+                except _UNREADABLE as error:
                     receiver.fail(error)
         else:
             return

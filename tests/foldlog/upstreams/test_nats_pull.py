@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import virtual_time
 
-from foldlog import Put, VersionToken
+from foldlog.protocol.updates import UpdateColumns
 from foldlog.protocol.upstream import UpstreamLost
 from foldlog.upstreams import nats_pull
 from foldlog.upstreams.nats_pull import HEARTBEAT_S, SILENCE_S, Pass, Pull
@@ -60,7 +60,8 @@ class Server:
         """Deliver messages, as one run."""
         receiver = self.pull.receiver
         numbers = range(self.sent + 1, self.sent + count + 1)
-        puts = [Put(f"k.{n}", b"", VersionToken.from_u64(n)) for n in numbers]
+        keys = [f"k.{n}" for n in numbers]
+        puts = UpdateColumns(keys, [b""] * count, [n.to_bytes(8, "big") for n in numbers])
         self.sent = receiver.delivered = self.sent + count
         receiver.waiting.append(Run(puts, self.sent, self.sent * 100, pending, size * count))
         receiver.wake()

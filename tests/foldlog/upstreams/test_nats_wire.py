@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 import pytest
+from counting import calls_of, work_of
 
 from foldlog.protocol.updates import Delete, Purge, Put
 from foldlog.protocol.upstream import UpstreamLost, UpstreamRefused
-from foldlog.upstreams import nats_wire
+from foldlog.upstreams import nats_bulk, nats_wire
 from foldlog.upstreams.nats_wire import Receiver, Run, Status, Wire, headers_of
 
 
@@ -247,3 +249,123 @@ def test_headers_are_decoded_once_unless_they_are_long():
         assert nats_wire._removal(start + b"x" * (size - len(start) - 4) + b"\r\n\r\n") is Delete
     found = nats_wire._cached_removal.cache_info()
     assert (found.hits, found.misses) == (1, 1)
+
+
+# Large reads.
+
+
+def plain_run(numbers: range, value: bytes = b"v" * 60) -> bytes:
+    return b"".join(message(b"k.%05d" % number, number, value) for number in numbers)
+
+
+def headed_run(numbers: range, headers: bytes = b"Nats-Msg-Size: 60") -> bytes:
+    """As in a pass that asks for headers alone."""
+    return b"".join(message(b"k.%05d" % number, number, b"", headers) for number in numbers)
+
+
+def random_stream(chance: random.Random) -> bytes:
+    """Runs of messages of every form, with whatever else comes between them."""
+    parts: list[bytes] = []
+    number = 1
+    forms = [
+        lambda key, at: message(key, at, chance.randbytes(chance.choice((0, 9, 80, 900)))),
+        lambda key, at: message(key, at, b"line\r\nline\r\n"),
+        lambda key, at: message(key, at, b"\r\nMSG $KV.b.x 7 $JS.ACK.KV_b.c.1.1.%d.1.1 0\r\n" % at),
+        lambda key, at: message(key, at, b"", b"Nats-Msg-Size: %d" % chance.randrange(2000)),
+        lambda key, at: message(key, at, b"", b"KV-Operation: DEL"),
+        lambda key, at: message(key, at, b"", b"KV-Operation: PURGE\r\nNats-Rollup: sub"),
+        lambda key, at: message(key, at, b"", b"Nats-Marker-Reason: MaxAge"),
+        lambda key, at: message(key, at, b"value", b"My-Header: KV-Operation"),
+        # A value that goes on as if it were the next message.
+        lambda key, at: message(key, at, b"\r\n" + headed_run(range(at + 1, at + 2))[:-2], b"A: b"),
+        lambda key, at: (
+            message(key, 1, b"of another subscription", sid=8)
+            + message(key, at, b"as long: 23 bytes as it")
+        ),
+    ]
+    while number < 400:
+        form = chance.choice(forms)
+        for _ in range(chance.choice((1, 2, 60))):
+            key = chance.choice(("k.%d", "\u00fc.\x0b%d", "KV-Operation:%d")) % number
+            parts.append(form(key.encode(), number))
+            number += 1
+        if chance.random() < 0.3:
+            parts.append(chance.choice((*OTHERS, status(b"100 Idle Heartbeat"))))
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_large_read_is_decoded_as_its_messages_are_one_by_one(seed, monkeypatch):
+    chance = random.Random(seed)
+    data = random_stream(chance)
+    cuts = [0, *sorted(chance.sample(range(1, len(data)), 4)), len(data)]
+    pieces = [data[start:end] for start, end in itertools.pairwise(cuts)]
+    monkeypatch.setattr(nats_wire, "FEW", 0)  # tried at each read
+    in_bulk = received(pieces)
+    monkeypatch.setattr(nats_wire, "MIN_BYTES", len(data) + 1)
+    assert in_bulk == received(pieces)
+
+
+@pytest.mark.parametrize("run", [plain_run, headed_run])
+def test_a_large_read_takes_no_loop_over_its_messages(run):
+    """Each message took a turn of the loop, and a tuple that the garbage collector visited: half of
+    the processor time of a load."""
+
+    def lines(count: int) -> int:
+        receiver = Receiver("b", "$KV.b.", lambda: None)
+        data = run(range(1, count + 1))
+        work = work_of(receiver.take, data, 0, b"7")
+        assert sum(len(each.updates) for each in receiver.waiting) == count
+        return work.lines
+
+    assert lines(1000) - lines(500) <= 500 * 2  # slicing the versions
+
+
+@pytest.mark.parametrize("run", [plain_run, headed_run])
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_message_is_not_taken_before_its_last_byte(run, missing):
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    data = run(range(1, 301))
+    at = receiver.take(data[:-missing], 0, b"7")
+    assert (at, receiver.delivered) == (len(run(range(1, 300))), 299)
+
+
+def test_values_that_all_contain_line_ends_are_not_tried_in_bulk_at_each_read(monkeypatch):
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    tried = calls_of(monkeypatch, nats_bulk.BulkDecoder, "take")
+    number = 1
+    for _ in range(3 * nats_wire.PAUSE):
+        data = plain_run(range(number, number + 100), b"line\r\nline\r\n" * 4)
+        assert receiver.take(data, 0, b"7") == len(data)
+        number += 100
+    assert receiver.delivered == number - 1
+    assert len(tried) == 3
+
+
+@pytest.mark.parametrize("run", [plain_run, headed_run])
+def test_a_gap_within_a_large_read_is_noticed(run):
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    with pytest.raises(UpstreamLost, match="message 302 of the consumer came after 300"):
+        receiver.take(run(range(1, 301)) + run(range(302, 601)), 0, b"7")
+
+
+def test_a_key_within_a_large_read_that_is_not_utf_8_is_named():
+    receiver = Receiver("b", "$KV.b.", lambda: None)
+    data = plain_run(range(1, 301)) + message(b"a\xff", 301, b"") + plain_run(range(302, 401))
+    with pytest.raises(UnicodeDecodeError) as raised:
+        receiver.take(data, 0, b"7")
+    receiver.fail(raised.value)
+    with pytest.raises(UpstreamRefused, match="key b'a\\\\xff' is not UTF-8"):
+        raise receiver.error
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_sequence_beyond_64_bits_ends_the_receiver(count):
+    wire = Wire(Parser())
+    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    data = plain_run(range(1, count + 1)).replace(
+        b".%d.%d.99" % (count * 10, count), b".%d.%d.99" % (2**64, count)
+    )
+    asyncio.run(wire.parse(data))
+    with pytest.raises(UpstreamLost, match="cannot be read"):
+        raise receiver.error
