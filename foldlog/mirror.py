@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 SYNC_TIMEOUT_S = 30.0
 TURN_BYTES = 16 * 1024
-"""The link's thread writes a batch of up to this size itself, if the writer is idle. Larger ones
-are written while it receives the next."""
+TURN_UPDATES = 16
+"""The link's thread writes a batch of up to this size itself, if the writer is idle. While a larger
+one is written, it receives the next, which is larger still if many updates wait."""
 
 
 def mirror(
@@ -125,8 +126,8 @@ class _Sink:
         fsync, during which no heartbeat would be heard.
         """
         request = WriteRequest(batch, rewound)
-        mail, is_small = Mail(request), len(batch.item) <= TURN_BYTES
-        if not (is_small and self._core.config.sync != "always" and self._write(mail)):
+        mail, may_write = Mail(request), self._core.config.sync != "always" and fits_in_turn(batch)
+        if not (may_write and self._write(mail)):
             self._writer.inbox.offer(mail, 0.0)
         return request.future
 
@@ -143,6 +144,11 @@ class _Sink:
 
     def note_restart(self, restart: Restart) -> None:
         self._core.statistics.restarts.append(restart)
+
+
+def fits_in_turn(batch: Batch) -> bool:
+    """True if a link's thread may write it: in less time than a hand-over takes."""
+    return batch.length <= TURN_UPDATES and len(batch.item) <= TURN_BYTES
 
 
 class Mirror(Store):

@@ -181,11 +181,15 @@ class Attachment:
 
 
 def _held(fold: FoldSnapshot) -> Iterable[tuple[str, bytes]]:
-    return ((entry.key, version_and_value(entry)) for block in fold.blocks() for entry in block)
+    return (
+        (entry.key, version_and_value(entry.version, entry.value))
+        for block in fold.blocks()
+        for entry in block
+    )
 
 
 def _is_held(held: bytes | None, update: Update) -> bool:
-    return isinstance(update, Put) and held == version_and_value(update)
+    return isinstance(update, Put) and held == version_and_value(update.version, update.value)
 
 
 def _difference(fold: FoldSnapshot, state: dict[str, Put]) -> list[Update]:

@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from itertools import repeat
 from operator import attrgetter
+from typing import Any
 
 from foldlog.actors.base.adapter import log
 from foldlog.actors.link.intake import Intake, LinkConfig, Sink
@@ -20,7 +22,7 @@ from foldlog.actors.link.progress import Progress
 from foldlog.actors.link.resuming import Audit, audit_delay_s, next_audit_s
 from foldlog.actors.link.tail import Tail
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Delete, KvEntry, Put, Update
+from foldlog.protocol.updates import Delete, KvEntry, Put, Update, UpdateColumns
 from foldlog.protocol.upstream import (
     Changes,
     HasMarks,
@@ -78,14 +80,13 @@ class Auditor:
         tail.touched = set()
         try:
             with_values = intake.in_doubt
-            version_of = version_and_value if with_values else _version
-            found, position = await self._revisions(version_of)
+            found, position = await self._revisions(with_values)
             audit = Audit(found, tail.touched)
             await self._reached(position)
             async with intake.turn:  # everything received is applied
                 fold = self._sink.snapshot()
             for number, block in enumerate(fold.blocks()):
-                audit.compare(list(map(_key, block)), list(map(version_of, block)))
+                audit.compare(list(map(_key, block)), _versions(block, with_values))
                 if number % BLOCKS == BLOCKS - 1:
                     await asyncio.sleep(0)
             suspects = audit.end().difference(intake.skipped)
@@ -122,13 +123,11 @@ class Auditor:
             if await upstream.recalls(position, mark) is False:
                 raise UpstreamLost("the upstream no longer knows the position")
 
-    async def _revisions(
-        self, version_of: Callable[[Put | KvEntry], bytes]
-    ) -> tuple[Mapping[str, bytes], WatchCursor]:
+    async def _revisions(self, with_values: bool) -> tuple[Mapping[str, bytes], WatchCursor]:
         config, upstream = self._config, self._upstream
-        if config.parse is not None or version_of is version_and_value:
+        if config.parse is not None or with_values:
             # Versions that are not the upstream's own, or that may have been assigned twice.
-            return await self._state_versions(version_of)
+            return await self._state_versions(with_values)
         assert isinstance(upstream, HasRevisions)
         found = await upstream.revisions(config.prefixes)
         versions = found.versions
@@ -136,18 +135,13 @@ class Auditor:
             versions = {k: v for k, v in versions.items() if k.startswith(config.prefixes)}
         return versions, found.position
 
-    async def _state_versions(
-        self, version_of: Callable[[Put | KvEntry], bytes]
-    ) -> tuple[dict[str, bytes], WatchCursor]:
+    async def _state_versions(self, with_values: bool) -> tuple[dict[str, bytes], WatchCursor]:
         versions: dict[str, bytes] = {}
         position = WatchCursor.none()
         async with contextlib.aclosing(self._state()) as pieces:
             async for piece in pieces:
-                for update in self._intake.wanted(piece.updates):
-                    if isinstance(update, Put):
-                        versions[update.key] = version_of(update)
-                    else:
-                        versions.pop(update.key, None)
+                updates = self._intake.wanted(piece.updates)
+                _fold_versions(versions, updates, with_values)
                 position = piece.position
         return versions, position
 
@@ -200,14 +194,34 @@ class Auditor:
         return bool(updates)
 
 
-_key = attrgetter("key")
+_key, _value = attrgetter("key"), attrgetter("value")
 
 
-def _version(entry: Put | KvEntry) -> bytes:
+def _versions(block: list[KvEntry], with_values: bool) -> list[bytes]:
     # Not `entry.version`, which makes a token of each.
-    return tuple.__getitem__(entry, 2)  # type: ignore[return-value]
+    versions: Iterable[Any] = map(tuple.__getitem__, block, repeat(2))
+    return list(map(version_and_value, versions, map(_value, block)) if with_values else versions)
 
 
-def version_and_value(entry: Put | KvEntry) -> bytes:
-    """Equal, within this process, only for entries of the same version and value."""
-    return entry.version + hash(entry.value).to_bytes(8, "big", signed=True)
+def _fold_versions(
+    versions: dict[str, bytes], updates: Sequence[Update], with_values: bool
+) -> None:
+    """Make `versions` those of the entries after `updates`."""
+    if type(updates) is UpdateColumns and not updates.removes:
+        new: Iterable[bytes] = updates.versions
+        if with_values:
+            new = map(version_and_value, new, updates.values)
+        versions.update(zip(updates.keys, new, strict=True))
+        return
+    for update in updates:
+        if not isinstance(update, Put):
+            versions.pop(update.key, None)
+        elif with_values:
+            versions[update.key] = version_and_value(update.version, update.value)
+        else:
+            versions[update.key] = bytes(update.version)
+
+
+def version_and_value(version: bytes, value: object) -> bytes:
+    """Of an entry. Equal, within this process, only for entries of the same version and value."""
+    return version + hash(value).to_bytes(8, "big", signed=True)

@@ -19,8 +19,9 @@ from foldlog.protocol.updates import Delete, Purge, UpdateColumns
 
 MIN_BYTES = 4096
 """Less is decoded as fast by the loop."""
-_LINE = rb"([^ ]++) %s %s\d++\.(\d++)\.(\d++)\.(\d++\.[^ ]++) "
-"""Key, sequence, consumer sequence, time and what follows."""
+_LINE = rb"([^ ]++) (\d++) \$JS\.ACK(?:\.[^. ]++){%d}\.(\d++)\.(\d++)\.(\d++\.[^ ]++) "
+"""Key, subscription, sequence, consumer sequence, time and what follows. The same for all consumers
+of a bucket, since compiling it takes milliseconds."""
 _CRLF = b"\r\n"
 
 
@@ -45,21 +46,21 @@ class BulkDecoder:
         self,
         subjects: bytes,
         sid: bytes,
-        reply: bytes,
+        tokens: int,
         removal: Callable[[bytes], type[Delete] | type[Purge] | None],
         removing: tuple[bytes, ...],
     ) -> None:
-        """`subjects`: what all subjects start with; `reply`: what all replies do, up to the count
-        of deliveries; `removal`: what headers make of a message, if not a Put; `removing`: the
-        names of headers, one of which it then has."""
-        line = _LINE % (re.escape(sid), re.escape(reply))
+        """`subjects`: what all subjects start with; `tokens`: of a reply, between $JS.ACK and the
+        sequence; `removal`: what headers make of a message, if not a Put; `removing`: the names of
+        headers, one of which it then has."""
+        line = _LINE % tokens
         subjects = re.escape(subjects)
         self._plain = re.compile(rb"^(MSG %s%s(\d++))$" % (subjects, line), re.MULTILINE)
         self._headed = re.compile(
             rb"(HMSG %s%s\d++ (\d++)\r\n(NATS/1\.0\r\n(?:[^\r\n]++\r\n)*+\r\n)\r\n)"
             % (subjects, line)
         )
-        self._removal, self._removing = removal, removing
+        self._sid, self._removal, self._removing = sid, removal, removing
 
     def take(self, data: bytes, at: int, before: int) -> Bulk | None:
         """Decode the complete messages in `data` from `at` on, up to the first one that is of
@@ -80,10 +81,11 @@ class BulkDecoder:
         found = self._plain.findall(b"\n".join(heads))
         if not found:
             return None
-        told, keys, sequences, numbers, rests, sizes = map(list, zip(*found, strict=True))
+        told, keys, sids, sequences, numbers, rests, sizes = map(list, zip(*found, strict=True))
         sizes = list(map(int, sizes))
         length = min(
             _alike(told, heads),
+            _alike(sids, [self._sid] * len(sids)),
             _alike(list(map(len, values)), sizes),
             _alike(list(map(int, numbers)), range(before + 1, before + 1 + len(numbers))),
         )
@@ -99,10 +101,11 @@ class BulkDecoder:
         found = self._headed.findall(data, at)
         if not found:
             return None
-        told, keys, sequences, numbers, rests, sizes, headers = zip(*found, strict=True)
+        told, keys, sids, sequences, numbers, rests, sizes, headers = zip(*found, strict=True)
         all_told, lengths = b"".join(told), list(map(len, headers))
         if (
             not data.startswith(all_told, at)
+            or set(sids) != {self._sid}
             or lengths != list(map(int, sizes))
             or list(map(int, numbers)) != list(range(before + 1, before + 1 + len(numbers)))
         ):

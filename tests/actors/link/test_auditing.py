@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import scripted_upstream
+from counting import functions_of
 from scripted_upstream import Marked, Plain, Scripted, at
 from virtual_link import Fed, MemorySink, drive, failed, live, reached
 
-from foldlog import Delete, LinkState, Put, VersionToken
+from foldlog import Delete, KvEntry, LinkState, Purge, Put, VersionToken
 from foldlog.actors.link import auditing
+from foldlog.actors.link.auditing import _fold_versions, _versions
+from foldlog.protocol.updates import UpdateColumns
 from foldlog.protocol.upstream import Revisions
 
 ORIGIN = Scripted.origin
@@ -400,3 +403,50 @@ def test_an_upstream_that_marks_what_it_sends_need_not_recall_it():
     sink.hold([], at(1), ORIGIN + upstream.mark(1))
     drive(sink, upstream, live)
     assert (sink.fed, sink.restarts) == ([], [])
+
+
+# What an audit makes of versions.
+
+VERSIONS = [VersionToken.from_u64(number) for number in range(9)]
+ENTRIES = [KvEntry(f"k.{at}", b"v", version) for at, version in enumerate(VERSIONS)]
+with_and_without_values = pytest.mark.parametrize("with_values", [False, True])
+
+
+@with_and_without_values
+def test_an_audit_makes_no_token_of_a_version(with_values):
+    """Half of its calls made one, only to compare it."""
+    columns = UpdateColumns(
+        [entry.key for entry in ENTRIES],
+        [entry.value for entry in ENTRIES],
+        [bytes(entry.version) for entry in ENTRIES],
+    )
+    found: dict[str, bytes] = {}
+    called = functions_of(_fold_versions, found, columns, with_values)
+    called += functions_of(_versions, ENTRIES, with_values)
+    assert not any("Token" in name or "KvEntry" in name for name in called)
+    assert list(found.values()) == _versions(ENTRIES, with_values)
+
+
+@with_and_without_values
+@pytest.mark.parametrize(
+    ("updates", "live"),
+    [
+        ([Put("a", b"1", VERSIONS[1]), Put("a", b"2", VERSIONS[2])], {"old", "a"}),
+        ([Put("a", b"1", VERSIONS[1]), Delete("a", VERSIONS[2])], {"old"}),
+        ([Delete("old", VERSIONS[1]), Put("a", b"1", VERSIONS[2])], {"a"}),
+        ([Purge("a", VERSIONS[1]), Put("a", b"1", VERSIONS[2])], {"old", "a"}),
+    ],
+)
+def test_the_versions_of_columns_are_those_of_their_updates(updates, live, with_values):
+    values = [
+        update.value if type(update) is Put else None if type(update) is Delete else False
+        for update in updates
+    ]
+    columns = UpdateColumns(
+        [update.key for update in updates], values, [bytes(update.version) for update in updates]
+    )
+    found, expected = {"old": b"0"}, {"old": b"0"}
+    _fold_versions(found, columns, with_values)
+    _fold_versions(expected, updates, with_values)
+    assert found == expected
+    assert found.keys() == live

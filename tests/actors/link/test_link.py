@@ -31,7 +31,7 @@ from foldlog.actors.link import link as link_module
 from foldlog.actors.link.intake import UNRESTED, Intake, LinkConfig
 from foldlog.actors.link.link import Link
 from foldlog.actors.link.progress import Progress
-from foldlog.mirror import TURN_BYTES, _Sink
+from foldlog.mirror import TURN_BYTES, TURN_UPDATES, _Sink
 from foldlog.protocol.errors import Backpressure
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, encode_batch
 from foldlog.protocol.upstream import (
@@ -625,8 +625,17 @@ def sink_of(writer, sync="interval") -> _Sink:
     return _Sink(SimpleNamespace(config=SimpleNamespace(sync=sync)), writer)
 
 
-def batch_of(size: int):
-    return encode_batch([Put("k", bytes(size))], at(1))
+def batch_of(size: int, updates: int = 1):
+    return encode_batch([Put("k", bytes(size))] * updates, at(1))
+
+
+def test_what_is_read_while_many_updates_wait_is_handed_over():
+    """Else each read of the socket would be a batch of its own: five times as many as when the
+    next batch grows while one is written."""
+    writer = IdleWriter(lambda mail: True)
+    sink_of(writer).feed(batch_of(1, TURN_UPDATES), "")
+    sink_of(writer).feed(batch_of(1, TURN_UPDATES + 1), "")
+    assert (writer.turns, len(writer.inbox)) == (1, 1)
 
 
 @pytest.mark.parametrize(
