@@ -347,6 +347,32 @@ def test_a_store_that_refuses_a_batch_is_tried_again_from_its_cursor(path):
         assert mirror.stats().link.resets == 0
 
 
+def test_a_disk_that_stalls_holds_up_the_link_and_no_read(path):
+    """The link's thread may be the one that writes: it waits with the disk, then goes on."""
+    writing, go_on = threading.Event(), threading.Event()
+
+    def hook(call):
+        if call.operation == "write" and armed.is_set():
+            writing.set()
+            assert go_on.wait(60)
+
+    armed, upstream = threading.Event(), Scripted()
+    upstream.put("a", b"1")
+    with foldlog.mirror(path, upstream, files=FaultyFiles(hook=hook)) as mirror:
+        mirror.wait_synced(30)
+        armed.set()
+        upstream.put("b", b"2")
+        try:
+            assert writing.wait(30)
+            assert values(mirror) == {"a": b"1"}
+            assert mirror.stats().link.state is LinkState.LIVE
+        finally:
+            armed.clear()
+            go_on.set()
+        until(lambda: values(mirror) == true(upstream))
+        assert mirror.stats().link.attaches == 1
+
+
 # Another past of the upstream.
 
 
