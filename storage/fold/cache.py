@@ -95,8 +95,8 @@ class Cache:
         """The entry of `key`, if it is among the older ones; it becomes a recent one."""
         shard = hash(key) & SHARDS - 1
         change = self.older[shard].pop(key, None)
-        if change is not None:
-            self.recent[shard][key] = change
+        if change is not None and self.recent[shard].setdefault(key, change) is not change:
+            self._uncount(shard, change)  # it was in both
         return change
 
     def add(self, change: Change) -> None:
@@ -134,11 +134,14 @@ class Cache:
         shards = map(self.recent.__getitem__, numbers)
         kept = [*map(dict.setdefault, shards, keys, rows)]  # one probe for each: it costs the most
         for number, row in compress(zip(numbers, kept), map(is_not, kept, rows)):
-            size = cached_size(row)
-            sizes[number] -= size
-            self._entry_bytes -= size
+            self._uncount(number, row)
         if self._entry_bytes + self._index_bytes > self._quiet_bytes:
             self._make_room()
+
+    def _uncount(self, shard: int, change: Change) -> None:
+        size = cached_size(change)
+        self._bytes[shard] -= size
+        self._entry_bytes -= size
 
     def _make_room(self) -> None:
         """Split shards ahead of the limit, and drop the least used entries beyond it."""
@@ -230,9 +233,7 @@ class Cache:
             recent, older = self.recent[shard].pop(key, None), self.older[shard].pop(key, None)
             read = recent or older
             if read is not None:
-                size = cached_size(read)
-                self._bytes[shard] -= size
-                self._entry_bytes -= size
+                self._uncount(shard, read)
                 if change[1] is not None:
                     self.add(change)
         for number, origin in copies.items():

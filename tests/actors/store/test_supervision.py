@@ -474,7 +474,7 @@ def test_a_supervisor_that_dies_lets_each_reader_take_its_stop_message(open_stor
 
     def die(self: Supervisor) -> None:
         go_on["first"].set()
-        raise MemoryError("injected")
+        raise SystemError("injected")
 
     monkeypatch.setattr(Supervisor, "_begin_reopen", die)
     with pytest.raises(StoreFailed):

@@ -8,6 +8,7 @@ import asyncio
 import pytest
 
 from foldlog import Delete, Purge, Put, VersionToken, WatchCursor
+from foldlog.protocol.updates import UpdateColumns
 from foldlog.protocol.upstream import Changes, UpstreamLost
 from foldlog.upstreams import NatsKv
 from foldlog.upstreams.nats_connection import NoMessage
@@ -167,6 +168,15 @@ def put(key: str, sequence: int) -> Put:
     return Put(key, b"v", VersionToken.from_u64(sequence))
 
 
+def columns(*updates) -> UpdateColumns:
+    values = {Put: lambda put: put.value, Delete: lambda _: None, Purge: lambda _: False}
+    return UpdateColumns(
+        [update.key for update in updates],
+        [values[type(update)](update) for update in updates],
+        [bytes(update.version) for update in updates],
+    )
+
+
 def collected(pieces) -> list[Changes]:
     async def collect():
         return [piece async for piece in pieces]
@@ -205,9 +215,9 @@ def test_a_state_is_complete_up_to_the_last_position_and_has_the_mark_of_what_it
 
 def test_revisions_are_those_of_the_live_keys_at_the_last_position_that_was_reached():
     pieces = [
-        Piece([put("a", 3), put("b", 4), put("c", 5)], 5),
-        Piece([Delete("a", VersionToken.from_u64(6)), Purge("x"), put("b", 7)], 7),
-        Piece([]),
+        Piece(columns(put("a", 3), put("b", 4), put("c", 5)), 5),
+        Piece(columns(Delete("a", VersionToken.from_u64(6)), Purge("x"), put("b", 7)), 7),
+        Piece(columns()),
     ]
     made = bucket(info(), *pieces)
     found = asyncio.run(made.revisions(("p",)))
@@ -215,7 +225,7 @@ def test_revisions_are_those_of_the_live_keys_at_the_last_position_that_was_reac
     assert (found.versions, found.position) == (versions, at(7))
     start = {"deliver_policy": "last_per_subject", "headers_only": True}
     assert made.consumers == [(start, ("p",), at(5))]
-    early = asyncio.run(bucket(info(), Piece([put("a", 3)], 3)).revisions(()))
+    early = asyncio.run(bucket(info(), Piece(columns(put("a", 3)), 3)).revisions(()))
     assert early.position == at(5)
 
 

@@ -639,7 +639,7 @@ class Quiet:
 
 
 def run_of(number: int) -> Run:
-    return Run([Put("k", b"1")], number, 0, 0, 1)
+    return Run(UpdateColumns(["k"], [b"1"], [b""]), number, 0, 0, 1)
 
 
 def test_waiting_for_messages_takes_one_timer_rather_than_one_for_each():
