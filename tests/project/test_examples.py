@@ -28,7 +28,7 @@ def run(name: str, *arguments: object) -> list[str]:
         text=True,
         timeout=150,
         check=False,
-        env=os.environ | {"PYTHONDEVMODE": "0"},
+        env=os.environ | {"PYTHONDEVMODE": ""},  # asyncio would tell of each slow step
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
