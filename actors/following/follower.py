@@ -22,6 +22,7 @@ from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEven
 
 from foldlog.actors.base.adapter import log, start_aside
 from foldlog.actors.base.answers import Answer
+from foldlog.actors.base.memory import insist, pause
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError, RequestTimeout
@@ -209,30 +210,38 @@ class FollowerThread:
 
     def _run(self) -> None:
         try:
-            self._watch = FileWatch(self.path, EVENTS, self._on_event)
-            self._started.finish(None)
             while not self._closing:
-                self.woken.wait(
-                    min(busy_pause_s(self._worked_s), self._poll_interval_s)
-                    if self.busy
-                    else self._poll_interval_s
-                )
-                has_event, self._has_event = self._has_event, False
-                self._worked_s = 0.0
-                while not self._closing and self._poll_timed():
-                    if not self.busy and not has_event:
-                        self.file_watch.refresh()  # there was a change, but no event
-                        has_event = True
-                    if self._tail.behind:
-                        continue
-                    self._set_busy(time.monotonic())
-                    if self.busy:
-                        break
-                    time.sleep(PAUSE_S)
-                else:
-                    self._set_busy(time.monotonic())
+                try:
+                    if self._watch is None:
+                        self._watch = FileWatch(self.path, EVENTS, self._on_event)
+                    if not self._started.done():
+                        self._started.finish(None)
+                    self._round()
+                except MemoryError:  # outside a poll, which tells of it
+                    pause()
         finally:
-            self._end()
+            insist(self._end)
+
+    def _round(self) -> None:
+        """Sleep until there may be something, and read what there is."""
+        self.woken.wait(
+            min(busy_pause_s(self._worked_s), self._poll_interval_s)
+            if self.busy
+            else self._poll_interval_s
+        )
+        has_event, self._has_event = self._has_event, False
+        self._worked_s = 0.0
+        while not self._closing and self._poll_timed():
+            if not self.busy and not has_event:
+                self.file_watch.refresh()  # there was a change, but no event
+                has_event = True
+            if self._tail.behind:
+                continue
+            self._set_busy(time.monotonic())
+            if self.busy:
+                return
+            time.sleep(PAUSE_S)
+        self._set_busy(time.monotonic())
 
     def _set_busy(self, now: float) -> None:
         recent = [found for found in self._found_at if now - found < BUSY_WINDOW_S]
@@ -265,7 +274,7 @@ class FollowerThread:
     def _step(self) -> bool:
         was_started = self._tail.started
         self._tail.keeps_batches = self.feeds.has_subscribers
-        step = self._tail.poll()
+        step = self._tail.poll() or self._unpublished()
         self._error = None
         self._had_log |= self._tail.started
         rewound = ""
@@ -285,6 +294,14 @@ class FollowerThread:
         if step is not None or self._untold is not None:
             self._tell(step, rewound)
         return step is not None
+
+    def _unpublished(self) -> Jump | None:
+        """A state that was read, and not published: there was no memory for it, say."""
+        fold, before = self._tail.fold, self.snapshot
+        if fold is before or not self._tail.started or not isinstance(before, FoldSnapshot):
+            return None
+        went_back = fold.seq < before.seq
+        return Jump(fold, f"the log went back: from batch {before.seq}" if went_back else "")
 
     def _tell(self, step: Advance | Jump | None, rewound: str) -> None:
         """Tell subscribers of a step, and of those of which telling failed."""

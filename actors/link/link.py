@@ -233,9 +233,8 @@ class Link:
 def _is_passing(error: BaseException) -> bool:
     """True for what may be over by the next attempt, without anyone's help."""
     lasting = (ResetHeld, UpstreamRefused, UpstreamOversize)
-    return isinstance(error, (UpstreamError, FoldlogError, OSError)) and not isinstance(
-        error, lasting
-    )
+    passing = (UpstreamError, FoldlogError, OSError, MemoryError)
+    return isinstance(error, passing) and not isinstance(error, lasting)
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,5 @@
-"""An exception or a user's call at each point where CPython may run a signal handler.
+"""An exception or a user's call at each point where CPython may run a signal handler; a call that
+has no memory.
 
 CPython runs handlers between bytecodes: when a function is entered, and after calls. A profile
 function is called at all of these points, and may raise, as a handler may.
@@ -39,6 +40,22 @@ class At:
             return call()
         finally:
             sys.setprofile(None)
+
+
+class RunsOut:
+    """A profile function that lets one call in its thread fail: the `number`-th of foldlog's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.fired = False
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
+        if event in ("call", "c_call") and frame.f_globals["__name__"].startswith("foldlog."):
+            self.number -= 1
+            if self.number == 0:
+                self.fired = True
+                sys.setprofile(None)
+                raise MemoryError("injected")
 
 
 def strike() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from actor_kit import batch, cursor
+from actor_kit import DEADLINE_S, batch, cursor
+from interrupts import RunsOut, points
 
+import foldlog
 from foldlog import AppendLogSnapshot, Changed, Synced
 from foldlog.actors.feeds.subscription import Subscription
 from foldlog.actors.following.follower import FollowerState, FollowerThread
@@ -120,3 +123,31 @@ def test_batches_that_cannot_be_read_again_are_told_as_a_difference(
     polled.thread._poll()
     assert polled.thread.state is FollowerState.FOLLOWING
     assert [event for event in polled.told() if event[0] == "Changed"] == changes_of(3)
+
+
+@pytest.mark.parametrize(
+    "stride", [7, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"]
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_follower_outlives_a_memory_error_at_any_point_of_its_thread(
+    path, snap, monkeypatch, stride
+):
+    """Its thread ended, and it served what it had for ever, as a follower that is in step."""
+    run, count = FollowerThread._run, 0
+    for number in points(stride, first=2):  # the first is outside of all that it guards
+        strike = RunsOut(number)
+
+        def struck(self: FollowerThread, strike: RunsOut = strike) -> None:
+            sys.setprofile(strike)
+            run(self)
+
+        monkeypatch.setattr(FollowerThread, "_run", struck)
+        with foldlog.follow(path, poll_interval_s=0.01) as follower:
+            for _ in range(2):
+                count += 1
+                snap.apply(batch(count), cursor(count))
+                follower.wait_for(cursor(count), DEADLINE_S)
+            assert follower.get("shared/0").value == b"%d" % count
+        if not strike.fired:
+            break
+    assert number > 1

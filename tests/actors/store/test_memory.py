@@ -9,11 +9,10 @@ import itertools
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
 
 import pytest
 from actor_kit import DEADLINE_S, batch, cursor, threads, until
-from interrupts import points
+from interrupts import RunsOut, points
 
 import foldlog
 from foldlog import Get, State, WriterCrashed
@@ -35,22 +34,6 @@ NUMBERS = itertools.count(1)
 def stride(request: pytest.FixtureRequest) -> int:
     """Try each so many-th point: all of them in the slow set."""
     return request.param  # type: ignore[no-any-return]
-
-
-class RunsOut:
-    """A profile function that lets one call in its thread fail: the `number`-th of foldlog's."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.fired = False
-
-    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        if event in ("call", "c_call") and frame.f_globals["__name__"].startswith("foldlog."):
-            self.number -= 1
-            if self.number == 0:
-                self.fired = True
-                sys.setprofile(None)
-                raise MemoryError("injected")
 
 
 def strike_in(monkeypatch: pytest.MonkeyPatch, name: str, strike: RunsOut) -> None:
