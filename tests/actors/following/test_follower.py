@@ -129,6 +129,7 @@ def test_batches_that_cannot_be_read_again_are_told_as_a_difference(
     "stride", [7, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"]
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_follower_outlives_a_memory_error_at_any_point_of_its_thread(
     path, snap, monkeypatch, stride
 ):

@@ -449,6 +449,7 @@ def test_a_supervisor_that_dies_answers_all_who_wait_for_it(open_store, monkeypa
     store.close(DEADLINE_S)
 
 
+@pytest.mark.append_log("RocksDB's reads end")
 def test_a_supervisor_that_dies_lets_each_reader_take_its_stop_message(open_store, monkeypatch):
     """Readers share a mailbox. It was ended with the first of them: the stop message of one that
     was busy was gone, its thread lived on, and the supervisor waited for it in vain."""
