@@ -117,7 +117,7 @@ class SupervisedActor(pykka.ThreadingActor):
         # Taken from the mailbox and not done. Owned by the thread that has the turn.
         self.taken: list[Mail] = []
         self.thread: threading.Thread | None = None
-        self._permit: list[None] = []
+        self._permit: list[None] = [None]
         """Holds one item until its thread runs, or is kept from it."""
         self.told_to_stop = False
         self.busy_since: float | None = None
@@ -196,7 +196,9 @@ class SupervisedActor(pykka.ThreadingActor):
                 self.busy_since = time.monotonic()
                 self._serve()
         except BaseException as raised:
-            error = raised.with_traceback(None) if isinstance(raised, MemoryError) else raised
+            error = raised  # first: without an error, the actor was stopped
+            if isinstance(raised, MemoryError):
+                raised.with_traceback(None)
         finally:
             self._post(Ended(self, error))
 

@@ -32,17 +32,26 @@ class Maintenance(SupervisedActor):
         super().__init__("maintenance", post)
         self._core, self._step = core, core.config.step
         self.writer_inbox: Inbox | None = None
+        self._handed_over: Compaction | None = None
+        """The last rewrite of which the writer was told: it is the writer's now."""
 
     def on_start(self) -> None:
         self._step("maintenance.start")
         crashed = WriterCrashed("maintenance died while it worked on this")
         for mail in self.taken:
             if isinstance(mail.message, CompactJob):
-                mail.message.rewrite.discard()
-                self._tell_writer(Rewritten(mail.message.rewrite, crashed))
+                self._end_compaction(mail.message.rewrite, crashed)
             elif isinstance(mail.message, ExportJob):
                 mail.message.fail(crashed)
         self.taken[:] = stop_only(self.taken)
+
+    def _end_compaction(self, rewrite: Compaction, crashed: WriterCrashed) -> None:
+        """After a crash. The file of a rewrite that was handed over is not touched."""
+        if rewrite is not self._handed_over:
+            rewrite.discard()
+            self._tell_writer(Rewritten(rewrite, crashed))
+        elif isinstance(rewrite.outcome, Rewritten):
+            self._tell_writer(rewrite.outcome)  # again: the first may not have arrived
 
     def handle(self, mails: list[Mail]) -> None:
         job = mails[0].message
@@ -56,6 +65,7 @@ class Maintenance(SupervisedActor):
             log.error("maintenance cannot serve %s", type(job).__name__)
 
     def _compact(self, rewrite: Compaction) -> None:
+        self._handed_over = None
         try:
             first = not rewrite.written
             if first:
@@ -83,6 +93,7 @@ class Maintenance(SupervisedActor):
     def _tell_writer(self, message: Rewritten) -> None:
         assert self.writer_inbox is not None
         message.rewrite.outcome = message  # for a writer that waits for exactly this
+        self._handed_over = message.rewrite
         try:
             self.writer_inbox.offer(Mail(message))
         except FoldlogError:  # the store failed or is closing: nobody finishes it

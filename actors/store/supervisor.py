@@ -199,13 +199,14 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
-            self._launch(self.writer)
+            step = self._begin
             while self.core.state is not State.CLOSED:
                 try:
-                    self._wait()
+                    step()
                 except MemoryError:
                     self._is_behind = True
                     pause()
+                step = self._wait
         except BaseException as error:
             self._stop_error = self._stop_error or error
             insist(self._die)
@@ -213,6 +214,9 @@ class Supervisor:
             insist(self._answer_closed)
             insist(self.core.ended.set)
             insist(self._answer_late)
+
+    def _begin(self) -> None:
+        self._launch(self.writer)
 
     def _die(self) -> None:
         """After an error of its own: the store only reads from now on."""
@@ -242,6 +246,8 @@ class Supervisor:
         notice = self._next_notice(timeout_s)
         if notice is None:
             self._find_the_dead()
+            if self.core.state is State.CLOSING:
+                self._finish_close_if_ended()
             self._check_health(time.monotonic())
             return
         self._heed(notice)
@@ -581,8 +587,8 @@ class Supervisor:
             actor.inbox.end(self._closed)
             actor.abandon(self._closed())
         try:
-            self.syncer.close_watch()
-            self.writer.let_go()
+            insist(self.syncer.close_watch)
+            insist(self.writer.let_go)
         except Exception as error:  # nobody could try again
             log.warning("%s: not closed in order", core.config.path, exc_info=True)
             self._stop_error = self._stop_error or error

@@ -414,9 +414,9 @@ class Log:
 
     def _close_file(self) -> None:
         if self._retiring is None:
-            files = [self.file, self._replaced, self._successor and self._successor[1]]
-            fds = {file.fd for file in files if file is not None} - {-1}
-            self._retiring = [Retiring(self.files, fd) for fd in fds]
+            fds = {file.fd for file in (self.file, self._replaced) if file is not None}
+            fds |= self._successors_fd()
+            self._retiring = [Retiring(self.files, fd) for fd in fds - {-1}]
         self.file = self.file._replace(fd=-1)
         if self._successor is not None:
             inode, successor = self._successor
@@ -424,6 +424,18 @@ class Log:
         with contextlib.ExitStack() as stack:  # one that fails keeps no other open, and locked
             for retiring in self._retiring:
                 stack.callback(retiring.close)
+
+    def _successors_fd(self) -> set[int]:
+        """Its descriptor, unless whoever wrote that file has closed it: the number may then be
+        another file's."""
+        if self._successor is None:
+            return set()
+        inode, successor = self._successor
+        try:
+            is_open = self.identity(successor.fd) == inode
+        except OSError:
+            is_open = False
+        return {successor.fd} if is_open else set()
 
     def after_fork(self) -> None:
         """In a forked child: the log is the parent's."""
@@ -452,6 +464,6 @@ class Log:
                 finally:
                     if not keep_lock:
                         self._lock.release()
-                    self._released = True
+                self._released = True  # else the next call closes what this one could not
         finally:
             self._turns.leave(_getframe())

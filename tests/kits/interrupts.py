@@ -49,8 +49,13 @@ class RunsOut:
         self.number = number
         self.fired = False
 
-    def __call__(self, frame: FrameType, event: str, argument: object) -> None:
-        if event in ("call", "c_call") and frame.f_globals["__name__"].startswith("foldlog."):
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event not in ("call", "c_call") or not frame.f_globals["__name__"].startswith(
+            "foldlog."
+        ):
+            return
+        called = argument.__name__ if event == "c_call" else frame.f_code.co_name
+        if called != "close":  # it takes no memory to close a descriptor
             self.number -= 1
             if self.number == 0:
                 self.fired = True
