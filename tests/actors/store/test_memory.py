@@ -16,7 +16,8 @@ from interrupts import RunsOut, points
 
 import foldlog
 from foldlog import Get, State, WriterCrashed
-from foldlog.actors.base.adapter import NoThread, SupervisedActor
+from foldlog.actors.base.adapter import Inbox, Mail, NoThread, SupervisedActor
+from foldlog.actors.store.internal import Rewritten
 from foldlog.actors.store.supervisor import Supervisor
 
 ON_EACH_ENGINE = True
@@ -94,3 +95,27 @@ def test_a_store_outlives_a_memory_error_at_any_point_of_its_own_threads(
             break
     assert number > 1
     until(lambda: not of_stores(threads()), "the store's threads have ended")
+
+
+def test_a_rewrite_that_the_writer_has_is_not_discarded_by_who_wrote_it(
+    open_store, path, monkeypatch
+):
+    """Maintenance ran out of memory after the message had arrived, and closed the file of which
+    the writer was making its log."""
+    post, strikes = Inbox._post, iter([MemoryError("injected")])
+
+    def posted(self: Inbox, mail: Mail) -> None:
+        post(self, mail)
+        if isinstance(mail.message, Rewritten) and (error := next(strikes, None)):
+            raise error
+
+    monkeypatch.setattr(Inbox, "_post", posted)
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    store.compact(DEADLINE_S)
+    assert next(strikes, None) is None
+    until(lambda: store.stats().restarts, "maintenance has died")
+    store.apply(batch(2), cursor(2))
+    store.compact(DEADLINE_S)
+    assert store.stats().compactions == 2
+    assert store.verify().ok

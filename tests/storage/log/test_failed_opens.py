@@ -7,6 +7,7 @@ who logged the error later, or opened another store meanwhile, found the log sti
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from faultkit import MAX_CALLS
 
 import foldlog
 from foldlog import AppendLogSnapshot, FoldlogError, Put, WatchCursor
+from foldlog.storage.log.log import Log
 from foldlog.storage.repair.salvage import salvage_log
 from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Fault, FaultyFiles, UnsyncedFiles
@@ -95,3 +97,36 @@ def test_a_call_that_failed_has_no_file_open_while_its_error_is_kept(
         if not files.fired:
             return
     raise AssertionError("it never completes")
+
+
+def test_a_log_that_could_not_be_abandoned_for_lack_of_memory_is_by_the_next_call(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counted as abandoned: the next opening in this process found it locked."""
+    log = AppendLogSnapshot.open(path)[1]._engine.log
+
+    def run_out(self: Log) -> set[int]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "_successors_fd", run_out)
+        with pytest.raises(MemoryError):
+            log.abandon()
+    log.abandon()
+    AppendLogSnapshot.open(path)[1].close()
+
+
+def test_a_successor_that_its_writer_has_closed_is_not_closed_again(path: Path) -> None:
+    """The number of its descriptor may be that of another file by then."""
+    log = AppendLogSnapshot.open(path)[1]._engine.log
+    other = path.with_name("other")
+    other.touch()
+    log.announce(log.file._replace(fd=os.open(other, os.O_RDWR)))
+    assert log._successor is not None
+    number = log._successor[1].fd
+    os.close(number)
+    taken = os.open(path.parent, os.O_RDONLY)
+    assert taken == number
+    log.abandon()
+    os.fstat(taken)
+    os.close(taken)
