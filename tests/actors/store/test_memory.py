@@ -11,13 +11,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from actor_kit import DEADLINE_S, batch, cursor, threads, until
+from actor_kit import DEADLINE_S, batch, cursor, in_thread, threads, until
 from interrupts import RunsOut, points
 
 import foldlog
 from foldlog import Get, State, WriterCrashed
 from foldlog.actors.base.adapter import Inbox, Mail, NoThread, SupervisedActor
 from foldlog.actors.store.internal import Rewritten
+from foldlog.actors.store.maintenance import Maintenance
 from foldlog.actors.store.supervisor import Supervisor
 
 ON_EACH_ENGINE = True
@@ -98,24 +99,34 @@ def test_a_store_outlives_a_memory_error_at_any_point_of_its_own_threads(
 
 
 def test_a_rewrite_that_the_writer_has_is_not_discarded_by_who_wrote_it(
-    open_store, path, monkeypatch
+    open_store, steps, monkeypatch
 ):
     """Maintenance ran out of memory after the message had arrived, and closed the file of which
     the writer was making its log."""
-    post, strikes = Inbox._post, iter([MemoryError("injected")])
+    post, start = Inbox._post, Maintenance.on_start
+    strikes, restarted = iter([MemoryError("injected")]), threading.Event()
 
     def posted(self: Inbox, mail: Mail) -> None:
         post(self, mail)
         if isinstance(mail.message, Rewritten) and (error := next(strikes, None)):
             raise error
 
+    def started(self: Maintenance) -> None:
+        has_job = bool(self.taken)
+        start(self)
+        if has_job:
+            restarted.set()
+
     monkeypatch.setattr(Inbox, "_post", posted)
+    monkeypatch.setattr(Maintenance, "on_start", started)
     store = open_store()
     store.apply(batch(1), cursor(1))
-    store.compact(DEADLINE_S)
-    assert next(strikes, None) is None
-    until(lambda: store.stats().restarts, "maintenance has died")
+    gate = steps.park("compact.finish")
+    compaction = in_thread(store.compact, DEADLINE_S)
+    gate.wait_until_reached()
+    assert restarted.wait(DEADLINE_S)
+    gate.open()
+    compaction.result(DEADLINE_S)
     store.apply(batch(2), cursor(2))
-    store.compact(DEADLINE_S)
-    assert store.stats().compactions == 2
+    assert store.stats().compactions == 1
     assert store.verify().ok
