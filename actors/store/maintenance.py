@@ -33,7 +33,7 @@ class Maintenance(SupervisedActor):
         self._core, self._step = core, core.config.step
         self.writer_inbox: Inbox | None = None
         self._handed_over: Compaction | None = None
-        """The last rewrite of which the writer was told: it is the writer's now."""
+        """During a job: the rewrite of which the writer was told, and which is the writer's now."""
 
     def on_start(self) -> None:
         self._step("maintenance.start")
@@ -44,6 +44,7 @@ class Maintenance(SupervisedActor):
             elif isinstance(mail.message, ExportJob):
                 mail.message.fail(crashed)
         self.taken[:] = stop_only(self.taken)
+        self._handed_over = None
 
     def _end_compaction(self, rewrite: Compaction, crashed: WriterCrashed) -> None:
         """After a crash. The file of a rewrite that was handed over is not touched."""
@@ -57,6 +58,7 @@ class Maintenance(SupervisedActor):
         job = mails[0].message
         if isinstance(job, CompactJob):
             self._compact(job.rewrite)
+            self._handed_over = None  # or it would keep a replaced file open
         elif isinstance(job, ExportJob):
             self._export(job)
         elif isinstance(job, LetGo):
