@@ -41,6 +41,7 @@ from foldlog.storage.engines.rocksdb import past as past_module
 from foldlog.storage.engines.rocksdb.database import opening
 from foldlog.storage.engines.rocksdb.fold import difference, snapshot
 from foldlog.storage.engines.rocksdb.fold.held import HeldFolds
+from foldlog.storage.engines.rocksdb.fold.trail import Trail
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 120
@@ -199,6 +200,27 @@ def test_a_snapshot_that_nobody_holds_is_released_and_the_others_are_told(
     del fold
     assert engine.held() == (0, 0.0, 0)
     assert engine._db.property_int_value("rocksdb.num-snapshots") == 1
+
+
+def test_a_look_at_what_was_changed_misses_no_commit_that_ends_meanwhile(
+    engine: RocksDbEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had read the keys of a commit before they were noted, found that the commit had ended, and
+    began after it from then on: a range of the snapshot showed that change."""
+    commit(engine, [Put("a", b"1")])
+    fold, keys = engine.snapshot, Trail.keys
+    meanwhile = iter([[Put("b", b"2")], [Put("c", b"3")]])
+
+    def keys_before_commits(self: Trail) -> Iterator[bytes]:
+        found = list(keys(self))
+        for updates in meanwhile:
+            commit(engine, updates)
+        return iter(found)
+
+    monkeypatch.setattr(Trail, "keys", keys_before_commits)
+    fold.changed_since()
+    assert fold.changed_since() == [b"b", b"c"]
+    assert state(fold) == {"a": b"1"}
 
 
 def test_what_commits_change_is_kept_only_for_those_who_hold_an_older_snapshot(

@@ -194,10 +194,11 @@ class RocksDbFold(SnapshotReads):
         node, keys = self._changed
         fresh: set[bytes] = set()
         while True:
+            following = node.following  # first: once it is set, the keys of `node` are complete
             fresh.update(node.keys())
-            if node.following is None:
+            if following is None:
                 break
-            node = node.following
+            node = following
         if fresh:
             keys = sorted(fresh.union(keys))
             self._changed = node, keys
