@@ -13,7 +13,7 @@ it into a frame, and replay unpacks it (`decoding.py`). The encoding is columnar
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 from operator import itemgetter
 from types import NoneType
@@ -207,6 +207,26 @@ class UpdateColumns(Sequence[Update]):
 def keys_of(updates: Sequence[Update]) -> Sequence[str]:
     """The key of each update."""
     return updates.keys if type(updates) is UpdateColumns else [update.key for update in updates]
+
+
+def fold_versions(
+    versions: dict[str, bytes],
+    updates: Sequence[Update],
+    mark: Callable[[bytes, object], bytes] | None = None,
+) -> None:
+    """Make `versions`, by key, those of the entries after `updates`; of each, what `mark` makes of
+    its version and value."""
+    if type(updates) is UpdateColumns and not updates.removes:
+        new = updates.versions if mark is None else map(mark, updates.versions, updates.values)
+        versions.update(zip(updates.keys, new, strict=True))
+        return
+    for update in updates:
+        if not isinstance(update, Put):
+            versions.pop(update.key, None)
+        elif mark is None:
+            versions[update.key] = bytes(update.version)
+        else:
+            versions[update.key] = mark(update.version, update.value)
 
 
 def _updates(

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from itertools import repeat
 from operator import attrgetter
 from typing import Any
@@ -22,7 +22,7 @@ from foldlog.actors.link.progress import Progress
 from foldlog.actors.link.resuming import Audit, audit_delay_s, next_audit_s
 from foldlog.actors.link.tail import Tail
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import Delete, KvEntry, Put, Update, UpdateColumns
+from foldlog.protocol.updates import Delete, KvEntry, Put, Update, fold_versions
 from foldlog.protocol.upstream import (
     Changes,
     HasMarks,
@@ -141,7 +141,7 @@ class Auditor:
         async with contextlib.aclosing(self._state()) as pieces:
             async for piece in pieces:
                 updates = self._intake.wanted(piece.updates)
-                _fold_versions(versions, updates, with_values)
+                fold_versions(versions, updates, version_and_value if with_values else None)
                 position = piece.position
         return versions, position
 
@@ -201,25 +201,6 @@ def _versions(block: list[KvEntry], with_values: bool) -> list[bytes]:
     # Not `entry.version`, which makes a token of each.
     versions: Iterable[Any] = map(tuple.__getitem__, block, repeat(2))
     return list(map(version_and_value, versions, map(_value, block)) if with_values else versions)
-
-
-def _fold_versions(
-    versions: dict[str, bytes], updates: Sequence[Update], with_values: bool
-) -> None:
-    """Make `versions` those of the entries after `updates`."""
-    if type(updates) is UpdateColumns and not updates.removes:
-        new: Iterable[bytes] = updates.versions
-        if with_values:
-            new = map(version_and_value, new, updates.values)
-        versions.update(zip(updates.keys, new, strict=True))
-        return
-    for update in updates:
-        if not isinstance(update, Put):
-            versions.pop(update.key, None)
-        elif with_values:
-            versions[update.key] = version_and_value(update.version, update.value)
-        else:
-            versions[update.key] = bytes(update.version)
 
 
 def version_and_value(version: bytes, value: object) -> bytes:

@@ -23,7 +23,7 @@ from hashlib import blake2b
 from typing import Any, cast
 
 from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
-from foldlog.protocol.updates import Put, UpdateColumns
+from foldlog.protocol.updates import UpdateColumns, fold_versions
 from foldlog.protocol.upstream import (
     Changes,
     Identity,
@@ -153,7 +153,7 @@ class NatsKv:
         start = {"deliver_policy": "last_per_subject", "headers_only": True}
         async with contextlib.aclosing(self._consume(start, prefixes, upto=at)) as pieces:
             async for piece in pieces:
-                _note_versions(found, piece.updates)
+                fold_versions(found, piece.updates)
                 if piece.last:
                     at = max(at, WatchCursor.from_u64(piece.last))
         return Revisions(found, at)
@@ -216,17 +216,6 @@ class NatsKv:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
-
-
-def _note_versions(found: dict[str, bytes], updates: UpdateColumns) -> None:
-    if not updates.removes:
-        found.update(zip(updates.keys, updates.versions, strict=True))
-        return
-    for update in updates:
-        if type(update) is Put:
-            found[update.key] = bytes(update.version)
-        else:
-            found.pop(update.key, None)
 
 
 def _mark(stored_ns: int) -> bytes:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-import scripted_upstream
 from scripted_upstream import Marked, Plain, Scripted, at
 from virtual_link import Fed, MemorySink, drive, failed, live, reached
 
@@ -14,17 +13,10 @@ from foldlog import Delete, LinkState, Put, VersionToken, WatchCursor
 from foldlog.actors.link import attachment
 from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, UpstreamRefused
 
+pytestmark = pytest.mark.usefixtures("no_threads")
+
 ORIGIN = Scripted.origin
 REBORN = ORIGIN[:16] + b"2" * 8
-
-
-@pytest.fixture(autouse=True)
-def _no_threads(monkeypatch):
-    async def inline(call, *arguments):
-        return call(*arguments)
-
-    monkeypatch.setattr(asyncio, "to_thread", inline)
-    monkeypatch.setattr(scripted_upstream, "BEAT_S", 0.1)
 
 
 def filled(kind, *values: bytes):

@@ -14,20 +14,13 @@ from virtual_link import Fed, MemorySink, drive, failed, live, reached
 
 from foldlog import Delete, KvEntry, LinkState, Purge, Put, VersionToken
 from foldlog.actors.link import auditing
-from foldlog.actors.link.auditing import _fold_versions, _versions
-from foldlog.protocol.updates import UpdateColumns
+from foldlog.actors.link.auditing import _versions, version_and_value
+from foldlog.protocol.updates import UpdateColumns, fold_versions
 from foldlog.protocol.upstream import Revisions
 
+pytestmark = pytest.mark.usefixtures("no_threads")
+
 ORIGIN = Scripted.origin
-
-
-@pytest.fixture(autouse=True)
-def _slow_beats_and_no_threads(monkeypatch):
-    async def inline(call, *arguments):
-        return call(*arguments)
-
-    monkeypatch.setattr(asyncio, "to_thread", inline)
-    monkeypatch.setattr(scripted_upstream, "BEAT_S", 0.1)
 
 
 def version(number: int) -> VersionToken:
@@ -277,20 +270,28 @@ def test_a_key_that_changes_between_two_audits_is_audited_again():
     assert sink.entries == {"k.0": b"new"}
 
 
+class HeldBack(Scripted):
+    """It lets no change through until three seconds after it was `overtaken`."""
+
+    held_back = True
+
+    async def changes(self, after, prefixes):
+        async for piece in super().changes(after, prefixes):
+            while piece.updates and self.held_back:
+                await asyncio.sleep(0.1)
+            yield piece
+
+    async def overtaken(self, key):
+        """Something is written that an audit reads before the tail does."""
+        self.put(key, b"new")
+        asyncio.get_running_loop().call_later(3.0, self.__setattr__, "held_back", False)
+        await asyncio.sleep(1.0)
+
+
 def test_what_an_audit_has_seen_and_the_tail_has_yet_to_bring_is_not_missing():
-    class Ahead(Scripted):
-        held_back = True
-
-        async def changes(self, after, prefixes):
-            async for piece in super().changes(after, prefixes):
-                while piece.updates and self.held_back:
-                    await asyncio.sleep(0.1)
-                yield piece
-
+    class Ahead(HeldBack):
         async def revisions(self, prefixes):
-            self.put("k.9", b"new")
-            asyncio.get_running_loop().call_later(3.0, self.__setattr__, "held_back", False)
-            await asyncio.sleep(1.0)
+            await self.overtaken("k.9")
             return await super().revisions(prefixes)
 
     upstream, sink = upstream_and_sink(b"a", kind=Ahead)
@@ -301,19 +302,9 @@ def test_what_an_audit_has_seen_and_the_tail_has_yet_to_bring_is_not_missing():
 
 
 def test_an_entry_that_is_newer_than_what_the_tail_has_brought_is_left_to_it():
-    class Ahead(Scripted):
-        held_back = True
-
-        async def changes(self, after, prefixes):
-            async for piece in super().changes(after, prefixes):
-                while piece.updates and self.held_back:
-                    await asyncio.sleep(0.1)
-                yield piece
-
+    class Ahead(HeldBack):
         async def state(self, prefixes):
-            self.put("k.0", b"new")
-            asyncio.get_running_loop().call_later(3.0, self.__setattr__, "held_back", False)
-            await asyncio.sleep(1.0)
+            await self.overtaken("k.0")
             async for piece in super().state(prefixes):
                 yield piece
 
@@ -412,6 +403,10 @@ ENTRIES = [KvEntry(f"k.{at}", b"v", version) for at, version in enumerate(VERSIO
 with_and_without_values = pytest.mark.parametrize("with_values", [False, True])
 
 
+def mark(with_values):
+    return version_and_value if with_values else None
+
+
 @with_and_without_values
 def test_an_audit_makes_no_token_of_a_version(with_values):
     """Half of its calls made one, only to compare it."""
@@ -421,7 +416,7 @@ def test_an_audit_makes_no_token_of_a_version(with_values):
         [bytes(entry.version) for entry in ENTRIES],
     )
     found: dict[str, bytes] = {}
-    called = functions_of(_fold_versions, found, columns, with_values)
+    called = functions_of(fold_versions, found, columns, mark(with_values))
     called += functions_of(_versions, ENTRIES, with_values)
     assert not any("Token" in name or "KvEntry" in name for name in called)
     assert list(found.values()) == _versions(ENTRIES, with_values)
@@ -446,7 +441,7 @@ def test_the_versions_of_columns_are_those_of_their_updates(updates, live, with_
         [update.key for update in updates], values, [bytes(update.version) for update in updates]
     )
     found, expected = {"old": b"0"}, {"old": b"0"}
-    _fold_versions(found, columns, with_values)
-    _fold_versions(expected, updates, with_values)
+    fold_versions(found, columns, mark(with_values))
+    fold_versions(expected, updates, mark(with_values))
     assert found == expected
     assert found.keys() == live

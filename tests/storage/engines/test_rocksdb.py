@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faultkit import quick_folder
 
 import foldlog
 from foldlog import (
@@ -45,12 +44,6 @@ from foldlog.storage.engines.rocksdb.fold.trail import Trail
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 120
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    with quick_folder(tmp_path) as quick:
-        yield quick / "state.db"
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rocksdict
-from faultkit import quick_folder
 
 from foldlog import (
     AppendLogSnapshot,
@@ -42,12 +41,6 @@ from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_dat
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 120
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    with quick_folder(tmp_path) as quick:
-        yield quick / "state.db"
 
 
 def opened(path: Path, **options: Any) -> RocksDbSnapshot:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import rocksdict
-from faultkit import quick_folder
 
 from foldlog import CorruptLogError, FoldlogError, Put, RocksDbSnapshot, WatchCursor
 from foldlog.storage.engines.rocksdb.database import opening
@@ -21,12 +20,6 @@ from foldlog.storage.engines.rocksdb.exchange.reading import stored_fold
 
 CACHE = 8 * 1024 * 1024
 MISSING = "Corruption: Can't access /000009.sst: IO error: No such file or directory"
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    with quick_folder(tmp_path) as quick:
-        yield quick / "state.db"
 
 
 @pytest.fixture
