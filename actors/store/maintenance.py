@@ -67,7 +67,6 @@ class Maintenance(SupervisedActor):
             log.error("maintenance cannot serve %s", type(job).__name__)
 
     def _compact(self, rewrite: Compaction) -> None:
-        self._handed_over = None
         try:
             first = not rewrite.written
             if first:
