@@ -190,7 +190,9 @@ class Compactor:
             if allowed != before:
                 self._made_progress()
             small = end <= small_bytes
-            if self._core.state is not State.RUNNING or (small and now - began > self._patience_s):
+            # A writer that has restarted may write before the supervisor has heard of it.
+            is_open = self._core.state in (State.RUNNING, State.RESTARTING)
+            if not is_open or (small and now - began > self._patience_s):
                 break
             time.sleep(HOLD_S)
         if began:

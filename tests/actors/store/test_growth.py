@@ -14,6 +14,7 @@ from actor_kit import DEADLINE_S, cursor, in_thread, read_back, until
 import foldlog
 from foldlog import Backpressure, Put
 from foldlog.actors.store import compactor as compactor_module
+from foldlog.actors.store.supervisor import Supervisor
 from foldlog.actors.store.writer import Writer
 from foldlog.storage.engines.append_log.engine import log_limit
 from foldlog.testing import Fault, FaultyFiles
@@ -101,11 +102,16 @@ def test_a_campaign_of_rates_and_sizes_stays_below_the_bound(open_store, size, t
     assert stats.compactions or stats.log_bytes < log_limit(live, 10 * MIB)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
 def test_writes_wait_for_a_compaction_that_is_behind_and_the_statistics_tell(
-    open_store, steps, monkeypatch
+    open_store, steps, monkeypatch, restarted
 ):
+    """They did not while the writer had restarted, and the supervisor had not heard of it yet."""
     monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
+    if restarted:
+        monkeypatch.setattr(Supervisor, "_on_started", lambda self, actor: None)
+        steps.crash("writer.before_write")
     gate = steps.park("compact.write")
     store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))  # due: it begins, and waits at the gate
     gate.wait_until_reached()
@@ -215,8 +221,9 @@ def test_new_entries_are_no_growth_that_a_failing_compaction_bounds(open_store, 
     assert len(store.snapshot()) == 59
 
 
-def test_a_store_that_crashes_again_and_again_still_compacts(open_store, path, steps):
+def test_a_store_that_crashes_again_and_again_still_compacts(open_store, path, steps, monkeypatch):
     """Each crash threw the compaction away, and the log was longer at the next one."""
+    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=4 * MIB, max_restarts=1000)
     for number in range(1, 120):
         if number % 30 == 0:
