@@ -253,4 +253,7 @@ class RocksDbEngine(Commits):
 
     def cache(self) -> CacheUse:
         """See `Engine`. RocksDB's block cache, indexes and filters included; no memtables."""
-        return CacheUse(property_of(self._db, "block-cache-usage"), self._cache_bytes)
+        db = self._db
+        return CacheUse(
+            property_of(db, "block-cache-usage"), property_of(db, "block-cache-capacity")
+        )

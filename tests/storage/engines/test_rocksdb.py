@@ -229,6 +229,19 @@ def test_what_commits_change_is_kept_only_for_those_who_hold_an_older_snapshot(
     assert oldest() is None
 
 
+@pytest.mark.parametrize("opens", [1, 3])
+def test_the_cache_is_as_large_as_asked_for_each_time_a_database_is_opened(
+    path: Path, opens: int
+) -> None:
+    """The binding takes the options of an existing database from its files, where no cache is
+    recorded: from the second open on, it was 8 MiB, and hot reads took 50 times as long.
+    """
+    for _ in range(opens):
+        engine = RocksDbEngine(path, cache_bytes=3 * CACHE)
+        assert engine.cache().limit_bytes == 3 * CACHE
+        engine.close()
+
+
 def test_a_snapshot_ends_with_its_store_and_does_not_keep_it_locked(path: Path) -> None:
     """A snapshot, or an iterator of the binding, keeps the database open: the next open found it
     locked by this very process until the last of them was collected.

@@ -28,7 +28,7 @@ from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
 from foldlog.storage.formats.registry import MAGICS
 
 if TYPE_CHECKING:
-    from rocksdict import Options, Rdict
+    from rocksdict import AccessType, Options, Rdict
 
 WRITE_BUFFER_BYTES = 64 * 1024 * 1024
 """Size of one memtable. RocksDB holds two, and briefly a third.
@@ -44,6 +44,8 @@ _SURELY_OLD = (9, 8)
 A database that this version or an older one wrote needs no further check.
 """
 
+_FAMILY = "default"
+"""The column family that holds all keys."""
 _COMPARATOR = "leveldb.BytewiseComparator"
 _OPTIONS_CHARS = 1024 * 1024
 
@@ -88,7 +90,7 @@ def open_database(
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
     try:
-        return rocksdict.Rdict(os.fspath(path), options)  # type: ignore[no-any-return]
+        return _rdict(rocksdict, path, options)
     except Exception as error:
         if not is_rocksdbs(error):
             raise
@@ -111,7 +113,7 @@ def reading(path: Path, cache_bytes: int = CACHE_BYTES.least):  # type: ignore[n
         for _ in range(READ_ATTEMPTS):
             names = set(os.listdir(path))
             try:
-                db = rocksdict.Rdict(os.fspath(path), options, access_type=access)
+                db = _rdict(rocksdict, path, options, access_type=access)
             except Exception as error:
                 if not is_rocksdbs(error):
                     raise
@@ -127,6 +129,16 @@ def reading(path: Path, cache_bytes: int = CACHE_BYTES.least):  # type: ignore[n
             yield db
         finally:
             db.close()
+
+
+def _rdict(rocksdict: ModuleType, path: Path, options: Options, **how: AccessType) -> Rdict:
+    """Open with these options also for the keys.
+
+    Left to itself, the binding takes those of an existing database from its options file, where no
+    cache is recorded: RocksDB's default of 8 MiB would be used.
+    """
+    families = {_FAMILY: options}
+    return rocksdict.Rdict(os.fspath(path), options, families, **how)  # type: ignore[no-any-return]
 
 
 def _options(rocksdict: ModuleType, cache_bytes: int, on_damage: OnDamage) -> Options:
