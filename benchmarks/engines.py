@@ -26,7 +26,6 @@ from statistics import median
 from typing import Any
 
 from foldlog import AppendLogSnapshot, Put, RocksDbSnapshot, WatchCursor
-from foldlog.protocol.options import CACHE_BYTES
 
 LOAD_BATCH = 1000
 GETS = 100_000
@@ -59,16 +58,13 @@ def private_mb() -> float:
 
 
 class Raw:
-    """Plain `rocksdict`, with the options that foldlog passes to RocksDB."""
+    """Plain `rocksdict`, opened with the options that foldlog passes to RocksDB."""
 
     def __init__(self, path: Path) -> None:
-        import rocksdict
-
         from foldlog.storage.engines.rocksdb.database import opening
 
-        self._rocksdict = rocksdict
-        options = opening._options(rocksdict, CACHE_BYTES.default, "refuse")
-        self._db = rocksdict.Rdict(os.fspath(path), options)
+        self._rocksdict = opening.binding()
+        self._db = opening.open_database(path, create=True)
 
     def apply(self, updates: list[Put], cursor: WatchCursor) -> None:
         batch = self._rocksdict.WriteBatch(raw_mode=True)
