@@ -29,12 +29,13 @@ import errno
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from foldlog.cli import convert, demo, dump, follow, inspect, keys, mirror, read, top, write
-from foldlog.cli.show import printable
+from foldlog.cli.show import printable, printable_lines
 from foldlog.protocol.errors import FoldlogError, StoreLocked
 from foldlog.version import __version__
 
@@ -75,11 +76,25 @@ def _message(error: BaseException) -> str:
     return printable(str(error) or type(error).__name__)
 
 
+@contextlib.contextmanager
+def _printable_misuse() -> Iterator[None]:
+    """Escape what click's messages quote: file names, options, commands."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable_lines(error.message)  # type: ignore[misc]
+        raise
+
+
 _SILENT = logging.NullHandler()
 
 
 class Cli(click.Group):
     """The group of all commands. Turns their errors into messages and exit codes."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _printable_misuse():
+            return super().make_context(*args, **extra)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List each command with its whole first sentence; click would truncate it."""
@@ -99,7 +114,8 @@ class Cli(click.Group):
         # raw.
         logging.getLogger("foldlog").addHandler(_SILENT)
         try:
-            result = super().invoke(ctx)
+            with _printable_misuse():
+                result = super().invoke(ctx)
             # Here, because an error in the interpreter's own flush at exit cannot be handled.
             sys.stdout.flush()
             return result

@@ -149,7 +149,7 @@ def _report(copy: foldlog.Mirror, rate: float, as_json: bool) -> None:
         "updates_per_s": round(rate),
         "lag": copy.lag(),
     }
-    click.echo(json.dumps(figures, ensure_ascii=False))
+    click.echo(json.dumps(figures))
 
 
 def _line(copy: foldlog.Mirror, rate: float) -> str:

@@ -43,11 +43,15 @@ def value_text(value: bytes) -> str:
 def terminal_text(value: bytes) -> str:
     """A value as text that is safe for a terminal: tabs and newlines stay, other unprintable
     characters are escaped."""
-    text = value.decode("utf-8", "backslashreplace")
-    shown = "".join(
+    shown = printable_lines(value.decode("utf-8", "backslashreplace"))
+    return shown if shown.endswith("\n") else shown + "\n"
+
+
+def printable_lines(text: str) -> str:
+    """Like `printable`, but tabs and newlines stay."""
+    return "".join(
         char if char.isprintable() or char in "\n\t" else _escaped(ord(char)) for char in text
     )
-    return shown if shown.endswith("\n") else shown + "\n"
 
 
 def token_json(token: VersionToken | WatchCursor) -> int | str | None:
