@@ -17,7 +17,6 @@ from foldlog.actors.feeds.subscription import Since, Subscription
 from foldlog.actors.feeds.watch import Watch
 from foldlog.actors.following.follower import FollowerState, FollowerThread
 from foldlog.health import Health, follower_health
-from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.options import CACHE_BYTES, JOB_TIMEOUT_S, POLL_INTERVAL_S, check_timeout
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
@@ -79,10 +78,6 @@ def follow(
     CACHE_BYTES.check(cache_bytes)
     timeout_s = check_timeout(timeout_s)
     log_path = resolve(path)
-    if log_path.is_dir():
-        raise InvalidFormatError(
-            log_path, 0, "is a directory: only logs are followed, a RocksDB store is not"
-        )
     thread = FollowerThread(log_path, files, poll_interval_s, cache_bytes)
     try:
         thread.open(timeout_s)
@@ -114,6 +109,9 @@ class Follower(Readable):
     ) -> None:
         """Wait until reads see everything up to `cursor` or batch `seq`. RequestTimeout after
         `timeout_s`.
+
+        InvalidFormatError at once if a directory has the log's name: a RocksDB store, say, which
+        cannot be followed.
 
         `seq` may be the version that `put`, `create`, `update` or `delete` returned in the writing
         process, or its number: a read after this sees that write. Cursors are ordered as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import TypeAlias
@@ -57,11 +58,20 @@ def _sequence(seq: object) -> int:
     return seq
 
 
+def check_coming(feeds: Feeds) -> None:
+    """Raise if it makes no sense to wait for another state: StoreClosed after the end, or the
+    error that keeps a follower from reading anything."""
+    if feeds.ended is not None:
+        raise StoreClosed(feeds.ended)
+    if feeds.refusal is not None:
+        raise copy.copy(feeds.refusal)  # many threads may wait
+
+
 def wait_until(
     feeds: Feeds, current: Callable[[], Snapshot], position: Position, timeout_s: float | None
 ) -> None:
     """Wait until the published snapshot has reached `position`. RequestTimeout after `timeout_s`;
-    StoreClosed if it closes."""
+    raises if `check_coming` does."""
     timeout_s = check_timeout(timeout_s)
     if position.is_reached(current()):
         return
@@ -71,8 +81,7 @@ def wait_until(
     try:
         deadline = time.monotonic() + timeout_s
         while not position.is_reached(current()):
-            if feeds.ended is not None:
-                raise StoreClosed(feeds.ended)
+            check_coming(feeds)
             rest = min(deadline - time.monotonic(), RECHECK_S)
             if rest <= 0:
                 raise position.timeout(current(), timeout_s)

@@ -54,6 +54,8 @@ class Feeds:
         """Serves the subscribed actors."""
         self.ended: str | None = None
         """Why nothing more will be published; None while it may."""
+        self.refusal: Exception | None = None
+        """Why nothing can be published now, where waiting makes no sense."""
         tell_after_fork(self, Rank.FEEDS)
 
     @property
@@ -141,6 +143,15 @@ class Feeds:
         if self.ended is not None:
             waiter.wake()
 
+    def refuse_waiters(self, error: Exception) -> None:
+        """For as long as it is the `refusal`, waiters fail with `error`."""
+        self.refusal = error
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        for waiter in listed(self._waiters):
+            waiter.wake()
+
     def remove_waiter(self, waiter: Waiter) -> None:
         """It does not wait any more."""
         self._waiters.pop(waiter, None)
@@ -151,8 +162,7 @@ class Feeds:
         self.past = LogPast()
         for bookmark in self.bookmarks:
             bookmark.end(reason)
-        for waiter in listed(self._waiters):
-            waiter.wake()
+        self._wake_waiters()
         if not self._subscribed:
             self._forget()
 

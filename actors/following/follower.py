@@ -275,7 +275,7 @@ class FollowerThread:
         was_started = self._tail.started
         self._tail.keeps_batches = self.feeds.has_subscribers
         step = self._tail.poll() or self._unpublished()
-        self._error = None
+        self._error = self.feeds.refusal = None
         self._had_log |= self._tail.started
         rewound = ""
         if step is not None:
@@ -337,6 +337,8 @@ class FollowerThread:
             log.warning("%s: cannot be read: %s", self.path, error)
         self._error = error
         self.state, self.reason = FollowerState.FAILED, str(error)
+        if self._tail.is_directory:
+            self.feeds.refuse_waiters(error)
 
     def ask_to_close(self) -> None:
         """Tell the thread to end. Never blocks."""

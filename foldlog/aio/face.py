@@ -20,7 +20,7 @@ from foldlog.protocol.tokens import CursorLike
 from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.readable import Reads
 from foldlog.store import Store
-from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
+from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, check_coming
 
 S = TypeVar("S", bound=Store | Follower)
 R = TypeVar("R")
@@ -131,8 +131,8 @@ async def reached(
     is_reached: Callable[[Snapshot], bool],
     timeout_s: float,
 ) -> bool:
-    """Wait until the published state satisfies `is_reached`. False after `timeout_s`; StoreClosed
-    if it closes."""
+    """Wait until the published state satisfies `is_reached`. False after `timeout_s`; raises if
+    `check_coming` does."""
     wake = Wake()
     waiter = Waiter(is_reached, wake)
     feeds.add_waiter(waiter)
@@ -142,8 +142,7 @@ async def reached(
                 wake.arm()  # before looking: what is published later wakes us
                 if is_reached(current()):
                     return True
-                if feeds.ended is not None:
-                    raise StoreClosed(feeds.ended)
+                check_coming(feeds)
                 await wake.woken.wait()
     except TimeoutError:
         if not waiting.expired():

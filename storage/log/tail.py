@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from math import inf
 from pathlib import Path
+from stat import S_ISDIR
 from typing import NamedTuple
 
 from foldlog.protocol.decoding import Undecodable
@@ -142,6 +143,8 @@ class Tail:
         """When the log was last written to, as far as it was read (time.time())."""
         self.missing = False
         """True if the last poll found no file at the path."""
+        self.is_directory = False
+        """True if the last poll found a directory there."""
         self.behind = False
         """True if there is more to read at once."""
 
@@ -192,6 +195,11 @@ class Tail:
             self.missing = True
             return None
         self.missing = False
+        self.is_directory = S_ISDIR(stat.st_mode)
+        if self.is_directory:
+            raise InvalidFormatError(
+                self._path, 0, "is a directory: only logs are followed, a RocksDB store is not"
+            )
         if self._place is not None:
             if (stat.st_dev, stat.st_ino) == self._place.inode:
                 return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -126,6 +127,32 @@ def test_waiting_for_a_cursor_ends_with_it_with_the_time_or_with_the_follower(
     follower.close()
     with pytest.raises(StoreClosed):
         results([waiting])
+
+
+def test_who_waits_for_a_log_is_refused_at_once_when_a_directory_takes_its_name(
+    follow: Follow, open_store: Open, path: Path
+):
+    """A RocksDB store appeared under the name: who waited for it got a timeout, much later."""
+    follower = follow()
+
+    async def wait_on_a_loop() -> None:
+        await foldlog.aio.AsyncFollower(follower).wait_for(cursor(1), DEADLINE_S)
+
+    waiting = [
+        in_thread(follower.wait_for, cursor(1), DEADLINE_S),
+        in_thread(asyncio.run, wait_on_a_loop()),
+    ]
+    path.mkdir()
+    for waits in waiting:
+        with pytest.raises(InvalidFormatError, match="only logs are followed"):
+            results([waits])
+    assert state_of(follower, FollowerState.FAILED).health().status == "degraded"
+    follower.wait_for(seq=0, timeout_s=0.0)
+    path.rmdir()
+    state_of(follower, FollowerState.WAITING)
+    store = open_store()
+    store.put("k", b"1")
+    follower.wait_for(seq=1, timeout_s=DEADLINE_S)
 
 
 def test_a_compaction_is_followed_without_a_reload(follow: Follow, open_store: Open):
