@@ -9,13 +9,11 @@ without a lock or a message.
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from foldlog.actors.base.adapter import start_aside
-from foldlog.actors.base.answers import Answer
+from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Group, Lost, Place
@@ -62,25 +60,19 @@ class _Worker(Generic[V]):
         at = current()
         self.state = DerivedState(self.build(at), at)
         self.bookmark.start_at(at)
-        started: Answer[None] = Answer()
-        thread = threading.Thread(
-            target=self._run, args=(started,), name="foldlog-derive", daemon=True
-        )
-        start_aside(thread, lambda error: started.finish(None, error))
-        started.result()
+        OwnThread("foldlog-derive", self._run, self._end).begin()
 
-    def _run(self, started: Answer[None]) -> None:
-        started.finish(None)
-        try:
-            while (taken := self.bookmark.first()) is not None or self.bookmark.ended is None:
-                if taken is not None:
-                    self._follow(taken)
-                    self.bookmark.drop(taken)
-                    self._advanced.ring()
-        finally:  # also after a SystemExit in the user's functions
-            self.feeds.remove(self.bookmark)
-            self.bookmark.end("its thread ended", drop=True)
-            self._advanced.ring()
+    def _run(self) -> None:
+        while (taken := self.bookmark.first()) is not None or self.bookmark.ended is None:
+            if taken is not None:
+                self._follow(taken)
+                self.bookmark.drop(taken)
+                self._advanced.ring()
+
+    def _end(self) -> None:  # also after a SystemExit in the user's functions
+        self.feeds.remove(self.bookmark)
+        self.bookmark.end("its thread ended", drop=True)
+        self._advanced.ring()
 
     def _follow(self, taken: Group | Lost | Place) -> None:
         fold, at = taken.fold, self.state.snapshot

@@ -20,9 +20,9 @@ from typing import Any, cast
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent
 
-from foldlog.actors.base.adapter import log, start_aside
+from foldlog.actors.base.adapter import log
 from foldlog.actors.base.answers import Answer
-from foldlog.actors.base.memory import insist, pause
+from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError, RequestTimeout
@@ -150,9 +150,9 @@ class FollowerThread:
 
     def _start(self, timeout_s: float | None = None) -> None:
         self.woken.set()  # for changes before the watch began
-        self.thread = threading.Thread(target=self._run, name="foldlog-follower", daemon=True)
-        start_aside(self.thread, lambda error: self._started.finish(None, error))
+        self.thread = OwnThread("foldlog-follower", self._run, self._end)
         try:
+            self.thread.begin(timeout_s)
             self._started.result(timeout_s)
         except TimeoutError:
             raise RequestTimeout(
@@ -171,8 +171,8 @@ class FollowerThread:
             self.snapshot = cast(FoldSnapshot, self._asleep)
 
     def wake(self) -> None:
-        """Resume following in a forked child, if that is not done yet. RuntimeError if no thread
-        can be started."""
+        """Resume following in a forked child, if that is not done yet. RuntimeError or MemoryError
+        if no thread can be started."""
         if self._asleep is None:
             return
         with self._waking:
@@ -189,7 +189,7 @@ class FollowerThread:
                 self._set_state()
             try:
                 self._start()
-            except RuntimeError:
+            except (RuntimeError, MemoryError):
                 self.snapshot = cast(FoldSnapshot, asleep)
                 raise
             self._asleep = None
@@ -209,18 +209,12 @@ class FollowerThread:
         self.woken.set()
 
     def _run(self) -> None:
-        try:
-            while not self._closing:
-                try:
-                    if self._watch is None:
-                        self._watch = FileWatch(self.path, EVENTS, self._on_event)
-                    if not self._started.done():
-                        self._started.finish(None)
-                    self._round()
-                except MemoryError:  # outside a poll, which tells of it
-                    pause()
-        finally:
-            insist(self._end)
+        while not self._closing:
+            if self._watch is None:
+                self._watch = FileWatch(self.path, EVENTS, self._on_event)
+            if not self._started.done():
+                self._started.finish(None)
+            self._round()
 
     def _round(self) -> None:
         """Sleep until there may be something, and read what there is."""

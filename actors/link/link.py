@@ -26,8 +26,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from foldlog.actors.base.adapter import log, start_aside
-from foldlog.actors.base.answers import Answer
+from foldlog.actors.base.adapter import log
+from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.link.attachment import Attachment
 from foldlog.actors.link.intake import HookFailed, Intake, LinkConfig, Sink
 from foldlog.actors.link.progress import LinkState, LinkStats, Progress
@@ -63,16 +63,14 @@ class Link:
         self._stopping = False
         self._accept: asyncio.Event | None = None
         self._intake = Intake(sink, config, self.progress)
-        self._started: Answer[None] = Answer()
-        self.thread = threading.Thread(target=self._run, name="foldlog-link", daemon=True)
+        self._death: Exception | None = None
+        self.thread = OwnThread("foldlog-link", self._run, self._end)
 
     # Called from any thread.
 
     def start(self) -> None:
-        """Start the thread. RuntimeError if no thread can be started."""
-        started = self._started
-        start_aside(self.thread, lambda error: started.finish(None, error))
-        started.result()
+        """Start the thread: see `OwnThread.begin`."""
+        self.thread.begin()
 
     def ask_to_stop(self) -> None:
         """Tell the thread to end. Never blocks."""
@@ -135,16 +133,19 @@ class Link:
     # Runs on the link's thread.
 
     def _run(self) -> None:
-        self._started.finish(None)
         try:
             asyncio.run(self._main())
         except asyncio.CancelledError:
             pass
         except BaseException as error:
+            self._death = error if isinstance(error, Exception) else FoldlogError(repr(error))
             log.critical("%s: the link died", self._name, exc_info=True)
-            self.progress.fail(error if isinstance(error, Exception) else FoldlogError(repr(error)))
-            return
-        self.progress.set(LinkState.CLOSED)
+
+    def _end(self) -> None:
+        if self._death is not None:
+            self.progress.fail(self._death)
+        else:
+            self.progress.set(LinkState.CLOSED)
 
     async def _main(self) -> None:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
