@@ -18,7 +18,16 @@ from foldlog.actors.link.progress import LinkState, LinkStats
 from foldlog.actors.store.core import Core, Restart, Stats
 from foldlog.actors.store.requests import LocalWrite, Request, WriteRequest
 from foldlog.protocol.errors import FoldlogError, ForkedStore, RequestTimeout, StoreClosed
-from foldlog.protocol.options import APPLY_TIMEOUT_S, CLOSE_TIMEOUT_S, check_timeout
+from foldlog.protocol.options import (
+    APPLY_TIMEOUT_S,
+    AUDIT_INTERVAL_S,
+    CLOSE_TIMEOUT_S,
+    MASS_DELETE,
+    ON_OVERSIZE,
+    OnOversize,
+    check_text,
+    check_timeout,
+)
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken
 from foldlog.protocol.updates import Batch, Update
@@ -46,9 +55,9 @@ def mirror(
     prefix: str | Sequence[str] = "",
     parse: Parse | None = None,
     on_applied: OnApplied | None = None,
-    on_oversize: str = "fail",
-    mass_delete: float = 0.5,
-    audit_interval_s: float = 60.0,
+    on_oversize: OnOversize = "fail",
+    mass_delete: float = MASS_DELETE.default,
+    audit_interval_s: float = AUDIT_INTERVAL_S.default,
     **store_options: Any,
 ) -> Mirror:
     """Keep a copy of `upstream` in the log at `path`. The stored state is served at once, and
@@ -70,19 +79,13 @@ def mirror(
         raise TypeError(
             f"{type(upstream).__name__} is not an upstream: it has no identify and changes"
         )
-    if on_oversize not in ("fail", "skip"):
-        raise ValueError(f'on_oversize is "fail" or "skip", not {on_oversize!r}')
-    if not 0 <= mass_delete <= 1:
-        raise ValueError(f"mass_delete is 0 to 1, got {mass_delete}")
-    if audit_interval_s <= 0:
-        raise ValueError(f"audit_interval_s is above 0, got {audit_interval_s}")
-    prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
-    if not all(isinstance(each, str) for each in prefixes):
-        raise TypeError("a prefix is a str, or a sequence of them")
-    if not prefixes:
-        raise ValueError(
-            "an empty sequence of prefixes selects nothing; leave prefix out to select everything"
-        )
+    for name, hook in (("parse", parse), ("on_applied", on_applied)):
+        if hook is not None and not callable(hook):
+            raise TypeError(f"{name} is a function or None, not {type(hook).__name__}")
+    ON_OVERSIZE.check(on_oversize)
+    mass_delete = MASS_DELETE.check(mass_delete)
+    audit_interval_s = AUDIT_INTERVAL_S.check(audit_interval_s)
+    prefixes = _prefixes(prefix)
     from foldlog.actors.link.intake import LinkConfig
 
     config = LinkConfig(
@@ -94,6 +97,18 @@ def mirror(
         audit_interval_s=audit_interval_s,
     )
     return Mirror(open(path, **store_options), upstream, config)
+
+
+def _prefixes(prefix: object) -> tuple[str, ...]:
+    several = (prefix,) if isinstance(prefix, (str, bytes)) else prefix
+    if not isinstance(several, Iterable):
+        raise TypeError(f"prefix is text, or several, not {type(prefix).__name__}")
+    prefixes = tuple(check_text("prefix", each) for each in several)
+    if not prefixes:
+        raise ValueError(
+            "an empty sequence of prefixes selects nothing; leave prefix out to select everything"
+        )
+    return prefixes
 
 
 @dataclass(frozen=True, slots=True)

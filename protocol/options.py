@@ -1,4 +1,4 @@
-"""Options of stores, engines, followers and commands: declared, defaulted and checked here.
+"""Options of stores, engines, followers, mirrors and commands: declared and checked here.
 
 Options are checked before anything is opened or sent. A wrong type raises TypeError, a value out of
 bounds ValueError; both name the option. A `bool` is not a number, and `nan` is refused. `None` or
@@ -16,6 +16,7 @@ from foldlog.protocol.store import Backend, FormatName
 
 Sync: TypeAlias = Literal["always", "interval", "never"]
 OnDamage: TypeAlias = Literal["refuse", "cut"]
+OnOversize: TypeAlias = Literal["fail", "skip"]
 
 FOREVER_S = min(1e9, threading.TIMEOUT_MAX / 4)
 """Seconds that stand for forever, over 30 years on most systems: no clock or lock accepts
@@ -59,6 +60,17 @@ def check_timeout(value: object, name: str = "timeout_s") -> float:
     if type(value) is float and 0.0 <= value <= FOREVER_S:
         return value
     return FOREVER_S if value is None else _real(name, value)
+
+
+def check_text(name: str, value: object) -> str:
+    """`value`. TypeError unless it is a str; ValueError if it cannot be encoded as UTF-8."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has a lone surrogate at character {error.start}") from None
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +136,28 @@ class Seconds:
         return seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """An option whose value is a part of a whole, from 0 to 1."""
+
+    name: str
+    default: float
+
+    def check(self, value: object) -> float:
+        """`value`. TypeError unless it is a number; ValueError if it is out of bounds."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{self.name} is a number, not {type(value).__name__}")
+        if not 0 <= value <= 1:  # nan, too
+            raise ValueError(f"{self.name} is 0 to 1, got {value!r}")
+        return value
+
+
 FORMAT: Words[FormatName] = Words("format", get_args(FormatName), None)
 BACKEND: Words[Backend] = Words("backend", get_args(Backend), "append-log")
 SYNC: Words[Sync] = Words("sync", get_args(Sync), "interval")
 ENGINE_SYNC: Words[Literal["never", "always"]] = Words("sync", ("never", "always"), "never")
 ON_DAMAGE: Words[OnDamage] = Words("on_damage", get_args(OnDamage), "refuse")
+ON_OVERSIZE: Words[OnOversize] = Words("on_oversize", get_args(OnOversize), "fail")
 READERS = Count("readers", 2, 1, 64)
 COMPACT_THRESHOLD = Count("compact_threshold", 10 * 1024 * 1024)
 """Appended bytes."""
@@ -140,6 +169,8 @@ MAX_RESTARTS = Count("max_restarts", 5)
 SYNC_INTERVAL_S = Seconds("sync_interval_s", 1.0)
 RESTART_WINDOW_S = Seconds("restart_window_s", 60.0, may_be_infinite=True)
 STUCK_AFTER_S = Seconds("stuck_after_s", 120.0, may_be_infinite=True)
+MASS_DELETE = Share("mass_delete", 0.5)
+AUDIT_INTERVAL_S = Seconds("audit_interval_s", 60.0, may_be_infinite=True)
 POLL_INTERVAL_S = Seconds("poll_interval_s", 0.5)
 PICTURE_INTERVAL_S = Seconds("--interval", 1.0, least=0.05)
 """Seconds between two refreshes of `foldlog top`."""

@@ -15,6 +15,7 @@ import foldlog
 from foldlog import AppendLogSnapshot, Put, VersionToken, WatchCursor
 from foldlog.protocol import options
 from foldlog.protocol.options import FOREVER_S, UNSET, Count, Seconds, Words, check_timeout
+from foldlog.upstreams import LogFile
 
 NO_NUMBERS = [None, "5", b"5", True, [1], 1j, object()]
 NO_TIMEOUTS = [math.nan, -1, -0.001, -math.inf, "5", True, [1], 1j]
@@ -24,6 +25,15 @@ DECLARED = {
     for option in vars(options).values()
     if isinstance(option, (Count, Seconds)) and option.name.isidentifier()
 }
+
+
+def mirror(path: Path, **options: Any) -> foldlog.Mirror:
+    return foldlog.mirror(path, LogFile(path.with_name("absent.log")), **options)
+
+
+FACES = {"poll_interval_s": foldlog.follow, "audit_interval_s": foldlog.mirror}
+OPENERS: dict[str, Callable[..., Any]] = {**FACES, "audit_interval_s": mirror}
+"""Who takes an option; `foldlog.open` takes the others."""
 
 
 @pytest.mark.parametrize("value", FOREVER, ids=repr)
@@ -115,7 +125,7 @@ def test_an_option_out_of_bounds_is_refused_before_anything_is_opened(
     wrong += [2.5] if isinstance(option, Count) else [0, 0.0]
     if isinstance(option, Seconds) and not option.may_be_infinite:
         wrong.append(math.inf)
-    opener: Callable[..., Any] = foldlog.follow if name == "poll_interval_s" else foldlog.open
+    opener = OPENERS.get(name, foldlog.open)
     for value in wrong:
         with pytest.raises((TypeError, ValueError), match=name):
             opener(path, **{name: value})
@@ -129,7 +139,7 @@ def test_an_option_out_of_bounds_is_refused_before_anything_is_opened(
 
 @pytest.mark.parametrize("name", DECLARED)
 def test_the_faces_take_their_defaults_from_the_declarations(name: str) -> None:
-    opener: Callable[..., Any] = foldlog.follow if name == "poll_interval_s" else foldlog.open
+    opener = FACES.get(name, foldlog.open)
     assert inspect.signature(opener).parameters[name].default == DECLARED[name].default
 
 
@@ -145,8 +155,9 @@ def test_a_huge_span_stops_no_thread(path: Path, name: str) -> None:
                 store.apply([Put("b", b"2")], WatchCursor.from_u64(7))
                 follower.wait_for(WatchCursor.from_u64(7), 60)
             return
-    with foldlog.open(path, **{name: 1e10}) as store:
-        store.put("b", b"2")
+    with OPENERS.get(name, foldlog.open)(path, **{name: 1e10}) as store:
+        if name != "audit_interval_s":
+            store.put("b", b"2")
         store.compact()
         assert store.state is foldlog.State.RUNNING
         assert not store.stats().restarts
@@ -160,6 +171,38 @@ def test_a_word_that_there_is_none_of_is_refused(
     for opener in (foldlog.open, AppendLogSnapshot.open):
         with pytest.raises((TypeError, ValueError), match=option.name):
             opener(path, **{option.name: value})
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("parse", 5, TypeError),
+        ("parse", "upper", TypeError),
+        ("on_applied", b"", TypeError),
+        ("on_oversize", None, TypeError),
+        ("on_oversize", "SKIP", ValueError),
+        ("mass_delete", None, TypeError),
+        ("mass_delete", True, TypeError),
+        ("mass_delete", "0.5", TypeError),
+        ("mass_delete", math.nan, ValueError),
+        ("mass_delete", -0.1, ValueError),
+        ("mass_delete", 10**400, ValueError),
+        ("prefix", None, TypeError),
+        ("prefix", 3, TypeError),
+        ("prefix", b"eu/", TypeError),
+        ("prefix", ["eu/", None], TypeError),
+        ("prefix", ["eu/", "\ud800"], ValueError),
+        ("prefix", "\udcff", ValueError),
+    ],
+)
+def test_an_option_of_a_mirror_that_makes_no_sense_is_refused_before_anything_is_opened(
+    path: Path, name: str, value: Any, error: type[Exception]
+) -> None:
+    """Some were found out only by the link, which was restarted five times and then failed; an
+    audit interval of nan and a `mass_delete` of True were accepted."""
+    with pytest.raises(error, match=name):
+        mirror(path, **{name: value})
     assert not list(path.parent.iterdir())
 
 
