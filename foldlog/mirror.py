@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pykka
@@ -80,8 +81,8 @@ def mirror(
             f"{type(upstream).__name__} is not an upstream: it has no identify and changes"
         )
     for name, hook in (("parse", parse), ("on_applied", on_applied)):
-        if hook is not None and not callable(hook):
-            raise TypeError(f"{name} is a function or None, not {type(hook).__name__}")
+        if hook is not None and (not callable(hook) or iscoroutinefunction(hook)):
+            raise TypeError(f"{name} is a plain function or None, not {hook!r:.80}")
     ON_OVERSIZE.check(on_oversize)
     mass_delete = MASS_DELETE.check(mass_delete)
     audit_interval_s = AUDIT_INTERVAL_S.check(audit_interval_s)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from typing import Any
 
 from foldlog.actors.link.auditing import Auditor, can_audit, version_and_value
-from foldlog.actors.link.intake import Intake, LinkConfig, Sink
+from foldlog.actors.link.checking import check_changes, check_identity
+from foldlog.actors.link.intake import HookFailed, Intake, LinkConfig, Sink
 from foldlog.actors.link.progress import LinkState, Progress
 from foldlog.actors.link.resuming import Held, Plan, Step, confirms, mark_of, plan, scoped_origin
 from foldlog.actors.link.tail import Tail
@@ -66,11 +68,11 @@ class Attachment:
         config, intake, progress = self._config, self._intake, self._progress
         tail = Tail(self._upstream, config.prefixes, intake, progress)
         tail.is_audited = not resumed or not can_audit(self._upstream)
-        tasks = {asyncio.create_task(tail.run())}
+        tasks = {asyncio.create_task(_without_exits(tail.run()))}
         if can_audit(self._upstream):
             auditor = Auditor(self._upstream, config, self._sink, intake, tail, progress)
             delay_s = 0.0 if resumed else config.audit_interval_s
-            tasks.add(asyncio.create_task(auditor.run(delay_s)))
+            tasks.add(asyncio.create_task(_without_exits(auditor.run(delay_s))))
         else:
             intake.accepted = False
         try:
@@ -108,10 +110,9 @@ class Attachment:
         return decided
 
     async def _identify(self) -> Identity:
-        found = await self._upstream.identify()
-        if not 1 <= len(found.origin) <= 32:
-            raise UpstreamRefused(f"an origin has 1 to 32 bytes, not {len(found.origin)}")
-        return found._replace(origin=scoped_origin(found.origin, self._config.prefixes))
+        has_marks = isinstance(self._upstream, HasMarks)
+        found = check_identity(await self._upstream.identify(), has_marks=has_marks)
+        return found._replace(origin=scoped_origin(bytes(found.origin), self._config.prefixes))
 
     def _plan(self, found: Identity) -> Plan:
         fold = self._sink.snapshot()
@@ -135,7 +136,8 @@ class Attachment:
             if not isinstance(upstream, HasState) and found.last.is_none:
                 return
             async for piece in pieces:
-                yield piece
+                yield check_changes(piece)
+                await self._intake.rest()
                 if not isinstance(upstream, HasState) and piece.position >= found.last:
                     return
 
@@ -203,6 +205,14 @@ def _difference(fold: FoldSnapshot, state: dict[str, Put]) -> list[Update]:
                 updates.append(true)
     updates += state.values()
     return updates
+
+
+async def _without_exits(part: Coroutine[Any, Any, None]) -> None:
+    """Run a part. An exit raised in a task would end the event loop, not only the task."""
+    try:
+        await part
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise HookFailed(error) from error
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -17,6 +17,7 @@ from operator import attrgetter
 from typing import Any
 
 from foldlog.actors.base.adapter import log
+from foldlog.actors.link.checking import check_changes, check_revisions
 from foldlog.actors.link.intake import Intake, LinkConfig, Sink
 from foldlog.actors.link.progress import Progress
 from foldlog.actors.link.resuming import Audit, audit_delay_s, next_audit_s
@@ -129,7 +130,7 @@ class Auditor:
             # Versions that are not the upstream's own, or that may have been assigned twice.
             return await self._state_versions(with_values)
         assert isinstance(upstream, HasRevisions)
-        found = await upstream.revisions(config.prefixes)
+        found = check_revisions(await upstream.revisions(config.prefixes))
         versions = found.versions
         if config.prefixes:
             versions = {k: v for k, v in versions.items() if k.startswith(config.prefixes)}
@@ -153,7 +154,8 @@ class Auditor:
             if inspect.isasyncgen(pieces):
                 stack.push_async_callback(pieces.aclose)
             async for piece in pieces:
-                yield piece
+                yield check_changes(piece)
+                await self._intake.rest()
 
     async def _mend(self, suspects: set[str]) -> bool:
         """Read the suspects again and fold what differs. True if anything did."""

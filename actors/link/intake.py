@@ -7,6 +7,7 @@ that arrive meanwhile form the next batch.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from foldlog.protocol.updates import (
     Update,
     UpdateColumns,
     encode_batch,
+    keys_of,
 )
 from foldlog.protocol.upstream import Prefixes, ResetHeld, UpstreamOversize
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -34,8 +36,7 @@ from foldlog.storage.fold.snapshot import FoldSnapshot
 LARGE_BATCH = 20_000
 """Batches of more updates than this are encoded off the loop, so that heartbeats are heard."""
 UNRESTED = 16
-"""Batches that may be written before the loop is let run. An upstream whose changes are always
-ready would otherwise keep it from being stopped."""
+"""Pieces that may be received, or batches written, before the loop is let run."""
 FULL_MAILBOX_S = 0.01
 """How long to wait before a batch is offered again."""
 
@@ -106,9 +107,9 @@ class Intake:
         audited."""
         self.accepted = False
         """True if the owner has accepted a reset that is still to come."""
-        self._skipped: dict[str, bytes] = {}
+        self._skipped: set[str] = set()
         self._under_way: _UnderWay | None = None
-        self._unrested = 0  # batches written since the loop was let run
+        self._unrested = 0  # pieces and batches since the loop was let run
 
     def wanted(self, updates: Sequence[Update]) -> Sequence[Update]:
         """Those under the prefixes, as `parse` makes them."""
@@ -136,7 +137,7 @@ class Intake:
     @property
     def skipped(self) -> Iterable[str]:
         """The keys of entries over the limits."""
-        return self._skipped.keys()
+        return self._skipped
 
     async def apply(
         self, updates: Sequence[Update], cursor: WatchCursor, mark: bytes, rewound: str = ""
@@ -160,6 +161,11 @@ class Intake:
             self._unrested = 0
         written.result()
         self._settled()
+        await self.rest()
+
+    async def rest(self) -> None:
+        """Let the loop run, once in a while. Call it for each piece received: an upstream whose
+        pieces are always ready would otherwise keep the loop from hearing anything else."""
         self._unrested += 1
         if self._unrested >= UNRESTED:
             self._unrested = 0
@@ -193,27 +199,37 @@ class Intake:
         try:
             batch = encode_batch(updates, cursor, origin)
         except ValueError:
-            updates = [self._within_limits(update) for update in updates]
+            updates = self._within_limits(updates)
             batch = encode_batch(updates, cursor, origin)
-        if self._skipped:
-            for update in updates:
-                if isinstance(update, Put):
-                    self._skipped.pop(update.key, None)
-            self._progress.skipped = len(self._skipped)
+        else:
+            if self._skipped:
+                self._skipped.difference_update(keys_of(updates))
+        self._progress.skipped = len(self._skipped)
         return batch, updates
 
-    def _within_limits(self, update: Update) -> Update:
-        """The update; or a delete of its key, if it is over the limits and those are skipped."""
-        size = len(update.key.encode(errors="surrogatepass"))
-        value = len(update.value) if isinstance(update, Put) else 0
-        if size <= MAX_KEY_BYTES and value <= MAX_VALUE_BYTES:
-            return update
-        what = f"its value takes {value} bytes" if value else f"it takes {size} bytes"
-        if size > MAX_KEY_BYTES or not self._config.skip_oversize:
-            raise UpstreamOversize(f"key {update.key[:80]!r} cannot be held: {what}", update.key)
-        log.warning("%s: key %r is skipped: %s", self._progress.name, update.key[:80], what)
-        self._skipped[update.key] = bytes(update.version)
-        return Delete(update.key, update.version)
+    def _within_limits(self, updates: Sequence[Update]) -> list[Update]:
+        """The updates without those over the limits. UpstreamOversize unless these are skipped. The
+        log can say nothing of a key over the limit, and never held it."""
+        within: list[Update] = []
+        for update in updates:
+            key_bytes = len(update.key.encode(errors="surrogatepass"))
+            value_bytes = len(update.value) if isinstance(update, Put) else 0
+            if key_bytes <= MAX_KEY_BYTES and value_bytes <= MAX_VALUE_BYTES:
+                within.append(update)
+                self._skipped.discard(update.key)
+            elif not isinstance(update, Put):
+                self._skipped.discard(update.key)
+            else:
+                is_key = key_bytes > MAX_KEY_BYTES
+                what = f"it takes {key_bytes}" if is_key else f"its value takes {value_bytes}"
+                reason = f"key {update.key[:80]!r} cannot be held: {what} bytes"
+                if not self._config.skip_oversize:
+                    raise UpstreamOversize(reason, update.key)
+                log.warning("%s: skipped: %s", self._progress.name, reason)
+                self._skipped.add(update.key)
+                if not is_key:  # an older value is no longer the upstream's
+                    within.append(Delete(update.key, update.version))
+        return within
 
 
 class HookFailed(Exception):
@@ -227,6 +243,10 @@ class HookFailed(Exception):
 
 def _called(hook: Callable[..., _T], *arguments: object) -> _T:
     try:
-        return hook(*arguments)
+        answer = hook(*arguments)
     except BaseException as error:  # an exit, too: it would end the event loop
         raise HookFailed(error) from error
+    if inspect.iscoroutine(answer):  # nobody would run it
+        answer.close()
+        raise HookFailed(TypeError(f"{hook!r} is asynchronous: a hook is a plain function"))
+    return answer

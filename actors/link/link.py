@@ -192,7 +192,8 @@ class Link:
     async def _let_go(self) -> None:
         self.progress.behind = None
         if isinstance(self._upstream, Closable):
-            with contextlib.suppress(Exception):
+            # A cancellation, too: a client library may cancel what still waits for an answer.
+            with contextlib.suppress(BaseException):
                 async with asyncio.timeout(CLOSE_S):
                     await self._upstream.close()
         if not self._stopping:  # else the cursor is read too early

@@ -9,10 +9,11 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Callable
 
+from foldlog.actors.link.checking import check_changes
 from foldlog.actors.link.intake import Intake
 from foldlog.actors.link.progress import LinkState, Progress
 from foldlog.protocol.updates import keys_of
-from foldlog.protocol.upstream import Changes, Prefixes, Upstream
+from foldlog.protocol.upstream import Changes, Prefixes, Upstream, UpstreamLost
 
 
 class Tail:
@@ -45,13 +46,19 @@ class Tail:
                     piece = await anext(pieces)
                 except StopAsyncIteration:
                     return
-                await self._take(piece, asked)
+                await self._take(check_changes(piece), asked)
+                await self._intake.rest()
 
     async def _take(self, piece: Changes, asked: float) -> None:
         """Apply a piece that was asked for at `asked`: it says what waited then, not what waits
         once it is applied."""
         received = time.monotonic()
         intake, progress = self._intake, self._progress
+        if piece.position < intake.position:
+            raise UpstreamLost(
+                f"the upstream went back from position {intake.position.hex()} to "
+                f"{piece.position.hex() or 'none'}"
+            )
         updates = intake.wanted(piece.updates)
         if self.touched is not None:
             self.touched.update(keys_of(updates))

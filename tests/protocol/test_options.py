@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 import threading
@@ -180,6 +181,7 @@ def test_a_word_that_there_is_none_of_is_refused(
         ("parse", 5, TypeError),
         ("parse", "upper", TypeError),
         ("on_applied", b"", TypeError),
+        ("on_applied", asyncio.sleep, TypeError),
         ("on_oversize", None, TypeError),
         ("on_oversize", "SKIP", ValueError),
         ("mass_delete", None, TypeError),

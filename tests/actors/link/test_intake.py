@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
-from scripted_upstream import Scripted
+from scripted_upstream import Plain, Scripted, at
 from virtual_link import MemorySink, drive, failed, live, reached
 
 from foldlog import Purge, UpstreamOversize
-from foldlog.protocol.updates import MAX_VALUE_BYTES
+from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
+from foldlog.protocol.upstream import Changes
 
 LARGE = bytes(MAX_VALUE_BYTES + 1)
 
@@ -33,6 +36,46 @@ def test_a_skipped_key_is_no_longer_skipped_once_its_value_fits():
         assert (link.stats().skipped, set(link._intake.skipped)) == (1, {"l"})
 
     drive(sink, upstream, fits, skip_oversize=True)
+
+
+LONG = "k" * (MAX_KEY_BYTES + 1)
+
+
+def test_a_key_over_the_limit_is_told_as_such():
+    """The reason named the size of its value, which was not at fault."""
+    upstream, sink = Scripted(), MemorySink()
+    upstream.put(LONG, b"1")
+    link = drive(sink, upstream, failed)
+    assert isinstance(link.error, UpstreamOversize)
+    assert link.error.key == LONG
+    assert f"cannot be held: it takes {len(LONG)} bytes" in link.reason
+
+
+def test_the_delete_of_a_key_that_could_never_be_held_is_no_failure():
+    """It failed the link for good, after the key had been deleted upstream as the docs ask."""
+    upstream, sink = Scripted(), MemorySink()
+    upstream.put("k", b"1")
+    sink.hold(upstream.updates, at(1), upstream.origin)
+    upstream.delete(LONG)
+    link = drive(sink, upstream, live)
+    assert (sink.entries, sink.fed[-1].position, link.stats().skipped) == ({"k": b"1"}, 2, 0)
+
+
+def test_the_last_write_of_a_batch_decides_what_counts_as_skipped():
+    """The one that fits came first, and the key was audited for ever."""
+
+    class AtOnce(Plain):
+        async def changes(self, after, prefixes):
+            yield Changes(self.updates, at(len(self.updates)), 0)
+            await asyncio.sleep(1e6)
+
+    upstream, sink = AtOnce(), MemorySink()
+    for key, value in (("k", b"small"), ("k", LARGE), ("l", LARGE), ("l", b"small"), ("m", LARGE)):
+        upstream.put(key, value)
+    upstream.delete("m")
+    link = drive(sink, upstream, live, skip_oversize=True)
+    assert sink.entries == {"l": b"small"}
+    assert (link.stats().skipped, set(link._intake.skipped)) == (1, {"k"})
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -504,15 +504,22 @@ def test_an_entry_over_the_limits_that_is_skipped_takes_its_old_value_along_and_
         assert (link.mended, link.skipped, link.attaches) == (0, 1, 1)
 
 
-def test_a_key_over_the_limit_is_never_skipped(path):
-    """Nothing could be said of it in the log."""
-    upstream = Scripted()
-    upstream.put("k" * (MAX_KEY_BYTES + 1))
-    with (
-        foldlog.mirror(path, upstream, on_oversize="skip") as mirror,
-        pytest.raises(foldlog.UpstreamOversize, match="cannot be held"),
-    ):
+def test_a_key_over_the_limit_is_skipped_as_a_value_is_and_is_not_mended(path):
+    """It failed the link, whatever `on_oversize` said."""
+    upstream, long = Scripted(), "k" * (MAX_KEY_BYTES + 1)
+    upstream.put(long, b"1")
+    upstream.put("l", b"1")
+    with foldlog.mirror(path, upstream, on_oversize="skip", audit_interval_s=0.001) as mirror:
         mirror.wait_synced(30)
+        upstream.put(long, b"2")
+        until(lambda: mirror.cursor() == at(3))
+        audits = mirror.stats().link.audits
+        until(lambda: mirror.stats().link.audits > audits + 3)
+        link = mirror.stats().link
+        assert (values(mirror), link.mended, link.skipped, link.attaches) == ({"l": b"1"}, 0, 1, 1)
+        upstream.delete(long)
+        until(lambda: mirror.cursor() == at(4))
+        assert mirror.stats().link.skipped == 0
 
 
 def test_an_upstream_that_neither_reaches_back_nor_tells_its_state_is_refused(path):
