@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from foldlog.protocol.errors import (
-    CorruptLogError,
-    InvalidFormatError,
-)
+from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
 from foldlog.protocol.frames import FileHeader
 from foldlog.protocol.store import FormatName
 from foldlog.storage.formats.foldlog.log import FRAMES
@@ -15,7 +12,6 @@ from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import Known, Loaded, LogFormat, Progress, Verdict
 from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.sidecars.note import Watermark
 from foldlog.storage.log.sidecars.regression import lost_since, regression_error
 
 FORMATS: dict[FormatName, LogFormat] = {format.name: format for format in (FRAMES, SLIPSTREAM)}
@@ -71,38 +67,28 @@ def read_own_header(handle: ReadHandle) -> FileHeader:
         raise
 
 
-def diagnose(handle: ReadHandle, loaded: Loaded) -> tuple[Verdict, str]:
-    """`LogFormat.diagnose`, for the format of `loaded`."""
-    return loaded.format.diagnose(handle, loaded)
-
-
 def load_intact(handle: ReadHandle, progress: Progress | None = None) -> Loaded:
     """`load` for readers, which leaves out a torn tail.
 
     CorruptLogError or InvalidFormatError if the log is damaged. LogRegressedError if batches that
     were synced according to the note are missing.
     """
-    loaded = _undamaged(handle, progress)
-    if regressed(handle, loaded) is None:
-        return loaded
-    loaded = _undamaged(handle, progress)  # the writer may have been finishing the last frame
-    if (mark := regressed(handle, loaded)) is not None:
-        raise regression_error(handle.path, loaded.position.seq, mark)
-    return loaded
+    for _ in range(2):  # at the first look the writer may have been finishing the last frame
+        loaded = _undamaged(handle, progress)
+        mark = lost_since(handle, loaded.header.log_id, loaded.position.seq, loaded.size)
+        if mark is None:
+            return loaded
+        error = regression_error(handle.path, loaded.position.seq, mark)
+    raise error
 
 
 def _undamaged(handle: ReadHandle, progress: Progress | None) -> Loaded:
     loaded = load(handle, progress)
     if loaded.bad is not None:
-        verdict, why = diagnose(handle, loaded)
+        verdict, why = loaded.format.diagnose(handle, loaded)
         if verdict is Verdict.CORRUPT:
             raise damage_error(handle.path, loaded, why)
     return loaded
-
-
-def regressed(handle: ReadHandle, loaded: Loaded) -> Watermark | None:
-    """The note's watermark, if batches up to it are missing from `loaded`; else None."""
-    return lost_since(handle, loaded.header.log_id, loaded.position.seq, loaded.size)
 
 
 def damage_error(path: Path, loaded: Loaded, why: str) -> CorruptLogError | InvalidFormatError:

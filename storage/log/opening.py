@@ -8,30 +8,21 @@ cut. Only the holder of the writer's lock repairs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 
 from foldlog.protocol.engine import OpenReport
-from foldlog.protocol.errors import (
-    InvalidFormatError,
-    LogChangedError,
-    StoreLocked,
-)
+from foldlog.protocol.errors import InvalidFormatError, LogChangedError, StoreLocked
 from foldlog.protocol.options import FORMAT, ON_DAMAGE, OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.format import Known, Loaded, LogFile, Progress
-from foldlog.storage.formats.registry import (
-    MAGICS,
-    damage_error,
-    diagnose,
-    format_named,
-    load,
-)
+from foldlog.storage.formats.format import Known, Loaded, LogFile, Progress, Verdict
+from foldlog.storage.formats.registry import MAGICS, damage_error, format_named, load
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.access import share
 from foldlog.storage.log.files import Access, Files, ReadHandle, remove_quietly, write_all
 from foldlog.storage.log.log import Log
-from foldlog.storage.log.recovery import Rest, Verdict
+from foldlog.storage.log.recovery import Rest
 from foldlog.storage.log.sidecars.lock import WriterLock, beside, lock_log, sweep_temporaries
 from foldlog.storage.log.sidecars.origins import read_origin
 from foldlog.storage.log.sidecars.regression import regression_error
@@ -125,7 +116,22 @@ def _open_locked(
         if fd >= 0:
             files.close(fd)
         raise
-    return log, loaded, _report(path, loaded, created, cut_bytes, cut_reason, kept_at, missing)
+    report = OpenReport(
+        path,
+        created,
+        loaded.position.offset,
+        loaded.parts,
+        loaded.base_entries,
+        loaded.position.seq - loaded.header.base_seq,
+        loaded.position.seq,
+        loaded.fold.cursor(),
+        loaded.sealed,
+        cut_bytes,
+        cut_reason,
+        kept_at,
+        missing_batches=missing,
+    )
+    return log, loaded, report
 
 
 def _load(
@@ -147,38 +153,12 @@ def _load(
         )
     if loaded.bad is None:
         return loaded, ""
-    verdict, reason = diagnose(handle, loaded)
+    verdict, reason = loaded.format.diagnose(handle, loaded)
     if verdict is Verdict.CORRUPT and (
         on_damage == "refuse" or not loaded.base_end or loaded.bad.unsupported
     ):
         raise damage_error(handle.path, loaded, reason)
     return loaded, reason
-
-
-def _report(
-    path: Path,
-    loaded: Loaded,
-    created: bool,
-    cut_bytes: int,
-    cut_reason: str,
-    kept_at: Path | None,
-    missing: int,
-) -> OpenReport:
-    return OpenReport(
-        path,
-        created,
-        loaded.position.offset,
-        loaded.parts,
-        loaded.base_entries,
-        loaded.position.seq - loaded.header.base_seq,
-        loaded.position.seq,
-        loaded.fold.cursor(),
-        loaded.sealed,
-        cut_bytes,
-        cut_reason,
-        kept_at,
-        missing_batches=missing,
-    )
 
 
 def _missing_batches(lock: WriterLock, loaded: Loaded, *, refuse: bool) -> int:
@@ -221,13 +201,11 @@ def _set_aside(
 
 
 def _kept(files: Files, path: Path, seq: int, rest: Rest, access: Access) -> Path:
-    number = 1
-    while True:
+    for number in itertools.count(1):
         kept_at = beside(path, f"torn-{seq}-{number}")
         with contextlib.suppress(FileExistsError):
             copy = files.create(kept_at, exclusive=True, mode=0o600)
             break
-        number += 1
     try:
         share(files, copy, access, writers_only=False)
         for at, piece in rest.pieces(0, rest.size):

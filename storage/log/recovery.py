@@ -2,9 +2,9 @@
 
 A stopped writer leaves a torn tail, which is legal and is cut. Damage to written data is
 corruption, which is refused. `judge` tells them apart by a table over facts, first match wins;
-`gather` reads the facts from the file. The simpler rule "torn if no valid frame follows" was
-measured and is wrong twice: after a flipped bit it drops the last acknowledged frame, and it
-refuses states that a power loss may leave when frames were not synced.
+`gather` reads the facts from the file; `judge_rest` does both. The simpler rule "torn if no valid
+frame follows" was measured and is wrong twice: after a flipped bit it drops the last acknowledged
+frame, and it refuses states that a power loss may leave when frames were not synced.
 
 A power loss is modelled as in etcd's write-ahead log: sectors of 512 bytes that were not written
 back read as zeros. A killed process leaves a prefix of its last write.
@@ -26,8 +26,9 @@ from foldlog.protocol.frames import (
     FrameHeader,
     parse_frame_header,
 )
-from foldlog.storage.formats.format import Verdict as Verdict
+from foldlog.storage.formats.format import Verdict
 from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.sidecars.note import boot_id
 
 SECTOR = 512
 MAX_CANDIDATES = 65_536
@@ -113,39 +114,26 @@ class Rest:
     A tail may be as long as the disk, and mostly a hole.
     """
 
-    def __init__(
-        self, handle: ReadHandle | None, offset: int, size: int, held: bytes = b""
-    ) -> None:
-        """`size` bytes of a file from `offset` on; without a `handle`, they are `held`."""
-        self._handle, self._held = handle, held
-        self.offset, self.size = offset, size
-
-    @classmethod
-    def of(cls, held: bytes | memoryview, offset: int) -> Rest:
-        """Bytes that have been read already, from `offset` on."""
-        return cls(None, offset, len(held), bytes(held))
+    def __init__(self, handle: ReadHandle, offset: int, size: int) -> None:
+        """`size` bytes of a file from `offset` on."""
+        self._handle, self.offset, self.size = handle, offset, size
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from `start` to `stop`, or to the end. EOFError if the file became shorter."""
         stop = min(stop, self.size)
-        if start >= stop:
-            return b""
-        if self._handle is None:
-            return self._held[start:stop]
-        return self._handle.read(stop - start, self.offset + start)
+        return self._handle.read(stop - start, self.offset + start) if start < stop else b""
 
     def pieces(self, start: int, stop: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
         """All from `start` to `stop` but the holes, in pieces, each with `overlap` bytes of the
         next."""
         at, stop = start, min(stop, self.size)
         while at < stop:
-            if self._handle is not None:
-                data = self._handle.files.data_after(self._handle.fd, self.offset + at)
-                if data is None:
-                    return
-                at = max(at, data - self.offset - overlap)
-                if at >= stop:
-                    return
+            data = self._handle.files.data_after(self._handle.fd, self.offset + at)
+            if data is None:
+                return
+            at = max(at, data - self.offset - overlap)
+            if at >= stop:
+                return
             end = at + _CHUNK_BYTES
             end = min(max(end - (self.offset + end) % SECTOR, at + 1), stop)
             yield at, self.read(at, min(end + overlap, stop))
@@ -182,15 +170,18 @@ class Rest:
         return last[0] - reached >= SECTOR
 
 
-def gather(
-    rest: Rest | bytes | memoryview, offset: int, seed: int, last_seq: int, same_boot: bool
-) -> Facts:
-    """The facts about `rest`, the bytes from the bad frame at `offset` to the end of the file.
+def judge_rest(rest: Rest, seed: int, last_seq: int, boot: str) -> tuple[Verdict, str]:
+    """Judge `rest`, the bytes from a bad frame to the end of the file.
 
-    Cost: linear in `rest` without its holes. Memory: a few MiB.
+    `seed`: of the frames' checksums. `last_seq`: the last batch before the bad frame. `boot`: the
+    machine's boot id when that was written; "" if unknown. EOFError if the file became shorter.
     """
-    if not isinstance(rest, Rest):
-        rest = Rest.of(rest, offset)
+    same_boot = bool(boot) and boot == boot_id()
+    return judge(gather(rest, seed, last_seq, same_boot))
+
+
+def gather(rest: Rest, seed: int, last_seq: int, same_boot: bool) -> Facts:
+    """The facts about `rest`. Cost: linear in it without its holes. Memory: a few MiB."""
     first = rest.read(0, FRAME_HEADER.size)
     header = parse_frame_header(first, 0, seed)
     frame_end = rest.size if header is None else min(header.size, rest.size)
@@ -205,7 +196,7 @@ def gather(
         evidence = Evidence(displaced=True, durable=False)
     else:
         durable = found[1].synced_seq > last_seq or bool(found[1].flags & FLAG_SYNC_EACH)
-        evidence = Evidence(found[1].offset != offset + found[0], durable)
+        evidence = Evidence(found[1].offset != rest.offset + found[0], durable)
     if header is not None:
         cut_short = header.size > rest.size
     else:

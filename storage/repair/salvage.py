@@ -180,7 +180,7 @@ class _Salvage:
             self.losses.append(
                 Loss(0, FILE_HEADER.size, f"{reason}; reconstructed from the frames; no data lost")
             )
-        for piece in Walker(self._handle, seed, size).pieces(progress=progress):
+        for piece in Walker(self._handle, seed, size).pieces(progress):
             frame = piece.header
             if frame is not None and self._base_seq is None:
                 self._base_seq = frame.seq - frame.batches

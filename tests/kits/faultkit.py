@@ -124,7 +124,7 @@ def rebooted() -> Iterator[None]:
     """In the block, the machine has been restarted since anything was written."""
     boot = f"boot {next(_boots)}"
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("formats.foldlog.log", "formats.foldlog.codec", "formats.foldlog.check"):
+        for module in ("log.recovery", "formats.foldlog.codec"):
             patch.setattr(f"foldlog.storage.{module}.boot_id", lambda: boot)
         yield
 

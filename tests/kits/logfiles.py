@@ -206,5 +206,5 @@ def forge_log(frames: Iterable[tuple[int, bytes]], *, base_seq: int = 0) -> byte
 
 def reboot(monkeypatch: Any, boot: str = "another boot") -> None:
     """From here on, the machine has been restarted since anything was written."""
-    monkeypatch.setattr("foldlog.storage.formats.foldlog.log.boot_id", lambda: boot)
+    monkeypatch.setattr("foldlog.storage.log.recovery.boot_id", lambda: boot)
     monkeypatch.setattr("foldlog.storage.formats.foldlog.codec.boot_id", lambda: boot)

@@ -47,9 +47,8 @@ from foldlog.storage.formats.foldlog.replay import (
 from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_header, seed_of_frames
 from foldlog.storage.formats.format import Problem, Progress, Verdict, VerifyReport
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.recovery import Rest, gather, judge
+from foldlog.storage.log.recovery import Rest, judge_rest
 from foldlog.storage.log.scan import Chain, displaced
-from foldlog.storage.log.sidecars.note import boot_id
 from foldlog.storage.log.sidecars.regression import lost_since, regression_text
 
 NO_CURSOR = WatchCursor.none()
@@ -133,7 +132,7 @@ class _Check:
             self._say(0, FILE_HEADER.size, reason)
         elif header is not None:
             self._chain, self._seq = Chain.start(header), header.base_seq
-        for piece in Walker(self._handle, seed, self._size).pieces(progress=progress):
+        for piece in Walker(self._handle, seed, self._size).pieces(progress):
             if piece.reason:
                 if self._is_torn(piece, seed):
                     break
@@ -171,8 +170,7 @@ class _Check:
         if piece.final or (piece.header is not None and chain.fault(piece.header) is not None):
             return False
         rest = Rest(self._handle, piece.offset, self._size - piece.offset)
-        same_boot = bool(self._boot) and self._boot == boot_id()
-        verdict, why = judge(gather(rest, piece.offset, seed, chain.seq, same_boot))
+        verdict, why = judge_rest(rest, seed, chain.seq, self._boot)
         if verdict is Verdict.CORRUPT:
             self._say(piece.offset, piece.size, f"{why} ({piece.reason})")
             return False

@@ -27,9 +27,8 @@ from foldlog.storage.formats.format import (
     VerifyReport,
 )
 from foldlog.storage.log.files import Files, ReadHandle
-from foldlog.storage.log.recovery import Rest, gather, judge
+from foldlog.storage.log.recovery import Rest, judge_rest
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
-from foldlog.storage.log.sidecars.note import boot_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +119,8 @@ class FrameFormat(LogFormat):
             # Not torn: a base is synced before its file is renamed.
             return Verdict.CORRUPT, f"the base is damaged: {bad.reason}"
         rest = Rest(handle, bad.offset, loaded.size - bad.offset)
-        same_boot = bool(loaded.boot) and loaded.boot == boot_id()
         try:
-            verdict, why = judge(
-                gather(rest, bad.offset, loaded.header.seed, loaded.position.seq, same_boot)
-            )
+            verdict, why = judge_rest(rest, loaded.header.seed, loaded.position.seq, loaded.boot)
         except EOFError as error:
             raise LogChangedError(handle.path, str(error)) from None
         return verdict, f"{why} ({bad.reason})"

@@ -80,19 +80,16 @@ class Walker:
         self._handle, self._seed, self._size = handle, seed, size
         self._spare = _SPARE_FACTOR * size + _SPARE_BYTES
 
-    def pieces(
-        self, start: int = FILE_HEADER.size, progress: Progress | None = None
-    ) -> Iterator[Piece]:
-        """The file from `start` on, as pieces without gaps.
+    def pieces(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """The file after its header, as pieces without gaps.
 
         EOFError if the file is shorter than `size`. Memory: one frame. Cost: reads an undamaged
         file once.
         """
-        at = start
+        at = FILE_HEADER.size
         while at < self._size:
             if self._spare < 0:
-                reason = "scan abandoned: too much damage"
-                yield Piece(at, self._size - at, None, b"", reason)
+                yield Piece(at, self._size - at, None, b"", "scan abandoned: too much damage")
                 return
             piece = self.frame(at)
             if piece is None:
@@ -135,7 +132,10 @@ class Walker:
         A displaced header counts only with a valid body, since a value may hold bytes that look
         like a header.
         """
-        for at, header in _headers(self._handle, self._seed, start, self._size):
+        for at, raw in _magics(self._handle, start, self._size):
+            header = parse_frame_header(raw, 0, self._seed)
+            if header is None:
+                continue
             if header.offset == at:
                 return at
             piece = self.frame(at)
@@ -145,16 +145,6 @@ class Walker:
             if self._spare < 0:
                 return at
         return self._size
-
-
-def _headers(
-    handle: ReadHandle, seed: int, start: int, size: int
-) -> Iterator[tuple[int, FrameHeader]]:
-    """The valid frame headers from `start` on, displaced or not, with their places."""
-    for at, raw in _magics(handle, start, size):
-        header = parse_frame_header(raw, 0, seed)
-        if header is not None:
-            yield at, header
 
 
 def _magics(handle: ReadHandle, start: int, size: int) -> Iterator[tuple[int, bytes]]:

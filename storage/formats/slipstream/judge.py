@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.formats.format import Known, Verdict
 from foldlog.storage.formats.slipstream.records import (
@@ -13,6 +12,7 @@ from foldlog.storage.formats.slipstream.records import (
     PUT,
     BadRecord,
     Record,
+    read_part,
 )
 from foldlog.storage.formats.slipstream.search import (
     find_cursor_record,
@@ -111,7 +111,7 @@ def _damaged_length(handle: ReadHandle, bad: BadRecord, size: int) -> str:
     A complete batch ends with a cursor record: if none follows, no acknowledged batch follows. A
     base may end without one, so there a put is evidence, too.
     """
-    rest = read_rest(handle, bad.offset, min(size, bad.offset + MAX_RECORD_BYTES))
+    rest = read_part(handle, bad.offset, min(size, bad.offset + MAX_RECORD_BYTES))
     if one_bit_fixes(rest):
         return "flipping one bit makes the record whole"
     at = find_cursor_record(rest, 1)
@@ -125,15 +125,7 @@ def _end_of_data(handle: ReadHandle, start: int, size: int) -> int:
     """The offset after the last nonzero byte from `start` to `size`; `start` if there is none."""
     while size > start:
         low = max(start, size - _REPORT_BYTES)
-        if data := read_rest(handle, low, size).rstrip(b"\0"):
+        if data := read_part(handle, low, size).rstrip(b"\0"):
             return low + len(data)
         size = low
     return start
-
-
-def read_rest(handle: ReadHandle, offset: int, size: int) -> bytes:
-    """The bytes from `offset` to `size`. LogChangedError if the file is shorter."""
-    try:
-        return handle.read(size - offset, offset)
-    except EOFError as error:
-        raise LogChangedError(handle.path, str(error)) from None

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from foldlog.protocol.errors import InvalidFormatError
 from foldlog.protocol.updates import Change
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.collector import no_full_collections
@@ -106,11 +105,11 @@ class RecordFile(NewFile):
 
     def write_fold(self, fold: Writable, progress: Progress | None = None) -> None:
         # If all entries are in memory already, keep them, compacted, for `fold_with`.
-        pieces = _Pieces() if fold.is_in_memory else None
+        pieces = _Pieces()
         done, total = 0, fold.base_entries
         for segment in fold.segments():
-            live = segment.live_changes() if pieces is not None else None
-            if pieces is not None and live is not None:
+            live = segment.live_changes() if fold.is_in_memory else None
+            if live is not None:
                 pieces.add(live)
                 keys: Sequence[str] = [change[0] for change in live]
                 values: Sequence[bytes] = [change[1] for change in live]  # type: ignore[misc]
@@ -124,8 +123,7 @@ class RecordFile(NewFile):
         if fold.cursor():
             self._add(encode_cursor(fold.cursor()))
         self.base_end = self.position.offset
-        if pieces is not None:
-            self._delta = pieces.delta()
+        self._delta = pieces.delta()
 
     def _add_puts(
         self, keys: Sequence[str], values: Sequence[bytes], versions: Sequence[bytes]
@@ -244,10 +242,7 @@ class SlipstreamFormat(LogFormat):
 
         Cost: 2 us a record.
         """
-        try:
-            check_header(handle.files.read(handle.fd, HEADER.size, 0))
-        except ValueError as error:
-            raise InvalidFormatError(handle.path, 0, str(error)) from None
+        check_header(handle)
         size = handle.files.fstat(handle.fd).st_size
         if known is not None and known.base_end > size:
             known = None  # the file was cut or replaced: the changed log id tells the writer

@@ -24,7 +24,7 @@ from zlib import crc32
 
 import msgpack
 
-from foldlog.protocol.errors import LogChangedError
+from foldlog.protocol.errors import InvalidFormatError, LogChangedError
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES
 from foldlog.protocol.updates import MAX_VALUE_BYTES
 from foldlog.storage.formats.format import BadBytes
@@ -49,17 +49,18 @@ MAX_RECORD_BYTES = _MIN_PUT_BYTES + 0xFFFF + MAX_VALUE_BYTES + MAX_TOKEN_BYTES
 WINDOW_BYTES = 4 * 1024 * 1024
 
 
-def check_header(raw: bytes) -> None:
-    """ValueError unless a file that starts with `raw` is of this format and version."""
+def check_header(handle: ReadHandle) -> None:
+    """InvalidFormatError unless the file is of this format and version."""
+    raw = handle.files.read(handle.fd, HEADER.size, 0)
     if raw[: len(MAGIC)] != MAGIC:
-        raise ValueError("not a slipstream log: wrong magic")
-    if len(raw) < HEADER.size:
-        raise ValueError("not a slipstream log: shorter than its header")
-    version = HEADER.unpack_from(raw)[1]
-    if version != VERSION:
-        raise ValueError(
-            f"a slipstream log of version {version}: this foldlog reads version {VERSION}"
-        )
+        reason = "not a slipstream log: wrong magic"
+    elif len(raw) < HEADER.size:
+        reason = "not a slipstream log: shorter than its header"
+    elif (version := HEADER.unpack(raw)[1]) != VERSION:
+        reason = f"a slipstream log of version {version}: this foldlog reads version {VERSION}"
+    else:
+        return
+    raise InvalidFormatError(handle.path, 0, reason)
 
 
 def _sealed(body: bytes) -> bytes:
@@ -199,7 +200,8 @@ def read_records(
                     )
                     raise BadRecord(offset, reason, end=base + end, cut_short=True)
                 end = at + size - offset  # first read all there is: it may hold a bad length
-            data = _read(handle, min(max(window_bytes, end - at), size - offset), offset)
+            stop = offset + min(max(window_bytes, end - at), size - offset)
+            data = read_part(handle, offset, stop)
             view = memoryview(data)
             base, at = offset, 0
             continue
@@ -226,8 +228,9 @@ def read_records(
         at = end
 
 
-def _read(handle: ReadHandle, size: int, offset: int) -> bytes:
+def read_part(handle: ReadHandle, start: int, stop: int) -> bytes:
+    """The bytes from `start` to `stop`. LogChangedError if the file is shorter."""
     try:
-        return handle.read(size, offset)
+        return handle.read(stop - start, start)
     except EOFError as error:
         raise LogChangedError(handle.path, str(error)) from None

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from zlib import crc32
 
-from foldlog.protocol.errors import LogChangedError
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES
 from foldlog.protocol.updates import MAX_VALUE_BYTES
 from foldlog.storage.formats.slipstream.records import (
@@ -23,6 +22,7 @@ from foldlog.storage.formats.slipstream.records import (
     MAX_RECORD_BYTES,
     MIN_RECORD_BYTES,
     PUT,
+    read_part,
     record_end,
 )
 from foldlog.storage.log.files import ReadHandle
@@ -122,14 +122,9 @@ class _Window:
     def __init__(self, handle: ReadHandle, start: int, stop: int, size: int) -> None:
         self._handle, self._start, self._size = handle, start, size
         self._count = stop - start
-        self._data = self._read(stop + 2 * BLOCK_BYTES)  # the longest delete, and more
+        end = min(stop + 2 * BLOCK_BYTES, size)  # the longest delete, and more
+        self._data = read_part(handle, start, end)
         self._prefixes: _Prefixes | None = None
-
-    def _read(self, stop: int) -> bytes:
-        try:
-            return self._handle.read(min(stop, self._size) - self._start, self._start)
-        except EOFError as error:
-            raise LogChangedError(self._handle.path, str(error)) from None
 
     def first_cursor(self) -> int | None:
         return find_cursor_record(self._data, 0, self._count)
@@ -175,7 +170,7 @@ class _Window:
         """The data, extended to the longest record that begins in this window."""
         need = min(self._start + self._count + MAX_RECORD_BYTES, self._size)
         if len(self._data) < need - self._start:
-            self._data = self._read(need)
+            self._data = read_part(self._handle, self._start, need)
         return self._data
 
 

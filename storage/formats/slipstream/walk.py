@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from foldlog.protocol.errors import InvalidFormatError
 from foldlog.storage.formats.format import Known, Problem, Progress, Verdict, VerifyReport
 from foldlog.storage.formats.slipstream.judge import Count, judge
 from foldlog.storage.formats.slipstream.records import (
@@ -46,10 +45,7 @@ def walk_records(
     After damage, it continues with the next whole record. InvalidFormatError if the header is not
     of this format. Cost: 2 us a record; a search for each damaged piece.
     """
-    try:
-        check_header(handle.files.read(handle.fd, HEADER.size, 0))
-    except ValueError as error:
-        raise InvalidFormatError(handle.path, 0, str(error)) from None
+    check_header(handle)
     offset = HEADER.size
     count = count or Count()
     while offset < size:

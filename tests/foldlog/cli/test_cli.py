@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_kit import files_in, run
@@ -38,9 +39,7 @@ from foldlog.cli.stream import (
     parse_change,
     read_changes,
 )
-from foldlog.storage.formats import registry
-from foldlog.storage.formats.format import Loaded
-from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.formats.foldlog.log import FrameFormat
 from foldlog.storage.log.sidecars.lock import note_path
 
 COMMAND = (sys.executable, "-c", "from foldlog.cli import main; main()")
@@ -244,13 +243,13 @@ def test_a_frame_that_a_writer_completes_while_it_is_read_is_no_damage(
     log.write_bytes(
         whole[:-70]
     )  # within the frame of the last batch, which the frame of the clean close follows
-    judge = registry.diagnose
+    judge = FrameFormat.diagnose
 
-    def complete_and_judge(handle: ReadHandle, loaded: Loaded) -> object:
+    def complete_and_judge(*arguments: Any) -> object:
         log.write_bytes(whole)
-        return judge(handle, loaded)
+        return judge(*arguments)
 
-    monkeypatch.setattr(registry, "diagnose", complete_and_judge)
+    monkeypatch.setattr(FrameFormat, "diagnose", complete_and_judge)
     result = run("info", log, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert json.loads(result.stdout)["cursor"] == 8  # the state at the first look

@@ -106,7 +106,6 @@ def ids_fixed(monkeypatch):
     monkeypatch.setattr("secrets.token_bytes", lambda size: b"\x1d" * size)
     monkeypatch.setattr("secrets.randbits", lambda bits: GENERATION)
     monkeypatch.setattr("foldlog.storage.formats.foldlog.codec.boot_id", lambda: BOOT)
-    monkeypatch.setattr("foldlog.storage.formats.foldlog.log.boot_id", lambda: BOOT)
 
 
 def golden(name: str) -> bytes:

@@ -13,8 +13,9 @@ from sampling import every, sample
 
 from foldlog.protocol import frames
 from foldlog.protocol.frames import FLAG_SYNC_EACH, FRAME_MAGIC, KIND_BATCHES, TRAILER, build_frame
+from foldlog.storage.formats.format import Verdict
 from foldlog.storage.log import recovery
-from foldlog.storage.log.recovery import Evidence, Facts, Rest, Verdict, gather, judge
+from foldlog.storage.log.recovery import Evidence, Facts, Rest, gather, judge
 
 BOOLEANS = [
     "cut_short",
@@ -187,8 +188,27 @@ def damaged(raw: bytes, at: int) -> bytes:
     return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
 
 
-def facts_of(rest: bytes, offset: int = 1000, last_seq: int = 4) -> Facts:
-    return gather(rest, offset, SEED, last_seq, same_boot=False)
+class Held:
+    """Bytes in memory in place of a file that holds them from `offset` on."""
+
+    fd = -1
+
+    def __init__(self, data: bytes, offset: int) -> None:
+        self.files, self.data, self.offset = self, data, offset
+
+    def read(self, size: int, offset: int) -> bytes:
+        return self.data[offset - self.offset :][:size]
+
+    def data_after(self, _fd: int, offset: int) -> int:
+        return offset
+
+
+def rest_of(data: bytes, offset: int = 1000) -> Rest:
+    return Rest(Held(data, offset), offset, len(data))
+
+
+def facts_of(data: bytes, *, same_boot: bool = False) -> Facts:
+    return gather(rest_of(data), SEED, last_seq=4, same_boot=same_boot)
 
 
 def test_a_later_frame_is_evidence_and_an_older_one_is_not():
@@ -243,7 +263,7 @@ def test_a_lost_sector_is_found_where_it_lies(start, length, offset):
     sectors = {}
     for at, byte in enumerate(data):
         sectors.setdefault((offset + at) // 512, bytearray()).append(byte)
-    rest = Rest.of(bytes(data), offset)
+    rest = rest_of(bytes(data), offset)
     assert rest.has_lost(0, 3000) == any(not any(sector) for sector in sectors.values())
     for at in range(0, 3000, 100):
         assert rest.is_lost(at) == (not any(sectors[(offset + at) // 512]))
@@ -310,8 +330,7 @@ def test_the_beginning_of_a_frame_is_cut_short(size):
 
 @given(st.binary(max_size=200), st.booleans())
 def test_gathering_is_total_and_never_calls_junk_torn_on_the_same_boot(rest, same_boot):
-    facts = gather(rest, 1000, SEED, 4, same_boot)
-    verdict, _ = judge(facts)
+    verdict, _ = judge(facts_of(rest, same_boot=same_boot))
     if same_boot and rest and rest[0] not in (0, FRAME_MAGIC[0]):
         assert verdict is Verdict.CORRUPT
 
