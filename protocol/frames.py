@@ -226,7 +226,6 @@ def build_frame(
     seed: int,
     kind: int,
     body: bytes,
-    *,
     seq: int,
     synced_seq: int,
     offset: int,

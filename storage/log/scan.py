@@ -21,6 +21,7 @@ from foldlog.protocol.frames import (
     TRAILER,
     FileHeader,
     FrameHeader,
+    build_frame,
     oversize,
     parse_frame_header,
 )
@@ -66,6 +67,29 @@ class Chain(NamedTuple):
         """The position after `frame`, which is at its own offset."""
         crc, body_len, _, seq, synced_seq, offset, *_ = frame
         return tuple.__new__(Chain, (offset + FRAME_OVERHEAD + body_len, crc, seq, synced_seq))
+
+    def next_frame(
+        self,
+        seed: int,
+        kind: int,
+        body: bytes,
+        synced_seq: int,
+        flags: int,
+        batches: int = 0,
+        body_crc: int | None = None,
+    ) -> tuple[bytes, Chain]:
+        """The frame with this content that follows, and the position after it.
+
+        `synced_seq` may be ahead: the frame names no batch after it as synced.
+        """
+        offset, link, seq, _ = self
+        if synced_seq > seq:
+            synced_seq = seq
+        seq += batches
+        frame, link = build_frame(
+            seed, kind, body, seq, synced_seq, offset, link, flags, batches, body_crc
+        )
+        return frame, tuple.__new__(Chain, (offset + len(frame), link, seq, synced_seq))
 
 
 def displaced(frame: FrameHeader) -> str:

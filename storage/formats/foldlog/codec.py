@@ -17,14 +17,12 @@ from foldlog.protocol.frames import (
     KIND_OPEN,
     KIND_SEAL,
     FileHeader,
-    build_frame,
 )
 from foldlog.protocol.updates import batches_body, has_origin
 from foldlog.storage.log.scan import Chain
 from foldlog.storage.log.sidecars.note import boot_id
 
 WRITER = "foldlog 1"
-_new = tuple.__new__  # a NamedTuple in half the time
 
 
 class FrameCodec:
@@ -35,47 +33,18 @@ class FrameCodec:
         self._flags = FLAG_SYNC_EACH if sync_each else 0
 
     def group(self, items: Sequence[bytes], chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        offset, link, seq, _ = chain
-        if synced_seq > seq:
-            synced_seq = seq
         batches = len(items)
-        seq += batches
         flags = self._flags
         if has_origin(items[0]) or (batches > 1 and any(map(has_origin, items))):
             flags |= FLAG_ORIGIN
-        frame, link = build_frame(
-            self._seed,
-            KIND_BATCHES,
-            batches_body(items),
-            seq=seq,
-            synced_seq=synced_seq,
-            offset=offset,
-            link=link,
-            flags=flags,
-            batches=batches,
-        )
-        return frame, _new(Chain, (offset + len(frame), link, seq, synced_seq))
+        body = batches_body(items)
+        return chain.next_frame(self._seed, KIND_BATCHES, body, synced_seq, flags, batches)
 
     def opening(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_OPEN, open_body(), chain, synced_seq)
+        return chain.next_frame(self._seed, KIND_OPEN, open_body(), synced_seq, self._flags)
 
     def seal(self, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        return self._frame(KIND_SEAL, b"", chain, synced_seq)
-
-    def _frame(self, kind: int, body: bytes, chain: Chain, synced_seq: int) -> tuple[bytes, Chain]:
-        offset, link, seq, _ = chain
-        synced_seq = min(synced_seq, seq)
-        frame, link = build_frame(
-            self._seed,
-            kind,
-            body,
-            seq=seq,
-            synced_seq=synced_seq,
-            offset=offset,
-            link=link,
-            flags=self._flags,
-        )
-        return frame, Chain(offset + len(frame), link, seq, synced_seq)
+        return chain.next_frame(self._seed, KIND_SEAL, b"", synced_seq, self._flags)
 
 
 def open_body() -> bytes:

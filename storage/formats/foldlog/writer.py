@@ -17,7 +17,6 @@ from foldlog.protocol.frames import (
     KIND_LEAF,
     KIND_OPEN,
     FileHeader,
-    build_frame,
 )
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.leaf import encode_leaf, leaf_end
@@ -59,23 +58,12 @@ class FrameWriter(NewFile):
         flags: int = 0,
     ) -> int:
         """Append a frame. Returns the offset of its body."""
-        chain = self.position
-        seq = chain.seq + batches
-        frame, link = build_frame(
-            self._seed,
-            kind,
-            body,
-            seq=seq,
-            synced_seq=self.header.base_seq,
-            offset=chain.offset,
-            link=chain.link,
-            flags=flags,
-            batches=batches,
-            body_crc=body_crc,
+        body_at = self.position.offset + FRAME_HEADER.size
+        frame, self.position = self.position.next_frame(
+            self._seed, kind, body, self.header.base_seq, flags, batches, body_crc
         )
-        self.position = Chain(chain.offset + len(frame), link, seq, self.header.base_seq)
         self.put(frame)
-        return chain.offset + FRAME_HEADER.size
+        return body_at
 
     def write_fold(self, fold: Writable, progress: Progress | None = None) -> None:
         self.base, self._copied = write_base(self, fold, progress)
