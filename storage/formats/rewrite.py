@@ -31,7 +31,6 @@ from foldlog.storage.log.sidecars.origins import drop_stale_origin
 
 _ENTRY_OVERHEAD = 12  # bytes around a key, a value and a version
 
-
 SLACK_BYTES = 1024 * 1024
 """What the writer may always append during a pass of a rewrite, within the limit."""
 FINISH_BYTES = 3 * SLACK_BYTES
@@ -88,7 +87,8 @@ class Rewrite:
         self._access = log.access()
         self._carried = log.position  # up to here the log is in the new file
         self._began = self._stage = log.position.offset
-        self._live = log.file.base_end  # bytes of a compacted log, as far as they are known
+        self.live_bytes = log.file.base_end
+        """The size of a compacted log, as far as it is known."""
         self._lag = self._stage_out = 0
         self._expected = self._began  # bytes that this pass writes, at most
         self._out: NewFile | None = None
@@ -115,7 +115,7 @@ class Rewrite:
         """
         out = self._out
         made = 0 if out is None else out.position.offset - self._stage_out
-        live = max(self._live, made) if self._fold is not None else self._live
+        live = max(self.live_bytes, made) if self._fold is not None else self.live_bytes
         return allowance_bytes(limit(live), self._stage, self._lag, made, self._expected)
 
     def write(self, progress: Progress | None = None) -> None:
@@ -142,7 +142,7 @@ class Rewrite:
         )
         keep_access(log.files, self._out.fd, self._access, log.path)
         self._out.write_fold(fold, step)
-        self._live = self._expected = self._out.base_end
+        self.live_bytes = self._expected = self._out.base_end
         self._out.sync()
         self._out.keep_warm(fold)
         self._fold = None
@@ -150,16 +150,6 @@ class Rewrite:
     def run(self, progress: Progress | None = None) -> None:
         """The pass that is due: `write`, or `catch_up`."""
         self.catch_up() if self.written else self.write(progress)
-
-    @property
-    def log_bytes(self) -> int:
-        """The size of the log when the rewrite began."""
-        return self._began
-
-    @property
-    def live_bytes(self) -> int:
-        """The size of a compacted log, as far as it is known."""
-        return self._live
 
     def measure_live(self, progress: Progress | None = None) -> None:
         """After a failure: compute `live_bytes`; if that fails, it is the size of the log.
@@ -169,7 +159,7 @@ class Rewrite:
         fold, self._fold = self._fold, None
         if fold is None:
             return
-        self._live = self._began
+        self.live_bytes = self._began
         live = 0
         with contextlib.suppress(OSError, FoldlogError):
             for columns in (segment.columns() for segment in fold.segments()):
@@ -177,7 +167,7 @@ class Rewrite:
                 live += sum(map(len, columns.values)) + sum(map(len, columns.versions))
                 if progress is not None:
                     progress(live, self._began)
-            self._live = live
+            self.live_bytes = live
 
     @property
     def written(self) -> bool:
@@ -195,7 +185,7 @@ class Rewrite:
 
         Writer's thread only, between passes.
         """
-        self._begin_pass(expected=self._live)
+        self._begin_pass(expected=self.live_bytes)
         self._outdated, self._out, self._stage_out = self._out, None, 0
         self._fold, self.seq, self._carried = fold, fold.seq, self._log.position
 
@@ -282,16 +272,10 @@ class Rewrite:
         self._land(file, inode)
         return fold
 
-    def _land(
-        self,
-        file: LogFile,
-        inode: tuple[int, int],
-        directory: int | None = None,
-    ) -> None:
+    def _land(self, file: LogFile, inode: tuple[int, int], directory: int | None = None) -> None:
         """Switch the log to the renamed file. Can be repeated if it was interrupted."""
         self._adopted = True
-        if isinstance(file.handle, ReadHandle):
-            file.handle.path = self._log.path
+        file.handle.path = self._log.path
         self._log.adopt(file, inode, directory)
 
     def discard(self) -> None:

@@ -271,30 +271,11 @@ OS_FILES = Files()
 def write_all(files: Files, fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`, resuming after short writes."""
     done = files.write(fd, data, offset)  # type: ignore[arg-type]
-    if done == len(data):
-        return
-    view = memoryview(data)
-    while done < len(view):
-        count = files.write(fd, view[done:], offset + done)
+    while done < len(data):
+        count = files.write(fd, memoryview(data)[done:], offset + done)
         if count <= 0:
             raise OSError(errno.EIO, "write took no bytes")
         done += count
-
-
-def read_all(files: Files, fd: int, size: int, offset: int) -> bytes:
-    """Exactly `size` bytes from `offset`. EOFError if the file is shorter."""
-    data = files.read(fd, size, offset)
-    if len(data) == size:
-        return data
-    parts = [data]
-    have = len(data)
-    while have < size:
-        data = files.read(fd, size - have, offset + have)
-        if not data:
-            raise EOFError(f"the file ends {size - have} bytes too early")
-        parts.append(data)
-        have += len(data)
-    return b"".join(parts)
 
 
 def remove_quietly(files: Files, path: Path) -> None:
@@ -365,7 +346,14 @@ class ReadHandle(Closing):
         data = self.files.read(self.fd, size, offset)
         if len(data) == size:
             return data
-        return data + read_all(self.files, self.fd, size - len(data), offset + len(data))
+        parts, have = [data], len(data)
+        while have < size:
+            data = self.files.read(self.fd, size - have, offset + have)
+            if not data:
+                raise EOFError(f"the file ends {size - have} bytes too early")
+            parts.append(data)
+            have += len(data)
+        return b"".join(parts)
 
     def close(self) -> None:
         """Close it now. Only if nobody else may still read it. If interrupted, call it again."""

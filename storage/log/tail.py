@@ -108,18 +108,6 @@ class _Place(NamedTuple):
             return False
 
 
-class _Opened(NamedTuple):
-    """A file, read from its start."""
-
-    place: _Place
-    fold: FoldSnapshot
-    joins: bool
-    """It continues what was read before: `news` follows that."""
-    news: list[DecodedBatch] | None
-    """The batches after those read before; None if they are too many."""
-    news_bytes: int
-
-
 class Tail:
     """A log that is being followed. Not thread-safe: one thread polls it."""
 
@@ -253,12 +241,6 @@ class Tail:
         self._before = place
         return Advance(fold, first_seq, gathered.count, chain.offset - start, gathered.batches)
 
-    def _check_time(self, chain: Chain, size: int) -> None:
-        if time.monotonic() >= self.give_up_at:
-            raise RequestTimeout(
-                f"{self._path}: only {chain.offset} of {size} bytes were read in time"
-            )
-
     def _wait_or_judge(self, place: _Place, bad: BadFrame, size: int) -> Advance | Jump | None:
         """Wait for the rest of half a frame. If it does not come, or the bytes cannot be half a
         frame, read the file anew, as opening would.
@@ -278,62 +260,57 @@ class Tail:
     def _read_anew(self, why: str) -> Advance | Jump | None:
         """Read the file at the path from its start, and continue there."""
         old, fold = self._place, self.fold
-        opened = self._open()
-        place = opened.place
+        place, opened, joint = self._open()
         if (
             old is not None
-            and opened.joins
+            and joint.found
             and (place.inode, place.header, place.chain) == (old.inode, old.header, old.chain)
         ):
             return None  # a torn tail: nothing has changed
-        opened.fold.limit_cache(self._cache_bytes)
+        opened.limit_cache(self._cache_bytes)
         fold.retire()
-        self._place, self.fold = place, opened.fold
+        self._place, self.fold = place, opened
         self.missing = False
         if old is None:
-            return Jump(opened.fold, "")
+            return Jump(opened, "")
         if place.header.log_id != old.header.log_id:
-            return Jump(opened.fold, "the log was replaced by another")
-        if opened.fold.seq < fold.seq:
-            return Jump(
-                opened.fold,
-                f"{why or 'the log went back'}: from batch {fold.seq} to {opened.fold.seq}",
-            )
+            return Jump(opened, "the log was replaced by another")
+        if opened.seq < fold.seq:
+            back = why or "the log went back"
+            return Jump(opened, f"{back}: from batch {fold.seq} to {opened.seq}")
         if place.header.base_seq > fold.seq:
-            return Jump(opened.fold, "")
-        if not opened.joins:
-            return Jump(
-                opened.fold,
-                why or f"the log's batches up to {fold.seq} are not those that were read",
-            )
-        if opened.news is None:
-            return Jump(opened.fold, "")
-        news = opened.news
-        return Advance(opened.fold, fold.seq + 1, len(news), opened.news_bytes, news)
+            return Jump(opened, "")
+        if not joint.found:
+            other = f"the log's batches up to {fold.seq} are not those that were read"
+            return Jump(opened, why or other)
+        if joint.news is None:
+            return Jump(opened, "")
+        return Advance(opened, fold.seq + 1, len(joint.news), joint.news_bytes, joint.news)
 
-    def _open(self) -> _Opened:
+    def _open(self) -> tuple[_Place, FoldSnapshot, _Joint]:
+        """Read the file at the path from its start. FoldlogError again at once, if it was refused
+        and has not changed."""
         handle = ReadHandle(self._files, self._path)
         try:
-            opened = self._open_as(handle)
+            stat = self._files.fstat(handle.fd)
+            self.written_at = stat.st_mtime
+            mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._refused is not None and self._refused[0] == mark:
+                raise self._refused[1].with_traceback(None)
+            try:
+                opened = self._load(handle, mark[:2], stat.st_size)
+            except (CorruptLogError, InvalidFormatError, LogRegressedError) as error:
+                self._refused = (mark, error)
+                raise
         except BaseException:
             handle.close()
             raise
         self._refused = None
         return opened
 
-    def _open_as(self, handle: ReadHandle) -> _Opened:
-        stat = self._files.fstat(handle.fd)
-        self.written_at = stat.st_mtime
-        mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._refused is not None and self._refused[0] == mark:
-            raise self._refused[1].with_traceback(None)
-        try:
-            return self._load(handle, (stat.st_dev, stat.st_ino), stat.st_size)
-        except (CorruptLogError, InvalidFormatError, LogRegressedError) as error:
-            self._refused = (mark, error)
-            raise
-
-    def _load(self, handle: ReadHandle, inode: tuple[int, int], size: int) -> _Opened:
+    def _load(
+        self, handle: ReadHandle, inode: tuple[int, int], size: int
+    ) -> tuple[_Place, FoldSnapshot, _Joint]:
         header = read_own_header(handle)
         chain = Chain.start(header)
         replay = Replay(handle, header)
@@ -347,8 +324,10 @@ class Tail:
                 joint.feed(frame, body, chain, batches)
                 if batches:
                     batches_chain, batches_size = chain, frame.body_len
-                if not replay.frames % FRAMES_A_LOOK:
-                    self._check_time(chain, size)
+                if not replay.frames % FRAMES_A_LOOK and time.monotonic() >= self.give_up_at:
+                    raise RequestTimeout(
+                        f"{self._path}: only {chain.offset} of {size} bytes were read in time"
+                    )
         except (BadFrame, Undecodable):
             whole = False
         if not whole or not replay.base_end:
@@ -358,7 +337,7 @@ class Tail:
         elif self._place is None and lost_since(handle, header.log_id, chain.seq, size) is not None:
             load_intact(handle)  # raises LogRegressedError
         place = _Place(handle, inode, header, chain, batches_chain, batches_size)
-        return _Opened(place, replay.fold(), joint.found, joint.news, joint.news_bytes)
+        return place, replay.fold(), joint
 
 
 class _Joint:
@@ -374,6 +353,7 @@ class _Joint:
         )
         self.found = False
         self.news: list[DecodedBatch] | None = []
+        """The batches after those read before; None if they are too many."""
         self.news_bytes = 0
 
     def feed(

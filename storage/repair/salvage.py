@@ -43,8 +43,6 @@ from foldlog.storage.formats.registry import check_own_format
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve, unused_path
 
-NO_CURSOR = WatchCursor.none()
-
 
 class Loss(NamedTuple):
     """A stretch of a log that could not be kept, and what is known of its content."""
@@ -161,7 +159,7 @@ class _Salvage:
         self.losses: list[Loss] = []
         self.rescued_leaves = 0
         self.batches = 0
-        self.safe_cursor = self.last_cursor = NO_CURSOR
+        self.safe_cursor = self.last_cursor = WatchCursor.none()
         self._rescued = Run()  # entries of leaves that cannot be used as they are
         self._last_key: str | None = None
         self._found: list[_Found] = []
@@ -232,12 +230,13 @@ class _Salvage:
     def fold(self) -> FoldSnapshot:
         """The state from what was found. Completes `losses`, `safe_cursor` and `last_cursor`."""
         base_seq = self._base_seq or 0
-        base_cursor = self._base_end[0] if self._base_end is not None else NO_CURSOR
+        none = WatchCursor.none()
+        base_cursor = none if self._base_end is None else self._base_end[0]
         runs = (self._rescued,) if self._rescued else ()
         fold = FoldSnapshot(self.base, EMPTY_DELTA, runs, base_seq, base_cursor)
         whole = self._report_lost_base()
         self.last_cursor = base_cursor
-        self.safe_cursor = base_cursor if whole else NO_CURSOR
+        self.safe_cursor = base_cursor if whole else none
         kept: set[tuple[int, int]] = set()
         taken: list[tuple[_Found, WatchCursor]] = []  # what was kept, with the cursor after it
         for found in sorted(self._found):

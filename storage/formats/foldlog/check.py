@@ -24,7 +24,6 @@ from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.errors import InvalidFormatError, LogChangedError
 from foldlog.protocol.frames import (
     FILE_HEADER,
-    FILE_MAGIC,
     FORMAT_VERSION,
     KIND_BASE_END,
     KIND_BATCHES,
@@ -42,6 +41,7 @@ from foldlog.storage.fold import leaf
 from foldlog.storage.formats.foldlog.replay import (
     FRAME_AFTER_BASE,
     FRAME_BEFORE_BASE_END,
+    read_header,
     wrong_counts,
 )
 from foldlog.storage.formats.foldlog.walk import Piece, Walker, mended_header, seed_of_frames
@@ -50,8 +50,6 @@ from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.recovery import Rest, judge_rest
 from foldlog.storage.log.scan import Chain, displaced
 from foldlog.storage.log.sidecars.regression import lost_since, regression_text
-
-NO_CURSOR = WatchCursor.none()
 
 
 def check_frames(
@@ -62,12 +60,9 @@ def check_frames(
         report = _Check(handle, size, tail_may_be_torn=tail_may_be_torn).run(progress)
     except EOFError as error:
         raise LogChangedError(handle.path, str(error)) from None
-    return _with_regression(handle, report) if tail_may_be_torn and report.ok else report
-
-
-def _with_regression(handle: ReadHandle, report: VerifyReport) -> VerifyReport:
-    header = parse_file_header(handle.files.read(handle.fd, FILE_HEADER.size, 0))
-    mark = lost_since(handle, header.log_id, report.seq, report.size)
+    if not tail_may_be_torn or not report.ok:
+        return report
+    mark = lost_since(handle, read_header(handle).log_id, report.seq, report.size)
     if mark is None:
         return report
     lost = Problem(report.size, 0, f"the log {regression_text(report.seq, mark)}")
@@ -87,12 +82,11 @@ def header_and_seed(handle: ReadHandle, size: int) -> tuple[FileHeader | None, i
         reason = str(error)
     else:
         return header, header.seed, ""
-    if raw.startswith(FILE_MAGIC) and len(raw) == FILE_HEADER.size:
+    if reason.startswith("format version"):  # the header's checksum is right
         version, flags = FILE_HEADER.unpack(raw)[1:3]
-        if reason.startswith("format version"):  # the header's checksum is right
-            raise InvalidFormatError(
-                handle.path, 0, f"format version {version}, flags {flags:#x}: not {FORMAT_VERSION}"
-            )
+        raise InvalidFormatError(
+            handle.path, 0, f"format version {version}, flags {flags:#x}: not {FORMAT_VERSION}"
+        )
     mended = mended_header(raw)
     seed = mended.seed if mended is not None else seed_of_frames(handle, size)
     if seed is None:
@@ -108,7 +102,7 @@ class _Check:
         self._tail_may_be_torn = tail_may_be_torn
         self._problems: list[Problem] = []
         self._frames = self._batches = 0
-        self._cursor = NO_CURSOR
+        self._cursor = WatchCursor.none()
         self._sealed = False
         self._torn = (0, "")
         self._chain: Chain | None = None  # None: unknown, after damage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from foldlog.protocol.errors import LogRegressedError
@@ -29,8 +30,7 @@ def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Waterm
         there = handle.files.stat(handle.path)
     except OSError:
         return None
-    same_file = (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-    return mark if same_file and here.st_size == size else None
+    return mark if os.path.samestat(here, there) and here.st_size == size else None
 
 
 def regression_text(seq: int, mark: Watermark) -> str:
