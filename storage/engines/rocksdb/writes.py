@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import add
 from typing import TYPE_CHECKING
 
 from foldlog.protocol.updates import KvEntry, RawUpdates
@@ -25,7 +27,7 @@ STALL_LIMIT_S = 60.0
 """Seconds that a write waits for RocksDB before it fails."""
 _STALL_PAUSE_S = 0.001
 _exhaust = deque[object](maxlen=0).extend
-_without_version = VERSION_PREFIXES[0].__add__
+_NO_VERSION = VERSION_PREFIXES[0]
 
 
 class Writes:
@@ -57,9 +59,9 @@ class Writes:
         write: WriteBatch = self._new_batch(raw_mode=True)
         put, delete = write.put, write.delete
         for keys, values, versions in groups:
-            if set(map(type, values)) == {bytes} and not any(versions):
+            if all(values) and not any(versions):  # no removal, no empty value
                 # Without a step of Python for each: a third of the time.
-                _exhaust(map(put, keys, map(_without_version, values)))  # type: ignore[arg-type]
+                _exhaust(map(put, keys, map(add, repeat(_NO_VERSION), values)))
                 continue
             for key, value, version in zip(keys, values, versions, strict=True):
                 if value is None or value is False:
