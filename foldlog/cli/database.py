@@ -29,9 +29,9 @@ from foldlog.storage.engines.rocksdb import RocksDbFold, RocksDbSnapshot
 from foldlog.storage.engines.rocksdb.database.opening import look_at
 from foldlog.storage.engines.rocksdb.database.state import directory_bytes
 from foldlog.storage.engines.rocksdb.exchange.convert import (
+    Streamed,
     log_from_rocksdb,
     rocksdb_from_log,
-    writable,
 )
 from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_fold
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
@@ -179,7 +179,7 @@ def export(
                 return snap.export_to(dest_dir, progress)
         with stored_fold(path) as fold:
             return export_fold(
-                writable(fold),
+                Streamed(fold),
                 dest_dir,
                 format=format_name,
                 source=access_of(path),

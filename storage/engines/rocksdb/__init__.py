@@ -6,7 +6,6 @@ commits.py     what it builds on: opening, committing, closing
 seat.py        opening a store for a writer, and resuming it after a crash
 writes.py      writing batches
 past.py        the last batches, for subscribers
-place.py       where the database is, and whether it still is
 compaction.py  a compaction, as the writer drives it
 database/      opening a database; what is in it; RocksDB's errors
 fold/          one immutable state, read through RocksDB's snapshot

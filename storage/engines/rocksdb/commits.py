@@ -9,25 +9,27 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import (
     FoldlogError,
     ForkedStore,
+    LogChangedError,
     LogPoisonedError,
     StoreClosed,
     StoreLocked,
 )
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.protocol.updates import (
-    Batch,
-    Change,
-    KvEntry,
-    RawUpdates,
+from foldlog.protocol.updates import Batch, Change, KvEntry, RawUpdates
+from foldlog.storage.engines.rocksdb.database.errors import (
+    is_rocksdbs,
+    is_stall,
+    translated,
+    typed,
 )
-from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, is_stall, typed
 from foldlog.storage.engines.rocksdb.database.opening import binding, open_database
 from foldlog.storage.engines.rocksdb.database.record import State, encode_entry
 from foldlog.storage.engines.rocksdb.database.state import directory_bytes, state_of
@@ -37,7 +39,6 @@ from foldlog.storage.engines.rocksdb.fold.source import Source, is_read_after_it
 from foldlog.storage.engines.rocksdb.fold.staged import StagedFold
 from foldlog.storage.engines.rocksdb.fold.trail import Trail
 from foldlog.storage.engines.rocksdb.past import Past
-from foldlog.storage.engines.rocksdb.place import Place
 from foldlog.storage.engines.rocksdb.writes import Writes
 from foldlog.storage.fold.snapshot import ClosedFold
 from foldlog.storage.forks import Rank, tell_after_fork
@@ -70,6 +71,7 @@ class Commits:
         StoreLocked, CorruptLogError, InvalidFormatError or OSError.
         """
         self.path = resolve(path)
+        self._name = os.fspath(self.path)  # a stat of a Path takes 1 us longer
         self.sync_each = sync_each
         self.failure: str | None = None
         """RocksDB's message once it has refused to write, else None; `heal` recovers."""
@@ -112,7 +114,7 @@ class Commits:
         try:
             self._source.db = self._opened()  # in no variable: a traceback would keep it open
             self._writes = Writes(self._source)
-            self._place = Place(self.path)
+            self._directory = _identity(self._name)
             self._trail = Trail()
             self._in_doubt: State | None = None  # what the current commit writes
             state = state_of(self._db, self.path) or self._begin()
@@ -178,11 +180,6 @@ class Commits:
 
     # Writing.
 
-    @property
-    def origin(self) -> bytes:
-        """The stream that the cursor is a position in; empty if it was never named."""
-        return self._state.origin
-
     def stage(self, batches: Sequence[Batch], on: RocksDbFold | None = None) -> RocksDbFold:
         """See `Engine`."""
         fold = self._newest()
@@ -198,49 +195,34 @@ class Commits:
         self._held.add(staged)
         return staged
 
-    def commit(
-        self,
-        batches: Sequence[Batch],
-        staged: object = None,
-        *,
-        origin: bytes | None = None,
-    ) -> RocksDbFold:
+    def commit(self, batches: Sequence[Batch], staged: object = None) -> RocksDbFold:
         """See `Engine`.
 
         One write batch holds the updates, the cursor, the origin and the sequence.
 
-        `origin`: if given, the origin of the cursor from now on. Cost: 6 us, and 1 us an update;
-        with `sync_each`, an fsync. The write of the whole group holds the interpreter lock: about
-        0.5 us an update.
+        Cost: 6 us, and 1 us an update; with `sync_each`, an fsync. The write of the whole group
+        holds the interpreter lock: about 0.5 us an update.
         """
         groups = [_raw(part) for batch in batches for part in batch.changes]
-        before = self._commit(
-            groups, len(batches), batches[-1].cursor, batches[-1].origin or origin
-        )
+        last = batches[-1]
+        before = self._commit(groups, len(batches), last.cursor, last.origin)
         self._past.add(before.seq, before.cursor, batches)
         return self._newest()
 
     def commit_raw(self, updates: RawUpdates, cursor: WatchCursor) -> int:
-        """Commit one batch that `batches_since` need not return. Returns its sequence.
+        """Commit one batch that leaves a gap in the past: see `Past`. Returns its sequence.
 
         Cost: 0.5 us an update less than `commit`.
         """
-        seq = self._commit([updates], 1, cursor, None).seq + 1
-        self._past.begin(seq, cursor)
-        return seq
+        return self._commit([updates], 1, cursor).seq + 1
 
     def _commit(
-        self, groups: Sequence[RawUpdates], batches: int, cursor: WatchCursor, origin: bytes | None
+        self, groups: Sequence[RawUpdates], batches: int, cursor: WatchCursor, origin: bytes = b""
     ) -> State:
-        """Returns the state before."""
+        """Returns the state before. `origin`: of the cursor; empty for the same as before."""
         self._check_usable()
         before = self._state
-        state = State(
-            before.store_id,
-            before.seq + batches,
-            cursor,
-            before.origin if origin is None else origin,
-        )
+        state = State(before.store_id, before.seq + batches, cursor, origin or before.origin)
         # Before they are written: see `Trail`.
         self._trail.parts += tuple(group.keys for group in groups)
         self._in_doubt = state
@@ -278,24 +260,19 @@ class Commits:
         try:
             self._writes.commit(groups, state)
         except Exception as error:
-            if is_stall(error):
-                self._in_doubt = None  # none of it was written
-                raise typed(error, self.path) from error
             if not is_rocksdbs(error):
                 raise
             raise self._failed(error) from error
 
     def _flush_wal(self) -> None:
-        try:
+        with translated(self._failed):
             self._writes.sync()
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> Exception:
         """The error to raise. RocksDB writes no more after an error; nor does the engine."""
-        if self._source.db is not None:
+        if is_stall(error):
+            self._in_doubt = None  # none of it was written
+        elif self._source.db is not None:
             self.failure = str(error)
         return typed(error, self.path)
 
@@ -362,7 +339,12 @@ class Commits:
 
     def check_file(self) -> None:
         """See `Engine`. Cost: 2 us."""
-        self._place.check()
+        try:
+            found = _identity(self._name)
+        except OSError as error:
+            raise LogChangedError(self.path, f"is gone: {error.strerror}") from None
+        if found != self._directory:
+            raise LogChangedError(self.path, "was replaced by another directory")
 
     def confirm_file(self) -> None:
         """See `Engine`. Nothing can be repaired."""
@@ -400,12 +382,11 @@ class Commits:
         if db is not None and self.failure is None:
             try:
                 self.check_file()
-                db.flush_wal(True)
-            except Exception as error:
+                with translated(partial(typed, path=self.path)):
+                    db.flush_wal(True)
+            except Exception:
                 self._abandon()
-                if not is_rocksdbs(error):
-                    raise
-                raise typed(error, self.path) from error
+                raise
             self._closing = db
             self._end()
         else:
@@ -415,14 +396,9 @@ class Commits:
     def _finish_closing(self) -> None:
         if self._closing is None:
             return
-        try:
+        # Closed already, if an earlier call was interrupted just after this.
+        with contextlib.suppress(StoreClosed), translated(partial(typed, path=self.path)):
             self._closing.close()
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            # Closed already, if an earlier call was interrupted just after this.
-            if not isinstance(typed(error, self.path), StoreClosed):
-                raise typed(error, self.path) from error
         self._closing = None
 
     def abandon(self) -> None:
@@ -489,6 +465,11 @@ class Commits:
 def _raw(changes: dict[str, Change]) -> RawUpdates:
     _, values, versions = zip(*changes.values(), strict=True)
     return RawUpdates(list(map(str.encode, changes)), values, versions)
+
+
+def _identity(directory: str) -> tuple[int, int]:
+    info = os.stat(directory)
+    return info.st_dev, info.st_ino
 
 
 def _keep_for_ever(value: object) -> None:

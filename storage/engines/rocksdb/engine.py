@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from foldlog.protocol.engine import CacheUse, Compaction, Export, Held, Sizes
@@ -21,7 +22,7 @@ from foldlog.protocol.updates import DecodedBatch, Delete, Put
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.rocksdb.commits import Commits
 from foldlog.storage.engines.rocksdb.compaction import FullCompaction
-from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
+from foldlog.storage.engines.rocksdb.database.errors import translated, typed
 from foldlog.storage.engines.rocksdb.database.opening import property_of
 from foldlog.storage.engines.rocksdb.database.state import directory_bytes
 from foldlog.storage.engines.rocksdb.exchange import artifact
@@ -68,12 +69,8 @@ class RocksDbEngine(Commits):
         else:
             fold.end()
         self._bridge.close()
-        try:
+        with translated(self._failed):
             self._db.flush()
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            raise self._failed(error) from error
         self.failure = None
         if self._state.store_id != before.store_id or self._state.seq < before.seq:
             raise LogChangedError(
@@ -154,12 +151,8 @@ class RocksDbEngine(Commits):
         self._compacted_seq = self._state.seq
 
     def _compact_range(self) -> None:
-        try:
+        with translated(self._failed):
             self._db.compact_range(None, None)
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            raise self._failed(error) from error
 
     def batches_since(
         self, snapshot: RocksDbFold, cursor: WatchCursor
@@ -183,16 +176,6 @@ class RocksDbEngine(Commits):
 
     # Export and verify.
 
-    def export(
-        self, snapshot: object, dest_dir: StrPath, progress: Progress | None = None
-    ) -> ExportManifest:
-        """See `Engine`.
-
-        Exports the newest state, whatever `snapshot` is. The manifest has its cursor.
-        """
-        self._newest()
-        return artifact.export(self.path, self._checkpoint, dest_dir, progress)
-
     def begin_export(self, format: str | None) -> Export:
         """See `Engine`. Exports the state at the moment of writing.
 
@@ -204,7 +187,8 @@ class RocksDbEngine(Commits):
             )
 
         def export(dest_dir: StrPath, progress: Progress | None = None) -> ExportManifest:
-            return self.export(None, dest_dir, progress)
+            self._newest()
+            return artifact.export(self.path, self._checkpoint, dest_dir, progress)
 
         return export
 
@@ -215,13 +199,9 @@ class RocksDbEngine(Commits):
     def _checkpoint(self, path: Path) -> None:
         """Copy the newest state to the directory `path`; its tables are hard links."""
         db = self._db
-        try:
+        with translated(partial(typed, path=self.path)):
             db.flush()  # without the interpreter lock, which the checkpoint holds
             self._rocksdict.Checkpoint(db).create_checkpoint(os.fspath(path))
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            raise typed(error, self.path) from error
 
     # Statistics.
 

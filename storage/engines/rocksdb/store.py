@@ -160,7 +160,9 @@ class RocksDbSnapshot(Readable):
         allows, so it takes hardly any space. Cost: a read of all files, for their digests. Never
         edit an artifact's files in place: the store reads them, too.
         """
-        return self._engine.export(self.snapshot(), dest_dir, progress)
+        self._engine.snapshot.seq  # noqa: B018
+        manifest: ExportManifest = self._engine.begin_export(None)(dest_dir, progress)
+        return manifest
 
     def verify(self, progress: Progress | None = None) -> RocksDbReport:
         """Read every entry, with all checksums.

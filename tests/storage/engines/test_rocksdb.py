@@ -392,7 +392,7 @@ def test_a_past_with_a_gap_is_not_told(path: Path) -> None:
     from before it missed that batch."""
     engine = RocksDbEngine(path, cache_bytes=CACHE)
     commit(engine, [Put("a", b"1")], 1)
-    engine._commit([], 1, cursor(2), None)  # published, and never noted
+    engine._commit([], 1, cursor(2))  # published, and never noted
     assert batches_since(engine, cursor(1)) is None
     commit(engine, [Put("a", b"3")], 3)
     assert batches_since(engine, cursor(1)) is None
@@ -422,12 +422,12 @@ def test_a_past_that_is_trimmed_while_it_is_read_is_told_whole_or_not_at_all(
 
 def test_the_origin_of_the_cursor_is_written_with_it(path: Path) -> None:
     engine = RocksDbEngine(path, cache_bytes=CACHE)
-    assert engine.origin == b""
-    engine.commit([encode_batch([Put("a", b"1")], cursor(1))], origin=b"nats:routes")
+    assert engine.snapshot.origin == b""
+    engine.commit([encode_batch([Put("a", b"1")], cursor(1), b"nats:routes")])
     engine.commit([encode_batch([Put("a", b"2")], cursor(2))])
     engine.close()
     engine = RocksDbEngine(path, cache_bytes=CACHE)
-    assert (engine.origin, engine.snapshot.seq) == (b"nats:routes", 2)
+    assert (engine.snapshot.origin, engine.snapshot.seq) == (b"nats:routes", 2)
     engine.close()
 
 
@@ -538,7 +538,7 @@ def test_an_exception_that_only_struck_the_thread_is_passed_on_and_the_store_goe
         engine.sync,
         engine.resume,
         engine.verify,
-        lambda: engine.export(None, path.with_name("artifact")),
+        lambda: engine.begin_export(None)(path.with_name("artifact")),
     ):
         with pytest.raises(error):
             use()

@@ -2,15 +2,12 @@
 
 The binding raises a bare Exception with RocksDB's message for everything. An exception of another
 type is not RocksDB's: memory ran out, or a signal handler raised it. It is passed on as it is.
-So each use of the binding that may fail has
+So each use of the binding that may fail is in a block of `translated`, or in hot paths has
 
     except Exception as error:
         if not is_rocksdbs(error):
             raise
         raise typed(error, path) from error
-
-and not a function that raises: its frame and the error would hold each other, and the caller's
-frame with the open database.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from foldlog.protocol.errors import (
@@ -72,6 +70,24 @@ def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
     if "Corruption" in words or opening:
         return CorruptLogError(*_place(words, path), words)
     return FoldlogError(f"{path}: {words}")
+
+
+class translated:
+    """Raises RocksDB's errors in its block as what `translate` makes of them; others pass.
+
+    It never raises the error that it was given: its frame and the error would hold each other, and
+    the caller's frame with the open database.
+    """
+
+    def __init__(self, translate: Callable[[Exception], Exception]) -> None:
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and is_rocksdbs(error):
+            raise self._translate(error) from error
 
 
 def _io_error(words: str, path: Path, opening: bool) -> Exception:

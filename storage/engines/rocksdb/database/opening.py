@@ -12,11 +12,11 @@ binding holds the interpreter lock while it waits.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import re
 import stat
 import tempfile
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
 from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
-from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, translated, typed
 from foldlog.storage.formats.registry import MAGICS
 
 if TYPE_CHECKING:
@@ -89,12 +89,8 @@ def open_database(
     if not exists:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path)
-    try:
+    with translated(partial(typed, path=path, opening=True)):
         return _rdict(rocksdict, path, options)
-    except Exception as error:
-        if not is_rocksdbs(error):
-            raise
-        raise typed(error, path, opening=True) from error
 
 
 @contextlib.contextmanager
@@ -250,7 +246,7 @@ def version_in(options: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-@functools.cache
+@cache
 def own_version() -> tuple[int, int] | None:
     """The version (major, minor) of the binding's RocksDB; None if unknown.
 
@@ -265,9 +261,5 @@ def own_version() -> tuple[int, int] | None:
 
 def property_of(db: Rdict, name: str) -> int:
     """One of RocksDB's counters; 0 if it has no value."""
-    try:
+    with translated(lambda error: FoldlogError(f"{name}: {error}")):
         return db.property_int_value(f"rocksdb.{name}") or 0
-    except Exception as error:
-        if not is_rocksdbs(error):
-            raise
-        raise FoldlogError(f"{name}: {error}") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
-from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
+from foldlog.protocol.errors import CorruptLogError, InvalidFormatError
+from foldlog.storage.engines.rocksdb.database.errors import translated, typed
 from foldlog.storage.engines.rocksdb.database.opening import binding
 from foldlog.storage.engines.rocksdb.database.record import (
     STATE_KEY,
@@ -28,18 +29,12 @@ def state_of(db: Rdict, path: Path) -> State | None:
     CorruptLogError if the record is damaged, InvalidFormatError if foldlog did not write the
     database or a newer foldlog did.
     """
-    try:
+    with translated(partial(typed, path=path, opening=True)):
         raw = db.get(STATE_KEY)
         if raw is None:
             if next(scan(db, b"", None, binding().ReadOptions), None) is None:
                 return None
             raise InvalidFormatError(path, 0, "is a RocksDB database that foldlog did not write")
-    except FoldlogError:
-        raise
-    except Exception as error:
-        if not is_rocksdbs(error):
-            raise
-        raise typed(error, path, opening=True) from error
     try:
         return parse_state(raw)
     except NewerGeneration as error:

@@ -70,7 +70,7 @@ def log_from_rocksdb(
     """
     target = resolve(unused_path(OS_FILES, dest, "a conversion"))
     with stored_fold(database) as stored:
-        fold = writable(stored)
+        fold = Streamed(stored)
         lock = WriterLock(OS_FILES, target)
         try:
             lock.write(None)  # the watermark of an earlier log here does not apply to this one
@@ -87,13 +87,8 @@ def log_from_rocksdb(
         return fold.entries
 
 
-def writable(fold: RocksDbFold) -> _Streamed:
-    """The fold in the form that log writers take."""
-    return _Streamed(fold)
-
-
-class _Streamed:
-    """A RocksDB fold as a `Writable`: a segment for each block."""
+class Streamed:
+    """A RocksDB fold in the form that log writers take, a `Writable`: a segment for each block."""
 
     base_entries, is_in_memory = 0, False
 

@@ -9,13 +9,14 @@ state     passes its checksum, and is of a generation that this version reads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
-from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, typed
+from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, translated, typed
 from foldlog.storage.engines.rocksdb.database.opening import binding, property_of, reading
 from foldlog.storage.engines.rocksdb.database.record import (
     ENTRIES_END,
@@ -82,12 +83,7 @@ def verify_database(path: StrPath, progress: Progress | None = None) -> RocksDbR
     """
     real = resolve(path)
     with reading(real) as db:
-        return _verify(db, real, progress)
-
-
-def verify_open(db: Rdict, path: Path, progress: Progress | None = None) -> RocksDbReport:
-    """The same, for a database that this process has open."""
-    return _verify(db, path, progress)
+        return verify_open(db, real, progress)
 
 
 def describe(path: StrPath) -> RocksDbFacts:
@@ -112,13 +108,10 @@ def describe(path: StrPath) -> RocksDbFacts:
         )
 
 
-def _verify(db: Rdict, path: Path, progress: Progress | None) -> RocksDbReport:
-    try:
+def verify_open(db: Rdict, path: Path, progress: Progress | None = None) -> RocksDbReport:
+    """`verify_database`, for a database that this process has open."""
+    with translated(partial(typed, path=path)):
         tables = db.live_files()
-    except Exception as error:
-        if not is_rocksdbs(error):
-            raise
-        raise typed(error, path) from error
     total = sum(table["num_entries"] for table in tables)
     starts = sorted({table["start_key"] for table in tables})
     problems: list[str] = []

@@ -23,7 +23,7 @@ from typing import NoReturn, TypeVar, overload
 from foldlog.protocol.errors import CorruptLogError
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
-from foldlog.storage.engines.rocksdb.database.errors import ABSENT, is_rocksdbs, typed
+from foldlog.storage.engines.rocksdb.database.errors import ABSENT, is_rocksdbs, translated, typed
 from foldlog.storage.engines.rocksdb.database.record import ENTRIES_END, decode_entry
 from foldlog.storage.engines.rocksdb.database.scan import scan
 from foldlog.storage.engines.rocksdb.fold.source import Source, View
@@ -258,17 +258,13 @@ class RocksDbFold(SnapshotReads):
         block: list[tuple[bytes, bytes]] = []
         room = BLOCK_BYTES
         edge = None
-        try:
+        with translated(partial(typed, path=source.path)):
             for item in scan(db, low, high, source.read_options, reverse):
                 block.append(item)
                 room -= len(item[1])
                 if room <= 0 or len(block) == BLOCK_ENTRIES:
                     edge = item[0] if reverse else item[0] + b"\0"
                     break
-        except Exception as error:
-            if not is_rocksdbs(error):
-                raise
-            raise typed(error, source.path) from error
         if reverse:
             block.reverse()
         return block, edge
