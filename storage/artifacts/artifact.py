@@ -31,7 +31,7 @@ from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
 from foldlog.storage.artifacts.staging import staging
 from foldlog.storage.artifacts.strict_json import parse_object
-from foldlog.storage.fold.segments import Writable
+from foldlog.storage.fold.reading import Writable
 from foldlog.storage.formats.format import PRIVATE, Loaded, LogFormat, Progress
 from foldlog.storage.formats.registry import FORMATS, format_named
 from foldlog.storage.formats.rewrite import write_new

@@ -43,7 +43,6 @@ class Base:
     """The leaves of one file, in key order."""
 
     __slots__ = (
-        "_cache",
         "_counts",
         "_crcs",
         "_index_crcs",
@@ -61,6 +60,7 @@ class Base:
         "entries",
         "firsts",
         "handle",
+        "recent",
     )
 
     def __init__(self, handle: ReadHandle | None) -> None:
@@ -81,8 +81,9 @@ class Base:
         # Never equal for two leaves that differ; checksums could be forged to be.
         self._uid = next(_uids)
         self._origins: dict[int, tuple[int, int]] = {}
-        self._cache = Cache()
-        self.cache = self._cache.recent
+        self.cache = Cache()
+        """What was read from the leaves lately. The next base inherits it, and its limit."""
+        self.recent = self.cache.recent
         """Entries that were read lately, in shards by hash: for `FoldSnapshot.get`."""
         # Reads of single entries, by leaf, since its last prefetch. Races lose some.
         self._reads: list[int] = []
@@ -106,7 +107,7 @@ class Base:
         self._counts.append(count)
         self._index_lens.append(index_len)
         self._index_crcs.append(index_crc)
-        self._cache.add_leaf()
+        self.cache.add_leaf()
         self._reads.append(0)
         self._weight += len(body) + index_len + count * (ENTRY_OVERHEAD + leaf.KEY_OVERHEAD)
         self.entries += count
@@ -122,7 +123,7 @@ class Base:
         self._origins = {number: old.identity(origin) for number, origin in copies.items()}
         for number, origin in copies.items():
             self._sound[number] = old._sound[origin]
-        self._cache.inherit(old._cache, copies, changes)
+        self.cache.inherit(old.cache, copies, changes)
 
     def __len__(self) -> int:
         """The number of leaves."""
@@ -164,7 +165,7 @@ class Base:
 
         Cost: 2-4 us, 1 us for an absent key; 20 us more on the first read of a leaf.
         """
-        cache = self._cache
+        cache = self.cache
         if cache.has_older and (older := cache.take_older(key)) is not None:
             return older
         number = bisect_right(self.firsts, key) - 1
@@ -191,7 +192,7 @@ class Base:
         if crc32c(value) != crc:
             raise self._corrupt(number, f"the value of key {key[:40]!r} does not verify")
         change = (key, value, version)
-        self._cache.add(change)
+        self.cache.add(change)
         reads = self._reads[number] = self._reads[number] + 1
         if reads * _READ_AHEAD_PART > len(index.keys):
             self._read_ahead(number, index)
@@ -200,7 +201,7 @@ class Base:
     def _read_ahead(self, number: int, index: Index) -> None:
         """Cache all entries of a leaf, if the whole base fits the cache. Cost: 0.6 us an entry."""
         self._reads[number] = 0
-        if self._weight > self._cache.limit_bytes or self._lengths[number] > leaf.MAX_LEAF_BYTES:
+        if self._weight > self.cache.limit_bytes or self._lengths[number] > leaf.MAX_LEAF_BYTES:
             return
         try:
             columns = self.columns(number)
@@ -209,16 +210,16 @@ class Base:
                 raise  # not from the disk: a signal handler's TimeoutError, say
             return  # a read of the damaged entry reports it; the others can still be read singly
         # The keys of the index are equal to those in the columns, and already in memory.
-        self._cache.add_leaf_entries(columns._replace(keys=index.keys))
-        self._cache.number_keys(index)
+        self.cache.add_leaf_entries(columns._replace(keys=index.keys))
+        self.cache.number_keys(index)
 
     def index(self, number: int) -> Index:
         """The index of a leaf, kept from its first read on while the cache has room."""
-        index = self._cache.use_index(number)
+        index = self.cache.use_index(number)
         if index is None:
             index = self._read_index(number)
             self._sound[number] = self._sound[number] or _INDEX
-            self._cache.keep_index(number, index)
+            self.cache.keep_index(number, index)
         return index
 
     def _read_index(self, number: int) -> Index:
@@ -233,25 +234,8 @@ class Base:
 
     def keys(self, number: int) -> list[str]:
         """The keys of a leaf, checked. Unlike `index`, keeps nothing of a leaf not read before."""
-        index = self._cache.indexes[number]
+        index = self.cache.indexes[number]
         return (index or self._read_index(number)).keys
-
-    def parts(self) -> list[object]:
-        """What the base keeps in memory, in pieces of a leaf or a shard."""
-        return self._cache.parts()
-
-    @property
-    def cached_bytes(self) -> int:
-        """What the cache holds, in bytes: see `Cache.held_bytes`."""
-        return self._cache.held_bytes
-
-    def limit_cache(self, limit_bytes: int) -> None:
-        """Bound the cache. For a base that nobody reads yet; the next base inherits the limit."""
-        self._cache.set_limit(limit_bytes)
-
-    def retire(self) -> None:
-        """Let the cache grow no more: another base has taken over."""
-        self._cache.retire()
 
     def body(self, number: int) -> bytes:
         """The body of a leaf, read and verified."""

@@ -75,7 +75,7 @@ class Cache:
         self._drops_to_count = 0
 
     def set_limit(self, limit_bytes: int) -> None:
-        """Bound `held_bytes` from now on."""
+        """Bound `held_bytes` from now on. 0: keep nothing more."""
         self.limit_bytes = limit_bytes
         self._quiet_bytes = limit_bytes // 2  # up to here there is nothing to do
 
@@ -135,8 +135,7 @@ class Cache:
         kept = [*map(dict.setdefault, shards, keys, rows)]  # one probe for each: it costs the most
         for number, row in compress(zip(numbers, kept), map(is_not, kept, rows)):
             self._uncount(number, row)
-        if self._entry_bytes + self._index_bytes > self._quiet_bytes:
-            self._make_room()
+        self._make_room()
 
     def _uncount(self, shard: int, change: Change) -> None:
         size = cached_size(change)
@@ -145,7 +144,7 @@ class Cache:
 
     def _make_room(self) -> None:
         """Split shards ahead of the limit, and drop the least used entries beyond it."""
-        while any(self._bytes) and self._entry_bytes + self._index_bytes > self._quiet_bytes:
+        while self._entry_bytes + self._index_bytes > self._quiet_bytes and any(self._bytes):
             shard, self._hand = self._hand, (self._hand + 1) % SHARDS
             order = [*(self.older[shard] | self.recent[shard]).values()]
             first = 0
@@ -179,15 +178,13 @@ class Cache:
         self._index_bytes += index.kept_bytes
         while self._index_bytes > most and self._kept:
             self._drop_index()
-        if self._entry_bytes + self._index_bytes > self._quiet_bytes:
-            self._make_room()
+        self._make_room()
 
     def number_keys(self, index: Index) -> None:
         """`Index.number_keys`, for an index that is kept."""
         if index.numbers is None:
             self._index_bytes += index.number_keys()
-            if self._entry_bytes + self._index_bytes > self._quiet_bytes:
-                self._make_room()
+            self._make_room()
 
     def _drop_index(self) -> None:
         self._drops_to_count -= 1
@@ -241,12 +238,8 @@ class Cache:
             if index is not None:
                 self.keep_index(number, index)
 
-    def retire(self) -> None:
-        """Keep nothing more: another base has taken over."""
-        self.set_limit(0)
-
     def parts(self) -> list[object]:
-        """What it holds, in pieces of a leaf or a shard. A retired cache gives them away."""
+        """What it holds, in pieces of a leaf or a shard. With a limit of 0, it gives them away."""
         parts: list[object] = [*self.recent, *self.older, *filter(None, self.indexes)]
         if not self.limit_bytes:
             self.recent[:] = [{} for _ in range(SHARDS)]

@@ -147,15 +147,8 @@ class _OwnLeaves:
         if number != self._number:
             self._number, self._columns = number, self._base.columns(number)
         keys, values, versions = self._columns
-        start = bisect_left(keys, low)
-        stop = len(keys) if high is None else bisect_left(keys, high)
-        return dict(
-            zip(
-                keys[start:stop],
-                zip(values[start:stop], versions[start:stop], strict=True),
-                strict=True,
-            )
-        )
+        part = slice(*leaf.bounds(keys, low, high))
+        return dict(zip(keys[part], zip(values[part], versions[part], strict=True), strict=True))
 
 
 def _removal_version(fold: FoldSnapshot, key: str) -> VersionToken:

@@ -24,14 +24,14 @@ from foldlog.storage.fold.base import EMPTY_BASE, Base
 from foldlog.storage.fold.cache import SHARDS
 from foldlog.storage.fold.delta import EMPTY_DELTA, Delta, Run, pushed
 from foldlog.storage.fold.leaf import Columns
-from foldlog.storage.fold.reading import SnapshotReads
-from foldlog.storage.fold.segments import Segment, carried_leaf, live_of
+from foldlog.storage.fold.reading import Segment, SnapshotReads
 from foldlog.storage.log.files import ReadHandle
 
 _SHARD_MASK = SHARDS - 1
 # Keys in a span of a fold that is all runs: the least that a range with a limit looks at.
 _UNSETTLED_SPAN_KEYS = 256
 _MOST_OF_A_LEAF = 2 / 3
+_PATCHED_CHANGES = 32  # up to so many, patching a leaf is faster than decoding it
 _new_entry = tuple.__new__
 D = TypeVar("D")
 
@@ -100,7 +100,7 @@ class FoldSnapshot(SnapshotReads):
         if delta.firsts:
             entry = delta.hot.get(key)
             return self._get_older(key, default) if entry is None else entry
-        known = self.base.cache[hash(key) & _SHARD_MASK].get(key)
+        known = self.base.recent[hash(key) & _SHARD_MASK].get(key)
         if known is None:
             if not isinstance(key, str):
                 raise _not_a_key(key)
@@ -115,7 +115,7 @@ class FoldSnapshot(SnapshotReads):
         delta = self.delta
         change = delta.get(key)
         if change is None:
-            change = self.base.cache[hash(key) & _SHARD_MASK].get(key) or self.base.read(key)
+            change = self.base.recent[hash(key) & _SHARD_MASK].get(key) or self.base.read(key)
         if change is None or change[1] is None:
             return default
         entry: KvEntry = _new_entry(KvEntry, change)
@@ -174,22 +174,21 @@ class FoldSnapshot(SnapshotReads):
         descriptor of a file without a name frees its pages, which takes as long. Parts shared with
         other snapshots stay alive.
         """
-        return [self.base.handle, *self.base.parts(), *self.delta, *self.runs]
+        return [self.base.handle, *self.base.cache.parts(), *self.delta, *self.runs]
 
     @property
     def cached_bytes(self) -> int:
         """The memory that entries and leaf indexes read from the base take, in bytes."""
-        return self.base.cached_bytes
+        return self.base.cache.held_bytes
 
     def limit_cache(self, limit_bytes: int) -> None:
         """Bound `cached_bytes`, in later folds, too. For a fold that nobody reads yet."""
         if self.base is not EMPTY_BASE:
-            self.base.limit_cache(limit_bytes)
+            self.base.cache.set_limit(limit_bytes)
 
     def retire(self) -> None:
         """Another base has taken over: keep nothing more that is read from this one."""
-        if self.base is not EMPTY_BASE:
-            self.base.retire()
+        self.limit_cache(0)
 
     # For who writes it to a file.
 
@@ -336,8 +335,8 @@ class FoldSnapshot(SnapshotReads):
         if span.leaf < 0:
             return []
         keys = self.base.index(span.leaf).keys
-        stop = len(keys) if span.high is None else bisect_left(keys, span.high)
-        return keys[bisect_left(keys, span.low) : stop]
+        start, stop = leaf.bounds(keys, span.low, span.high)
+        return keys[start:stop]
 
 
 def _not_a_key(key: object) -> TypeError:
@@ -369,7 +368,14 @@ class _FoldSegment:
         return span.leaf if span.whole and not span.changes else None
 
     def carried(self) -> tuple[bytes, int | None] | None:
-        return carried_leaf(self._fold.base, self._span.leaf, self._span.changes)
+        base, number, changes = self._fold.base, self._span.leaf, self._span.changes
+        if len(changes) > _PATCHED_CHANGES:
+            return None
+        body = base.body(number)
+        if not changes:
+            return body, base.crc(number)
+        patched = leaf.patched_leaf(body, changes)
+        return None if patched is None else (patched, None)
 
     def columns(self) -> Columns:
         span, base = self._span, self._fold.base
@@ -379,7 +385,10 @@ class _FoldSegment:
         return leaf.decode_leaf(body, span.low, span.high, keys)
 
     def live_changes(self) -> list[Change] | None:
-        return live_of(self._span.changes) if self._span.leaf < 0 else None
+        if self._span.leaf >= 0:
+            return None
+        changes = sorted(self._span.changes.items())
+        return [change for _, change in changes if change[1] is not None]
 
 
 class ClosedFold:

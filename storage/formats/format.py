@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
-from foldlog.storage.fold.segments import Writable
+from foldlog.storage.fold.reading import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.files import Files, ReadHandle, remove_quietly, write_all
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from foldlog.protocol.engine import Cancelled
 from foldlog.protocol.errors import FoldlogError, LogChangedError, StoreClosed, StoreLocked
-from foldlog.storage.fold.segments import Writable
+from foldlog.storage.fold.reading import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
 from foldlog.storage.log.access import keep_access, narrow

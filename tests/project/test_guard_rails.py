@@ -209,7 +209,7 @@ def test_opening_reads_the_file_once_and_decodes_no_leaf(
             "nothing but who has the lock"
         )
         assert not leaves
-        assert not any(snap.snapshot().base.parts()), (
+        assert not any(snap.snapshot().base.cache.parts()), (
             "neither indexes nor entries are kept before someone asks for them"
         )
 
@@ -442,7 +442,7 @@ def test_a_range_decodes_the_leaves_that_it_lies_in_and_keeps_nothing(
             assert files.reads <= found // MIN_ENTRIES + 4, "two of a leaf at an end"
             if not batch:
                 assert files.bytes_read <= (found + 2) * LEAF_BYTES // MIN_ENTRIES + 2 * INDEX_BYTES
-            assert not any(snap.snapshot().base.parts())
+            assert not any(snap.snapshot().base.cache.parts())
 
 
 @both
@@ -541,7 +541,7 @@ def test_an_apply_is_one_stat_and_one_write_of_its_frame(
             files.bytes_written
             == len(batches_body([encode_batch(batch, cursor(number)).item])) + FRAME_OVERHEAD
         )
-    assert not any(snap.snapshot().base.parts()), "the base was not looked at"
+    assert not any(snap.snapshot().base.cache.parts()), "the base was not looked at"
 
 
 @pytest.mark.parametrize("sync_each", [False, True])

@@ -28,7 +28,6 @@ from hypothesis.stateful import (
 from readback import read_back
 
 import foldlog.protocol.updates
-import foldlog.storage.fold.base
 import foldlog.storage.fold.delta
 import foldlog.storage.fold.leaf
 import foldlog.storage.log.scan
@@ -43,6 +42,7 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.storage.artifacts.artifact import read_manifest
+from foldlog.storage.fold.base import EMPTY_BASE
 
 pytestmark = pytest.mark.exhaustive
 
@@ -288,9 +288,10 @@ def test_any_history_reads_as_a_dict_would():
     )
 
 
-def tiny_cache(base: foldlog.storage.fold.base.Base, limit_bytes: int) -> None:
+def tiny_cache(fold: FoldSnapshot, limit_bytes: int) -> None:
     """In place of `limit_cache`: room for some entries and indexes, so that most are dropped."""
-    base._cache.set_limit(20_000)
+    if fold.base is not EMPTY_BASE:
+        fold.base.cache.set_limit(min(limit_bytes, 20_000))
 
 
 @pytest.fixture
@@ -305,7 +306,7 @@ def everything_small(monkeypatch):
         (foldlog.storage.fold.delta, "STEP_ENTRIES", 1),
         (foldlog.storage.fold.delta.EMPTY_DELTA, "settle_entries", 8),
         (foldlog.storage.fold.delta, "COLLECTED_ENTRIES", 16),
-        (foldlog.storage.fold.base.Base, "limit_cache", tiny_cache),
+        (FoldSnapshot, "limit_cache", tiny_cache),
         (foldlog.protocol.updates, "SLICE", 3),
         (foldlog.protocol.updates, "_SMALL_BATCH", 4),
     ]:

@@ -20,7 +20,7 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.fold.base import Base
 from foldlog.storage.fold.leaf import encode_leaf, leaf_end
-from foldlog.storage.fold.segments import Writable
+from foldlog.storage.fold.reading import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress

@@ -21,7 +21,7 @@ from foldlog.protocol.updates import Change
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.delta import EMPTY_DELTA, PIECE_ENTRIES, Collected, Delta, Run
-from foldlog.storage.fold.segments import Writable
+from foldlog.storage.fold.reading import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import (
     BUFFER_BYTES,

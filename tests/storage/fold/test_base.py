@@ -10,6 +10,7 @@ from foldlog import (
     AppendLogSnapshot,
     CorruptLogError,
     Delete,
+    FoldSnapshot,
     KvEntry,
     Put,
     VersionToken,
@@ -66,7 +67,9 @@ def test_a_base_that_the_cache_cannot_hold_is_read_entry_by_entry(
 ) -> None:
     path = made(tmp_path / "log")
     monkeypatch.setattr(
-        Base, "limit_cache", lambda held, _: held._cache.set_limit(held._weight - 1)
+        FoldSnapshot,
+        "limit_cache",
+        lambda fold, _: fold.base.cache.set_limit(fold.base._weight - 1),
     )
     assert reads_of_each(path) == [2] + [1] * (ENTRIES - 1)
 
@@ -102,9 +105,9 @@ def test_reading_ahead_counts_each_entry_once(tmp_path: Path) -> None:
         for number in range(ENTRIES):
             snap.get(key(number))
         held = snap.snapshot().base
-        assert sum(map(len, held.cache)) == ENTRIES
-        cached = [change for shard in held.cache for change in shard.values()]
-        assert held._cache._entry_bytes == sum(map(cached_size, cached))
+        assert sum(map(len, held.recent)) == ENTRIES
+        cached = [change for shard in held.recent for change in shard.values()]
+        assert held.cache._entry_bytes == sum(map(cached_size, cached))
 
 
 def test_a_compaction_leaves_what_was_read_in_memory_and_up_to_date(tmp_path: Path) -> None:
@@ -146,16 +149,16 @@ def test_a_compaction_leaves_what_was_read_in_memory_and_up_to_date(tmp_path: Pa
             *(b"%d" % n for n in range(2, 10)),
         ]
         held = snap.snapshot().base
-        cached = [change for shard in held.cache for change in shard.values()]
+        cached = [change for shard in held.recent for change in shard.values()]
         assert len(cached) == len(live) + 1
-        assert held._cache._entry_bytes == sum(map(cached_size, cached))
+        assert held.cache._entry_bytes == sum(map(cached_size, cached))
 
 
 def test_a_compaction_of_what_was_never_read_remembers_nothing(tmp_path: Path) -> None:
     with AppendLogSnapshot.open(made(tmp_path / "log"))[1] as snap:
         snap.apply([Put(key(1), b"new")], WatchCursor.from_u64(2))
         snap.compact()
-        assert not any(snap.snapshot().base.cache)
+        assert not any(snap.snapshot().base.recent)
 
 
 @pytest.mark.parametrize("change", [Delete(key(5)), Put(key(5), b"new")])
@@ -174,13 +177,13 @@ def test_an_entry_that_two_threads_read_at_once_is_not_stale_after_a_compaction(
         def read_meanwhile(held: Base, size: int, offset: int) -> bytes:
             monkeypatch.setattr(Base, "_pread", read_from_disk)
             assert held.read(key(5)) is not None
-            cache = held._cache
+            cache = held.cache
             cache.older[:], cache.recent[:] = cache.recent[:], [{} for _ in cache.recent]
             return read_from_disk(held, size, offset)
 
         monkeypatch.setattr(Base, "_pread", read_meanwhile)
         assert snap.get(key(5)) == expected(5)
-        assert sum(key(5) in shard for shard in (*base.cache, *base._cache.older)) == 2
+        assert sum(key(5) in shard for shard in (*base.recent, *base.cache.older)) == 2
         snap.apply([change], WatchCursor.from_u64(2))
         snap.compact()
         base = snap.snapshot().base
@@ -188,4 +191,4 @@ def test_an_entry_that_two_threads_read_at_once_is_not_stale_after_a_compaction(
         for _ in range(2):
             entry = snap.get(key(5))
             assert (entry and entry.value) == (b"new" if isinstance(change, Put) else None)
-            base._cache.recent[:] = [{} for _ in base.cache]  # dropped: only older ones are left
+            base.cache.recent[:] = [{} for _ in base.recent]  # dropped: only older ones are left

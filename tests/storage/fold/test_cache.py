@@ -66,7 +66,7 @@ def real_bytes(held: object, seen: set[int] | None = None) -> int:
 
 
 def held_by(base: Base) -> int:
-    cache = base._cache
+    cache = base.cache
     return real_bytes([cache.recent, cache.older, [i for i in cache.indexes if i is not None]])
 
 
@@ -90,11 +90,11 @@ def test_reading_everything_at_random_stays_within_the_bound(log: Path) -> None:
             entry = snap.get(key(number))
             assert entry is not None
             assert entry.value == value(number)
-            most = max(most, base.cached_bytes)
+            most = max(most, base.cache.held_bytes)
         assert LIMIT * 9 // 10 < most <= LIMIT
         empty = 2 * SHARDS * sys.getsizeof({1: 1})  # small dicts are less full than large ones
-        assert held_by(base) <= base.cached_bytes + empty, "no less than is counted"
-        assert 0 < sum(index is not None for index in base._cache.indexes) < len(base)
+        assert held_by(base) <= base.cache.held_bytes + empty, "no less than is counted"
+        assert 0 < sum(index is not None for index in base.cache.indexes) < len(base)
 
 
 def test_what_is_used_stays_while_all_else_passes_through(log: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_index_of_a_leaf_that_is_used_stays(log: Path) -> None:
         for number in range(len(base)):
             base.index(number)
             assert base.index(0) is used
-        dropped = [n for n, index in enumerate(base._cache.indexes) if index is None]
+        dropped = [n for n, index in enumerate(base.cache.indexes) if index is None]
         assert dropped == list(range(1, len(dropped) + 1)), "those that were used first"
 
 
@@ -133,8 +133,8 @@ def test_making_room_drops_a_small_part(log: Path) -> None:
         before = 0
         for number in random.Random(2).sample(range(ENTRIES), 5000):
             snap.get(key(number))
-            assert base.cached_bytes > before - 2 * LIMIT // SHARDS, "two thirds of a shard"
-            before = base.cached_bytes
+            assert base.cache.held_bytes > before - 2 * LIMIT // SHARDS, "two thirds of a shard"
+            before = base.cache.held_bytes
 
 
 def test_a_base_within_the_bound_loses_nothing(tmp_path: Path) -> None:
@@ -163,14 +163,14 @@ def test_the_bound_holds_across_compactions(log: Path, tmp_path: Path) -> None:
         snap.compact()
         base = snap.snapshot().base
         assert base is not held.base
-        assert LIMIT // 2 < base.cached_bytes <= LIMIT, "what was read is in memory still"
+        assert LIMIT // 2 < base.cache.held_bytes <= LIMIT, "what was read is in memory still"
         before = held.cached_bytes
         for number in range(ENTRIES):
             if number == 7:
                 continue
             assert held.get(key(number)) == snap.get(key(number))
         assert held.cached_bytes <= before, "a base that was replaced takes nothing more"
-        assert base.cached_bytes <= LIMIT
+        assert base.cache.held_bytes <= LIMIT
 
 
 def test_an_entry_over_a_64th_of_the_bound_is_not_kept() -> None:
@@ -190,14 +190,14 @@ def test_stores_and_followers_take_the_bound_and_tell_what_is_held(
         assert follower.stats().cached_bytes == 0
         assert follower.get(key(1)) is not None
         held = follower.snapshot()
-        assert held.base._cache.limit_bytes == least
+        assert held.base.cache.limit_bytes == least
         assert follower.stats().cached_bytes == held.cached_bytes > 0
     with foldlog.open(log, cache_bytes=least, sync="never") as store:
         assert store.get(key(1)) is not None
         store.put(key(1), b"new")
         store.compact()
         now = store.snapshot()
-        assert now.base._cache.limit_bytes == least, "of a compacted base, too"
+        assert now.base.cache.limit_bytes == least, "of a compacted base, too"
         assert store.stats().cached_bytes == now.cached_bytes > 0
 
 
@@ -280,7 +280,7 @@ def test_an_exception_at_any_point_of_a_get_does_not_break_the_bound_for_long(lo
     with AppendLogSnapshot.open(log)[1] as snap:  # FaultyFiles has a lock
         snap.snapshot().limit_cache(limit)
         base = snap.snapshot().base
-        cache = base._cache
+        cache = base.cache
         chance = random.Random(6)
         for number in range(1, 400):
             at = At(number % 130 + 1, strike)

@@ -20,7 +20,7 @@ from foldlog.storage.engines.rocksdb.exchange.artifact import closing_fd
 from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_fold
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 from foldlog.storage.fold.leaf import Columns
-from foldlog.storage.fold.segments import Segment
+from foldlog.storage.fold.reading import Segment
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
