@@ -198,7 +198,7 @@ class Store(Readable):
     def synced_cursor(self) -> WatchCursor:
         """The position up to which every update survives a power loss. Acknowledge this one
         upstream, if that matters."""
-        return self._core.synced_cursor
+        return self._core.synced[1]
 
     # Writes, carried out by the writer in the order of its mailbox.
 

@@ -72,8 +72,7 @@ class Compactor:
 
     def begin_if_due(self) -> None:
         """Begin a compaction if one is wanted or worthwhile, and none is running."""
-        engine = self._core.engine
-        assert engine is not None
+        engine = self._engine
         if self.running is not None:
             if not self.running.cancelled:
                 return
@@ -102,11 +101,7 @@ class Compactor:
         rewrite.outcome = None
         if done.error is not None:
             self._failed(rewrite, done.error)
-        else:
-            self._go_on_with(rewrite)
-
-    def _go_on_with(self, rewrite: Compaction) -> None:
-        if self._engine.next_pass(rewrite):
+        elif self._engine.next_pass(rewrite):
             self._maintenance.put(Mail(CompactJob(rewrite)))
         else:
             self._finish(rewrite)

@@ -7,7 +7,6 @@ changed in place.
 from __future__ import annotations
 
 import enum
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -35,15 +34,13 @@ from foldlog.protocol.options import (
     Count,
     OnDamage,
     Seconds,
+    Sync,
 )
-from foldlog.protocol.options import Sync as Sync
 from foldlog.protocol.store import Backend, FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.handover import Latch
 from foldlog.storage.log.files import OS_FILES, Files
-
-log = logging.getLogger("foldlog")
 
 
 class State(enum.StrEnum):
@@ -261,11 +258,6 @@ class Core:
         """The last batch that survives a power loss, and its cursor: read as one, never falling."""
         writer, syncer = self._synced
         return writer if writer[0] >= syncer[0] else syncer
-
-    @property
-    def synced_cursor(self) -> WatchCursor:
-        """The cursor of `synced`."""
-        return self.synced[1]
 
     def note_synced(self, fold: Snapshot, *, by_syncer: bool = False) -> None:
         """Record that all of `fold` survives a power loss. Only the writer and the syncer call

@@ -38,7 +38,8 @@ class Request:
         self.weight = 0
         """Bytes that it holds, as the mailbox counts them."""
         self.asker: Mail | None = None
-        """The kind of message it came as, and where the reply goes, if an actor sent it."""
+        """The kind of message it came as, and where the reply goes, if an actor sent it. Without
+        one to reply to, a failure is logged."""
 
     def start(self) -> bool:
         """True if work on it may begin; False if its caller has cancelled it. From here on it
@@ -66,11 +67,6 @@ class Request:
         if self.asker is not None and self.future.done():
             error = self.future.exception()
             reply(self.asker, None if error else self.future.result(), error)
-
-    def asked_by(self, kind: str, reply_to: Any) -> None:
-        """It came as a message of this kind: its answer goes to `reply_to`. Without one, a failure
-        is logged."""
-        self.asker = Mail(kind, reply_to)
 
 
 class WriteRequest(Request):
@@ -137,12 +133,8 @@ class LocalWrite(WriteRequest):
         if expected is not UNSET and type(expected) is not VersionToken:
             raise TypeError(f"expected is a VersionToken, not {type(expected).__name__}")
         super().__init__(None, weight=weight)
-        self._key, self._value, self._must_be_new, self._expected = (
-            key,
-            value,
-            must_be_new,
-            expected,
-        )
+        self._key, self._value = key, value
+        self._must_be_new, self._expected = must_be_new, expected
 
     def decide(self, fold: Snapshot) -> Batch:
         if self._must_be_new or self._expected is not UNSET:
@@ -208,7 +200,7 @@ class WriterInbox(Inbox):
                 log.error("%s was told to the writer and failed: %s", kind, error)
             reply(Mail(None, reply_to), error=error)
             return
-        request.asked_by(kind, reply_to)
+        request.asker = Mail(kind, reply_to)
         super().put(Mail(request, reply_to))
 
 

@@ -434,9 +434,8 @@ class Writer(SharedActor):
             raise error  # the restart heals, then retries these
         for request in requests:
             request.seq = None
-            request.fail(
-                copy.copy(error)
-            )  # one each: raising one object in many threads would mix their tracebacks
+            # One each: raising one object in many threads would mix their tracebacks.
+            request.fail(copy.copy(error))
         if isinstance(error, LogChangedError):
             raise error
 
