@@ -119,7 +119,6 @@ class SupervisedActor(pykka.ThreadingActor):
         self.thread: threading.Thread | None = None
         self._permit: list[None] = [None]
         """Holds one item until its thread runs, or is kept from it."""
-        self.told_to_stop = False
         self.busy_since: float | None = None
         """When it began its current work (time.monotonic()); None while it waits."""
 
@@ -131,23 +130,15 @@ class SupervisedActor(pykka.ThreadingActor):
     def _create_future() -> pykka.Future[Any]:
         return Reply()
 
-    def launch(self) -> None:
-        """Start. NoThread if no thread can be started; then nothing is left running."""
-        try:
-            self.resume()
-        except NoThread:
-            self.retire()
-            raise
-
     def resume(self) -> None:
-        """Continue in a new thread after a crash. NoThread if none can be started; the call can be
-        repeated."""
+        """Start, or continue after a crash, in a new thread. NoThread if none can be started; the
+        call can be repeated."""
         self._permit = permit = [None]
         self.thread = threading.Thread(
             target=self._run_permitted, args=(permit,), name=f"foldlog-{self.name}", daemon=True
         )
         try:
-            self._start_actor_loop()
+            self.thread.start()
         except (RuntimeError, MemoryError) as error:
             if self.withdraw():
                 raise NoThread(str(error)) from error
@@ -175,10 +166,6 @@ class SupervisedActor(pykka.ThreadingActor):
         """True if its thread has ended, even if it had no memory left to tell."""
         thread = self.thread
         return thread is not None and thread.ident is not None and not thread.is_alive()
-
-    def _start_actor_loop(self) -> None:
-        assert self.thread is not None
-        self.thread.start()
 
     def retire(self) -> None:
         """Mark as stopped for pykka."""
@@ -351,14 +338,14 @@ class SharedActor(SupervisedActor):
             rest = RECHECK_S
             if deadline is not None:
                 rest = min(rest, max(deadline - time.monotonic(), 0.0))
-            spent = inbox.wait(rest)
+            spent = 0 if inbox.mails else inbox.wait(rest)
             self._look_after_turn()
             late = deadline is not None and time.monotonic() >= deadline
             if not inbox.mails and not late:
                 continue
             turn.append(self)
             while turn[0] is not self:
-                inbox.wait_for_wake(RECHECK_S)
+                inbox.wait(RECHECK_S)
                 self._look_after_turn()
             self.busy_since = time.monotonic()
             inbox.move(self.taken, self.group, self.group_limit, spent)

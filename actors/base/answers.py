@@ -16,10 +16,10 @@ import queue
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from math import inf
 from typing import Any, TypeVar
 
 import pykka
@@ -31,6 +31,8 @@ T = TypeVar("T")
 log = logging.getLogger("foldlog")
 
 _STARTED, _CANCELLED = "started", "cancelled"
+_STATES = {None: PENDING, _STARTED: RUNNING, _CANCELLED: CANCELLED_AND_NOTIFIED}
+"""What `concurrent.futures` calls an answer of this fate that has no outcome."""
 _FACTS_OF_AN_END = 2
 """An answer that has ended has a fate and an outcome. With more facts, someone waits for it."""
 
@@ -166,14 +168,7 @@ class Answer(Future[T]):
     def _state(self) -> str:  # type: ignore[override]
         if "outcome" in self._facts:
             return FINISHED
-        fate = self._facts.get("fate")
-        return (
-            CANCELLED_AND_NOTIFIED
-            if fate is _CANCELLED
-            else RUNNING
-            if fate is _STARTED
-            else PENDING
-        )
+        return _STATES[self._facts.get("fate")]
 
     @property
     def _condition(self) -> threading.Condition:  # type: ignore[override]
@@ -256,14 +251,15 @@ STUCK_S = 1.0
 """A callback that takes longer keeps its thread to itself; another thread runs the rest."""
 
 _calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-_runners: deque[list[float]] = deque()
-"""For each running thread, when its current call began (time.monotonic()); inf while it waits."""
+callback_threads: dict[int, float] = {}
+"""For each running callback thread, by `threading.get_ident()`, when its current call began
+(time.monotonic()); inf while it waits."""
 
 
 def _run_soon(call: Callable[[], None]) -> None:
     _calls.put(call)
     now = time.monotonic()
-    if any(now - runner[0] < STUCK_S for runner in tuple(_runners)):
+    if any(now - began < STUCK_S for began in tuple(callback_threads.values())):
         return  # one waits (now - inf is below any limit) or has only just begun
     try:
         _thread.start_new_thread(_run_calls, ())
@@ -275,33 +271,25 @@ def _run_soon(call: Callable[[], None]) -> None:
 
 def runs_callbacks() -> bool:
     """True on a callback thread: waiting there would hold up the callbacks that follow."""
-    return bool(callback_threads) and threading.get_ident() in callback_threads
-
-
-callback_threads: set[int] = set()
-"""The callback threads that run, by `threading.get_ident()`."""
+    return threading.get_ident() in callback_threads
 
 
 def _run_calls() -> None:
-    began = [time.monotonic()]
-    _runners.append(began)
-    callback_threads.add(threading.get_ident())
+    this = threading.get_ident()
     try:
         while True:
-            began[0] = float("inf")
-            try:
-                call = _calls.get(timeout=IDLE_S)
-            except queue.Empty:
-                break
-            began[0] = time.monotonic()
+            callback_threads[this] = inf
+            call = _calls.get(timeout=IDLE_S)
+            callback_threads[this] = time.monotonic()
             try:
                 call()
             except BaseException:
                 log.exception("a callback of an answer failed")
             del call
+    except queue.Empty:  # idle for long enough
+        pass
     finally:
-        callback_threads.discard(threading.get_ident())
-        _runners.remove(began)
+        callback_threads.pop(this, None)
     with contextlib.suppress(queue.Empty):  # jobs added between the last look and leaving
         while True:
             call = _calls.get_nowait()
@@ -310,7 +298,6 @@ def _run_calls() -> None:
 
 def _after_fork_in_child() -> None:
     global _calls
-    _runners.clear()
     callback_threads.clear()
     _calls = queue.SimpleQueue()
 

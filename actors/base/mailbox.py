@@ -178,14 +178,8 @@ class Inbox:
     # Taking.
 
     def wait(self, timeout_s: float) -> int:
-        """Sleep until there is mail, a wake-up, or `timeout_s` has passed. Returns the number of
-        tokens consumed."""
-        if self.mails:
-            return 0
-        return self.wait_for_wake(timeout_s)
-
-    def wait_for_wake(self, timeout_s: float) -> int:
-        """Like `wait`, but sleeps even if there is mail."""
+        """Sleep until mail is posted, a wake-up comes, or `timeout_s` has passed. Returns the
+        number of tokens consumed."""
         try:
             self._tokens.get(timeout=timeout_s)
         except Empty:
@@ -301,16 +295,6 @@ class Inbox:
         self.__init__()  # type: ignore[misc]
         self._drained = True
         self.refusal = refusal
-
-    # The rest of the interface that pykka expects of a mailbox.
-
-    def get(self) -> Mail:
-        taken: list[Mail] = []
-        self.take(taken)
-        return taken[0]
-
-    def empty(self) -> bool:
-        return not self.mails
 
 
 def answer_error(mail: Mail, error: Exception | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-from foldlog.actors.base.adapter import NoThread
+from foldlog.actors.base.adapter import DiedInTurn, NoThread
 from foldlog.protocol.errors import (
     CorruptLogError,
     ForeignFileError,
@@ -59,8 +59,11 @@ def next_restart_delay_s(
 
     `restarts_s`: when it was restarted before. The first restart within the window is immediate;
     then the delay doubles, up to 5 s. With `patient`, an actor that died of a shortage is always
-    restarted: others will release what they hold.
+    restarted: others will release what they hold. One that died in a caller's turn is restarted at
+    once.
     """
+    if isinstance(error, DiedInTurn):
+        return 0.0
     recent = sum(now_s - at < window_s for at in restarts_s)
     short = patient and is_shortage(error)
     if isinstance(error, PERMANENT) or (recent >= max_restarts and not short):

@@ -62,7 +62,8 @@ import queue
 import random
 import threading
 import time
-from concurrent.futures import InvalidStateError
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from foldlog.actors.base.adapter import (
@@ -121,6 +122,7 @@ class Supervisor:
         ]
         self.syncer = Syncer(core, self.post, self.writer.inbox)
         self._others: list[SupervisedActor] = [self.maintenance, self.syncer, *self.readers]
+        self._actors = [self.writer, *self._others]
         self._running: set[SupervisedActor] = set()
         self._due: dict[SupervisedActor, float] = {}  # when to restart whom (time.monotonic())
         self._restarts_s: dict[SupervisedActor, list[float]] = {}
@@ -129,6 +131,7 @@ class Supervisor:
         self._is_behind = False
         """True after a step that a MemoryError ended: see `_catch_up`."""
         self._closing: list[CloseNow] = []
+        self._told_to_stop: set[SupervisedActor] = set()
         self._stop_error: BaseException | None = None
         self.opened: Answer[None] = Answer()
         """Done once the store has opened or failed to open."""
@@ -154,10 +157,10 @@ class Supervisor:
             while True:
                 notice = self._notices.get_nowait()
                 if isinstance(notice, CloseNow):
-                    notice.future.set_result(None)  # closing twice is fine
+                    notice.future.finish(None)  # closing twice is fine
                 elif isinstance(notice, Reopen):
                     failed = self.core.state is State.FAILED
-                    notice.future.set_exception(self._failed() if failed else self._closed())
+                    notice.future.finish(None, self._failed() if failed else self._closed())
 
     def not_started(self, error: BaseException) -> None:
         """No thread could be started."""
@@ -180,9 +183,7 @@ class Supervisor:
 
     def owns(self, thread: threading.Thread) -> bool:
         """True if `thread` is one of the store's own, which must not wait for the store."""
-        return thread is self.thread or any(
-            actor.thread is thread for actor in (self.writer, *self._others)
-        )
+        return thread is self.thread or any(actor.thread is thread for actor in self._actors)
 
     def after_fork(self) -> None:
         """In a forked child no thread of the store exists. Reads continue from the snapshot;
@@ -194,12 +195,12 @@ class Supervisor:
         self.core.state = State.FORKED
         for inbox in (self.writer.inbox, self.reader_inbox, self.maintenance.inbox):
             inbox.after_fork(forked)
-        for actor in (self.writer, *self._others):
+        for actor in self._actors:
             actor.actor_stopped = threading.Event()
 
     def _run(self) -> None:
         try:
-            step = self._begin
+            step: Callable[[], None] = partial(self._resume, self.writer)
             while self.core.state is not State.CLOSED:
                 try:
                     step()
@@ -214,9 +215,6 @@ class Supervisor:
             insist(self._answer_closed)
             insist(self.core.ended.set)
             insist(self._answer_late)
-
-    def _begin(self) -> None:
-        self._launch(self.writer)
 
     def _die(self) -> None:
         """After an error of its own: the store only reads from now on."""
@@ -234,13 +232,10 @@ class Supervisor:
             self._catch_up()
             self._is_behind = False
         now = time.monotonic()
-        for actor in [
-            actor
-            for actor, due in self._due.items()
-            if due <= now or self.core.state is State.CLOSING
-        ]:
-            del self._due[actor]
-            self._resume(actor)
+        for actor, due in tuple(self._due.items()):
+            if due <= now or self.core.state is State.CLOSING:
+                del self._due[actor]
+                self._resume(actor)
         look_s = min(HEALTH_CHECK_S, self.core.config.stuck_after_s / LOOKS)
         timeout_s = min([look_s, *(max(due - now, 0.0) for due in self._due.values())])
         notice = self._next_notice(timeout_s)
@@ -286,7 +281,7 @@ class Supervisor:
         elif core.state is State.FAILED:
             self._abandon(core.reason)
         else:
-            self._resume_the_dead(self.writer, *self._others)
+            self._resume_the_dead()
             if core.state is State.RUNNING:
                 self._answer_opened(None)
         if self._closing and core.state is not State.CLOSING:
@@ -312,13 +307,6 @@ class Supervisor:
 
     # Starting and restarting.
 
-    def _launch(self, actor: SupervisedActor) -> None:
-        self._running.add(actor)
-        try:
-            actor.launch()
-        except NoThread as error:
-            self._on_ended(actor, error)
-
     def _resume(self, actor: SupervisedActor) -> None:
         self._running.add(actor)
         try:
@@ -332,7 +320,7 @@ class Supervisor:
         if self.core.state is State.STARTING:
             for other in self._others:
                 if other not in self._running:
-                    self._launch(other)
+                    self._resume(other)
                 if self.core.state is not State.STARTING:
                     return  # no more threads to be had
         self.core.state, self.core.reason = State.RUNNING, ""
@@ -341,8 +329,7 @@ class Supervisor:
 
     def _answer_opened(self, error: BaseException | None) -> None:
         for future in [self.opened, *(reopen.future for reopen in self._reopening)]:
-            with contextlib.suppress(InvalidStateError):
-                future.set_result(None) if error is None else future.set_exception(error)
+            future.finish(None, error)
         self._reopening.clear()
 
     def _on_ended(self, actor: SupervisedActor, error: BaseException | None) -> None:
@@ -361,7 +348,7 @@ class Supervisor:
         if actor is self.writer and self._stuck_since is not None:
             self._stuck_since = None
             if core.state is State.FAILED:
-                self._end_failed(State.RESTARTING)  # it came back, only to die
+                self._end_failed()  # it came back, only to die
         if core.state is State.STARTING:
             if actor is self.writer:
                 self._end_unopened(error)
@@ -379,18 +366,14 @@ class Supervisor:
         config = core.config
         restarts_s = self._restarts_s.setdefault(actor, [])
         interrupted = isinstance(error, DiedInTurn)  # a caller's thread: not the actor's fault
-        delay_s = (
-            0.0
-            if interrupted
-            else next_restart_delay_s(
-                error,
-                restarts_s,
-                now,
-                max_restarts=config.max_restarts,
-                window_s=config.restart_window_s,
-                delay_s=config.restart_delay_s,
-                patient=core.state is not State.CLOSING,
-            )
+        delay_s = next_restart_delay_s(
+            error,
+            restarts_s,
+            now,
+            max_restarts=config.max_restarts,
+            window_s=config.restart_window_s,
+            delay_s=config.restart_delay_s,
+            patient=core.state is not State.CLOSING,
         )
         reason = f"{type(error).__name__}: {error}"
         if delay_s is None:
@@ -501,10 +484,8 @@ class Supervisor:
         """Begin to reopen, unless that has begun already or the writer is restarting."""
         core = self.core
         if core.state is State.FAILED:
-            self._end_failed(State.RESTARTING)
-            if self.writer not in self._running:
-                self._resume(self.writer)
-            self._resume_the_dead(*self._others)
+            self._end_failed()
+            self._resume_the_dead()
             if self.writer in self._running and self.writer.busy_since is None:
                 self._on_started(self.writer)  # another actor had failed
         elif core.state is State.RUNNING:
@@ -512,13 +493,13 @@ class Supervisor:
         elif core.state is not State.RESTARTING:
             self._answer_opened(self._closed())
 
-    def _end_failed(self, state: State) -> None:
-        """Accept messages again, and reset the restart counts."""
+    def _end_failed(self) -> None:
+        """Begin to restart: accept messages again, and reset the restart counts."""
         self._restarts_s.clear()
         self._due.clear()
         for inbox in (self.reader_inbox, self.maintenance.inbox, self.writer.inbox):
             inbox.accept()
-        self.core.state = state
+        self.core.state = State.RESTARTING
 
     def _check_health(self, now_s: float) -> None:
         """Detect a writer that is stuck, and one that was stuck and has come back."""
@@ -529,8 +510,8 @@ class Supervisor:
         if came_back:
             self._stuck_since = None
             if self.core.state is State.FAILED:
-                self._end_failed(State.RESTARTING)
-                self._resume_the_dead(*self._others)
+                self._end_failed()
+                self._resume_the_dead()
             log.warning("%s: the writer came back", self.core.config.path)
         idle = self.writer in self._running and busy_since is None
         if self.core.state is State.RESTARTING and (came_back or idle):
@@ -540,8 +521,8 @@ class Supervisor:
             self._give_up(f"the writer has been stuck for {stuck_s:.0f} s")
             self._stuck_since = busy_since
 
-    def _resume_the_dead(self, *actors: SupervisedActor) -> None:
-        for actor in actors:
+    def _resume_the_dead(self) -> None:
+        for actor in self._actors:
             if actor not in self._running and actor not in self._due:
                 self._resume(actor)
 
@@ -563,8 +544,7 @@ class Supervisor:
         self.writer.inbox.refuse(self._closed, drain=False)  # waiting mail is still served
         if self.writer in self._running or self.writer in self._due:
             self.writer.inbox.offer(Mail(STOP))
-        for actor in self._others:
-            actor.told_to_stop = False
+        self._told_to_stop.clear()
         self._finish_close_if_ended()
 
     def _finish_close_if_ended(self) -> None:
@@ -577,12 +557,12 @@ class Supervisor:
         self.maintenance.inbox.refuse(self._closed, drain=False)
         self.reader_inbox.refuse(self._closed, drain=False)
         for actor in self._others:
-            if actor in self._running and not actor.told_to_stop:
-                actor.told_to_stop = True
+            if actor in self._running and actor not in self._told_to_stop:
+                self._told_to_stop.add(actor)
                 actor.inbox.offer(Mail(STOP))
         if any(actor in self._running or actor in self._due for actor in self._others):
             return
-        for actor in (self.writer, *self._others):
+        for actor in self._actors:
             actor.retire()
             actor.inbox.end(self._closed)
             actor.abandon(self._closed())
@@ -601,6 +581,5 @@ class Supervisor:
 
     def _answer_closed(self) -> None:
         for request in self._closing:
-            with contextlib.suppress(InvalidStateError):
-                request.future.set_result(self._stop_error)
+            request.future.finish(self._stop_error)
         self._closing.clear()

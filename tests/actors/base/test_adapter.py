@@ -20,7 +20,7 @@ from foldlog.actors.base.answers import Reply
 
 
 def test_pykka_still_has_the_insides_that_the_adapter_overrides():
-    for name in ("_actor_loop", "_create_actor_inbox", "_create_future", "_start_actor_loop"):
+    for name in ("_actor_loop", "_create_actor_inbox", "_create_future"):
         assert hasattr(pykka.ThreadingActor, name), name
     assert {"message", "reply_to"} <= set(Envelope.__slots__)
     assert list(inspect.signature(Envelope.__init__).parameters)[1:] == ["message", "reply_to"]
@@ -59,7 +59,7 @@ def test_stopping_a_reference_is_refused_and_the_actor_lives():
         actor.actor_ref.stop(timeout=DEADLINE_S)
     with pytest.raises(FoldlogError, match="close"):
         actor.actor_ref.tell(_ActorStop())
-    assert actor.inbox.empty()
+    assert not actor.inbox.mails
     assert actor.actor_ref.is_alive()
 
 
@@ -100,7 +100,7 @@ def echo(nothing_left):
     notices: queue.SimpleQueue[object] = queue.SimpleQueue()
     actor = Echo("test", notices.put)
     actor.notices = notices
-    actor.launch()
+    actor.resume()
     assert notices.get(timeout=DEADLINE_S) == Started(actor)
     yield actor
     if not actor.actor_stopped.is_set():
@@ -147,7 +147,7 @@ def test_a_hook_that_fails_is_heard_of(nothing_left, hook, error):
         raise error("mine")
 
     setattr(actor, hook, fail)
-    actor.launch()
+    actor.resume()
     stopping = None
     if hook == "on_stop":
         assert notices.get(timeout=DEADLINE_S) == Started(actor)
@@ -170,7 +170,7 @@ def test_asks_that_race_with_the_end_of_an_actor_are_all_answered(nothing_left):
     for _ in range(40):
         notices: queue.SimpleQueue[object] = queue.SimpleQueue()
         actor = Echo("test", notices.put)
-        actor.launch()
+        actor.resume()
         ready = threading.Barrier(4)
 
         def ask(actor=actor, ready=ready):
@@ -237,7 +237,7 @@ def test_a_mailbox_that_has_ended_answers_stops_at_once():
     inbox.put(Mail(STOP, late))
     assert waiting.get(timeout=0) is None
     assert late.get(timeout=0) is None
-    assert inbox.empty()
+    assert not inbox.mails
 
 
 def test_a_mailbox_gives_groups_of_a_kind_in_order_and_up_to_a_limit():
@@ -246,7 +246,7 @@ def test_a_mailbox_gives_groups_of_a_kind_in_order_and_up_to_a_limit():
         inbox.put(Mail(message))
     taken: list[Mail] = []
     groups = []
-    while not inbox.empty():
+    while inbox.mails:
         inbox.take(taken, (int,), 2)
         groups.append([mail.message for mail in taken])
         taken.clear()
@@ -264,7 +264,8 @@ def test_mail_that_is_returned_comes_first_and_past_the_bound():
     assert taken == []
     with pytest.raises(Backpressure):
         inbox.offer(Mail(5))
-    assert [inbox.get().message for _ in range(4)] == [1, 2, 3, 4]
+    inbox.take(taken, (int,), 10)
+    assert [mail.message for mail in taken] == [1, 2, 3, 4]
 
 
 def test_a_take_ends_after_its_time_and_a_waiting_offer_when_there_is_room():
@@ -275,6 +276,7 @@ def test_a_take_ends_after_its_time_and_a_waiting_offer_when_there_is_room():
     inbox.put(Mail(1))
     offering = in_thread(inbox.offer, Mail(2), DEADLINE_S)
     until(lambda: inbox._line, "it waits for room")
-    assert inbox.get().message == 1
+    inbox.take(taken)
     offering.result(DEADLINE_S)
-    assert inbox.get().message == 2
+    inbox.take(taken, (int,), 2)
+    assert [mail.message for mail in taken] == [1, 2]

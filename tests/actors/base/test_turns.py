@@ -82,7 +82,7 @@ class Numbers(SharedActor):
 @pytest.fixture
 def numbers(nothing_left):
     actor = Numbers()
-    actor.launch()
+    actor.resume()
     assert actor.notices.get(timeout=DEADLINE_S) == Started(actor)
     yield actor
     end(actor)
@@ -213,7 +213,7 @@ def test_a_caller_that_comes_while_another_dies_does_not_work_beside_the_restart
     numbers = Numbers()
     numbers.turn = line = SlowLine(numbers.turn)
     looks = Held()
-    numbers.launch()
+    numbers.resume()
     assert numbers.notices.get(timeout=DEADLINE_S) == Started(numbers)
     while line:
         numbers.wait_for_look()
