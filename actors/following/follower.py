@@ -26,7 +26,6 @@ from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError, RequestTimeout
-from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.handover import Bell, Latch, Wakeup
@@ -193,10 +192,6 @@ class FollowerThread:
                 self.snapshot = cast(FoldSnapshot, asleep)
                 raise
             self._asleep = None
-
-    @property
-    def cursor(self) -> WatchCursor:
-        return self.snapshot.cursor()
 
     @property
     def file_watch(self) -> FileWatch:
