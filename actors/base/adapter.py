@@ -27,6 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 import pykka
@@ -100,10 +101,7 @@ class SupervisedActor(pykka.ThreadingActor):
     """
 
     use_daemon_thread = True  # else a forgotten store would keep the interpreter alive
-    group: tuple[type, ...] = ()
-    """Message types that `handle` takes in batches."""
-    group_limit = 1
-    tick_s: float | None = None
+    tick_s = inf
     """Call `on_tick` after this long without a message."""
 
     def __init__(self, name: str, post: Post, inbox: Inbox | None = None) -> None:
@@ -191,7 +189,7 @@ class SupervisedActor(pykka.ThreadingActor):
 
     def _await_mail(self) -> None:
         self.busy_since = None
-        self.inbox.take(self.taken, self.group, self.group_limit, self.tick_s)
+        self.inbox.take(self.taken, self.tick_s)
 
     def _serve(self) -> None:
         if not self.taken:
@@ -213,7 +211,7 @@ class SupervisedActor(pykka.ThreadingActor):
         self.taken.clear()
 
     def handle(self, mails: list[Mail]) -> None:
-        """Serve what was taken: one message, or several of `group`."""
+        """Serve what was taken: one message, or several of the `group` of a `SharedActor`."""
         raise NotImplementedError
 
     def on_tick(self) -> None:
@@ -249,6 +247,10 @@ class SharedActor(SupervisedActor):
     and ends with a notice as usual. The same happens if the caller's frame is gone without notice,
     after an interrupt within an interrupt.
     """
+
+    group: tuple[type, ...] = ()
+    """Message types that `handle` takes in batches."""
+    group_limit = 1
 
     def __init__(self, name: str, post: Post, inbox: Inbox | None = None) -> None:
         super().__init__(name, post, inbox)
@@ -331,16 +333,14 @@ class SharedActor(SupervisedActor):
 
     def _await_mail(self) -> None:
         turn, inbox = self.turn, self.inbox
-        deadline = None if self.tick_s is None else time.monotonic() + self.tick_s
+        deadline = time.monotonic() + self.tick_s
         self.busy_since = None
         turn.remove(self)
         while True:
-            rest = RECHECK_S
-            if deadline is not None:
-                rest = min(rest, max(deadline - time.monotonic(), 0.0))
+            rest = min(RECHECK_S, max(deadline - time.monotonic(), 0.0))
             spent = 0 if inbox.mails else inbox.wait(rest)
             self._look_after_turn()
-            late = deadline is not None and time.monotonic() >= deadline
+            late = time.monotonic() >= deadline
             if not inbox.mails and not late:
                 continue
             turn.append(self)

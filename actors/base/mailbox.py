@@ -22,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from queue import Empty, Full, SimpleQueue
 from typing import Any
 
@@ -186,31 +187,25 @@ class Inbox:
             return 0
         return 1
 
-    def take(
-        self,
-        taken: list[Mail],
-        group: tuple[type, ...] = (),
-        limit: int = 1,
-        timeout_s: float | None = None,
-    ) -> None:
-        """Wait up to `timeout_s` for a message and move it to `taken`. If it is of `group`, also
-        move the messages of `group` that directly follow it.
-
-        `taken` belongs to the actor: what it holds survives the actor's death.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    def take(self, taken: list[Mail], timeout_s: float = inf) -> None:
+        """Wait up to `timeout_s` for a message and move it to `taken`."""
+        deadline = time.monotonic() + timeout_s
         spent = 0
         while not self.mails:
-            rest = RECHECK_S if deadline is None else min(deadline - time.monotonic(), RECHECK_S)
+            rest = min(deadline - time.monotonic(), RECHECK_S)
             if rest <= 0:
                 return
             spent = self.wait(rest)
-        self.move(taken, group, limit, spent)
+        self.move(taken, spent=spent)
 
     def move(
         self, taken: list[Mail], group: tuple[type, ...] = (), limit: int = 1, spent: int = 0
     ) -> None:
-        """Like `take`, but without waiting. `spent`: the number of tokens that `wait` consumed."""
+        """Move the first message to `taken`. If it is of `group`, also those of `group` that
+        directly follow it, until there are `limit`. `spent`: the tokens that `wait` consumed.
+
+        `taken` belongs to the actor: what it holds survives the actor's death.
+        """
         mails = self.mails
         with contextlib.suppress(IndexError):  # the mailbox is empty
             while len(taken) < limit:

@@ -143,8 +143,8 @@ class Compactor:
         rewrite.discard()
         delay_s = min(RETRY_S * 2.0**self.failures, MAX_RETRY_S)
         self.failures += 1
-        self._retry_at = time.monotonic() + delay_s
         self._failed_at, self._live = time.monotonic(), rewrite.live_bytes
+        self._retry_at = self._failed_at + delay_s
         self._core.statistics.compaction_error = f"{type(error).__name__}: {error}"
         log.warning(
             "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",

@@ -28,10 +28,10 @@ def _free(folds: list[Snapshot]) -> None:
 class Maintenance(SupervisedActor):
     """Runs compactions and exports, one at a time, from immutable folds."""
 
-    def __init__(self, core: Core, post: Post) -> None:
+    def __init__(self, core: Core, post: Post, writer_inbox: Inbox) -> None:
         super().__init__("maintenance", post)
         self._core, self._step = core, core.config.step
-        self.writer_inbox: Inbox | None = None
+        self._writer_inbox = writer_inbox
         self._handed_over: Compaction | None = None
         """During a job: the rewrite of which the writer was told, and which is the writer's now."""
 
@@ -92,11 +92,10 @@ class Maintenance(SupervisedActor):
             job.request.succeed(manifest)
 
     def _tell_writer(self, message: Rewritten) -> None:
-        assert self.writer_inbox is not None
         message.rewrite.outcome = message  # for a writer that waits for exactly this
         self._handed_over = message.rewrite
         try:
-            self.writer_inbox.offer(Mail(message))
+            self._writer_inbox.offer(Mail(message))
         except FoldlogError:  # the store failed or is closing: nobody finishes it
             message.rewrite.cancelled = True
             message.rewrite.discard()

@@ -83,6 +83,7 @@ from foldlog.actors.store.core import Core, Restart, State
 from foldlog.actors.store.maintenance import Maintenance
 from foldlog.actors.store.policy import StuckClock, lateness_s, next_restart_delay_s
 from foldlog.actors.store.readers import Reader, ReaderInbox
+from foldlog.actors.store.requests import WriterInbox
 from foldlog.actors.store.syncer import Syncer
 from foldlog.actors.store.writer import Writer
 from foldlog.protocol.errors import ForkedStore, StoreClosed, StoreFailed
@@ -113,14 +114,14 @@ class Supervisor:
         self.core = core
         self._notices: queue.SimpleQueue[Notice | CloseNow | Reopen] = queue.SimpleQueue()
         self.reader_inbox = ReaderInbox()
-        self.maintenance = Maintenance(core, self.post)
-        self.writer = Writer(core, self.post, self.maintenance.inbox)
-        self.maintenance.writer_inbox = self.writer.inbox
+        writer_inbox = WriterInbox(core.config.mailbox_batches, core.config.mailbox_bytes)
+        self.maintenance = Maintenance(core, self.post, writer_inbox)
+        self.writer = Writer(core, self.post, writer_inbox, self.maintenance.inbox)
         self.readers = [
             Reader(core, self.post, self.reader_inbox, number)
             for number in range(core.config.readers)
         ]
-        self.syncer = Syncer(core, self.post, self.writer.inbox)
+        self.syncer = Syncer(core, self.post, writer_inbox)
         self._others: list[SupervisedActor] = [self.maintenance, self.syncer, *self.readers]
         self._actors = [self.writer, *self._others]
         self._running: set[SupervisedActor] = set()
@@ -170,16 +171,13 @@ class Supervisor:
 
     def await_opening(self) -> None:
         """Wait until the store has opened. Raises what it failed with. Any thread."""
-        while True:
-            try:
-                self.opened.result(HEALTH_CHECK_S)
-                return
-            except TimeoutError:
-                if self.opened.done():
-                    self.opened.result()  # it failed with a TimeoutError, or has just opened
-                    return
-                if self.thread.ident is not None and not self.thread.is_alive():
-                    self.not_started(MemoryError("the supervisor's thread did not begin"))
+        while not self.opened.done():
+            with contextlib.suppress(TimeoutError):
+                self.opened.exception(HEALTH_CHECK_S)
+                break
+            if self.thread.ident is not None and not self.thread.is_alive():
+                self.not_started(MemoryError("the supervisor's thread did not begin"))
+        self.opened.result()
 
     def owns(self, thread: threading.Thread) -> bool:
         """True if `thread` is one of the store's own, which must not wait for the store."""
@@ -238,18 +236,17 @@ class Supervisor:
                 self._resume(actor)
         look_s = min(HEALTH_CHECK_S, self.core.config.stuck_after_s / LOOKS)
         timeout_s = min([look_s, *(max(due - now, 0.0) for due in self._due.values())])
-        notice = self._next_notice(timeout_s)
-        if notice is None:
-            self._find_the_dead()
-            if self.core.state is State.CLOSING:
-                self._finish_close_if_ended()
-            self._check_health(time.monotonic())
+        if self._receive(timeout_s):
+            self._heed()
             return
-        self._heed(notice)
-        self._notice = None
+        self._find_the_dead()
+        if self.core.state is State.CLOSING:
+            self._finish_close_if_ended()
+        self._check_health(time.monotonic())
 
-    def _heed(self, notice: Notice | CloseNow | Reopen) -> None:
-        """Do what a notice asks for. Can be repeated, if a MemoryError ended it."""
+    def _heed(self) -> None:
+        """Do what the notice in hand asks for. Can be repeated, if a MemoryError ended it."""
+        notice = self._notice
         if isinstance(notice, Started):
             self._on_started(notice.actor)
         elif isinstance(notice, Ended):
@@ -258,17 +255,16 @@ class Supervisor:
             if notice not in self._closing:
                 self._closing.append(notice)
             self._begin_close()
-        else:
+        elif isinstance(notice, Reopen):
             if notice not in self._reopening:
                 self._reopening.append(notice)
             self._begin_reopen()
+        self._notice = None
 
     def _catch_up(self) -> None:
         """Take up what a step that a MemoryError ended may have left undone."""
         self._running -= {actor for actor in self._running if actor.withdraw()}
-        if self._notice is not None:
-            self._heed(self._notice)
-            self._notice = None
+        self._heed()
         core = self.core
         if core.state is State.STARTING:
             self._stop_error = MemoryError("while the store was opened")
@@ -295,13 +291,14 @@ class Supervisor:
                 error = None if was_stopped else MemoryError("it ended without a notice")
                 self._on_ended(actor, error)
 
-    def _next_notice(self, timeout_s: float) -> Notice | CloseNow | Reopen | None:
+    def _receive(self, timeout_s: float) -> bool:
+        """Take the next notice in hand. False if none comes within `timeout_s`."""
         began = time.monotonic()
         try:
             self._notice = self._notices.get(timeout=timeout_s)
-            return self._notice
+            return True
         except queue.Empty:
-            return None
+            return False
         finally:
             self._late_s += lateness_s(timeout_s, time.monotonic() - began)
 
@@ -529,15 +526,13 @@ class Supervisor:
     # Closing.
 
     def _begin_close(self) -> None:
-        core = self.core
-        if core.state is State.CLOSED:
+        if self.core.state is State.CLOSED:
             self._answer_closed()
-            return
-        if core.state is not State.CLOSING:
-            core.state = State.CLOSING
-            self._tell_to_stop()
-        else:
+        elif self.core.state is State.CLOSING:
             self._finish_close_if_ended()
+        else:
+            self.core.state = State.CLOSING
+            self._tell_to_stop()
 
     def _tell_to_stop(self) -> None:
         """Tell whoever is to stop next. Can be repeated: a second stop is answered, too."""

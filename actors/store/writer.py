@@ -70,9 +70,9 @@ class Writer(SharedActor):
     group_limit = MAX_GROUP
     tick_s = 1.0
 
-    def __init__(self, core: Core, post: Post, maintenance: Inbox) -> None:
+    def __init__(self, core: Core, post: Post, inbox: WriterInbox, maintenance: Inbox) -> None:
         config = core.config
-        super().__init__("writer", post, WriterInbox(config.mailbox_batches, config.mailbox_bytes))
+        super().__init__("writer", post, inbox)
         self._core = core
         self._step = no_step if config.step is no_step else self.hooked(config.step)
         self._maintenance = maintenance
@@ -113,16 +113,17 @@ class Writer(SharedActor):
         if crashed is not None and crashed.failure is None and not crashed.closed:
             # Else the replay would start a new log.
             crashed.mark_deleted("was deleted while the writer was down")
-        if crashed is not None and crashed.failure is not None:
-            self._heal()
-        else:
+        if crashed is None or crashed.failure is None:
             self._replay()
-        self._core.engine, self._core.report = self.engine, self.engine.report
-        self._core.feeds.past = self.engine
-        fold = self.engine.snapshot
-        self._core.publish(fold)
+        if self.engine.failure is not None:
+            self._heal()
+        core, fold = self._core, self.engine.snapshot
+        core.note_synced(fold)  # opening syncs what it finds
+        core.engine, core.report = self.engine, self.engine.report
+        core.feeds.past = self.engine
+        core.publish(fold)
         # The crashed writer may have written some of it without publishing it.
-        self._core.feeds.jump(fold, self._untold_rewind(fold.seq))
+        core.feeds.jump(fold, self._untold_rewind(fold.seq))
         self._settle_taken()
         self._compactor.begin_if_due()
 
@@ -144,10 +145,6 @@ class Writer(SharedActor):
                 config.path,
                 engine.report.missing_batches,
             )
-        if engine.failure is not None:
-            self._heal()
-        else:
-            self._core.note_synced(engine.snapshot)  # opening syncs what it finds
 
     def _heal(self) -> None:
         """After a failed fsync the old file can be neither trusted nor replayed. An append log
@@ -155,9 +152,7 @@ class Writer(SharedActor):
         engine = self.engine
         log.warning("%s: healing the store: %s", engine.path, engine.failure)
         self._step("writer.heal")
-        fold = engine.heal()
-        self._core.note_synced(fold)
-        self._core.publish(fold)
+        engine.heal()
 
     def _untold_rewind(self, seq: int) -> str:
         """Why the state went back in a batch up to `seq` that the crashed writer wrote, and of

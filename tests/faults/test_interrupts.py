@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from actor_kit import DEADLINE_S, cursor, in_thread, until
 from engine_kit import ENGINES
 from engine_kit import backend as backend
-from interrupts import At, Struck, points, strike
+from interrupts import At, Struck, points, strike, strikes
 
 import foldlog
 from foldlog import FoldlogError, Put, RequestTimeout
@@ -99,14 +100,11 @@ def test_a_store_outlives_an_exception_at_any_point_of_a_call(
     path = tmp_path / "a.log"
     store = foldlog.open(path, max_restarts=1)
     call(store)
-    for number in points(stride):
-        at = At(number, strike)
+    for at in strikes(stride):
         with contextlib.suppress(Struck):
             at.run(lambda: call(store))
-        if not at.fired:
-            break
         goes_on(store)
-    assert number > 1
+    assert at.number > 1
     store.close(DEADLINE_S)
     with foldlog.open(path) as store:
         assert store.verify().ok
@@ -131,7 +129,7 @@ class Watched:
                     self.looks.release()
 
         monkeypatch.setattr(SharedActor, "_look_after_turn", counted)
-        monkeypatch.setattr(Writer, "tick_s", None)  # it has a turn now and then
+        monkeypatch.setattr(Writer, "tick_s", inf)  # it has a turn now and then
 
     @property
     def actor(self) -> SharedActor:
@@ -207,16 +205,13 @@ def test_nothing_is_restarted_under_a_caller_at_work_after_another_was_struck(
         path, readers=1, sync_interval_s=1_000.0, step=watched.on_step
     )
     store.put("p", b"1")
-    for number in points(each):
-        at = At(number, press_ctrl_c)
+    for at in strikes(each, press_ctrl_c):
         with contextlib.suppress(KeyboardInterrupt):
             at.run(partial(call, store))
         watched.settle()
         with watched.another_at_work(partial(call, store)):
             pass
-        if not at.fired:
-            break
-    assert number > 1
+    assert at.number > 1
     assert {kind for _, kind in store._core.statistics.restarts_by_cause} <= {"DiedInTurn"}
     store.close(DEADLINE_S)
     with foldlog.open(path) as store:
@@ -233,17 +228,14 @@ def test_a_caller_at_work_goes_on_when_another_is_struck_beside_it(
     store = watched.store = foldlog.open(
         path, readers=1, sync_interval_s=1_000.0, step=watched.on_step
     )
-    for number in points(each):
-        at = At(number, press_ctrl_c)
+    for at in strikes(each, press_ctrl_c):
         watched.settle()
         with (
             watched.another_at_work(lambda: store.put("other", b"1")),
             contextlib.suppress(KeyboardInterrupt),
         ):
             at.run(partial(calls[name], store))
-        if not at.fired:
-            break
-    assert number > 1
+    assert at.number > 1
     assert watched.restarts == 0
     store.close(DEADLINE_S)
     with foldlog.open(path) as store:
@@ -263,62 +255,52 @@ def test_a_handler_that_calls_the_store_again_works_or_is_refused_at_once(
         "get": lambda: store.get("p"),
         "close": lambda: store.close(DEADLINE_S),
     }
+    refusals: list[Exception] = []
+
+    def act() -> None:
+        try:
+            acts[handler]()
+        except FoldlogError as refused:
+            refusals.append(refused)
+
     stride *= 3 if stride > 1 and handler == "close" else 1
     store = foldlog.open(tmp_path / "a.log")
-    for number in points(stride, first=stride):
-        if handler == "close" and number > stride:
+    for at in strikes(stride, act, first=stride):
+        if handler == "close" and at.number > stride:
             store.close(DEADLINE_S)
             store = foldlog.open(tmp_path / "a.log")
-
-        refusals: list[Exception] = []
-
-        def act(refusals: list[Exception] = refusals) -> None:
-            try:
-                acts[handler]()
-            except FoldlogError as refused:
-                refusals.append(refused)
-
-        at = At(number, act)
         try:
             at.run(partial(call, store))
         except FoldlogError:
             assert handler == "close"
-        assert not any(isinstance(error, RequestTimeout) for error in refusals)
-        if not at.fired:
-            break
         if handler != "close":
             goes_on(store)
+    assert not any(isinstance(error, RequestTimeout) for error in refusals)
     store.close(DEADLINE_S)
     foldlog.open(tmp_path / "a.log").close()
 
 
 @pytest.mark.parametrize("first", range(3))
 def test_a_close_that_was_interrupted_can_be_called_again(tmp_path: Path, stride: int, first: int):
-    for number in points(max(stride // 2, 1), first=first + 1):
+    for at in strikes(stride // 2, first=first + 1):
         store = foldlog.open(tmp_path / "a.log")
-        store.put("k", b"%d" % number)
-        at = At(number, strike)
+        store.put("k", b"%d" % at.number)
         try:
             at.run(partial(store.close, DEADLINE_S))
         except Struck:
             store.close(DEADLINE_S)
         with foldlog.open(tmp_path / "a.log") as store:
-            assert store.get("k").value == b"%d" % number
-        if not at.fired:
-            break
+            assert store.get("k").value == b"%d" % at.number
 
 
 def test_an_open_that_was_interrupted_leaves_nothing_open(tmp_path: Path, stride: int):
-    for number in points(stride):
-        at = At(number, strike)
+    for at in strikes(stride):
         try:
             store = at.run(lambda: foldlog.open(tmp_path / "a.log"))
         except Struck:
             store = foldlog.open(tmp_path / "a.log")
         store.put("k", b"1")
         store.close(DEADLINE_S)
-        if not at.fired:
-            break
     assert foldlog_threads() == []
 
 
@@ -351,15 +333,12 @@ def test_an_engine_outlives_an_exception_at_any_point_of_a_call(
     path = tmp_path / "a.log"
     _, snap = ENGINES[backend].open(path)
     snap.apply(an_update(), cursor(next(NUMBERS)))
-    for number in points(max(stride // 3, 1)):
-        at = At(number, strike)
+    for at in strikes(stride // 3):
         with contextlib.suppress(Struck):
             at.run(lambda: ENGINE_CALLS[name](snap))
         position = cursor(next(NUMBERS))
-        snap.apply([Put("after", b"%d" % number)], position)
-        assert snap.get("after").value == b"%d" % number
-        if not at.fired:
-            break
+        snap.apply([Put("after", b"%d" % at.number)], position)
+        assert snap.get("after").value == b"%d" % at.number
     assert snap.verify().ok
     before = snap.range("")
     snap.close()
@@ -373,35 +352,30 @@ def test_an_engine_whose_close_was_interrupted_lets_go_of_its_lock(
     tmp_path: Path, backend: Backend, stride: int, first: int
 ):
     """It counted as closed, and the lock was never given back."""
-    for number in points(max(stride // 3, 1), first=first + 1):
+    for at in strikes(stride // 3, first=first + 1):
         _, snap = ENGINES[backend].open(tmp_path / "a.log")
-        snap.apply([Put("k", b"%d" % number)], cursor(number))
-        at = At(number, strike)
+        snap.apply([Put("k", b"%d" % at.number)], cursor(at.number))
         try:
             at.run(snap.close)
         except Struck:
             snap.close()
         at_end, snap = ENGINES[backend].open(tmp_path / "a.log")
-        assert at_end == cursor(number)
+        assert at_end == cursor(at.number)
         snap.close()
-        if not at.fired:
-            break
 
 
 def test_an_engine_whose_open_was_interrupted_lets_go_of_its_lock(
     tmp_path: Path, backend: Backend, stride: int
 ):
     """Once the exception is gone: a frame of its traceback may hold RocksDB's database."""
-    for number in points(max(stride // 3, 1)):
-        at, snap = At(number, strike), None
+    for at in strikes(stride // 3):
+        snap = None
         with contextlib.suppress(Struck):
             _, snap = at.run(lambda: ENGINES[backend].open(tmp_path / "a.log"))
         if snap is None:
             _, snap = ENGINES[backend].open(tmp_path / "a.log")
-        snap.apply([Put("k", b"%d" % number)], cursor(number))
+        snap.apply([Put("k", b"%d" % at.number)], cursor(at.number))
         snap.close()
-        if not at.fired:
-            break
 
 
 def test_an_engine_refuses_a_call_within_a_call(tmp_path: Path, backend: Backend, stride: int):
@@ -415,11 +389,8 @@ def test_an_engine_refuses_a_call_within_a_call(tmp_path: Path, backend: Backend
         except foldlog.ReentrantCall as error:
             outcomes.append(error)
 
-    for number in points(max(stride // 3, 1)):
-        at = At(number, act)
+    for at in strikes(stride // 3, act):
         at.run(lambda: snap.apply(an_update(), cursor(next(NUMBERS))))
-        if not at.fired:
-            break
     assert any(isinstance(outcome, foldlog.ReentrantCall) for outcome in outcomes)
     assert snap.verify().ok
     snap.close()
@@ -431,9 +402,8 @@ def test_a_watch_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, strid
         store.apply([Put(f"s/{n}", b"0") for n in range(5)], cursor(1))
         watch = store.watch()
         state: dict[str, bytes] = {}
-        for number in points(max(stride // 3, 1)):
-            store.put("k", b"%d" % number)
-            at = At(number, strike)
+        for at in strikes(stride // 3):
+            store.put("k", b"%d" % at.number)
             events: list[Any] = []
             with contextlib.suppress(Struck):
                 at.run(partial(read_some, watch, events))
@@ -443,8 +413,6 @@ def test_a_watch_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, strid
             for event in events:
                 if isinstance(event, foldlog.Changed):
                     state[event.update.key] = event.update.value
-            if not at.fired:
-                break
         assert state["k"] == store.get("k").value
         assert len(state) == 6
 
@@ -453,15 +421,12 @@ def test_a_watch_that_was_interrupted_goes_on_where_it_was(tmp_path: Path, strid
 def test_a_follower_outlives_an_exception_at_any_point_of_a_wait(tmp_path: Path, stride: int):
     with foldlog.open(tmp_path / "a.log") as store, foldlog.follow(tmp_path / "a.log") as follower:
         position = 1
-        for number in points(stride):
-            at = At(number, strike)
+        for at in strikes(stride):
             with contextlib.suppress(Struck, RequestTimeout):
                 at.run(lambda: follower.wait_for(cursor(2**40), 0.005))
             position += 1
             store.apply(an_update(), cursor(position))
             follower.wait_for(cursor(position), DEADLINE_S)
-            if not at.fired:
-                break
 
 
 @pytest.mark.append_log("it is followed")

@@ -71,3 +71,12 @@ def strike() -> None:
 def points(stride: int = 1, first: int = 1, most: int = 25) -> Iterator[int]:
     """The numbers of points to try, at most so many, until the caller finds one not reached."""
     return iter(range(first, first + stride * most if stride > 1 else 5_000, stride))
+
+
+def strikes(stride: int = 1, act: Callable[[], object] = strike, *, first: int = 1) -> Iterator[At]:
+    """What acts at one of the `points` after the other, until one was not reached."""
+    for number in points(max(stride, 1), first):
+        at = At(number, act)
+        yield at
+        if not at.fired:
+            return

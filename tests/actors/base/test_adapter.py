@@ -247,7 +247,7 @@ def test_a_mailbox_gives_groups_of_a_kind_in_order_and_up_to_a_limit():
     taken: list[Mail] = []
     groups = []
     while inbox.mails:
-        inbox.take(taken, (int,), 2)
+        inbox.move(taken, (int,), 2)
         groups.append([mail.message for mail in taken])
         taken.clear()
     assert groups == [[1, 2], [3], ["a"], [4, 5]]
@@ -258,13 +258,13 @@ def test_mail_that_is_returned_comes_first_and_past_the_bound():
     for message in (1, 2, 3):
         inbox.put(Mail(message))
     taken: list[Mail] = []
-    inbox.take(taken, (int,), 2)
+    inbox.move(taken, (int,), 2)
     inbox.put(Mail(4))
     inbox.return_taken(taken)
     assert taken == []
     with pytest.raises(Backpressure):
         inbox.offer(Mail(5))
-    inbox.take(taken, (int,), 10)
+    inbox.move(taken, (int,), 4)
     assert [mail.message for mail in taken] == [1, 2, 3, 4]
 
 
@@ -278,5 +278,5 @@ def test_a_take_ends_after_its_time_and_a_waiting_offer_when_there_is_room():
     until(lambda: inbox._line, "it waits for room")
     inbox.take(taken)
     offering.result(DEADLINE_S)
-    inbox.take(taken, (int,), 2)
+    inbox.move(taken, (int,), 2)
     assert [mail.message for mail in taken] == [1, 2]
