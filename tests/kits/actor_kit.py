@@ -17,7 +17,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +113,16 @@ class Steps:
             self._gates.setdefault(name, []).append(gate)
         return gate
 
+    def parked(
+        self, name: str, start: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> tuple[Gate, Any]:
+        """Start something, and wait until it has parked an actor at the step. Returns the gate and
+        what `start` gave."""
+        gate = self.park(name)
+        started = start(*arguments, **options)
+        gate.wait_until_reached()
+        return gate, started
+
     def crash(
         self, name: str, error: type[BaseException] = RuntimeError, times: int | None = 1
     ) -> Crash:
@@ -195,6 +205,18 @@ class FailingFiles(FaultyFiles):
 
 def cursor(number: int) -> WatchCursor:
     return WatchCursor.from_u64(number)
+
+
+def commit_group(
+    store: foldlog.Store, steps: Steps, numbers: Iterable[int]
+) -> tuple[Gate, list[Future[int]]]:
+    """Park the writer with the first of these batches, while the others wait as one group. Returns
+    the gate and the futures of all."""
+    first, *others = numbers
+    gate, future = steps.parked(
+        "writer.before_write", store.apply_async, batch(first), cursor(first)
+    )
+    return gate, [future, *(store.apply_async(batch(n), cursor(n)) for n in others)]
 
 
 def batch(number: int, keys: int = 4) -> list[Put]:

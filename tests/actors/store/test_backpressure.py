@@ -9,6 +9,7 @@ import pytest
 from actor_kit import (
     DEADLINE_S,
     batch,
+    commit_group,
     cursor,
     in_thread,
     nothing_pending,
@@ -29,10 +30,7 @@ ON_EACH_ENGINE = True
 def full(open_store, steps):
     """A store with a parked writer (one batch) and a full mailbox (two): (store, gate, futures)."""
     store = open_store(mailbox_batches=2)
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(1), cursor(1))]
-    gate.wait_until_reached()
-    futures += [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
+    gate, futures = commit_group(store, steps, (1, 2, 3))
     return store, gate, futures
 
 
@@ -95,9 +93,7 @@ def test_a_batch_whose_deadline_passes_in_the_mailbox_is_withdrawn_and_never_app
     open_store, steps, path
 ):
     store = open_store()
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, first = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
     with pytest.raises(RequestTimeout, match="withdrawn"):
         store.apply(batch(2), cursor(2), timeout_s=0.02)
     with pytest.raises(RequestTimeout, match="withdrawn"):
@@ -135,10 +131,7 @@ def test_a_batch_whose_deadline_passes_in_the_writers_hands_has_an_unknown_outco
 
 def test_a_future_that_its_owner_cancels_is_not_applied(open_store, steps):
     store = open_store()
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(1), cursor(1))]
-    gate.wait_until_reached()
-    futures += [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
+    gate, futures = commit_group(store, steps, (1, 2, 3))
     assert futures[1].cancel()
     assert not futures[0].cancel(), "it is in hand"
     gate.open()
@@ -148,17 +141,13 @@ def test_a_future_that_its_owner_cancels_is_not_applied(open_store, steps):
 
 def test_the_mailbox_is_bounded_in_bytes_and_one_batch_always_fits(open_store, steps):
     store = open_store(mailbox_bytes=10_000)
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(1), cursor(1))]
-    gate.wait_until_reached()
+    gate, futures = commit_group(store, steps, [1])
     futures.append(store.apply_async([Put("large", bytes(50_000))], cursor(2)))
     with pytest.raises(Backpressure, match="bytes"):
         store.apply_async(batch(3), cursor(3))
     gate.open()
     assert results(futures) == [1, 2]
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(3), cursor(3))]
-    gate.wait_until_reached()
+    gate, futures = commit_group(store, steps, [3])
     futures += [
         store.apply_async([Put(f"k{number}", bytes(3_000))], cursor(number)) for number in (4, 5, 6)
     ]
@@ -173,11 +162,8 @@ def test_the_mailbox_is_bounded_in_bytes_and_one_batch_always_fits(open_store, s
 
 def test_the_count_of_bytes_survives_crashes_and_withdrawals(open_store, steps):
     store = open_store()
-    gate = steps.park("writer.before_write")
     steps.crash("writer.before_write")
-    futures = [store.apply_async(batch(1), cursor(1))]
-    gate.wait_until_reached()
-    futures += [store.apply_async(batch(number), cursor(number)) for number in range(2, 12)]
+    gate, futures = commit_group(store, steps, range(1, 12))
     store.writer.tell(Apply(batch(12), cursor(12)))
     futures.pop().cancel()
     gate.open()
@@ -189,10 +175,7 @@ def test_the_count_of_bytes_survives_crashes_and_withdrawals(open_store, steps):
 
 def test_waiting_batches_make_one_commit_group(open_store, steps):
     store = open_store(sync="always")
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(1), cursor(1))]
-    gate.wait_until_reached()
-    futures += [store.apply_async(batch(number), cursor(number)) for number in range(2, 52)]
+    gate, futures = commit_group(store, steps, range(1, 52))
     gate.open()
     assert results(futures) == list(range(1, 52))
     assert (store.stats().groups, store.stats().largest_group, store.stats().batches) == (2, 50, 51)
@@ -202,9 +185,9 @@ def test_callers_who_come_back_from_an_fsync_share_the_next(open_store, steps, m
     """The first to come back was synced alone while the others waited: with four callers, groups
     of one and of three took turns, and with sixteen each fsync served eight."""
     store = open_store(sync="always")
-    gate = steps.park("writer.before_write")
-    alone = in_thread(store.apply, batch(1), cursor(1), DEADLINE_S)
-    gate.wait_until_reached()
+    gate, alone = steps.parked(
+        "writer.before_write", in_thread, store.apply, batch(1), cursor(1), DEADLINE_S
+    )
     futures = [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
     later = iter((4, 5))
 
@@ -228,9 +211,7 @@ def test_a_caller_that_is_alone_again_writes_on_its_own_thread(open_store, steps
             threads.append(threading.current_thread())
 
     store = open_store(sync="always", step=step)
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, first = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
     futures = [store.apply_async(batch(number), cursor(number)) for number in (2, 3)]
     gate.open()
     assert results([first, *futures]) == [1, 2, 3]
@@ -249,9 +230,7 @@ def test_told_batches_are_weighed_before_the_mailbox_and_make_no_larger_groups(o
     They were answered, and the log would not open again.
     """
     store = open_store(mailbox_bytes=10_000)
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, first = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
     told = [
         store.writer.ask(Apply([Put(f"k{number}", bytes(4_000))], cursor(number)), block=False)
         for number in (2, 3)
@@ -270,9 +249,7 @@ def test_a_large_request_gets_in_before_small_ones_that_came_later(open_store, s
     """Small ones took each room that came up, and the large one waited until its deadline."""
     store = open_store(mailbox_bytes=10_000)
     inbox = store._supervisor.writer.inbox
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(1), cursor(1))]
-    gate.wait_until_reached()
+    gate, futures = commit_group(store, steps, [1])
     futures.append(store.apply_async([Put("a", bytes(6_000))], cursor(2)))
     large = in_thread(store.apply, [Put("large", bytes(50_000))], cursor(3), DEADLINE_S / 2)
     until(lambda: len(inbox._line) == 1, "it waits for room")

@@ -15,6 +15,7 @@ from actor_kit import (
     Ledger,
     assert_whole,
     batch,
+    commit_group,
     cursor,
     in_thread,
     read_back,
@@ -207,16 +208,9 @@ def test_batches_of_one_thread_are_written_in_the_order_of_its_calls_through_cra
 ):
     store = open_store(max_restarts=1000)
     object.__setattr__(store._core.config, "restart_delay_s", 0.0005)
-    gate = steps.park("writer.before_write")
-    for step in (
-        "writer.before_write",
-        "writer.after_write",
-        "writer.after_publish",
-        "writer.start",
-    ):
-        steps.crash(step)
-    futures = [store.apply_async(batch(number), cursor(number)) for number in range(1, 41)]
-    gate.wait_until_reached()
+    for step in ("before_write", "after_write", "after_publish", "start"):
+        steps.crash(f"writer.{step}")
+    gate, futures = commit_group(store, steps, range(1, 41))
     gate.open()
     assert results(futures) == list(range(1, 41))
     assert assert_whole(store.snapshot()) == 40
@@ -253,16 +247,11 @@ def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
     """
     store = open_store(files=files)
     store.put("x", b"0")
-    gate = steps.park("writer.before_write")
-    first = store.apply_async([Put("x", b"1")], cursor(1))  # on the writer's thread
-    gate.wait_until_reached()
+    gate, (first,) = commit_group(store, steps, [1])  # on the writer's thread
     creations = []
     for number, name in enumerate((b"A", b"B", b"C"), 1):
         creations.append(in_thread(store.create, "lock", name))
-        until(
-            lambda number=number: waiting(store) == number,
-            "it waits behind the first",
-        )
+        until(lambda number=number: waiting(store) == number, "it waits behind the first")
     group = steps.park("writer.before_write")
     gate.open()
     first.result(DEADLINE_S)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from actor_kit import DEADLINE_S, Steps, until, waiting
+from actor_kit import Steps, until
 from engine_kit import backend as backend
 
 import foldlog
@@ -17,13 +16,11 @@ from foldlog import (
     Delete,
     FoldlogError,
     InvalidFormatError,
-    KeyExists,
     Put,
     RocksDbSnapshot,
     State,
     Store,
     StoreClosed,
-    StoreLocked,
     Synced,
     WatchCursor,
 )
@@ -63,87 +60,6 @@ def put(number: int) -> list[Put]:
     return [Put(f"key {number:03}", b"%d" % number)]
 
 
-@pytest.mark.parametrize(
-    "step", ["writer.before_write", "writer.after_write", "writer.after_publish"]
-)
-def test_a_writer_that_crashes_settles_what_it_had_in_hand_once(
-    open_store: Open, steps: Steps, step: str
-) -> None:
-    store = open_store()
-    store.apply(put(1), u64(1))
-    steps.crash(step)
-    assert store.apply(put(2), u64(2)) == 2
-    assert store.apply(put(3), u64(3)) == 3
-    assert [entry.key for entry in store.range()] == ["key 001", "key 002", "key 003"]
-    assert len(store.stats().restarts) == 1
-    assert store.verify().ok
-
-
-def test_reads_and_held_snapshots_go_on_while_the_writer_is_down(
-    open_store: Open, steps: Steps
-) -> None:
-    store = open_store()
-    store.apply(put(1), u64(1))
-    held = store.snapshot()
-    steps.crash("writer.after_write")
-    gate = steps.park("writer.start")
-    answer = store.apply_async(put(2), u64(2))
-    gate.wait_until_reached()
-    assert store.get("key 001") is not None
-    assert [entry.key for entry in held.range()] == ["key 001"]
-    gate.open()
-    assert answer.result(DEADLINE_S) == 2
-    assert (len(held), held.get("key 002")) == (1, None)
-
-
-@pytest.mark.parametrize("sync", ["always", "interval", "never"])
-def test_many_threads_make_groups_and_nothing_is_lost(open_store: Open, sync: str) -> None:
-    store = open_store(sync=sync, sync_interval_s=0.01)
-
-    def write(first: int) -> None:
-        for number in range(first, first + 25):
-            store.put(f"key {number:03}", b"%d" % number)
-
-    threads = [threading.Thread(target=write, args=(first,)) for first in (0, 25, 50, 75)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    assert store.stats().batches == len(store) == 100
-    if sync != "never":
-        until(lambda: store.stats().synced_seq == 100, "all is synced")
-    store.close()
-    with open_store() as again:
-        assert [entry.value for entry in again.range()] == [b"%d" % n for n in range(100)]
-
-
-def test_a_conditional_write_sees_what_waits_in_its_own_group(
-    open_store: Open, steps: Steps
-) -> None:
-    """Both are decided in one group: the second must see the first, which is not written yet."""
-    store = open_store()
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(put(1), u64(1))
-    gate.wait_until_reached()
-    results: list[object] = []
-
-    def create() -> None:
-        try:
-            results.append(store.create("new", b"1", DEADLINE_S))
-        except KeyExists as error:
-            results.append(error)
-
-    threads = [threading.Thread(target=create) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    until(lambda: waiting(store) == 2, "both wait")
-    gate.open()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    assert first.result(DEADLINE_S) == 1
-    assert sorted(type(result).__name__ for result in results) == ["KeyExists", "VersionToken"]
-
-
 def test_a_watch_tells_the_state_then_changes_and_resumes_from_cursor_and_snapshot(
     open_store: Open,
 ) -> None:
@@ -177,20 +93,6 @@ def test_statistics_tell_of_snapshots_that_keep_something_on_disk(open_store: Op
     assert held.get("key 001") is not None
     del held
     until(lambda: store.stats().held_snapshots == 0, "nothing is held")
-
-
-def test_compactions_and_exports_run_beside_applies_and_the_second_writer_is_refused(
-    open_store: Open, backend: str, path: Path, tmp_path: Path
-) -> None:
-    store = open_store()
-    for number in range(50):
-        store.apply(put(number), u64(number))
-    store.compact()
-    assert store.stats().compactions == 1
-    manifest = store.export_to(tmp_path / "artifact")
-    assert manifest.cursor == u64(49)
-    with pytest.raises(StoreLocked):
-        foldlog.open(path, backend=backend)  # type: ignore[arg-type]
 
 
 def test_what_is_closed_says_so(open_store: Open, backend: str) -> None:

@@ -7,7 +7,18 @@ import errno
 import os
 
 import pytest
-from actor_kit import DEADLINE_S, FATAL, Ledger, batch, cursor, in_thread, read_back, results, until
+from actor_kit import (
+    DEADLINE_S,
+    FATAL,
+    Ledger,
+    batch,
+    commit_group,
+    cursor,
+    in_thread,
+    read_back,
+    results,
+    until,
+)
 
 from foldlog import (
     Apply,
@@ -22,16 +33,6 @@ from foldlog import (
 from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.testing import Fault, FaultyFiles
 
-
-def commit_group(store, steps, numbers):
-    """Park the writer with one batch while others queue as one group. Returns their futures."""
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(batch(numbers[0]), cursor(numbers[0]))
-    gate.wait_until_reached()
-    rest = [store.apply_async(batch(number), cursor(number)) for number in numbers[1:]]
-    return gate, [first, *rest]
-
-
 # In doubt.
 
 
@@ -42,10 +43,8 @@ def test_a_batch_that_was_written_and_not_answered_is_answered_from_the_log_and_
 ):
     store = open_store()
     store.apply(batch(1), cursor(1))
-    gate = steps.park(step)
     steps.crash(step, error)
-    answer = store.apply_async(batch(2), cursor(2))
-    gate.wait_until_reached()
+    gate, answer = steps.parked(step, store.apply_async, batch(2), cursor(2))
     assert not answer.done()
     size = path.stat().st_size
     gate.open()
@@ -280,9 +279,7 @@ def test_a_log_deleted_while_the_writer_is_down_is_written_anew(open_store, step
     store = open_store()
     store.apply(batch(1), cursor(1))
     steps.crash("writer.before_write")
-    gate = steps.park("writer.start")
-    answer = store.apply_async(batch(2), cursor(2))
-    gate.wait_until_reached()
+    gate, answer = steps.parked("writer.start", store.apply_async, batch(2), cursor(2))
     path.unlink()
     gate.open()
     assert answer.result(DEADLINE_S) == 2

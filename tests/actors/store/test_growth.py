@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from actor_kit import DEADLINE_S, cursor, in_thread, read_back, until
+from actor_kit import DEADLINE_S, Gate, cursor, in_thread, read_back, until
 
 import foldlog
 from foldlog import Backpressure, Put
@@ -102,23 +102,27 @@ def test_a_campaign_of_rates_and_sizes_stays_below_the_bound(open_store, size, t
     assert stats.compactions or stats.log_bytes < log_limit(live, 10 * MIB)
 
 
+def parked_compaction(store, steps, monkeypatch) -> Gate:
+    """Begin a compaction that waits at the gate: writes wait for it for as long as it does."""
+    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
+    due = [Put("k", b"v" * (2 * MIB))]
+    return steps.parked("compact.write", store.apply, due, cursor(1))[0]
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_writes_wait_for_a_compaction_that_is_behind_and_the_statistics_tell(
     open_store, steps, monkeypatch, restarted
 ):
     """They did not while the writer had restarted, and the supervisor had not heard of it yet."""
-    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
     if restarted:
         monkeypatch.setattr(Supervisor, "_on_started", lambda self, actor: None)
         steps.crash("writer.before_write")
-    gate = steps.park("compact.write")
-    store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))  # due: it begins, and waits at the gate
-    gate.wait_until_reached()
+    gate = parked_compaction(store, steps, monkeypatch)
     answers = [store.apply_async([Put("k", b"w" * MIB)], cursor(number)) for number in range(2, 12)]
     until(lambda: answers[0].done(), "what fits is written")
-    time_held = store._supervisor.writer
-    until(lambda: time_held.busy_since is not None, "the writer waits")
+    writer = store._supervisor.writer
+    until(lambda: writer.busy_since is not None, "the writer waits")
     assert not answers[-1].done()
     assert store.stats().log_bytes <= log_limit(0, MIB)
     gate.open()
@@ -131,11 +135,8 @@ def test_a_caller_keeps_its_deadline_while_writes_wait_for_a_compaction(
     open_store, steps, monkeypatch
 ):
     """It had taken the writer's turn, and slept there past any deadline."""
-    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
-    gate = steps.park("compact.write")
-    store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))  # due: it begins, and waits at the gate
-    gate.wait_until_reached()
+    gate = parked_compaction(store, steps, monkeypatch)
     writer = store._supervisor.writer
     turns = []
     monkeypatch.setattr(
@@ -151,11 +152,8 @@ def test_a_caller_keeps_its_deadline_while_writes_wait_for_a_compaction(
 
 
 def test_closing_does_not_wait_for_a_compaction_that_is_behind(open_store, steps, monkeypatch):
-    monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     store = open_store(compact_threshold=MIB)
-    gate = steps.park("compact.write")
-    store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))
-    gate.wait_until_reached()
+    gate = parked_compaction(store, steps, monkeypatch)
     answers = [store.apply_async([Put("k", b"w" * MIB)], cursor(number)) for number in range(2, 12)]
     closing = in_thread(store.close, DEADLINE_S)
     assert [answer.result(DEADLINE_S) for answer in answers] == list(range(2, 12))
@@ -240,9 +238,7 @@ def test_overwrites_during_a_compaction_are_carried_as_what_they_came_to(open_st
     store = open_store()
     store.apply([Put("gone", b"1"), Put("k", b"0")], cursor(1))
     follower = foldlog.follow(path)
-    gate = steps.park("compact.written")
-    compaction = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, compaction = steps.parked("compact.written", in_thread, store.compact, DEADLINE_S)
     for number in range(2, 60):
         store.apply([Put("k", b"%d" % number * 60_000)], cursor(number))
     until(lambda: follower.snapshot().seq == 59, "the follower has read them")

@@ -12,6 +12,7 @@ import pytest
 from actor_kit import (
     DEADLINE_S,
     batch,
+    commit_group,
     cursor,
     in_thread,
     nothing_pending,
@@ -126,9 +127,7 @@ def test_closing_during_applies_answers_each_of_them(open_store, path):
 
 def test_what_waits_when_the_store_closes_is_still_written(open_store, steps, path):
     store = open_store()
-    gate = steps.park("writer.before_write")
-    futures = [store.apply_async(batch(number), cursor(number)) for number in range(1, 11)]
-    gate.wait_until_reached()
+    gate, futures = commit_group(store, steps, range(1, 11))
     closing = in_thread(store.close, DEADLINE_S)
     until(lambda: store.state is State.CLOSING, "closing has begun")
     with pytest.raises(StoreClosed):
@@ -154,9 +153,7 @@ def test_closing_from_a_thread_of_the_store_returns_at_once_and_closes(
         took.append(time.monotonic() - began)
 
     if thread == "writer":
-        gate = steps.park("writer.before_write")
-        future = store.apply_async(batch(2), cursor(2))
-        gate.wait_until_reached()
+        gate, future = steps.parked("writer.before_write", store.apply_async, batch(2), cursor(2))
         future.add_done_callback(close)
         gate.open()
         assert future.result(DEADLINE_S) == 2
@@ -186,9 +183,7 @@ def test_writing_and_waiting_from_a_callback_on_the_writers_thread_is_refused_an
             outcomes.append(error)
         outcomes.append(store.apply_async(batch(3), cursor(3)))
 
-    gate = steps.park("writer.before_write")
-    future = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, future = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
     future.add_done_callback(on_done)
     gate.open()
     future.result(DEADLINE_S)

@@ -87,9 +87,7 @@ def test_conflicts_are_typed_and_write_nothing(open_store):
 
 def test_a_conflict_within_a_commit_group_is_seen(open_store, steps):
     store = open_store()
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, first = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
     creating = [in_thread(store.create, "k", b"%d" % number) for number in range(8)]
     until(lambda: waiting(store) == 8, "all wait in the mailbox")
     gate.open()
@@ -294,9 +292,7 @@ def test_many_awaited_applies_share_commit_groups_and_one_that_fails_fails_alone
 
 def test_a_task_that_is_cancelled_withdraws_its_batch(open_store, steps):
     store = open_store()
-    gate = steps.park("writer.before_write")
-    first = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, first = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
 
     async def main() -> None:
         task = asyncio.ensure_future(asyncio.wrap_future(store.apply_async(batch(2), cursor(2))))
@@ -315,9 +311,7 @@ def test_a_task_that_is_cancelled_withdraws_its_batch(open_store, steps):
 def test_readers_share_their_mailbox_so_a_long_range_holds_up_one_of_them(open_store, steps):
     store = open_store(readers=2)
     store.put("k", b"v")
-    gate = steps.park("reader.handle")
-    slow = store.reader.ask(Range(""), block=False)
-    gate.wait_until_reached()
+    gate, slow = steps.parked("reader.handle", store.reader.ask, Range(""), block=False)
     assert results(
         [in_thread(lambda: store.reader.ask(Get("k"), timeout=DEADLINE_S)) for _ in range(20)]
     )

@@ -100,9 +100,7 @@ def test_a_writer_that_comes_back_ends_the_failure_by_itself(open_store, path, s
     monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
     store = open_store()
     store.apply(batch(1), cursor(1))
-    gate = steps.park("writer.before_write")
-    stuck = store.apply_async(batch(2), cursor(2))
-    gate.wait_until_reached()
+    gate, stuck = steps.parked("writer.before_write", store.apply_async, batch(2), cursor(2))
     with impatient(store), pytest.raises(StoreFailed, match="stuck") as caught:
         stuck.result(DEADLINE_S)
     assert caught.value.applied is None
@@ -122,10 +120,8 @@ def test_a_writer_that_comes_back_only_to_die_is_restarted(open_store, path, ste
     monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
     store = open_store()
     store.apply(batch(1), cursor(1))
-    gate = steps.park("writer.after_write")
     steps.crash("writer.after_write", SystemExit)
-    stuck = store.apply_async(batch(2), cursor(2))
-    gate.wait_until_reached()
+    gate, stuck = steps.parked("writer.after_write", store.apply_async, batch(2), cursor(2))
     with impatient(store), pytest.raises(StoreFailed, match="stuck"):
         stuck.result(DEADLINE_S)
     gate.open()
@@ -142,11 +138,9 @@ def test_a_second_reopen_waits_for_the_first(open_store, steps):
     with pytest.raises(StoreFailed):
         store.apply(batch(1), cursor(1))
     until(lambda: store.state is State.FAILED, "the store has failed")
-    gate = steps.park("writer.start")
     steps.crash("writer.start")
-    reopens = [in_thread(store.reopen, DEADLINE_S)]
-    gate.wait_until_reached()
-    reopens += [in_thread(store.reopen, DEADLINE_S) for _ in range(3)]
+    gate, first = steps.parked("writer.start", in_thread, store.reopen, DEADLINE_S)
+    reopens = [first, *(in_thread(store.reopen, DEADLINE_S) for _ in range(3))]
     until(lambda: len(store._supervisor._reopening) == 4, "all have asked")
     assert not any(reopen.done() for reopen in reopens)
     gate.open()

@@ -6,15 +6,20 @@ import threading
 
 import pykka
 import pytest
-from actor_kit import DEADLINE_S, batch, cursor, impatient, in_thread, read_back, results, until
+from actor_kit import (
+    DEADLINE_S,
+    assert_whole,
+    batch,
+    cursor,
+    impatient,
+    in_thread,
+    read_back,
+    results,
+    until,
+)
 
 import foldlog
-from foldlog import (
-    Get,
-    State,
-    StoreFailed,
-    StoreLocked,
-)
+from foldlog import Get, State, StoreFailed, StoreLocked
 from foldlog.actors.store import supervisor as supervisor_module
 from foldlog.actors.store.policy import MAX_DELAY_S, PERMANENT, next_restart_delay_s
 
@@ -82,18 +87,19 @@ def test_a_close_is_heard_during_the_back_off(open_store, path, steps, monkeypat
 def test_writes_wait_for_a_writer_that_restarts_and_reads_do_not(open_store, steps):
     store = open_store()
     store.apply(batch(1), cursor(1))
+    held = store.snapshot()
     steps.crash("writer.before_write")
-    first = store.apply_async(batch(2), cursor(2))
-    gate = steps.park("writer.start")
-    gate.wait_until_reached()
+    gate, first = steps.parked("writer.start", store.apply_async, batch(2), cursor(2))
     second = store.apply_async(batch(3), cursor(3))
     assert store.state is State.RESTARTING
     assert store.get("shared/0").value == b"1"
     assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"1"
+    assert assert_whole(held) == 1
     assert not first.done()
     assert not second.done()
     gate.open()
     assert results([first, second]) == [2, 3]
+    assert assert_whole(held) == 1
     until(lambda: store.state is State.RUNNING, "the store runs")
 
 
@@ -103,9 +109,7 @@ def test_a_writer_that_is_stuck_fails_the_store_and_keeps_the_lock(
     monkeypatch.setattr(supervisor_module, "HEALTH_CHECK_S", 0.02)
     store = open_store()
     store.apply(batch(1), cursor(1))
-    gate = steps.park("writer.before_write")
-    stuck = store.apply_async(batch(2), cursor(2))
-    gate.wait_until_reached()
+    gate, stuck = steps.parked("writer.before_write", store.apply_async, batch(2), cursor(2))
     with impatient(store), pytest.raises(StoreFailed, match="stuck"):
         stuck.result(DEADLINE_S)
     assert store.state is State.FAILED
@@ -123,9 +127,7 @@ def test_a_writer_that_is_stuck_fails_the_store_and_keeps_the_lock(
 
 def test_a_stuck_writer_makes_close_time_out_and_close_can_be_repeated(open_store, path, steps):
     store = open_store()
-    gate = steps.park("writer.before_write")
-    stuck = store.apply_async(batch(1), cursor(1))
-    gate.wait_until_reached()
+    gate, stuck = steps.parked("writer.before_write", store.apply_async, batch(1), cursor(1))
     with pytest.raises(foldlog.RequestTimeout):
         store.close(timeout_s=0.05)
     with pytest.raises(StoreLocked):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 from actor_kit import (
     DEADLINE_S,
     assert_whole,
     batch,
+    commit_group,
     cursor,
     in_thread,
     nothing_pending,
     read_back,
+    results,
     until,
     waiting,
 )
@@ -31,9 +35,7 @@ def test_batches_applied_while_a_compaction_runs_are_carried_over(open_store, st
     store = open_store()
     fill(store, 1, 5)
     held = store.snapshot()
-    gate = steps.park(step)
-    compaction = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, compaction = steps.parked(step, in_thread, store.compact, DEADLINE_S)
     fill(store, 6, 20)
     assert store.get("shared/0").value == b"20"
     assert not compaction.done()
@@ -55,9 +57,9 @@ def test_batches_applied_while_a_compaction_runs_are_carried_over(open_store, st
 def test_an_export_holds_all_batches_before_its_call_and_none_after(open_store, steps, tmp_path):
     store = open_store()
     fill(store, 1, 5)
-    gate = steps.park("export.write")
-    export = in_thread(store.export_to, tmp_path / "artifact", DEADLINE_S)
-    gate.wait_until_reached()
+    gate, export = steps.parked(
+        "export.write", in_thread, store.export_to, tmp_path / "artifact", DEADLINE_S
+    )
     fill(store, 6, 10)
     gate.open()
     manifest = export.result(DEADLINE_S)
@@ -73,13 +75,11 @@ def test_an_export_holds_all_batches_before_its_call_and_none_after(open_store, 
 def test_many_who_ask_for_a_compaction_share_one(open_store, steps):
     store = open_store()
     fill(store, 1, 3)
-    gate = steps.park("compact.write")
-    askers = [in_thread(store.compact, DEADLINE_S) for _ in range(5)]
-    gate.wait_until_reached()
+    gate, first = steps.parked("compact.write", in_thread, store.compact, DEADLINE_S)
+    others = [in_thread(store.compact, DEADLINE_S) for _ in range(4)]
     until(lambda: len(store._supervisor.writer._compactor.wanted) == 5, "all have asked")
     gate.open()
-    for asker in askers:
-        asker.result(DEADLINE_S)
+    results([first, *others])
     assert store.stats().compactions == 1
 
 
@@ -97,18 +97,13 @@ def test_a_full_mailbox_does_not_keep_maintenance_from_reporting(open_store, ste
     """The report was refused as surplus; the writer waited for ever, and compactions stopped."""
     store = open_store(mailbox_batches=1)
     fill(store, 1, 3)
-    gate = steps.park("compact.written")
-    compaction = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
-    parked = steps.park("writer.before_write")
-    answers = [store.apply_async(batch(4), cursor(4))]
-    parked.wait_until_reached()
-    answers.append(store.apply_async(batch(5), cursor(5)))  # the one that fits
+    gate, compaction = steps.parked("compact.written", in_thread, store.compact, DEADLINE_S)
+    parked, answers = commit_group(store, steps, (4, 5))  # the second one fits
     gate.open()
     until(lambda: waiting(store) == 2, "maintenance has reported")
     parked.open()
     compaction.result(DEADLINE_S)
-    assert [answer.result(DEADLINE_S) for answer in answers] == [4, 5]
+    assert results(answers) == [4, 5]
     assert store.stats().compactions == 1
     store.apply(batch(6), cursor(6))
     store.compact(DEADLINE_S)
@@ -131,9 +126,7 @@ def test_a_writer_that_dies_over_a_compaction_makes_it_again(open_store, steps, 
 def test_a_writer_that_dies_while_maintenance_compacts_loses_neither(open_store, steps, path):
     store = open_store()
     fill(store, 1, 5)
-    gate = steps.park("compact.written")
-    compaction = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, compaction = steps.parked("compact.written", in_thread, store.compact, DEADLINE_S)
     steps.crash("writer.after_write", GeneratorExit)
     fill(store, 6, 10)
     gate.open()
@@ -148,9 +141,7 @@ def test_a_writer_that_dies_while_maintenance_compacts_loses_neither(open_store,
 def test_closing_during_a_compaction_ends_it_and_the_log_holds_all(open_store, steps, path, step):
     store = open_store()
     fill(store, 1, 5)
-    gate = steps.park(step)
-    compaction = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, compaction = steps.parked(step, in_thread, store.compact, DEADLINE_S)
     fill(store, 6, 8)
     closing = in_thread(store.close, DEADLINE_S)
     with pytest.raises(StoreClosed):
@@ -166,9 +157,9 @@ def test_closing_during_a_compaction_ends_it_and_the_log_holds_all(open_store, s
 def test_closing_during_an_export_finishes_the_export(open_store, steps, tmp_path, path):
     store = open_store()
     fill(store, 1, 5)
-    gate = steps.park("export.write")
-    export = in_thread(store.export_to, tmp_path / "artifact", DEADLINE_S)
-    gate.wait_until_reached()
+    gate, export = steps.parked(
+        "export.write", in_thread, store.export_to, tmp_path / "artifact", DEADLINE_S
+    )
     closing = in_thread(store.close, DEADLINE_S)
     until(lambda: store.state is State.CLOSING, "closing has begun")
     gate.open()
@@ -186,13 +177,13 @@ def test_exports_in_hand_and_in_line_are_answered_when_the_store_gives_up(
     """
     store = open_store(max_restarts=0)
     fill(store, 1, 2)
-    gate = steps.park("export.write")
     steps.crash("export.write", times=None)
-    exports = [in_thread(store.export_to, tmp_path / "one", DEADLINE_S)]
-    gate.wait_until_reached()
-    exports += [
-        in_thread(store.export_to, tmp_path / name, DEADLINE_S) for name in ("two", "three")
-    ]
+
+    def export(name: str) -> Future[Any]:
+        return in_thread(store.export_to, tmp_path / name, DEADLINE_S)
+
+    gate, first = steps.parked("export.write", export, "one")
+    exports = [first, export("two"), export("three")]
     until(lambda: len(store._supervisor.maintenance.inbox) == 2, "two wait in line")
     gate.open()
     for export in exports:
@@ -207,9 +198,7 @@ def test_a_compaction_that_ends_while_the_store_has_failed_does_not_block_later_
     """Its report was refused, and after reopening the writer still waited for it."""
     store = open_store(max_restarts=0, readers=1)
     fill(store, 1, 3)
-    gate = steps.park("compact.written")
-    compaction = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, compaction = steps.parked("compact.written", in_thread, store.compact, DEADLINE_S)
     steps.crash("reader.handle")
     with pytest.raises(FoldlogError):
         store.reader.ask("anything", timeout=DEADLINE_S)
@@ -247,9 +236,7 @@ def test_a_compaction_asked_for_during_another_covers_what_was_written_before_th
     """
     store = open_store()
     store.apply(batch(1), cursor(1))
-    gate = steps.park("compact.write")
-    first = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, first = steps.parked("compact.write", in_thread, store.compact, DEADLINE_S)
     fill(store, 2, 20)
     second_gate = steps.park("compact.write")
     second = in_thread(store.compact, DEADLINE_S)
@@ -269,9 +256,7 @@ def test_a_compaction_that_fails_leaves_those_who_asked_during_it_to_the_next(
 ):
     store = open_store(files=files)
     fill(store, 1, 3)
-    gate = steps.park("compact.write")
-    first = in_thread(store.compact, DEADLINE_S)
-    gate.wait_until_reached()
+    gate, first = steps.parked("compact.write", in_thread, store.compact, DEADLINE_S)
     fill(store, 4, 5)
     second = in_thread(store.compact, DEADLINE_S)
     until(lambda: len(store._supervisor.writer._compactor.wanted) == 2, "both have asked")

@@ -188,10 +188,8 @@ def test_a_log_that_cannot_be_replayed_fails_the_store_at_once_and_reads_go_on(
     store.apply(batch(1), cursor(1))
     older = path.read_bytes()
     store.apply(batch(2), cursor(2))
-    gate = steps.park("writer.before_write")
     steps.crash("writer.before_write")
-    answer = store.apply_async(batch(3), cursor(3))
-    gate.wait_until_reached()
+    gate, answer = steps.parked("writer.before_write", store.apply_async, batch(3), cursor(3))
     if damage == "flipped bit":
         corrupt(path)
     elif damage == "an older copy":
