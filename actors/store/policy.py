@@ -82,11 +82,15 @@ class StuckClock:
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._paused_s = 0.0
+        self._paused_s = self._late_s = 0.0
 
-    def look(self, busy_since: float | None, now_s: float, late_s: float) -> float:
-        """Seconds it has been busy. `late_s`: how long the process was paused since the last
-        look."""
+    def note_wait(self, asked_s: float, took_s: float) -> None:
+        """A wait of `asked_s` took `took_s`: the process may have been paused."""
+        self._late_s += lateness_s(asked_s, took_s)
+
+    def look(self, busy_since: float | None, now_s: float) -> float:
+        """Seconds it has been busy, less the pauses noted since the first look at it."""
+        late_s, self._late_s = self._late_s, 0.0
         if busy_since is None or busy_since != self._since:
             self._since, self._paused_s = busy_since, 0.0
         if busy_since is None:

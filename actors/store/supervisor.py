@@ -81,7 +81,7 @@ from foldlog.actors.base.answers import Answer
 from foldlog.actors.base.memory import insist, pause
 from foldlog.actors.store.core import Core, Restart, State
 from foldlog.actors.store.maintenance import Maintenance
-from foldlog.actors.store.policy import StuckClock, lateness_s, next_restart_delay_s
+from foldlog.actors.store.policy import StuckClock, next_restart_delay_s
 from foldlog.actors.store.readers import Reader, ReaderInbox
 from foldlog.actors.store.requests import WriterInbox
 from foldlog.actors.store.syncer import Syncer
@@ -141,8 +141,6 @@ class Supervisor:
         """The `busy_since` of a writer that was given up as stuck. The writer has come back when
         its `busy_since` differs."""
         self._clock = StuckClock()
-        self._late_s = 0.0
-        """How long the process was paused since the last check of the writer."""
         self.thread = threading.Thread(target=self._run, name="foldlog-supervisor", daemon=True)
 
     def post(self, notice: Notice | CloseNow | Reopen) -> None:
@@ -300,7 +298,7 @@ class Supervisor:
         except queue.Empty:
             return False
         finally:
-            self._late_s += lateness_s(timeout_s, time.monotonic() - began)
+            self._clock.note_wait(timeout_s, time.monotonic() - began)
 
     # Starting and restarting.
 
@@ -344,8 +342,11 @@ class Supervisor:
             return
         if actor is self.writer and self._stuck_since is not None:
             self._stuck_since = None
-            if core.state is State.FAILED:
-                self._end_failed()  # it came back, only to die
+            if core.state is State.FAILED:  # it came back, only to die
+                self._end_failed()
+                self._restart(actor, error)
+                self._resume_the_dead()
+                return
         if core.state is State.STARTING:
             if actor is self.writer:
                 self._end_unopened(error)
@@ -501,8 +502,7 @@ class Supervisor:
     def _check_health(self, now_s: float) -> None:
         """Detect a writer that is stuck, and one that was stuck and has come back."""
         busy_since = self.writer.busy_since
-        stuck_s = self._clock.look(busy_since, now_s, self._late_s)
-        self._late_s = 0.0
+        stuck_s = self._clock.look(busy_since, now_s)
         came_back = self._stuck_since is not None and busy_since != self._stuck_since
         if came_back:
             self._stuck_since = None
@@ -519,8 +519,10 @@ class Supervisor:
             self._stuck_since = busy_since
 
     def _resume_the_dead(self) -> None:
+        """Resume all whom nobody restarts, unless the store has failed again."""
         for actor in self._actors:
-            if actor not in self._running and actor not in self._due:
+            is_dead = actor not in self._running and actor not in self._due
+            if is_dead and self.core.state is not State.FAILED:
                 self._resume(actor)
 
     # Closing.
