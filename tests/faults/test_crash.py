@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faultkit import CrashCampaign, Model, batch, fold_of, quick_folder, view
+from faultkit import CrashCampaign, Model, batch, fold_of, view
 
 from foldlog import AppendLogSnapshot, FoldlogError, LogPoisonedError, WatchCursor
 from foldlog.protocol.updates import encode_batch
@@ -175,35 +175,23 @@ def a_torn_tail_that_is_cut(campaign: CrashCampaign, sync: str) -> None:
     campaign.look("at the end")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with quick_folder(tmp_path) as quick:
-        yield quick
-
-
 SCRIPTS: list[Script] = [a_whole_life, groups, a_killed_writer, a_failed_write, a_failed_fsync]
 SCRIPTS += [a_failed_fsync_and_a_new_process, a_torn_tail_that_is_cut]
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [6, pytest.param(256, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=["some", "many"],
+)
 @pytest.mark.parametrize("sync", ["never", "always"])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_a_power_loss_after_any_change_loses_nothing_that_was_promised(folder, script, sync):
-    campaign = CrashCampaign(folder, limit=6)
+def test_a_power_loss_after_any_change_loses_nothing_that_was_promised(folder, script, sync, limit):
+    campaign = CrashCampaign(folder, limit=limit)
     script(campaign, sync)
     assert campaign.faults == []
     assert campaign.crashes >= 5
     assert campaign.images > campaign.crashes
-    print(f"{script.__name__}, sync={sync}: {campaign.crashes} crashes, {campaign.images} images")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("sync", ["never", "always"])
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_many_power_losses_after_any_change_lose_nothing_that_was_promised(folder, script, sync):
-    campaign = CrashCampaign(folder, limit=256)
-    script(campaign, sync)
-    assert campaign.faults == []
     print(f"{script.__name__}, sync={sync}: {campaign.crashes} crashes, {campaign.images} images")
 
 

@@ -116,25 +116,31 @@ def compacted_base(path: Path) -> bytes:
 
 
 LOGS = [hundred_batches, compacted_base]
+CAMPAIGN = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
+@pytest.fixture(params=[False, True], ids=["in one boot", "after a reboot"])
+def boot(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The log is read in the boot that it was written in, or in a later one."""
+    with rebooted() if request.param else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.usefixtures("boot")
 @pytest.mark.parametrize("log", LOGS)
-@pytest.mark.parametrize("after_a_reboot", [False, True])
-def test_no_bit_of_a_log_can_flip_unnoticed(path, log, after_a_reboot):
+def test_no_bit_of_a_log_can_flip_unnoticed(path, log):
     raw = log(path)
-    with rebooted() if after_a_reboot else pytest.MonkeyPatch.context():
-        count = all_refused(path, sampled_flips(raw, 300, seed=8))
+    count = all_refused(path, sampled_flips(raw, 300, seed=8))
     print(f"{count} of {len(raw) * 8} bits flipped, 0 silent losses")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("boot")
 @pytest.mark.parametrize("log", LOGS)
-@pytest.mark.parametrize("after_a_reboot", [False, True])
-def test_no_bit_of_all_of_a_log_can_flip_unnoticed(path, log, after_a_reboot):
+def test_no_bit_of_all_of_a_log_can_flip_unnoticed(path, log):
     raw = log(path)
-    with rebooted() if after_a_reboot else pytest.MonkeyPatch.context():
-        count = all_refused(path, flips(raw))
+    count = all_refused(path, flips(raw))
     assert count == len(raw) * 8 >= 36_000
     print(f"all {count} bits flipped, 0 silent losses")
 
@@ -194,8 +200,12 @@ def nothing_wrong_is_read(path: Path, raw: bytes, images: Iterator[bytes]) -> tu
     return refused, torn
 
 
-def damage(path: Path, count: int, seed: int) -> None:
-    path.unlink(missing_ok=True)
+@pytest.mark.usefixtures("boot")
+@pytest.mark.parametrize(
+    ("count", "seed"),
+    [(300, 1), *(pytest.param(2000, seed, marks=CAMPAIGN) for seed in range(2, 12))],
+)
+def test_damage_of_many_bytes_is_refused_or_reads_as_a_torn_tail(path, count, seed):
     raw = write_log(path, batches_of(30), base=batches_of(40))
     chance = random.Random(seed)
     refused, torn = nothing_wrong_is_read(path, raw, (harmed(raw, chance) for _ in range(count)))
@@ -203,22 +213,9 @@ def damage(path: Path, count: int, seed: int) -> None:
     print(f"{count} damaged logs: {refused} refused, {torn} read as torn, 0 wrong")
 
 
-@pytest.mark.parametrize("after_a_reboot", [False, True])
-def test_damage_of_many_bytes_is_refused_or_reads_as_a_torn_tail(path, after_a_reboot):
-    with rebooted() if after_a_reboot else pytest.MonkeyPatch.context():
-        damage(path, 300, seed=1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("after_a_reboot", [False, True])
-def test_much_damage_of_many_bytes_is_refused_or_reads_as_a_torn_tail(path, after_a_reboot):
-    with rebooted() if after_a_reboot else pytest.MonkeyPatch.context():
-        for seed in range(2, 12):
-            damage(path, 2000, seed)
-
-
-def spliced(path: Path, count: int) -> None:
+@pytest.mark.usefixtures("boot")
+@pytest.mark.parametrize("count", [120, pytest.param(5000, marks=CAMPAIGN)])
+def test_a_splice_of_two_logs_is_refused_or_reads_as_a_torn_tail(path, count):
     first = write_log(path, batches_of(20), base=batches_of(3))
     path.unlink()
     second = write_log(path, [[Put("foreign", b"x" * n)] for n in range(30)])
@@ -231,19 +228,6 @@ def spliced(path: Path, count: int) -> None:
         refused, torn = nothing_wrong_is_read(path, first, images)
         assert refused > count // 2
         print(f"{count} splices: {refused} refused, {torn} read as torn, 0 wrong")
-
-
-@pytest.mark.parametrize("after_a_reboot", [False, True])
-def test_a_splice_of_two_logs_is_refused_or_reads_as_a_torn_tail(path, after_a_reboot):
-    with rebooted() if after_a_reboot else pytest.MonkeyPatch.context():
-        spliced(path, 120)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_many_splices_of_two_logs_are_refused_or_read_as_torn_tails(path):
-    with rebooted():
-        spliced(path, 5000)
 
 
 # Fuzzing. All readers on all bytes: a value or a typed error.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ from faultkit import (
     fail_every_call,
     fault_of,
     fold_of,
-    quick_folder,
     run_with,
     view,
 )
@@ -127,12 +126,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with quick_folder(tmp_path) as quick:
-        yield quick
-
-
 def go_on(bench: Bench) -> None:
     """The disk works again: acknowledged data is there; writes work, perhaps after `compact`."""
     snap = bench.opened
@@ -196,9 +189,21 @@ def check_what_was_made(bench: Bench, operation: Operation, *, complete: bool) -
     assert verify_log(copy).ok
 
 
-def every_call_fails(
-    template: Path, folder: Path, operation: Operation, kind: str, sync: str
-) -> None:
+QUICK = [
+    ("EIO once", "never"),
+    ("ENOSPC for good", "always"),
+    ("7 bytes and ENOSPC", "never"),
+    ("7 bytes and no error", "always"),
+]
+WAYS = [
+    pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow)
+    for way in itertools.product(KINDS, ("never", "always"))
+]
+
+
+@pytest.mark.parametrize(("kind", "sync"), WAYS)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, sync):
     def attempt(own: Path, nth: int) -> bool:
         return one_fault(Bench(template, own, sync=sync), operation, KINDS[kind](nth))
 
@@ -208,25 +213,3 @@ def every_call_fails(
     else:
         assert faults or operation.name == "verify"
     print(f"{faults} faults injected: {kind}, {operation.name}, sync={sync}")
-
-
-QUICK = [
-    ("EIO once", "never"),
-    ("ENOSPC for good", "always"),
-    ("7 bytes and ENOSPC", "never"),
-    ("7 bytes and no error", "always"),
-]
-REST = [pair for pair in itertools.product(KINDS, ("never", "always")) if pair not in QUICK]
-
-
-@pytest.mark.parametrize(("kind", "sync"), QUICK)
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_every_call_of_an_operation_may_fail(template, folder, operation, kind, sync):
-    every_call_fails(template, folder, operation, kind, sync)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "sync"), REST)
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
-def test_every_call_of_an_operation_may_fail_in_any_way(template, folder, operation, kind, sync):
-    every_call_fails(template, folder, operation, kind, sync)

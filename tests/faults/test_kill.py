@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faultkit import UNSYNCED, batch, fault_of, fold_of, quick_folder, view
+from faultkit import UNSYNCED, batch, fault_of, fold_of, view
 
 import foldlog
 from foldlog import AppendLogSnapshot, RocksDbSnapshot, WatchCursor
@@ -29,12 +29,6 @@ TESTS = Path(__file__).resolve().parents[1] / "kits"
 STORY_BATCHES, TOGETHER = 12, 4  # as in killed.py
 TIMEOUT_S = 120
 CAMPAIGN = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    with quick_folder(tmp_path) as quick:
-        yield quick
 
 
 def deaths(

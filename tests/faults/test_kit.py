@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import re
-import threading
 from pathlib import Path
 
 import pytest
-from actor_kit import DEADLINE_S, in_thread
+from actor_kit import DEADLINE_S, in_thread, results
 from faultkit import batch, fold_of, view
 
 import foldlog
@@ -335,12 +334,5 @@ def test_truncations_and_splices_are_made_of_the_given_bytes() -> None:
 
 def test_the_doubles_may_be_called_from_any_thread(path: Path) -> None:
     files = FaultyFiles()
-    threads = [
-        threading.Thread(target=lambda: [files.stat(path.parent) for _ in range(200)])
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    results([in_thread(lambda: [files.stat(path.parent) for _ in range(200)]) for _ in range(4)])
     assert files.counts["stat"] == 800

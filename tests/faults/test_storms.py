@@ -110,25 +110,20 @@ STORM = textwrap.dedent(
 )
 
 
-def storm(path: Path, mode: str, seconds: float, seed: int) -> None:
+LONG = [pytest.param(3.0, seed, marks=pytest.mark.slow) for seed in range(8)]
+
+
+@pytest.mark.parametrize(("seconds", "seed"), [(0.5, 1), *LONG])
+@pytest.mark.parametrize("mode", ["apply", "put", "watch", "wait_for", "close"])
+def test_a_storm_of_signals_wedges_nobody(
+    tmp_path: Path, mode: str, seconds: float, seed: int
+) -> None:
+    """In 6 of 40 storms of Ctrl-C a lock was left held, and the writer waited for it, for ever."""
     run = subprocess.run(
-        [sys.executable, "-c", STORM, str(path), mode, str(seconds), str(seed)],
+        [sys.executable, "-c", STORM, str(tmp_path / "a.log"), mode, str(seconds), str(seed)],
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
-
-
-@pytest.mark.parametrize("mode", ["apply", "put", "watch", "wait_for", "close"])
-def test_a_storm_of_signals_wedges_nobody(tmp_path: Path, mode: str) -> None:
-    """In 6 of 40 storms of Ctrl-C a lock was left held, and the writer waited for it, for ever."""
-    storm(tmp_path / "a.log", mode, 0.5, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("mode", ["apply", "put", "watch", "wait_for", "close"])
-def test_forty_storms_wedge_nobody(tmp_path: Path, mode: str, seed: int) -> None:
-    storm(tmp_path / "a.log", mode, 3.0, seed)

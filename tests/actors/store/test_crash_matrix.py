@@ -122,19 +122,12 @@ def close(store):
     nothing_pending(store)
 
 
-@pytest.mark.parametrize("error", FATAL, ids=lambda error: error.__name__)
-@pytest.mark.parametrize("step", ACTOR_STEPS)
-def test_an_actor_that_dies_once_loses_nothing_that_was_answered(
-    open_store, steps, path, tmp_path, step, error
-):
-    store = open_store(sync_interval_s=0.02)
-    crash = steps.crash(step, error)
+def crash_under_load(store, steps, folder, step, error, times):
+    """Let a step crash while the store is in use. Returns the crash, and how each call ended."""
+    crash, ledger = steps.crash(step, error, times), Ledger()
     if step in FIRST:
         steps.crash(FIRST[step], error)
-    ledger = Ledger()
-    load(store, ledger, tmp_path)
-    assert not ledger.errors, "a batch that harms once is tried again"
-    assert not ledger.local_errors
+    load(store, ledger, folder)
     if step in ("syncer.start", "syncer.sync"):
         # What came before may have been synced by a compaction.
         ledger.settle_local(
@@ -142,6 +135,18 @@ def test_an_actor_that_dies_once_loses_nothing_that_was_answered(
         )
     if not step.endswith(".stop"):
         assert crash.happened.wait(DEADLINE_S)
+    return crash, ledger
+
+
+@pytest.mark.parametrize("error", FATAL, ids=lambda error: error.__name__)
+@pytest.mark.parametrize("step", ACTOR_STEPS)
+def test_an_actor_that_dies_once_loses_nothing_that_was_answered(
+    open_store, steps, path, tmp_path, step, error
+):
+    store = open_store(sync_interval_s=0.02)
+    crash, ledger = crash_under_load(store, steps, tmp_path, step, error, times=1)
+    assert not ledger.errors, "a batch that harms once is tried again"
+    assert not ledger.local_errors
     until(lambda: store.state is State.RUNNING, "the store runs")
     assert_whole(store.snapshot())
     close(store)
@@ -161,17 +166,7 @@ def test_an_actor_that_dies_for_good_leaves_every_call_answered_and_the_log_whol
     open_store, steps, path, tmp_path, step, error
 ):
     store = open_store(sync_interval_s=0.02, max_restarts=2)
-    crash = steps.crash(step, error, times=None)
-    if step in FIRST:
-        steps.crash(FIRST[step], error)
-    ledger = Ledger()
-    load(store, ledger, tmp_path)
-    if step in ("syncer.start", "syncer.sync"):
-        ledger.settle_local(
-            "local/for the syncer", b"", lambda: store.put("local/for the syncer", b"")
-        )
-    if not step.endswith(".stop"):
-        assert crash.happened.wait(DEADLINE_S)
+    crash, ledger = crash_under_load(store, steps, tmp_path, step, error, times=None)
     assert_whole(store.snapshot())
     close(store)
     assert crash.fired

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from actor_kit import Steps, until
+from actor_kit import until
 from engine_kit import backend as backend
 
 import foldlog
@@ -31,29 +32,8 @@ Open = Callable[..., Store]
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "state"
-
-
-@pytest.fixture
-def steps() -> Steps:
-    return Steps()
-
-
-@pytest.fixture
-def open_store(backend: str, path: Path, steps: Steps) -> Iterator[Open]:
-    opened: list[Store] = []
-
-    def open_it(**options: object) -> Store:
-        given = {"backend": backend, "step": steps, "readers": 1} | options
-        store = foldlog.open(path, **given)  # type: ignore[arg-type]
-        opened.append(store)
-        return store
-
-    yield open_it
-    steps.mend()
-    for store in opened:
-        store.close()
+def open_store(backend: str, open_store: Open) -> Open:
+    return partial(open_store, backend=backend)
 
 
 def put(number: int) -> list[Put]:

@@ -154,6 +154,7 @@ def test_a_failed_fsync_is_healed_and_each_caller_gets_his_own_truth(
 ):
     store = open_store(files=files, sync="always")
     store.apply(batch(1), cursor(1))
+    inode = path.stat().st_ino
     gate, futures = commit_group(store, steps, range(2, 2 + callers))
     files.fail("sync")
     gate.open()
@@ -162,6 +163,8 @@ def test_a_failed_fsync_is_healed_and_each_caller_gets_his_own_truth(
     assert store.synced_cursor == store.cursor() == cursor(1 + callers)
     until(lambda: store.state is State.RUNNING, "the store runs")
     assert steps.seen["writer.heal"] == 1
+    assert path.stat().st_ino != inode, "a new file"
+    assert store.stats().restarts[-1].actor == "writer"
     store.close()
     assert read_back(path).seq == 1 + callers
 
@@ -273,20 +276,6 @@ def test_a_compaction_that_fails_is_told_and_the_log_goes_on(open_store, path, f
 
 
 # Others touch the log.
-
-
-def test_a_log_deleted_while_the_writer_is_down_is_written_anew(open_store, steps, path):
-    store = open_store()
-    store.apply(batch(1), cursor(1))
-    steps.crash("writer.before_write")
-    gate, answer = steps.parked("writer.start", store.apply_async, batch(2), cursor(2))
-    path.unlink()
-    gate.open()
-    assert answer.result(DEADLINE_S) == 2
-    store.close()
-    truth = read_back(path)
-    assert truth.seq == 2
-    assert "batch/000001" in truth.entries
 
 
 @pytest.mark.parametrize("harm", ["cut", "grown", "replaced", "folder renamed"])

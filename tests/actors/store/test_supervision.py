@@ -1,4 +1,4 @@
-"""The table in the supervisor's docstring, row by row."""
+"""The table in the supervisor's docstring, row by row; failed fsyncs are in `test_faults.py`."""
 
 from __future__ import annotations
 
@@ -72,22 +72,6 @@ def test_a_write_that_was_undone_is_the_callers_error_and_the_writer_goes_on(
     truth = read_back(path)
     assert truth.seq == 2
     assert "batch/000002" not in truth.entries
-
-
-@pytest.mark.append_log("its file fails")
-def test_an_fsync_that_failed_is_healed_by_a_new_file_and_the_caller_gets_the_answer(
-    open_store, path, files
-):
-    """Row: an fsync, or undoing a write."""
-    store = open_store(files=files, sync="always")
-    store.apply(batch(1), cursor(1))
-    inode = path.stat().st_ino
-    files.fail("sync")
-    assert store.apply(batch(2), cursor(2)) == 2
-    assert path.stat().st_ino != inode
-    until(lambda: store.state is State.RUNNING, "the store runs")
-    assert store.synced_cursor == cursor(2)
-    assert store.stats().restarts[-1].actor == "writer"
 
 
 @pytest.mark.parametrize("error", FATAL, ids=lambda error: error.__name__)
@@ -227,12 +211,20 @@ def test_a_log_that_is_locked_or_none_is_refused_at_open(open_store, path, nothi
 
 
 @pytest.mark.append_log("RocksDB's is not in memory")
-def test_a_log_that_was_deleted_is_written_anew_from_memory(open_store, path):
-    """Row: the log: deleted."""
+@pytest.mark.parametrize("is_down", [False, True], ids=["at work", "down"])
+def test_a_log_that_was_deleted_is_written_anew_from_memory(open_store, path, steps, is_down):
+    """Row: the log: deleted, while the writer is at work or down."""
     store = open_store()
     store.apply(batch(1), cursor(1))
-    path.unlink()
-    assert store.apply(batch(2), cursor(2)) == 2
+    if is_down:
+        steps.crash("writer.before_write")
+        gate, answer = steps.parked("writer.start", store.apply_async, batch(2), cursor(2))
+        path.unlink()
+        gate.open()
+        assert answer.result(DEADLINE_S) == 2
+    else:
+        path.unlink()
+        assert store.apply(batch(2), cursor(2)) == 2
     store.close()
     truth = read_back(path)
     assert truth.seq == 2
