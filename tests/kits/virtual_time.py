@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -36,3 +37,13 @@ def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
     """As asyncio.run, in virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(coroutine)
+
+
+def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make a test of a coroutine, which runs in virtual time."""
+
+    @functools.wraps(test)
+    def call(*arguments: Any, **options: Any) -> None:
+        run(test(*arguments, **options))
+
+    return call
