@@ -9,7 +9,7 @@ import ssl
 from types import SimpleNamespace
 
 import pytest
-import virtual_time
+from virtual_time import in_virtual_time
 
 from foldlog.protocol.upstream import UpstreamLost, UpstreamMissing, UpstreamRefused
 from foldlog.upstreams import nats_connection
@@ -68,30 +68,24 @@ class Client:
         self.is_closed = True
 
 
-def run(script, **options):
-    """Run a test, given a connection and its client."""
-
-    async def main():
-        connection = Connection("b", ["nats://u:s3cret@h"], options, "$API")
-        connection.client = Client()
-        return await script(connection, connection.client)
-
-    return virtual_time.run(main())
+def connected(**options) -> tuple[Connection, Client]:
+    """A connection and its client."""
+    connection = Connection("b", ["nats://u:s3cret@h"], options, "$API")
+    connection.client = Client()
+    return connection, connection.client
 
 
 # Connecting.
 
 
-def test_it_never_reconnects_by_itself_and_gives_no_option_that_is_none():
-    async def script(connection, client):
-        await connection.open()
-        return client.options
-
-    options = run(script, user="u", token=None)
-    assert options["allow_reconnect"] is False
-    assert options["max_reconnect_attempts"] == 1
-    assert options["reconnect_time_wait"] == nats_connection.RETRY_S
-    assert (options["user"], "token" in options) == ("u", False)
+@in_virtual_time
+async def test_it_never_reconnects_by_itself_and_gives_no_option_that_is_none():
+    connection, client = connected(user="u", token=None)
+    await connection.open()
+    assert client.options["allow_reconnect"] is False
+    assert client.options["max_reconnect_attempts"] == 1
+    assert client.options["reconnect_time_wait"] == nats_connection.RETRY_S
+    assert (client.options["user"], "token" in client.options) == ("u", False)
 
 
 @pytest.mark.parametrize(
@@ -108,67 +102,58 @@ def test_it_never_reconnects_by_itself_and_gives_no_option_that_is_none():
         (errors.Error("x"), "Connect refused", UpstreamLost, "reached: nats: x|reached: x"),
     ],
 )
-def test_a_connection_that_cannot_be_made_says_why_and_is_closed(error, said, kind, reason):
-    async def script(connection, client):
-        if said:
-            await connection._on_error(Exception(said))
-        client.error = error
-        try:
-            await connection.open()
-        finally:
-            assert client.transport_closed
-
+@in_virtual_time
+async def test_a_connection_that_cannot_be_made_says_why_and_is_closed(error, said, kind, reason):
+    connection, client = connected()
+    if said:
+        await connection._on_error(Exception(said))
+    client.error = error
     with pytest.raises(kind, match=reason) as caught:
-        run(script)
+        await connection.open()
+    assert client.transport_closed
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_server_that_does_not_answer_is_given_up():
-    async def script(connection, client):
-        client.error = asyncio.Event()
-        try:
-            await connection.open()
-        finally:
-            now = asyncio.get_running_loop().time()
-            assert now <= nats_connection.CONNECT_S + 1 + nats_connection.CLOSE_S
-
+@in_virtual_time
+async def test_a_server_that_does_not_answer_is_given_up():
+    connection, client = connected()
+    client.error = asyncio.Event()
     with pytest.raises(UpstreamLost, match="TimeoutError"):
-        run(script)
+        await connection.open()
+    now = asyncio.get_running_loop().time()
+    assert now <= nats_connection.CONNECT_S + 1 + nats_connection.CLOSE_S
 
 
-def test_an_exit_while_connecting_closes_the_connection():
-    async def script(connection, client):
-        client.error = asyncio.CancelledError()
-        with pytest.raises(asyncio.CancelledError):
-            await connection.open()
-        return client.transport_closed
+@in_virtual_time
+async def test_an_exit_while_connecting_closes_the_connection():
+    connection, client = connected()
+    client.error = asyncio.CancelledError()
+    with pytest.raises(asyncio.CancelledError):
+        await connection.open()
+    assert client.transport_closed
 
-    assert run(script)
 
-
-def test_closing_ends_though_nats_py_does_not_and_a_closed_one_is_not_closed_again():
-    async def script(connection, client):
-        client.clings = True
-        await connection.close()
-        assert asyncio.get_running_loop().time() == nats_connection.CLOSE_S
-        client.is_closed, client._transport = True, None
-        await connection.close()
-        return client.transport_closed
-
-    assert run(script)
+@in_virtual_time
+async def test_closing_ends_though_nats_py_does_not_and_a_closed_one_is_not_closed_again():
+    connection, client = connected()
+    client.clings = True
+    await connection.close()
+    assert asyncio.get_running_loop().time() == nats_connection.CLOSE_S
+    assert client.transport_closed
+    client.is_closed, client._transport = True, None
+    await connection.close()
 
 
 # Requests.
 
 
-def test_a_request_is_answered():
-    async def script(connection, client):
-        client.answer = {"a": 1}
-        answer = await connection.request("INFO.b", {"x": 2})
-        await connection.tell("NEXT.b", b"body", "reply")
-        return answer, client.asked
-
-    assert run(script) == ({"a": 1}, [("$API.INFO.b", {"x": 2}), ("$API.NEXT.b", b"body", "reply")])
+@in_virtual_time
+async def test_a_request_is_answered():
+    connection, client = connected()
+    client.answer = {"a": 1}
+    assert await connection.request("INFO.b", {"x": 2}) == {"a": 1}
+    await connection.tell("NEXT.b", b"body", "reply")
+    assert client.asked == [("$API.INFO.b", {"x": 2}), ("$API.NEXT.b", b"body", "reply")]
 
 
 @pytest.mark.parametrize(
@@ -187,98 +172,90 @@ def test_a_request_is_answered():
         (asyncio.CancelledError(), UpstreamLost, "the connection is lost"),
     ],
 )
-def test_a_request_that_fails_says_why(answer, kind, reason):
-    async def script(connection, client):
-        client.answer = answer
-        await connection.request("INFO", {})
-
+@in_virtual_time
+async def test_a_request_that_fails_says_why(answer, kind, reason):
+    connection, client = connected()
+    client.answer = answer
     with pytest.raises(kind, match=reason) as caught:
-        run(script)
+        await connection.request("INFO", {})
     assert type(caught.value) is kind
 
 
-def test_a_request_that_is_cancelled_from_outside_is_cancelled():
-    async def script(connection, client):
-        client.answer = None
-        task = asyncio.ensure_future(connection.request("INFO", {}))
-        await asyncio.sleep(1)
-        task.cancel()
-        await asyncio.wait({task})
-        assert task.cancelled()
-        return client.cancelled
+@in_virtual_time
+async def test_a_request_that_is_cancelled_from_outside_is_cancelled():
+    connection, client = connected()
+    client.answer = None
+    task = asyncio.ensure_future(connection.request("INFO", {}))
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    assert client.cancelled == 1
 
-    assert run(script) == 1
 
-
-def test_a_failed_send_is_a_lost_connection():
-    async def script(connection, client):
-        client.error = errors.ConnectionClosedError()
-        await connection.tell("NEXT", b"", "r")
-
+@in_virtual_time
+async def test_a_failed_send_is_a_lost_connection():
+    connection, client = connected()
+    client.error = errors.ConnectionClosedError()
     with pytest.raises(UpstreamLost):
-        run(script)
+        await connection.tell("NEXT", b"", "r")
 
 
 # A connection that is lost, and permissions that are denied.
 
 
 @pytest.mark.parametrize("way", ["told", "found"])
-def test_a_lost_connection_is_told_and_wakes_all_who_wait(way):
-    async def script(connection, client):
-        woken = []
-        connection.check()
-        connection.wire.receivers[b"1"] = SimpleNamespace(wake=lambda: woken.append(1))
-        if way == "told":
-            await connection._on_lost()
-            assert (woken, connection.is_lost) == ([1], True)
-        else:
-            client.is_connected = False
-        await connection.request("INFO", {})
-
+@in_virtual_time
+async def test_a_lost_connection_is_told_and_wakes_all_who_wait(way):
+    connection, client = connected()
+    woken = []
+    connection.check()
+    connection.wire.receivers[b"1"] = SimpleNamespace(wake=lambda: woken.append(1))
+    if way == "told":
+        await connection._on_lost()
+        assert (woken, connection.is_lost) == ([1], True)
+    else:
+        client.is_connected = False
     with pytest.raises(UpstreamLost, match="the connection is lost"):
-        run(script)
+        await connection.request("INFO", {})
 
 
 DENIED = "Permissions Violation for Publish to $JS.API."
 
 
-def test_a_denied_permission_ends_the_request_that_would_never_be_answered():
-    async def script(connection, client):
-        client.answer = None
-        loop = asyncio.get_running_loop()
-        error = Exception(DENIED + "STREAM.INFO.KV_s3cret")
-        loop.call_later(1, lambda: loop.create_task(connection._on_error(error)))
-        with pytest.raises(UpstreamRefused, match=r"STREAM.INFO.KV_\*\*\*"):
-            await connection.request("INFO", {})
-        assert (loop.time(), client.cancelled) == (1, 1)
-        await connection._on_error(Exception("another one"))
-        connection.check()
-
+@in_virtual_time
+async def test_a_denied_permission_ends_the_request_that_would_never_be_answered():
+    connection, client = connected()
+    client.answer = None
+    loop = asyncio.get_running_loop()
+    error = Exception(DENIED + "STREAM.INFO.KV_s3cret")
+    loop.call_later(1, lambda: loop.create_task(connection._on_error(error)))
+    with pytest.raises(UpstreamRefused, match=r"STREAM.INFO.KV_\*\*\*"):
+        await connection.request("INFO", {})
+    assert (loop.time(), client.cancelled) == (1, 1)
+    await connection._on_error(Exception("another one"))
     with pytest.raises(UpstreamRefused, match=r"STREAM\.INFO"):
-        run(script)
+        connection.check()
 
 
 @pytest.mark.parametrize(
     "said", [DENIED + "CONSUMER.DELETE.b", DENIED + "CONSUMER.INFO.b", "Stale Connection"]
 )
-def test_what_a_mirror_can_do_without_is_not_refused(said):
-    async def script(connection, client):
-        await connection._on_error(Exception(said))
-        connection.check()
-        return connection.denied.is_set()
+@in_virtual_time
+async def test_what_a_mirror_can_do_without_is_not_refused(said):
+    connection, _ = connected()
+    await connection._on_error(Exception(said))
+    connection.check()
+    assert not connection.denied.is_set()
 
-    assert not run(script)
 
-
-def test_a_permission_that_is_denied_as_a_request_fails_is_the_reason():
-    async def script(connection, client):
-        client.answer = TimeoutError()
-        await connection._on_error(Exception(DENIED + "x"))
-        client.is_connected = False
-        connection.check()
-
+@in_virtual_time
+async def test_a_permission_that_is_denied_as_a_request_fails_is_the_reason():
+    connection, client = connected()
+    await connection._on_error(Exception(DENIED + "x"))
+    client.is_connected = False
     with pytest.raises(UpstreamRefused):
-        run(script)
+        connection.check()
 
 
 # Addresses and secrets.
@@ -287,6 +264,12 @@ def test_a_permission_that_is_denied_as_a_request_fails_is_the_reason():
 def test_the_longest_form_of_a_secret_is_taken_out_first():
     secrets = secrets_of(["nats://u:pass@h", "nats://tok@h", "nats://h"], {"password": "pass/word"})
     assert secrets == ["pass%2Fword", "pass/word", "pass", "tok"]
+
+
+def test_every_form_of_a_secret_is_kept_out_of_what_is_told():
+    urls = ["nats://u:p%40ss%2Fword@h", "nats://t0ken@h"]
+    found = secrets_of(urls, {"password": "pa ss", "token": None})
+    assert {"p@ss/word", "p%40ss%2Fword", "t0ken", "pa ss", "pa%20ss"} <= set(found)
 
 
 @pytest.mark.parametrize(

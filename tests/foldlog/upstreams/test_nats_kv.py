@@ -18,7 +18,6 @@ from foldlog import Changed, LinkState, Rewound, Synced
 from foldlog.actors.link import link as link_module
 from foldlog.actors.link.resuming import retry_delay_s
 from foldlog.upstreams import NatsKv
-from foldlog.upstreams.nats_connection import secrets_of
 from foldlog.upstreams.nats_kv import _filters
 from foldlog.upstreams.nats_wire import nanoseconds
 
@@ -309,12 +308,6 @@ def test_a_bucket_that_does_not_exist_is_waited_for(source, path):
         source.put("k", b"1")
         mirror.wait_synced(30)
         assert same(mirror, source)
-
-
-def test_every_form_of_a_secret_is_kept_out_of_what_is_told():
-    urls = ["nats://u:p%40ss%2Fword@h", "nats://t0ken@h"]
-    found = secrets_of(urls, {"password": "pa ss", "token": None})
-    assert {"p@ss/word", "p%40ss%2Fword", "t0ken", "pa ss", "pa%20ss"} <= set(found)
 
 
 def test_refused_credentials_fail_at_once_and_show_nowhere(tmp_path, path, caplog):
