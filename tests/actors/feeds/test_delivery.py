@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pykka
 import pytest
 from actor_kit import DEADLINE_S, cursor, in_thread, results, until
+from feeds_kit import Listener
 
 import foldlog
 from foldlog import Changed, CursorExpired, Delete, Ended, Lagged, Put, Synced
@@ -24,33 +24,12 @@ ON_EACH_ENGINE = True
 Open = Callable[..., foldlog.Store]
 
 
-class Listener(pykka.ThreadingActor):
-    """Puts what it is told into a queue, after it has done what the test wants."""
-
-    use_daemon_thread = True
-
-    def __init__(self, act: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.act = act
-        self.heard = heard[-1]
-
-    def on_receive(self, message: Any) -> None:
-        try:
-            self.act(message)
-        finally:
-            self.heard.put(message)
-
-
-heard: list[queue.SimpleQueue[Any]] = []
-
-
 class Told:
     """An actor, and what it has heard."""
 
-    def __init__(self, act: Callable[[Any], None] = lambda message: None) -> None:
+    def __init__(self, act: Callable[[Any], object] = lambda message: None) -> None:
         self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        heard.append(self.heard)
-        self.ref = Listener.start(act)
+        self.ref = Listener.start(act, self.heard.put)
 
     def next(self) -> Any:
         return self.heard.get(timeout=DEADLINE_S)
@@ -66,8 +45,8 @@ class Told:
 def listen(nothing_left: None) -> Iterator[Callable[..., Told]]:
     told: list[Told] = []
 
-    def listen(act: Callable[[Any], None] = lambda message: None) -> Told:
-        told.append(Told(act))
+    def listen(*act: Callable[[Any], object]) -> Told:
+        told.append(Told(*act))
         return told[-1]
 
     yield listen
@@ -125,7 +104,7 @@ def test_a_slow_actor_has_few_events_in_its_mailbox_lags_and_ends_up_exact(
     monkeypatch.setattr(delivery_module, "IN_FLIGHT", 5)
     store = open_store()
     go_on = threading.Event()
-    told = listen(lambda message: go_on.wait(DEADLINE_S) and None)
+    told = listen(lambda message: go_on.wait(DEADLINE_S))
     delivery = store.subscribe(told.ref)
     for number in range(1, 60):
         store.apply(
@@ -221,7 +200,7 @@ def test_an_actor_that_never_answers_does_not_keep_the_store_or_the_thread(
     monkeypatch.setattr(delivery_module, "IN_FLIGHT", 1)
     store = open_store()
     go_on = threading.Event()
-    told = listen(lambda message: go_on.wait(DEADLINE_S) and None)
+    told = listen(lambda message: go_on.wait(DEADLINE_S))
     delivery = store.subscribe(told.ref)
     store.apply([Put("k", b"")], cursor(1))
     store.close()
@@ -250,7 +229,7 @@ def test_an_actor_may_apply_to_the_store_that_tells_it(listen, open_store: Open)
 
 def test_an_actor_may_close_the_store_that_tells_it(listen, open_store: Open):
     store = open_store()
-    told = listen(lambda message: store.close(DEADLINE_S) if isinstance(message, Changed) else None)
+    told = listen(lambda message: isinstance(message, Changed) and store.close(DEADLINE_S))
     store.subscribe(told.ref)
     store.apply([Put("a", b"")], cursor(1))
     assert [type(event) for event in told.until_end()] == [Synced, Changed, Ended]

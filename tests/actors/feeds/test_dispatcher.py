@@ -14,31 +14,17 @@ import pykka
 import pytest
 from actor_kit import DEADLINE_S, cursor, until
 from counting import usual, work_of
+from feeds_kit import Listener, Publisher
 
 import foldlog
-from foldlog import Changed, Ended, FoldSnapshot, Put, Synced
+from foldlog import Changed, Ended, Put, Synced
 from foldlog.actors.feeds import dispatcher as dispatcher_module
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.delivery import _Sending
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Group
-from foldlog.protocol.updates import encode_batch
 
 Open = Callable[..., foldlog.Store]
-
-
-class Hearing(pykka.ThreadingActor):
-    """Puts what it hears into a queue, under its number, once `gate` is open."""
-
-    use_daemon_thread = True
-
-    def __init__(self, number: int, heard: queue.SimpleQueue[Any], gate: threading.Event) -> None:
-        super().__init__()
-        self.number, self.heard, self.gate = number, heard, gate
-
-    def on_receive(self, message: Any) -> None:
-        self.gate.wait(DEADLINE_S)
-        self.heard.put((self.number, message))
 
 
 class Crowd:
@@ -49,10 +35,14 @@ class Crowd:
         self.refs: list[pykka.ActorRef[Any]] = []
 
     def start(self, gate: threading.Event | None = None) -> pykka.ActorRef[Any]:
-        if gate is None:
-            gate = threading.Event()
-            gate.set()
-        self.refs.append(Hearing.start(len(self.refs), self.heard, gate))
+        """An actor that passes on what it hears, under its number, once `gate` is open."""
+        number = len(self.refs)
+        self.refs.append(
+            Listener.start(
+                lambda message: gate is None or gate.wait(DEADLINE_S),
+                lambda message: self.heard.put((number, message)),
+            )
+        )
         return self.refs[-1]
 
     def next(self, kind: type) -> tuple[int, Any]:
@@ -113,25 +103,32 @@ def test_actors_that_are_stuck_do_not_hold_up_the_others(crowd: Crowd, open_stor
     gate.set()
 
 
+class Broken:
+    """A mailbox that takes nothing."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def put(self, envelope: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OverflowError("it is full"), SystemExit("it is full")])
 def test_an_actor_whose_mailbox_raises_is_unsubscribed_and_the_others_are_served(
-    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
+    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ):
+    """What is no Exception ended the thread that serves all actors, and nobody was told more."""
     store = open_store()
-    odd, well = crowd.start(), crowd.start()
-
-    class Full:
-        def put(self, envelope: Any) -> None:
-            raise OverflowError("the mailbox is full")
-
-    inbox = odd.actor_inbox
-    monkeypatch.setattr(odd, "actor_inbox", Full())
-    delivery = store.subscribe(odd)
-    store.subscribe(well)
-    assert delivery.wait_ended(DEADLINE_S)
-    assert "the mailbox is full" in (delivery.ended or "")
-    monkeypatch.setattr(odd, "actor_inbox", inbox)
+    odd, well, early = crowd.start(), crowd.start(), crowd.start()
+    store.subscribe(early)
+    with monkeypatch.context() as patch:
+        patch.setattr(odd, "actor_inbox", Broken(error))
+        delivery = store.subscribe(odd)
+        store.subscribe(well)
+        assert delivery.wait_ended(DEADLINE_S)
+    assert "it is full" in (delivery.ended or "")
     store.apply([Put("k", b"")], cursor(1))
-    assert crowd.next(Changed)[0] == 1
+    assert {crowd.next(Changed)[0], crowd.next(Changed)[0]} == {1, 2}
 
 
 def test_an_actor_whose_prefix_is_untouched_for_longer_than_the_ring_holds_misses_nothing(
@@ -154,18 +151,15 @@ def test_an_actor_whose_prefix_is_untouched_for_longer_than_the_ring_holds_misse
 
 def test_a_group_takes_the_same_work_of_the_dispatcher_for_any_number_that_it_does_not_concern():
     def work(subscribed: int) -> Any:
-        feeds = Feeds()
-        index = feeds.dispatcher.index
+        publisher = Publisher()
+        feeds, index = publisher.feeds, publisher.feeds.dispatcher.index
         bookmarks = [Bookmark(f"{n:04}/") for n in range(subscribed)]
         for bookmark in bookmarks:
             feeds.add(bookmark, index)
             bookmark.join()
         works = []
-        fold = FoldSnapshot.empty()
         for _ in range(10):
-            batch = encode_batch([Put("other", b"")], cursor(1))
-            fold = fold.with_group([batch])
-            group = Group(fold, fold.seq, [batch])
+            group = Group(*publisher.prepare("other"))
             after = feeds._ring.append(group)
             works.append(work_of(index.tell, group, after))
         return usual(works)
@@ -440,30 +434,6 @@ def test_a_dispatcher_that_has_ended_keeps_no_group_no_state_and_no_actor(
         assert sending() is None
 
 
-class Exiting:
-    """A mailbox that raises what no Exception is."""
-
-    def put(self, envelope: Any) -> None:
-        raise SystemExit("a mailbox of the user's")
-
-
-def test_a_mailbox_that_raises_system_exit_ends_its_own_subscription_only(
-    crowd: Crowd, open_store: Open, monkeypatch: pytest.MonkeyPatch
-):
-    """It ended the thread that serves all actors, and nobody was told anything more."""
-    store = open_store()
-    well, odd = crowd.start(), crowd.start()
-    store.subscribe(well)
-    inbox = odd.actor_inbox
-    monkeypatch.setattr(odd, "actor_inbox", Exiting())
-    delivery = store.subscribe(odd)
-    assert delivery.wait_ended(DEADLINE_S)
-    monkeypatch.setattr(odd, "actor_inbox", inbox)
-    assert "a mailbox of the user's" in (delivery.ended or "")
-    store.apply([Put("k", b"")], cursor(1))
-    assert crowd.next(Changed)[0] == 0
-
-
 def test_in_a_forked_child_a_subscription_has_ended(crowd: Crowd, open_store: Open):
     """Nobody serves it there: whoever waited for its end waited for ever."""
     store = open_store()
@@ -495,16 +465,13 @@ def test_a_dispatcher_whose_place_is_gone_and_who_has_none_to_go_to_sleeps(
     """All unsubscribed while it was behind, and the next one came before the next group. It looked
     again and again, without a pause."""
     monkeypatch.setattr("foldlog.actors.feeds.ring.RING_GROUPS", 2)
-    feeds, fold = Feeds(), FoldSnapshot.empty()
-    bookmark, other = Bookmark(), Bookmark()
-    feeds.add(other)
+    publisher, bookmark = Publisher(other := Bookmark()), Bookmark()
+    feeds = publisher.feeds
     bookmark.place(feeds._ring, feeds._index)
-    for number in range(5):
-        batch = encode_batch([Put("k", b"%d" % number)], cursor(1))
-        fold = fold.with_group([batch])
-        feeds.publish(fold, fold.seq, [batch])
+    for _ in range(5):
+        publisher.publish("k")
     feeds.remove(other)
-    feeds.publish(fold, fold.seq, [batch])
+    publisher.publish("k")
     slept = Slept()
     monkeypatch.setattr(bookmark, "_wakeup", slept)
     bookmark.sleep(1.0)

@@ -7,12 +7,13 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from actor_kit import DEADLINE_S, FATAL, Steps, batch, cursor, in_thread, results, script, until
+from feeds_kit import drained
 from interrupts import At, Struck, strike
 
 import foldlog
@@ -42,7 +43,6 @@ from foldlog.actors.feeds.ring import Group
 from foldlog.actors.feeds.subscription import Subscription
 from foldlog.actors.store.requests import WriteRequest
 from foldlog.protocol.updates import encode_batch
-from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 
 ON_EACH_ENGINE = True
 
@@ -421,7 +421,7 @@ def test_what_waits_for_a_subscriber_is_bounded_in_groups_updates_and_bytes(
         assert sum(group.updates for group in groups) <= ring_module.RING_UPDATES
         assert sum(group.size for group in groups) <= ring_module.RING_BYTES
     assert held > 1, "it did hold something"
-    events = list(iter(lambda: watch.next(0.0), None))
+    events = drained(watch._subscription)
     assert any(isinstance(event, Lagged) for event in events)
     assert applied(events) == contents(store)
 
@@ -615,19 +615,16 @@ def test_a_forked_child_reads_and_is_refused_a_watch_and_one_from_before_ends_th
 # Groups in an order that only a race makes: by hand.
 
 
-class Publisher:
-    """A store reduced to its feeds: it publishes when, and what, the test says."""
+class Commits:
+    """Eight states; their batches are published when, and in the order that, the test says."""
 
-    def __init__(self, path: Path) -> None:
-        self.engine = Engine(path)
+    def __init__(self) -> None:
         self.feeds = Feeds()
-        self.folds = [self.engine.fold]
-        self.batches: list[Any] = [None]
-
-    def commit(self, *updates: Update) -> None:
-        batch = encode_batch(updates, cursor(len(self.folds)))
-        self.folds.append(self.engine.commit([batch]))
-        self.batches.append(batch)
+        self.folds, self.batches = [FoldSnapshot.empty()], [encode_batch([], cursor(0))]
+        for number in range(1, 8):
+            updates = [Put("a", b"%d" % number), Put(f"n/{number}", b"")]
+            self.batches.append(encode_batch(updates, cursor(number)))
+            self.folds.append(self.folds[-1].with_group(self.batches[-1:]))
 
     def publish(self, first: int, last: int | None = None) -> None:
         last = first if last is None else last
@@ -638,23 +635,12 @@ class Publisher:
 
 
 @pytest.fixture
-def publisher(path: Path) -> Iterator[Publisher]:
-    publisher = Publisher(path)
-    for number in range(1, 8):
-        publisher.commit(Put("a", b"%d" % number), Put(f"n/{number}", b""))
-    yield publisher
-    publisher.engine.close()
-
-
-def drained(subscription: Subscription) -> list[Any]:
-    events = []
-    while (event := subscription.next(0.0)) is not None:
-        events.append(event)
-    return events
+def publisher() -> Commits:
+    return Commits()
 
 
 def test_what_was_published_before_the_state_that_a_watch_begins_with_is_not_told_again(
-    publisher: Publisher,
+    publisher: Commits,
 ):
     def current() -> FoldSnapshot:
         publisher.publish(5)
@@ -669,7 +655,7 @@ def test_what_was_published_before_the_state_that_a_watch_begins_with_is_not_tol
 
 
 def test_what_came_before_a_rewind_is_not_told_to_a_watch_that_begins_behind_it(
-    publisher: Publisher,
+    publisher: Commits,
 ):
     """Published, rewound, then read: the state is the older one; newer events are obsolete."""
 
@@ -684,7 +670,7 @@ def test_what_came_before_a_rewind_is_not_told_to_a_watch_that_begins_behind_it(
     assert [event.seq for event in drained(subscription)] == [3, 3]
 
 
-def test_a_group_that_went_missing_is_made_up_for_by_the_difference(publisher: Publisher):
+def test_a_group_that_went_missing_is_made_up_for_by_the_difference(publisher: Commits):
     subscription = publisher.subscribe(lambda: publisher.folds[2])
     drained(subscription)
     publisher.publish(5)
@@ -696,7 +682,7 @@ def test_a_group_that_went_missing_is_made_up_for_by_the_difference(publisher: P
     )
 
 
-def test_all_that_waits_is_told_to_a_call_that_does_not_wait(publisher: Publisher):
+def test_all_that_waits_is_told_to_a_call_that_does_not_wait(publisher: Commits):
     """Found in review: a group with no match used up a call with no timeout.
 
     A later group matched.
@@ -711,7 +697,7 @@ def test_all_that_waits_is_told_to_a_call_that_does_not_wait(publisher: Publishe
 
 
 def test_a_call_that_does_not_wait_ends_though_the_publisher_is_faster_than_it(
-    publisher: Publisher, monkeypatch
+    publisher: Commits, monkeypatch
 ):
     subscription = publisher.subscribe(lambda: publisher.folds[0], "nothing")
     drained(subscription)
@@ -768,7 +754,7 @@ def test_in_a_forked_child_a_watch_that_another_thread_was_reading_has_ended(ope
     assert results([reader]) == [None]
 
 
-def test_a_watch_that_is_closed_while_a_part_of_it_is_made_keeps_no_state(publisher: Publisher):
+def test_a_watch_that_is_closed_while_a_part_of_it_is_made_keeps_no_state(publisher: Commits):
     """The reader noted where it was after the closing thread had let go of that."""
     subscription = publisher.subscribe(lambda: publisher.folds[0])
     assert isinstance(subscription.next(0.0), Synced)

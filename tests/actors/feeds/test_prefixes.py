@@ -5,31 +5,20 @@ from __future__ import annotations
 import random
 
 import pytest
-from actor_kit import cursor
 from counting import calls_of
+from feeds_kit import Publisher, drained, group_of
 
-from foldlog import FoldSnapshot, Put
+from foldlog import FoldSnapshot
 from foldlog.actors.feeds import ring as ring_module
 from foldlog.actors.feeds.bookmark import Bookmark
-from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.prefixes import PrefixIndex
 from foldlog.actors.feeds.ring import Group, Place, Ring
 from foldlog.actors.feeds.subscription import Subscription
 from foldlog.protocol.events import Changed, Event, Lagged
-from foldlog.protocol.updates import encode_batch
 
 
-class Published:
-    """Feeds to which a test publishes keys."""
-
-    def __init__(self) -> None:
-        self.feeds = Feeds()
-        self.fold = FoldSnapshot.empty()
-
-    def publish(self, *keys: str) -> None:
-        batch = encode_batch([Put(key, b"") for key in keys], cursor(1))
-        self.fold = self.fold.with_group([batch])
-        self.feeds.publish(self.fold, self.fold.seq, [batch])
+class Published(Publisher):
+    """With sleepers."""
 
     def sleeper(self, prefix: str, woken: list[str]) -> Bookmark:
         bookmark = Bookmark(prefix, lambda: woken.append(prefix))
@@ -40,8 +29,7 @@ class Published:
 
 @pytest.fixture
 def published() -> Published:
-    published = Published()
-    published.feeds.add(Bookmark())  # so that there is a place before the first group of a test
+    published = Published(Bookmark())  # so that there is a place before the first group of a test
     published.publish("first")
     return published
 
@@ -67,7 +55,7 @@ def test_a_group_that_does_not_follow_the_last_one_wakes_all(published: Publishe
     """What came between may have changed anything."""
     woken: list[str] = []
     published.sleeper("a", woken)
-    published.fold = published.fold.with_group([encode_batch([Put("a", b"")], cursor(1))])
+    published.prepare("a")
     published.publish("unrelated")
     assert woken == ["a"]
 
@@ -123,12 +111,6 @@ def test_a_group_that_came_just_before_the_sleeper_lay_down_is_not_skipped(publi
     group = bookmark.first()
     assert isinstance(group, Group)
     assert group.touches("a")
-
-
-def group_of(fold: FoldSnapshot, *keys: str) -> Group:
-    batch = encode_batch([Put(key, b"") for key in keys], cursor(1))
-    fold = fold.with_group([batch])
-    return Group(fold, fold.seq, [batch])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -190,8 +172,7 @@ def test_whatever_the_order_of_joining_reading_and_publishing_each_change_is_tol
     keys: list[str] = []
 
     def read(number: int) -> None:
-        while (event := subscriptions[number].next(0.0)) is not None:
-            told[number].append(event)
+        told[number] += drained(subscriptions[number])
 
     for _ in range(300):
         number = chance.randrange(len(prefixes))

@@ -10,41 +10,18 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from actor_kit import cursor
 from counting import Work, usual, work_of
+from feeds_kit import Publisher, batch_of, drained
 
-from foldlog import Changed, FoldSnapshot, Lagged, Put, Synced
+from foldlog import Changed, FoldSnapshot, Lagged, Synced
 from foldlog.actors.feeds import ring as ring_module
 from foldlog.actors.feeds.bookmark import Bookmark
-from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Cell, Group, Lost
 from foldlog.actors.feeds.subscription import Subscription
-from foldlog.protocol.updates import Batch, encode_batch
-
-
-def batch_of(*keys: str) -> Batch:
-    return encode_batch([Put(key, b"") for key in keys], cursor(1))
-
-
-class Publisher:
-    """Publishes groups with the keys that a test names, each on top of the last."""
-
-    def __init__(self) -> None:
-        self.feeds = Feeds()
-        self.fold = FoldSnapshot.empty()
-
-    def publish(self, *keys: str) -> FoldSnapshot:
-        batch = batch_of(*keys)
-        self.fold = self.fold.with_group([batch])
-        self.feeds.publish(self.fold, self.fold.seq, [batch])
-        return self.fold
 
 
 def test_a_group_that_all_have_read_is_freed_at_once():
-    publisher = Publisher()
-    fast, slow = Bookmark(), Bookmark()
-    publisher.feeds.add(fast)
-    publisher.feeds.add(slow)
+    publisher = Publisher(fast := Bookmark(), slow := Bookmark())
     gone = weakref.ref(publisher.publish("a"))
     kept = weakref.ref(publisher.publish("b"))
     publisher.publish("c")
@@ -63,9 +40,7 @@ def test_who_loses_groups_is_told_how_many_batches_and_goes_on_at_the_newest(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(ring_module, "RING_GROUPS", 4)
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Bookmark())
     for number in range(7):
         publisher.publish(f"{number}")
     publisher.feeds.jump(publisher.fold, "rewound by hand")
@@ -83,9 +58,7 @@ def test_who_loses_groups_is_told_how_many_batches_and_goes_on_at_the_newest(
 def test_one_that_never_reads_keeps_no_more_than_the_bound(monkeypatch: pytest.MonkeyPatch):
     """Its cell is emptied, so that nothing hangs on it."""
     monkeypatch.setattr(ring_module, "RING_GROUPS", 4)
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Bookmark())
     states = [weakref.ref(publisher.publish(f"{number}")) for number in range(50)]
     gc.collect()
     assert sum(state() is not None for state in states) <= 5
@@ -121,8 +94,7 @@ def test_a_publisher_that_was_interrupted_at_any_line_costs_no_subscriber_a_chan
     line, was_interrupted = 0, True
     while was_interrupted:
         line += 1
-        publisher = Publisher()
-        publisher.feeds.add(Bookmark())  # so that there is a place before the first group
+        publisher = Publisher(Bookmark())  # so that there is a place before the first group
         start = publisher.publish("first")
         unread, *asleep = (
             Subscription(publisher.feeds, lambda start=start: start, prefix, start)
@@ -131,12 +103,10 @@ def test_a_publisher_that_was_interrupted_at_any_line_costs_no_subscriber_a_chan
         for subscription in asleep:
             assert isinstance(subscription.next(0.0), Synced)
             subscription.bookmark.join()
-        batch = batch_of("a1")
-        fold = publisher.fold = publisher.fold.with_group([batch])
-        was_interrupted = interrupted_at(line, publisher.feeds.publish, fold, fold.seq, [batch])
+        was_interrupted = interrupted_at(line, publisher.feeds.publish, *publisher.prepare("a1"))
         early = told(asleep[-1])  # it reads before the writer has restarted
         if was_interrupted:
-            publisher.feeds.jump(fold)
+            publisher.feeds.jump(publisher.fold)
         publisher.publish("a2", "b")
         assert [told(each) for each in (unread, *asleep[:-1])] == [
             ["a1", "a2"],
@@ -150,15 +120,13 @@ def test_a_publisher_that_was_interrupted_at_any_line_costs_no_subscriber_a_chan
 
 def told(subscription: Subscription) -> list[str]:
     """The keys of all changes that wait. None was lost."""
-    events = list(iter(lambda: subscription.next(0.0), None))
+    events = drained(subscription)
     assert not any(isinstance(event, Lagged) for event in events)
     return [event.update.key for event in events if isinstance(event, Changed)]
 
 
 def test_nothing_of_a_store_is_kept_once_nobody_is_subscribed():
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Bookmark())
     state = weakref.ref(publisher.publish("a"))
     publisher.feeds.remove(bookmark)
     del bookmark
@@ -172,19 +140,17 @@ def test_publishing_takes_the_same_work_for_any_number_of_idle_subscribers(is_sl
     """Found in use: 2,000 idle watches cost the writer 95 % of its rate."""
 
     def work(subscribers: int) -> Work:
-        publisher = Publisher()
         bookmarks = [Bookmark(f"{number:04}/") for number in range(subscribers)]
-        for bookmark in bookmarks:
-            publisher.feeds.add(bookmark)
-            if is_sleeping:
-                bookmark.join()
+        publisher = Publisher(*bookmarks)
+        for bookmark in bookmarks if is_sleeping else ():
+            bookmark.join()
         publisher.publish("other")
-        works = []
-        for _ in range(20):
-            batch = batch_of("other", "keys")
-            fold = publisher.fold = publisher.fold.with_group([batch])
-            works.append(work_of(publisher.feeds.publish, fold, fold.seq, [batch]))
-        return usual(works)
+        return usual(
+            [
+                work_of(publisher.feeds.publish, *publisher.prepare("other", "keys"))
+                for _ in range(20)
+            ]
+        )
 
     few, many = work(2), work(1000)
     assert few.is_like(many), (few, many)
@@ -196,13 +162,10 @@ def test_publishing_to_one_that_never_reads_takes_eight_calls(
     """Found in use: the first idle watch took a fifth of the writer's rate. The ring is full, so a
     group is taken out of it each time."""
     monkeypatch.setattr(ring_module, "RING_GROUPS", 8)
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(Bookmark())
     for number in range(16):
         publisher.publish(f"{number}")
-    batch = batch_of("last")
-    fold = publisher.fold.with_group([batch])
+    last = publisher.prepare("last")
     calls: list[str] = []
 
     def note(frame: FrameType, event: str, argument: object) -> None:
@@ -212,7 +175,7 @@ def test_publishing_to_one_that_never_reads_takes_eight_calls(
     profiled = sys.getprofile()
     sys.setprofile(note)
     try:
-        publisher.feeds.publish(fold, fold.seq, [batch])
+        publisher.feeds.publish(*last)
     finally:
         sys.setprofile(profiled)
     assert len(calls) <= 8, calls
@@ -236,9 +199,7 @@ def test_one_look_tells_whether_a_group_touches_a_prefix():
 
 
 def test_what_was_being_read_while_its_reader_was_closed_brings_nothing_back():
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Bookmark())
     publisher.publish("a")
     publisher.publish("b")
     bookmark.begin(0.0)
@@ -267,9 +228,7 @@ class Replaced(Bookmark):
 
 def test_counting_what_waits_does_not_mind_a_reader_that_wakes_up_meanwhile():
     """`store.stats()` raised AttributeError."""
-    publisher = Publisher()
-    bookmark = Replaced("a")
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Replaced("a"))
     bookmark.kept = publisher.feeds._index.join("a", bookmark.wake)
     publisher.publish("b")
     publisher.publish("b")
@@ -282,9 +241,7 @@ def test_counting_what_waits_leaves_a_spot_that_was_just_released_to_its_reader(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """It took away the spot that the reader had taken in the meantime."""
-    publisher = Publisher()
-    bookmark = Bookmark("a")
-    publisher.feeds.add(bookmark)
+    Publisher(bookmark := Bookmark("a"))
     bookmark.join()
     spot = bookmark._spot
 
@@ -301,9 +258,7 @@ def test_counting_what_waits_leaves_a_spot_that_was_just_released_to_its_reader(
 def test_the_last_group_is_told_though_the_end_comes_with_it(monkeypatch: pytest.MonkeyPatch):
     """Who had just looked found nothing, then found that it was over: derived state and whoever
     else asks for no more after that lacked the last batch."""
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Bookmark())
     waiting = Bookmark._waiting
     looks = []
 
@@ -320,9 +275,7 @@ def test_the_last_group_is_told_though_the_end_comes_with_it(monkeypatch: pytest
 
 
 def test_what_a_closing_thread_dropped_stays_dropped_though_a_read_ends_just_then():
-    publisher = Publisher()
-    bookmark = Bookmark()
-    publisher.feeds.add(bookmark)
+    publisher = Publisher(bookmark := Bookmark())
     publisher.publish("a")
     publisher.publish("b")
 
