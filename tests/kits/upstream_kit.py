@@ -347,6 +347,17 @@ def opened(source: Any) -> Iterator[Any]:
         source.close()
 
 
+def mirrored(path: Path, upstream: Any, **options: Any) -> foldlog.Mirror:
+    """A mirror that is in step."""
+    mirror = foldlog.mirror(path, upstream, **options)
+    try:
+        mirror.wait_synced(30)
+    except BaseException:
+        mirror.close()
+        raise
+    return mirror
+
+
 def same(mirror: foldlog.Mirror, source: Any) -> bool:
     """Whether the mirror holds what its upstream does."""
     return dict(mirror.snapshot().items()) == source.entries()

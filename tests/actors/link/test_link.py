@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import virtual_time
 from scripted_upstream import Marked, Plain, Scripted, at
-from upstream_kit import until
+from upstream_kit import mirrored, until
 from virtual_link import MemorySink, drive, failed, live, reached
 
 import foldlog
@@ -251,8 +251,7 @@ def test_a_client_library_that_cancels_its_own_work_does_not_end_the_link(path):
 
     upstream = Cancels()
     upstream.put("k", b"1")
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream) as mirror:
         assert (upstream.cancelled, mirror.stats().link.attaches) == (2, 3)
 
 
@@ -335,8 +334,7 @@ def test_a_store_that_refuses_a_batch_is_tried_again_from_its_cursor(path):
     """The cursor is written with the data: what the disk refused is asked for again."""
     upstream, files = Scripted(), FaultyFiles()
     upstream.put("k.0", b"0")
-    with foldlog.mirror(path, upstream, files=files) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream, files=files) as mirror:
         files.arm(*(Fault("write", nth=nth, error=28) for nth in range(1, 4)))
         for number in range(1, 6):
             upstream.put(f"k.{number}", b"%d" % number)
@@ -358,8 +356,7 @@ def test_a_disk_that_stalls_holds_up_the_link_and_no_read(path):
 
     armed, upstream = threading.Event(), Scripted()
     upstream.put("a", b"1")
-    with foldlog.mirror(path, upstream, files=FaultyFiles(hook=hook)) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream, files=FaultyFiles(hook=hook)) as mirror:
         armed.set()
         upstream.put("b", b"2")
         try:
@@ -402,18 +399,15 @@ def test_a_doubt_about_values_outlives_the_attachment_in_which_it_arose(path):
     upstream = Restored()
     for number in range(3):
         upstream.put(f"k.{number}", b"old")
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    mirrored(path, upstream).close()
     upstream.updates[1] = upstream.updates[1]._replace(value=b"new")
     upstream.put("k.3", b"new")
     upstream.past, upstream.lost = b"2", "now"
-    with foldlog.mirror(path, upstream, on_applied=lambda updates, cursor: moved.set()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream, on_applied=lambda updates, cursor: moved.set()) as mirror:
         assert values(mirror) == true(upstream)
         assert mirror.cursor() == at(4)
         assert mirror.stats().link.attaches == 2
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream) as mirror:
         assert mirror.stats().link.mended == 0
 
 
@@ -421,8 +415,7 @@ def test_an_upstream_that_goes_back_while_the_connection_holds_is_noticed_by_an_
     upstream = Marked()
     for number in range(3):
         upstream.put(f"k.{number}", b"old")
-    with foldlog.mirror(path, upstream, audit_interval_s=0.01) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream, audit_interval_s=0.01) as mirror:
         # The same sequences, and other values.
         upstream.updates[1] = upstream.updates[1]._replace(value=b"new")
         upstream.past = b"2"
@@ -451,8 +444,7 @@ def test_a_load_that_was_cut_short_compares_values_when_it_goes_on(path):
         until(lambda: len(mirror) == 2)
     upstream.updates[0] = upstream.updates[0]._replace(value=b"new")
     upstream.whole = True
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream) as mirror:
         assert values(mirror) == true(upstream)
 
 
@@ -473,8 +465,7 @@ def test_a_first_look_that_a_second_one_does_not_confirm_rewinds_nothing(path):
     upstream = Deposed()
     for number in range(3):
         upstream.put(f"k.{number}", b"1")
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    mirrored(path, upstream).close()
     upstream.deposed = True
     with foldlog.mirror(path, upstream) as mirror:
         watch = mirror.watch(since=mirror.snapshot())
@@ -493,8 +484,7 @@ def test_an_entry_over_the_limits_that_is_skipped_takes_its_old_value_along_and_
     upstream = Scripted()
     upstream.put("k", b"small")
     upstream.put("l", b"1")
-    with foldlog.mirror(path, upstream, on_oversize="skip", audit_interval_s=0.001) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream, on_oversize="skip", audit_interval_s=0.001) as mirror:
         upstream.put("k", bytes(MAX_VALUE_BYTES + 1))
         until(lambda: mirror.cursor() == at(3))
         assert values(mirror) == {"l": b"1"}
@@ -576,8 +566,7 @@ def test_an_upstream_that_does_not_let_go_is_left(path, monkeypatch):
 
     upstream = Clings()
     upstream.put("k", b"1")
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream) as mirror:
         assert (upstream.closes, mirror.stats().link.attaches) == (1, 2)
     until(lambda: upstream.closes == 2)
 
@@ -725,8 +714,7 @@ def test_consent_to_a_reset_is_not_kept_for_another_one(path, kind):
 
     upstream = Comes()
     upstream.put("k", b"1")
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    mirrored(path, upstream).close()
     upstream.foreign = True
     with foldlog.mirror(path, upstream) as mirror:
         with pytest.raises(ResetHeld):
@@ -789,8 +777,7 @@ def test_a_parse_that_is_not_pure_does_not_make_audits_spin(path):
 
     upstream = Scripted()
     upstream.put("k")
-    with foldlog.mirror(path, upstream, parse=parse, audit_interval_s=600) as mirror:
-        mirror.wait_synced(30)
+    mirrored(path, upstream, parse=parse, audit_interval_s=600).close()
     with foldlog.mirror(path, upstream, parse=parse, audit_interval_s=600) as mirror:
         until(lambda: mirror.stats().link.audits == 2)
         position = mirror.cursor()
@@ -810,8 +797,7 @@ def test_a_rewind_that_only_an_audit_sees_is_told_to_watchers(path):
 
     upstream = Backwards()
     upstream.put("k", b"1")
-    with foldlog.mirror(path, upstream, audit_interval_s=0.01) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream, audit_interval_s=0.01) as mirror:
         watch = mirror.watch(since=mirror.snapshot())
         assert isinstance(watch.next(30), Synced)
         upstream.back = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import servers
-from upstream_kit import same, until
+from upstream_kit import mirrored, same, until
 
 import foldlog
 from foldlog import LinkState
@@ -18,8 +18,7 @@ def source(etcd):
 
 def test_changes_of_one_revision_are_one_batch(source, path):
     """A cursor in the middle of a revision would lose the rest of it."""
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         seq, cursor = mirror.snapshot().seq, mirror.cursor().as_u64()
         source.put_together({f"together.{number}": b"1" for number in range(50)})
         until(lambda: "together.0" in mirror)
@@ -33,13 +32,11 @@ def test_changes_of_one_revision_are_one_batch(source, path):
 def test_a_compaction_past_the_cursor_is_told_as_the_difference(source, path):
     source.put("kept", b"1")
     source.put("goes", b"1")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    mirrored(path, source.upstream()).close()
     source.delete("goes")
     source.put("kept", b"2")
     source.forget()
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         assert same(mirror, source)
         assert "goes" not in mirror
         assert mirror.stats().link.resets == 1
@@ -51,8 +48,7 @@ def test_many_keys_are_read_page_by_page_at_one_revision(source, path, monkeypat
     monkeypatch.setattr(etcd, "PAGE_KEYS", 7)
     source.put_together({f"page.{number:02}": b"v" for number in range(50)})
     upstream = Etcd(f"http://127.0.0.1:{source.server.port}", prefix="page.")
-    with foldlog.mirror(path, upstream) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, upstream) as mirror:
         assert len(mirror) == 50
         source.delete("page.07")
         source.put("other", b"")

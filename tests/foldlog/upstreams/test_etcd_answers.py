@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ssl
 
 import pytest
 import virtual_time
+from virtual_time import in_virtual_time
 
 from foldlog import Delete, Put, VersionToken, WatchCursor
 from foldlog.protocol.upstream import UpstreamError, UpstreamLost, UpstreamRefused
@@ -184,19 +186,13 @@ def test_a_prefix_is_a_range_of_keys(gateway, prefix, end):
     ],
 )
 @pytest.mark.parametrize("call", ["range", "watch"])
-def test_a_failure_is_told_for_what_it_is(gateway, error, kind, reason, call):
+@in_virtual_time
+async def test_a_failure_is_told_for_what_it_is(gateway, error, kind, reason, call):
     """The reason of a timeout was empty, as is the text of a TimeoutError."""
     gateway.error = error
     upstream = Etcd("http://h")
-
-    async def ask():
-        if call == "range":
-            await upstream.identify()
-        else:
-            await anext(upstream.changes(at(7), ()))
-
     with pytest.raises(UpstreamError, match=reason) as caught:
-        virtual_time.run(ask())
+        await (upstream.identify() if call == "range" else anext(upstream.changes(at(7), ())))
     assert type(caught.value) is kind
 
 
@@ -213,24 +209,23 @@ def test_a_server_that_does_not_answer_is_lost(gateway, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 7])
-def test_pages_are_read_at_one_revision_and_go_on_after_the_last_key(gateway, monkeypatch, count):
+@in_virtual_time
+async def test_pages_are_read_at_one_revision_and_go_on_after_the_last_key(
+    gateway, monkeypatch, count
+):
     monkeypatch.setattr(etcd_module, "PAGE_KEYS", 3)
     gateway.kvs = [kv(b"k.%d" % n, n + 1) for n in range(count)]
     upstream = Etcd("http://h", prefix="k.")
-
-    async def read():
-        pieces = []
-        async for piece in upstream.state(()):
-            pieces.append(piece)
-            gateway.revision += 1
-        return pieces, await upstream.revisions(())
-
-    pieces, revisions = virtual_time.run(read())
+    pieces = []
+    async for piece in upstream.state(()):
+        pieces.append(piece)
+        gateway.revision += 1
     assert [update for piece in pieces for update in piece.updates] == [
         Put(f"k.{n}", b"v", VersionToken.from_u64(n + 1)) for n in range(count)
     ]
     assert {piece.position for piece in pieces} == {at(7)}
     assert len(pieces) == max(-(-count // 3), 1)
+    revisions = await upstream.revisions(())
     assert revisions.versions == {f"k.{n}": VersionToken.from_u64(n + 1) for n in range(count)}
     assert revisions.position == at(gateway.revision)
     keys_only = [body.get("keys_only", False) for _, body, _ in gateway.asked]
@@ -248,21 +243,10 @@ def test_a_page_that_promises_more_and_holds_nothing_ends_reading(gateway, monke
 # Changes.
 
 
-AFTER = WatchCursor.from_u64(5)
-
-
-def watched(gateway, script, after=AFTER):
-    """Run a test, given a function that returns the next piece."""
-
-    async def main():
-        upstream = Etcd("http://h")
-        changes = upstream.changes(after, ())
-        try:
-            return await script(changes.__anext__)
-        finally:
-            await changes.aclose()
-
-    return virtual_time.run(main())
+def watched(after=5):
+    """The changes after a revision, closed at the end of the block."""
+    position = at(after) if after else WatchCursor.none()
+    return contextlib.aclosing(Etcd("http://h").changes(position, ()))
 
 
 def events(*changes) -> dict:
@@ -273,16 +257,15 @@ def put(key: bytes, revision: int) -> dict:
     return {"kv": kv(key, revision)}
 
 
-def test_a_watch_begins_after_the_position_and_tells_puts_and_deletes(gateway):
-    async def script(following):
-        gateway.lines.put_nowait({"result": {"created": True}})
-        gateway.lines.put_nowait(
-            events(put(b"a", 6), {"type": "DELETE", "kv": kv(b"b", 6, None)}, put(b"c", 7))
-        )
-        gateway.lines.put_nowait(events({"type": "PUT", "kv": kv(b"empty", 8, None)}))
-        return await following(), await following()
-
-    first, second = watched(gateway, script)
+@in_virtual_time
+async def test_a_watch_begins_after_the_position_and_tells_puts_and_deletes(gateway):
+    gateway.lines.put_nowait({"result": {"created": True}})
+    gateway.lines.put_nowait(
+        events(put(b"a", 6), {"type": "DELETE", "kv": kv(b"b", 6, None)}, put(b"c", 7))
+    )
+    gateway.lines.put_nowait(events({"type": "PUT", "kv": kv(b"empty", 8, None)}))
+    async with watched() as changes:
+        first, second = await anext(changes), await anext(changes)
     assert gateway.asked[0][1]["create_request"]["start_revision"] == 6
     six, seven = VersionToken.from_u64(6), VersionToken.from_u64(7)
     assert first.updates == [Put("a", b"v", six), Delete("b", six), Put("c", b"v", seven)]
@@ -291,13 +274,19 @@ def test_a_watch_begins_after_the_position_and_tells_puts_and_deletes(gateway):
     assert gateway.closed == 1
 
 
-def test_a_watch_from_the_start_begins_with_the_first_revision(gateway):
-    async def script(following):
-        gateway.lines.put_nowait(events(put(b"a", 1)))
-        return (await following()).position
-
-    assert watched(gateway, script, WatchCursor.none()) == at(1)
-    assert gateway.asked[0][1]["create_request"]["start_revision"] == 1
+@pytest.mark.parametrize(
+    ("after", "start", "revision", "position"),
+    [
+        (0, 1, 1, 1),
+        (5, 6, 4, 5),  # events that are read again do not move the position back
+    ],
+)
+@in_virtual_time
+async def test_a_watch_goes_on_from_its_position(gateway, after, start, revision, position):
+    gateway.lines.put_nowait(events(put(b"a", revision)))
+    async with watched(after) as changes:
+        assert (await anext(changes)).position == at(position)
+    assert gateway.asked[0][1]["create_request"]["start_revision"] == start
 
 
 @pytest.mark.parametrize(
@@ -309,20 +298,21 @@ def test_a_watch_from_the_start_begins_with_the_first_revision(gateway):
         ([6, 7, 7], [None, None, 0]),
     ],
 )
-def test_a_revision_without_a_change_is_in_step_once_it_has_settled(gateway, revisions, behind):
-    async def script(following):
-        found = []
-        for gateway.revision in revisions:
-            piece = await following()
-            assert (piece.updates, piece.position) == ([], at(5))
-            found.append(piece.behind)
-        assert asyncio.get_running_loop().time() == len(revisions) * etcd_module.LOOK_S
-        return found
-
-    assert watched(gateway, script) == behind
+@in_virtual_time
+async def test_a_revision_without_a_change_is_in_step_once_it_has_settled(
+    gateway, revisions, behind
+):
+    async with watched() as changes:
+        for gateway.revision, told in zip(revisions, behind, strict=True):
+            piece = await anext(changes)
+            assert (piece.updates, piece.position, piece.behind) == ([], at(5), told)
+    assert asyncio.get_running_loop().time() == len(revisions) * etcd_module.LOOK_S
 
 
-def test_a_change_that_comes_while_the_revision_is_asked_for_is_not_in_step(gateway, monkeypatch):
+@in_virtual_time
+async def test_a_change_that_comes_while_the_revision_is_asked_for_is_not_in_step(
+    gateway, monkeypatch
+):
     answer = gateway.post
 
     async def post(*arguments):
@@ -332,11 +322,9 @@ def test_a_change_that_comes_while_the_revision_is_asked_for_is_not_in_step(gate
 
     monkeypatch.setattr(etcd_module, "post", post)
     gateway.revision = 5
-
-    async def script(following):
-        return (await following()).behind, (await following()).position
-
-    assert watched(gateway, script) == (None, at(6))
+    async with watched() as changes:
+        assert (await anext(changes)).behind is None
+        assert (await anext(changes)).position == at(6)
 
 
 @pytest.mark.parametrize(
@@ -349,13 +337,12 @@ def test_a_change_that_comes_while_the_revision_is_asked_for_is_not_in_step(gate
         (events(put(b"a\xff", 6)), UpstreamRefused, "is not UTF-8"),
     ],
 )
-def test_a_watch_that_ends_says_why_and_is_closed(gateway, line, kind, reason):
-    async def script(following):
-        gateway.lines.put_nowait(line)
-        await following()
-
-    with pytest.raises(kind, match=reason):
-        watched(gateway, script)
+@in_virtual_time
+async def test_a_watch_that_ends_says_why_and_is_closed(gateway, line, kind, reason):
+    gateway.lines.put_nowait(line)
+    async with watched() as changes:
+        with pytest.raises(kind, match=reason):
+            await anext(changes)
     assert gateway.closed == 1
 
 
@@ -367,21 +354,12 @@ def test_a_watch_that_ends_says_why_and_is_closed(gateway, line, kind, reason):
         ({"cancel_reason": "no permission"}, 0, "no permission"),
     ],
 )
-def test_a_watch_that_is_cancelled_tells_from_where_one_can_resume(gateway, result, first, reason):
+@in_virtual_time
+async def test_a_watch_that_is_cancelled_tells_from_where_one_can_resume(
+    gateway, result, first, reason
+):
     upstream = Etcd("http://h")
-
-    async def ask():
-        gateway.lines.put_nowait({"result": {"canceled": True, **result}})
-        with pytest.raises(UpstreamLost, match=reason):
-            await anext(upstream.changes(at(3), ()))
-        return await upstream.identify()
-
-    assert virtual_time.run(ask()).first == at(first)
-
-
-def test_events_that_are_read_again_do_not_move_the_position_back(gateway):
-    async def script(following):
-        gateway.lines.put_nowait(events(put(b"a", 4)))
-        return (await following()).position
-
-    assert watched(gateway, script) == at(5)
+    gateway.lines.put_nowait({"result": {"canceled": True, **result}})
+    with pytest.raises(UpstreamLost, match=reason):
+        await anext(upstream.changes(at(3), ()))
+    assert (await upstream.identify()).first == at(first)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from fake_nats import FakeNats, status
-from upstream_kit import until
+from upstream_kit import mirrored, until
 
 import foldlog
 from foldlog.upstreams import NatsKv
@@ -56,11 +56,10 @@ def _status(frames, line, headers=""):
     return status("_INBOX.x.1", sid, line, headers)
 
 
-def mirrored(path, server):
-    """A mirror that holds the first 4 entries, closed."""
+def half_mirrored(path, server):
+    """Make a mirror that holds the first 4 entries."""
     everything, server.entries = server.entries, dict(list(server.entries.items())[:4])
-    with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, NatsKv(server.url, bucket="b")) as mirror:
         assert len(mirror) == 4
     server.entries = everything
 
@@ -68,7 +67,7 @@ def mirrored(path, server):
 @pytest.mark.parametrize("damage", sorted(DAMAGE))
 def test_what_is_lost_repeated_or_reordered_is_noticed_and_read_again(path, damage):
     with FakeNats(ENTRIES, first(DAMAGE[damage])) as server:
-        mirrored(path, server)
+        half_mirrored(path, server)
         with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
             until(lambda: mirror.cursor().as_u64() == 8)
             mirror.wait_synced(30)
@@ -83,7 +82,7 @@ def test_a_request_that_ends_for_any_reason_loses_nothing(path, reason):
         return [*frames[:2], _status(frames, reason)]
 
     with FakeNats(ENTRIES, first(cut)) as server:
-        mirrored(path, server)
+        half_mirrored(path, server)
         with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
             until(lambda: mirror.cursor().as_u64() == 8)
             assert dict(mirror.snapshot().items()) == ENTRIES
@@ -99,8 +98,7 @@ def test_a_pass_ends_though_the_server_counts_messages_that_there_are_not(path, 
     monkeypatch.setattr(nats_pull, "SILENCE_S", 1.0)
     with FakeNats(ENTRIES, first(lambda frames: frames)) as server:
         server.drift = drift
-        with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
-            mirror.wait_synced(30)
+        with mirrored(path, NatsKv(server.url, bucket="b")) as mirror:
             assert dict(mirror.snapshot().items()) == ENTRIES
 
 
@@ -108,8 +106,7 @@ def test_a_pass_whose_requests_are_refused_for_a_while_is_complete_all_the_same(
     """What does not answer yet is not at its end."""
     with FakeNats(ENTRIES, first(lambda frames: frames)) as server:
         server.refusals, server.drift = 30, "refuses"
-        with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
-            mirror.wait_synced(30)
+        with mirrored(path, NatsKv(server.url, bucket="b")) as mirror:
             assert server.refusals == 0
             assert dict(mirror.snapshot().items()) == ENTRIES
             assert mirror.stats().link.mended == 0
@@ -125,7 +122,7 @@ def test_a_server_that_falls_silent_is_let_go_of(path, monkeypatch):
         return []
 
     with FakeNats(ENTRIES, first(mute)) as server:
-        mirrored(path, server)
+        half_mirrored(path, server)
         with foldlog.mirror(path, NatsKv(server.url, bucket="b")) as mirror:
             until(lambda: mirror.cursor().as_u64() == 8)
             assert mirror.stats().link.attaches >= 2

@@ -8,7 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from upstream_kit import DEADLINE_S, until
+from upstream_kit import DEADLINE_S, mirrored, until
 
 import foldlog
 from foldlog import Changed, Delete, FollowerState, LinkState, Put, Synced, WatchCursor
@@ -33,14 +33,12 @@ def test_a_log_that_another_took_the_place_of_is_told_as_the_difference(tmp_path
     source = tmp_path / "a.log"
     with foldlog.open(source) as store:
         store.put("old", b"1")
-        with foldlog.mirror(path, LogFile(source)) as mirror:
-            mirror.wait_synced(30)
+        mirrored(path, LogFile(source)).close()
     source.unlink()
     with foldlog.open(source) as store:
         for number in range(3):
             store.put(f"new.{number}", b"1")
-        with foldlog.mirror(path, LogFile(source)) as mirror:
-            mirror.wait_synced(30)
+        with mirrored(path, LogFile(source)) as mirror:
             assert equal(mirror, store)
             assert mirror.stats().link.resets == 1
 
@@ -48,8 +46,7 @@ def test_a_log_that_another_took_the_place_of_is_told_as_the_difference(tmp_path
 def test_a_batch_is_mirrored_whole_and_its_entries_keep_their_versions(tmp_path, path):
     with foldlog.open(tmp_path / "a.log") as store:
         store.put("gone", b"")
-        with foldlog.mirror(path, LogFile(tmp_path / "a.log")) as mirror:
-            mirror.wait_synced(30)
+        with mirrored(path, LogFile(tmp_path / "a.log")) as mirror:
             seq = mirror.snapshot().seq
             updates = [Put(f"k{n}", b"", foldlog.VersionToken.from_u64(n)) for n in range(2500)]
             store.apply([*updates, Delete("gone")], WatchCursor.from_u64(9))
@@ -61,9 +58,8 @@ def test_a_batch_is_mirrored_whole_and_its_entries_keep_their_versions(tmp_path,
 def test_compactions_of_the_source_lose_nothing(tmp_path, path):
     with (
         foldlog.open(tmp_path / "a.log") as store,
-        foldlog.mirror(path, LogFile(tmp_path / "a.log")) as mirror,
+        mirrored(path, LogFile(tmp_path / "a.log")) as mirror,
     ):
-        mirror.wait_synced(30)
         for number in range(20):
             store.put(f"k{number % 7}", b"%d" % number)
             if number % 5 == 4:

@@ -11,24 +11,13 @@ from pathlib import Path
 
 import pytest
 import servers
-from upstream_kit import NatsSource, opened, same, until
+from upstream_kit import NatsSource, mirrored, opened, same, until
 
 import foldlog
 from foldlog import LinkState
 from foldlog.upstreams import Etcd, NatsKv, from_url, nats_connection, nats_pull
 
 pytest.importorskip("nats", reason="nats-py is not installed: the extra `nats`")
-
-
-def mirrored(path, upstream, **options):
-    """A mirror that is in step."""
-    mirror = foldlog.mirror(path, upstream, **options)
-    try:
-        mirror.wait_synced(30)
-    except BaseException:
-        mirror.close()
-        raise
-    return mirror
 
 
 # TLS.
@@ -245,8 +234,7 @@ def test_a_domain_is_reached_through_a_leaf_node(tmp_path, path):
             there.put_many({f"k.{number}": b"hub" for number in range(50)})
             here.put("k.1", b"leaf")
             upstream = here.upstream(domain="hub")
-            with foldlog.mirror(path, upstream) as mirror:
-                mirror.wait_synced(30)
+            with mirrored(path, upstream) as mirror:
                 assert same(mirror, there)
                 there.put("k.1", b"new")
                 until(lambda: same(mirror, there))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import servers
-from upstream_kit import NatsSource, opened, same, until
+from upstream_kit import NatsSource, mirrored, opened, same, until
 
 import foldlog
 from foldlog import Changed, LinkState, Rewound, Synced
@@ -36,17 +36,6 @@ def source(server, tmp_path):
         yield source
 
 
-def mirrored(path, source, **options):
-    """A mirror that is in step."""
-    mirror = foldlog.mirror(path, source.upstream(), **options)
-    try:
-        mirror.wait_synced(30)
-    except BaseException:
-        mirror.close()
-        raise
-    return mirror
-
-
 # What a cursor does not tell.
 
 
@@ -54,7 +43,7 @@ def test_a_recreated_bucket_is_replaced_as_one_batch_and_told_as_the_difference(
     """A new bucket under the old name counts from 1. Resuming at the old cursor lost 100 of 105
     updates, without an error."""
     source.put_many({f"k.{n}": b"old" for n in range(50)})
-    with mirrored(path, source) as mirror:
+    with mirrored(path, source.upstream()) as mirror:
         watch = mirror.watch(since=mirror.snapshot())
         assert isinstance(watch.next(30), Synced)
         seq = mirror.snapshot().seq
@@ -88,7 +77,7 @@ def mirrored_and_restored(source, folder, path, writes) -> None:
     put_back(source, folder)  # takes the copy
     source.put("b", b"lost")
     source.put("c", b"lost")
-    mirrored(path, source).close()
+    mirrored(path, source.upstream()).close()
     put_back(source, folder)
     for key, value in writes:
         source.put(key, value)
@@ -101,7 +90,7 @@ def test_a_stream_restored_from_a_copy_is_not_resumed(tmp_path, path):
     with opened(NatsSource(tmp_path / "nats")) as source:
         writes = [("b", b"kept"), ("c", b"kept"), ("d", b"kept")]
         mirrored_and_restored(source, tmp_path / "nats", path, writes)
-        with mirrored(path, source) as mirror:
+        with mirrored(path, source.upstream()) as mirror:
             assert same(mirror, source)
             assert mirror.get("b").value == b"kept"
             assert mirror.stats().link.resets == 1
@@ -112,7 +101,7 @@ def test_values_are_audited_where_the_position_is_no_longer_known(tmp_path, path
     with opened(NatsSource(tmp_path / "nats")) as source:
         writes = [("b", b"kept"), ("c", b"kept"), ("c", b"again")]
         mirrored_and_restored(source, tmp_path / "nats", path, writes)
-        with mirrored(path, source) as mirror:
+        with mirrored(path, source.upstream()) as mirror:
             assert same(mirror, source)
             assert mirror.stats().link.mended == 1
 
@@ -121,17 +110,17 @@ def test_a_hot_bucket_loses_nothing_and_is_resumed(source, path):
     """Of 50 hot keys with a history of 1, the first sequence is past the cursor at once, though
     nothing was lost."""
     source.put_many({f"k.{n}": b"0" for n in range(50)})
-    mirrored(path, source).close()
+    mirrored(path, source.upstream()).close()
     for turn in range(3):
         source.put_many({f"k.{n}": b"%d" % turn for n in range(50)})
-    with mirrored(path, source) as mirror:
+    with mirrored(path, source.upstream()) as mirror:
         assert same(mirror, source)
         assert (mirror.stats().link.resets, mirror.stats().link.mended) == (0, 0)
 
 
 def test_keys_that_expire_without_a_word_are_found_by_an_audit(source, path):
     source.put("old", b"1")
-    with mirrored(path, source, audit_interval_s=0.2) as mirror:
+    with mirrored(path, source.upstream(), audit_interval_s=0.2) as mirror:
         assert "old" in mirror
         limit_ns = 100_000_000  # the shortest that a server takes
         assert source.configure(max_age=limit_ns, duplicate_window=limit_ns)
@@ -145,7 +134,7 @@ def test_purges_and_deletes_of_keys_are_told(server, tmp_path, path, history):
         for key in ("a", "b", "c"):
             source.put(key, b"1")
             source.put(key, b"2")
-        with mirrored(path, source) as mirror:
+        with mirrored(path, source.upstream()) as mirror:
             source.purge("a")
             source.delete("b")
             until(lambda: list(mirror.snapshot()) == ["c"])
@@ -155,7 +144,7 @@ def test_purges_and_deletes_of_keys_are_told(server, tmp_path, path, history):
 
 def test_a_mass_delete_holds_and_asks(source, path):
     source.put_many({f"k.{n}": b"" for n in range(200)})
-    with mirrored(path, source) as mirror:
+    with mirrored(path, source.upstream()) as mirror:
         source.recreate()
         until(lambda: mirror.link.state is LinkState.FAILED)
         with pytest.raises(foldlog.ResetHeld, match="200 of 200 keys would be deleted"):
@@ -170,7 +159,7 @@ def test_a_mass_delete_holds_and_asks(source, path):
 
 def test_no_consumer_stays_on_the_server(source, path):
     for _ in range(8):
-        mirrored(path, source).close()
+        mirrored(path, source.upstream()).close()
     until(lambda: source.consumers() == 0)
 
 
@@ -202,7 +191,7 @@ def test_keys_that_clients_refuse_are_held(source, path):
     keys = ["ü", "a:b", "a=b/c", "_x", "A.b.C", "x" * 500]
     for key in keys:
         source.put(key, key.encode())
-    with mirrored(path, source) as mirror:
+    with mirrored(path, source.upstream()) as mirror:
         assert list(mirror.snapshot()) == sorted(keys)
         source.delete("ü")
         until(lambda: "ü" not in mirror)
@@ -216,7 +205,7 @@ def test_values_larger_than_a_request_may_bring_arrive(tmp_path, path):
         source.put("before", b"1")
         source.put("large", b"v" * (9 * 1024 * 1024))
         source.put("after", b"1")
-        with mirrored(path, source) as mirror:
+        with mirrored(path, source.upstream()) as mirror:
             assert len(mirror.get("large").value) == 9 * 1024 * 1024
             source.put("large", b"w" * (9 * 1024 * 1024))
             source.put("last", b"1")
@@ -224,9 +213,9 @@ def test_values_larger_than_a_request_may_bring_arrive(tmp_path, path):
             assert mirror.get("large").value[:1] == b"w"
         source.put("huge", b"v" * (17 * 1024 * 1024))
         with pytest.raises(foldlog.UpstreamOversize, match="'huge'") as caught:
-            mirrored(path, source)
+            mirrored(path, source.upstream())
         assert caught.value.key == "huge"
-        with mirrored(path, source, on_oversize="skip") as mirror:
+        with mirrored(path, source.upstream(), on_oversize="skip") as mirror:
             assert mirror.stats().link.skipped == 1
             assert sorted(mirror.snapshot()) == ["after", "before", "large", "last"]
             source.put("huge", b"small now")
@@ -238,7 +227,7 @@ def test_more_bytes_than_a_request_may_bring_arrive(source, path):
     """NATS 2.9 left out of a pass each message for which the open requests had no bytes left."""
     keys = {f"k.{number}": b"v" * 100_000 for number in range(300)}
     source.put_many(keys)
-    with mirrored(path, source) as mirror:
+    with mirrored(path, source.upstream()) as mirror:
         assert dict(mirror.snapshot().items()) == keys
         assert mirror.stats().link.mended == 0
 
@@ -261,7 +250,7 @@ def test_a_prefix_becomes_filters_at_the_boundary_of_a_token(prefixes, filters):
 
 def test_filters_reach_the_server_and_what_they_leave_out_never_comes(source, path):
     source.put_many({f"{where}.{n}": b"" for where in ("eu", "us", "uk") for n in range(20)})
-    with mirrored(path, source, prefix=["eu.1", "us."]) as mirror:
+    with mirrored(path, source.upstream(), prefix=["eu.1", "us."]) as mirror:
         assert len(mirror) == 11 + 20
         source.put("uk.1", b"x")
         source.put("eu.15", b"x")
@@ -330,7 +319,7 @@ def test_refused_credentials_fail_at_once_and_show_nowhere(tmp_path, path, caplo
 
 def test_a_log_of_another_bucket_is_held(source, server, tmp_path, path):
     source.put("k", b"ours")
-    mirrored(path, source).close()
+    mirrored(path, source.upstream()).close()
     with opened(NatsSource(tmp_path, next(names), server=server)) as other:
         other.put("k", b"theirs")
         with foldlog.mirror(path, other.upstream()) as mirror:
@@ -349,7 +338,7 @@ def test_the_first_update_comes_within_a_second_of_a_servers_return(tmp_path, pa
     monkeypatch.setattr(link_module, "retry_delay_s", noted_delay_s)
     with opened(NatsSource(tmp_path / "nats")) as source:
         source.put("k", b"0")
-        with mirrored(path, source) as mirror:
+        with mirrored(path, source.upstream()) as mirror:
             watch = mirror.watch(since=mirror.snapshot())
             assert isinstance(watch.next(30), Synced)
             source.server.kill()
@@ -377,7 +366,7 @@ def test_a_client_that_is_killed_while_it_loads_or_follows_is_exact_afterwards(s
         finally:
             process.kill()
             process.wait()
-    with mirrored(path, source) as mirror:
+    with mirrored(path, source.upstream()) as mirror:
         assert (len(mirror), mirror.get("k.5").value) == (5997, b"2")
         assert mirror.verify().ok
 

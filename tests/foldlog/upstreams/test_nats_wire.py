@@ -61,11 +61,27 @@ STREAM = [
 ]
 
 
+def receiver_of(wire: Wire | None = None, subjects: str = "$KV.b.") -> Receiver:
+    """A receiver; of subscription 7, if a wire is given."""
+    receiver = Receiver("b", subjects, lambda: None)
+    if wire is not None:
+        wire.receivers[b"7"] = receiver
+    return receiver
+
+
+def taken(data: bytes) -> Run | Status:
+    """The one thing that a receiver makes of data, all of which it takes."""
+    receiver = receiver_of()
+    assert receiver.take(data, 0, b"7") == len(data)
+    (arrived,) = receiver.waiting
+    return arrived
+
+
 def received(pieces: list[bytes]) -> tuple[list[object], list[bytes]]:
     """What the receiver of subscription 7 and nats-py's parser get."""
     parser = Parser()
     wire = Wire(parser)
-    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of(wire)
 
     async def feed() -> None:
         for piece in pieces:
@@ -121,18 +137,11 @@ def test_messages_may_be_cut_anywhere():
 
 
 def test_a_status_that_answers_no_request_has_the_number_0():
-    receiver = Receiver("b", "$KV.b.", lambda: None)
-    data = status(b"100 Beat").replace(b"_INBOX.x.1 ", b"_INBOX.x.beat ")
-    assert receiver.take(data, 0, b"7") == len(data)
-    (told,) = receiver.waiting
-    assert told.number == 0
+    assert taken(status(b"100 Beat").replace(b"_INBOX.x.1 ", b"_INBOX.x.beat ")).number == 0
 
 
 def test_the_last_message_of_a_run_tells_its_position():
-    receiver = Receiver("b", "$KV.b.", lambda: None)
-    data = message(b"a", 1, b"xy") + message(b"b", 2, b"z")
-    assert receiver.take(data, 0, b"7") == len(data)
-    (run,) = receiver.waiting
+    run = taken(message(b"a", 1, b"xy") + message(b"b", 2, b"z"))
     assert (run.last, run.stored_ns, run.pending, run.size) == (20, 99, 3, 3)
 
 
@@ -146,7 +155,7 @@ def test_the_last_message_of_a_run_tells_its_position():
     ],
 )
 def test_a_domain_adds_tokens_to_a_reply(reply):
-    receiver = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of()
     data = b"MSG $KV.b.a 7 $JS.ACK.%s 2\r\nxy\r\n" % reply.encode()
     assert receiver.take(data, 0, b"7") == len(data)
     (run,) = receiver.waiting
@@ -167,7 +176,7 @@ def test_what_cannot_be_held_ends_the_receiver_and_not_the_connection(data, erro
     saw was silence, again and again."""
     parser = Parser()
     wire = Wire(parser)
-    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of(wire)
     asyncio.run(wire.parse(data + message(b"z", 1, b"") + OTHERS[0]))
     assert parser.units == [OTHERS[0]]
     with pytest.raises(error, match=text):
@@ -178,10 +187,7 @@ def test_what_cannot_be_held_ends_the_receiver_and_not_the_connection(data, erro
 def test_a_status_of_an_older_server_is_read():
     """NATS 2.9 writes two spaces where the reply of a status would be. No status of it was read,
     and no mirror of it ever came into step."""
-    receiver = Receiver("b", "$KV.b.", lambda: None)
-    data = status(b"408 Requests Pending").replace(b" 7 ", b" 7  ")
-    assert receiver.take(data, 0, b"7") == len(data)
-    (told,) = receiver.waiting
+    told = taken(status(b"408 Requests Pending").replace(b" 7 ", b" 7  "))
     assert (told.number, told.code, told.text) == (1, "408", "Requests Pending")
 
 
@@ -234,7 +240,7 @@ def test_what_is_received_and_what_fails_wakes_the_reader_and_the_first_failure_
 def test_a_new_connection_begins_with_nothing_of_the_one_before():
     parser = Parser()
     wire = Wire(parser)
-    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of(wire)
     asyncio.run(wire.parse(OTHERS[0] + message(b"half", 1, b"1")[:-5]))
     wire.reset()
     assert parser.units == []
@@ -313,7 +319,7 @@ def test_a_large_read_takes_no_loop_over_its_messages(run):
     the processor time of a load."""
 
     def lines(count: int) -> int:
-        receiver = Receiver("b", "$KV.b.", lambda: None)
+        receiver = receiver_of()
         data = run(range(1, count + 1))
         work = work_of(receiver.take, data, 0, b"7")
         assert sum(len(each.updates) for each in receiver.waiting) == count
@@ -325,7 +331,7 @@ def test_a_large_read_takes_no_loop_over_its_messages(run):
 @pytest.mark.parametrize("run", [plain_run, headed_run])
 @pytest.mark.parametrize("missing", [1, 2, 3])
 def test_a_message_is_not_taken_before_its_last_byte(run, missing):
-    receiver = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of()
     data = run(range(1, 301))
     at = receiver.take(data[:-missing], 0, b"7")
     assert (at, receiver.delivered) == (len(run(range(1, 300))), 299)
@@ -335,7 +341,7 @@ def test_the_consumers_of_a_bucket_share_what_is_compiled(monkeypatch):
     """Compiling took 20 ms of each attachment and of each audit, more than to read 5,000 keys."""
     compiled = calls_of(monkeypatch, re._compiler, "compile")
     for sid, consumer in ((7, b"c"), (8, b"d"), (9, b"e")):
-        receiver = Receiver("b", "$KV.bucket-of-its-own.", lambda: None)
+        receiver = receiver_of(subjects="$KV.bucket-of-its-own.")
         data = b"".join(message(b"k", number, bytes(60), sid=sid) for number in range(1, 101))
         data = data.replace(b"KV_b.c.", b"KV_b.%s." % consumer)
         data = data.replace(b"$KV.b.", b"$KV.bucket-of-its-own.")
@@ -345,7 +351,7 @@ def test_the_consumers_of_a_bucket_share_what_is_compiled(monkeypatch):
 
 
 def test_values_that_all_contain_line_ends_are_not_tried_in_bulk_at_each_read(monkeypatch):
-    receiver = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of()
     tried = calls_of(monkeypatch, nats_bulk.BulkDecoder, "take")
     number = 1
     for _ in range(3 * nats_wire.PAUSE):
@@ -358,13 +364,13 @@ def test_values_that_all_contain_line_ends_are_not_tried_in_bulk_at_each_read(mo
 
 @pytest.mark.parametrize("run", [plain_run, headed_run])
 def test_a_gap_within_a_large_read_is_noticed(run):
-    receiver = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of()
     with pytest.raises(UpstreamLost, match="message 302 of the consumer came after 300"):
         receiver.take(run(range(1, 301)) + run(range(302, 601)), 0, b"7")
 
 
 def test_a_key_within_a_large_read_that_is_not_utf_8_is_named():
-    receiver = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of()
     data = plain_run(range(1, 301)) + message(b"a\xff", 301, b"") + plain_run(range(302, 401))
     with pytest.raises(UnicodeDecodeError) as raised:
         receiver.take(data, 0, b"7")
@@ -376,7 +382,7 @@ def test_a_key_within_a_large_read_that_is_not_utf_8_is_named():
 @pytest.mark.parametrize("count", [1, 300])
 def test_a_sequence_beyond_64_bits_ends_the_receiver(count):
     wire = Wire(Parser())
-    receiver = wire.receivers[b"7"] = Receiver("b", "$KV.b.", lambda: None)
+    receiver = receiver_of(wire)
     data = plain_run(range(1, count + 1)).replace(
         b".%d.%d.99" % (count * 10, count), b".%d.%d.99" % (2**64, count)
     )

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import servers
-from upstream_kit import LogSource, NatsSource, opened, same, until
+from upstream_kit import LogSource, NatsSource, mirrored, opened, same, until
 
 import foldlog
 from foldlog import Changed, Delete, LinkState, MirrorReadOnly, Put, Synced, WatchCursor
@@ -42,8 +42,7 @@ def test_a_mirror_holds_what_its_upstream_does_and_keeps_up(source, path):
 
 def test_watchers_of_a_mirror_are_told_each_change_in_order(source, path):
     source.put("k", b"0")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         watch = mirror.watch(since=mirror.snapshot())
         assert isinstance(watch.next(30), Synced)
         source.put("a", b"1")
@@ -57,13 +56,11 @@ def test_watchers_of_a_mirror_are_told_each_change_in_order(source, path):
 def test_what_was_missed_while_away_is_told_from_the_cursor_on(source, path):
     source.put("kept", b"1")
     source.put("gone", b"1")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         cursor = mirror.cursor()
     source.delete("gone")
     source.put("new", b"2")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         assert same(mirror, source)
         assert mirror.cursor() > cursor
         assert mirror.stats().link.resets == 0
@@ -75,21 +72,18 @@ def test_deletes_that_the_upstream_has_forgotten_are_found(source, path):
     is sound."""
     for number in range(9):
         source.put(f"k.{number}", b"")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    mirrored(path, source.upstream()).close()
     source.delete("k.4")
     source.forget()
     source.put("k.5", b"1")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         assert same(mirror, source)
         assert "k.4" not in mirror
 
 
 def test_a_killed_upstream_is_attached_to_again_and_reads_go_on(source, path):
     source.put("k", b"1")
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         source.kill()
         assert mirror.get("k").value == b"1"
         source.put("k", b"2")
@@ -99,8 +93,7 @@ def test_a_killed_upstream_is_attached_to_again_and_reads_go_on(source, path):
 
 
 def test_local_writes_to_a_mirror_are_refused(source, path):
-    with foldlog.mirror(path, source.upstream()) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream()) as mirror:
         seq = mirror.snapshot().seq
         for write in (
             lambda: mirror.put("k", b""),
@@ -141,11 +134,9 @@ def test_prefixes_select_keys_and_other_prefixes_are_told_from_the_start(source,
     for key in ("k.1", "k.2", "l.1", "m.1"):
         source.put(key, b"1")
     prefixes = (prefix,) if isinstance(prefix, str) else tuple(prefix)
-    with foldlog.mirror(path, source.upstream(), prefix=prefix) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream(), prefix=prefix) as mirror:
         assert list(mirror.snapshot()) == [k for k in source.entries() if k.startswith(prefixes)]
-    with foldlog.mirror(path, source.upstream(), prefix="l") as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream(), prefix="l") as mirror:
         assert list(mirror.snapshot()) == ["l.1"]
 
 
@@ -188,16 +179,14 @@ def test_a_hook_that_fails_is_the_links_failure_and_skips_nothing(source, path):
 def test_a_mirror_in_any_format_and_on_any_engine_resumes_and_is_audited(source, path, options):
     source.put("a", b"1")
     source.put("gone", b"1")
-    with foldlog.mirror(path, source.upstream(), **options) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream(), **options) as mirror:
         assert same(mirror, source)
         cursor = mirror.cursor()
     source.delete("gone")
     source.forget()
     source.put("b", b"2")
     options.pop("format", None)  # found out
-    with foldlog.mirror(path, source.upstream(), **options) as mirror:
-        mirror.wait_synced(30)
+    with mirrored(path, source.upstream(), **options) as mirror:
         assert same(mirror, source)
         assert mirror.cursor() > cursor
         source.put("c", b"3")
