@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import TypeVar
 
 from foldlog import Delete, Put, VersionToken, WatchCursor
 from foldlog.protocol.updates import Update
 from foldlog.protocol.upstream import Changes, Identity, Prefixes, Revisions
 
 BEAT_S = 0.005
+
+P = TypeVar("P", bound="Plain")
 
 
 def at(number: int) -> WatchCursor:
@@ -67,6 +70,14 @@ class Scripted(Plain):
         return Revisions(versions, at(len(self.updates)))
 
 
+class InPieces(Scripted):
+    """Its state comes in pieces, of a change each: a later one overrides an earlier one."""
+
+    async def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
+        for update in self.updates:
+            yield Changes([update], at(len(self.updates)))
+
+
 class Marked(Scripted):
     """With marks: in another past of it, the same positions have other marks."""
 
@@ -77,3 +88,11 @@ class Marked(Scripted):
 
     async def recalls(self, position: WatchCursor, mark: bytes) -> bool | None:
         return mark == self.mark(position.as_u64() or 0)
+
+
+def filled(kind: type[P], *values: bytes) -> P:
+    """An upstream with k.0, k.1, ... of these values."""
+    upstream = kind()
+    for number, value in enumerate(values):
+        upstream.put(f"k.{number}", value)
+    return upstream

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import virtual_time
+from scripted_upstream import Plain, at
 
 from foldlog import FoldSnapshot, LinkState, Update
 from foldlog.actors.link.intake import LinkConfig
@@ -15,6 +16,7 @@ from foldlog.actors.link.link import Link
 from foldlog.actors.store.core import Restart
 from foldlog.protocol.updates import Batch, encode_batch
 
+ORIGIN = Plain.origin
 DEADLINE_S = 100.0
 """Virtual."""
 
@@ -74,6 +76,13 @@ class MemorySink:
     @property
     def entries(self) -> dict[str, bytes]:
         return dict(self.fold.items())
+
+
+def holding(upstream: Plain, position: int | None = None, origin: bytes = ORIGIN) -> MemorySink:
+    """A sink that holds what the upstream has sent up to a position; None: all."""
+    sink, updates = MemorySink(), upstream.updates[:position]
+    sink.hold(updates, at(len(updates)), origin)
+    return sink
 
 
 class Driven(Link):

@@ -6,8 +6,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from scripted_upstream import Marked, Plain, Scripted, at
-from virtual_link import Fed, MemorySink, drive, failed, live, reached
+from scripted_upstream import InPieces, Marked, Plain, Scripted, at, filled
+from virtual_link import ORIGIN, Fed, MemorySink, drive, failed, holding, live, reached
 
 from foldlog import Delete, LinkState, Put, VersionToken, WatchCursor
 from foldlog.actors.link import attachment
@@ -15,31 +15,7 @@ from foldlog.protocol.upstream import Changes, ResetHeld, UpstreamLost, Upstream
 
 pytestmark = pytest.mark.usefixtures("no_threads")
 
-ORIGIN = Scripted.origin
 REBORN = ORIGIN[:16] + b"2" * 8
-
-
-def filled(kind, *values: bytes):
-    """An upstream with k.0, k.1, ... of these values."""
-    upstream = kind()
-    for number, value in enumerate(values):
-        upstream.put(f"k.{number}", value)
-    return upstream
-
-
-def holding(upstream, position, origin=ORIGIN) -> MemorySink:
-    """A sink that holds what the upstream has sent up to a position."""
-    sink = MemorySink()
-    sink.hold(upstream.updates[:position], at(position), origin)
-    return sink
-
-
-class InPieces(Scripted):
-    """Its state comes in pieces, of an entry each; a later one overrides an earlier one."""
-
-    async def state(self, prefixes):
-        for update in self.updates:
-            yield Changes([update], at(len(self.updates)), None, b"")
 
 
 # Loading.
@@ -111,13 +87,9 @@ def test_a_first_load_is_audited_only_after_the_interval():
     drive(sink, upstream, waits, audit_interval_s=10.0)
 
 
-class WithoutState(Plain):
-    """Its changes go on for ever, past its last position."""
-
-
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_an_upstream_without_a_state_is_loaded_from_its_changes_up_to_its_last_position(count):
-    upstream, sink = filled(WithoutState, *[b"v"] * count), MemorySink()
+    upstream, sink = filled(Plain, *[b"v"] * count), MemorySink()
     link = drive(sink, upstream, live)
     assert sink.entries == {f"k.{n}": b"v" for n in range(count)}
     assert sink.fold.cursor() == at(count)
@@ -203,12 +175,26 @@ def test_the_difference_to_another_incarnation_is_one_batch_and_told_as_a_rewind
     assert link.stats().resets == 1
 
 
-def test_an_upstream_that_no_longer_reaches_back_is_no_rewind():
-    class Short(Scripted):
+def filled_short(kind):
+    """An upstream that reaches back to its second change only."""
+
+    class Short(kind):
         async def identify(self):
             return (await super().identify())._replace(first=at(2))
 
-    upstream = filled(Short, b"a", b"b", b"c")
+    return filled(Short, b"a", b"b", b"c")
+
+
+def test_an_upstream_that_neither_reaches_back_nor_tells_its_state_is_refused():
+    sink = MemorySink()
+    link = drive(sink, filled_short(Plain), failed)
+    assert isinstance(link.error, UpstreamRefused)
+    assert "nor a state to send" in link.reason
+    assert sink.fed == []
+
+
+def test_an_upstream_that_no_longer_reaches_back_is_no_rewind():
+    upstream = filled_short(Scripted)
     sink = holding(upstream, 1)
 
     async def timed(link):
@@ -253,6 +239,23 @@ def test_a_log_of_another_upstream_is_taken_over_only_with_consent():
     assert sink.fed == [
         Fed({"k.0": b"a"}, {"theirs"}, 1, ORIGIN, "the log was fed by another upstream")
     ]
+
+
+@pytest.mark.parametrize("kind", [Plain, Scripted])
+def test_consent_to_a_reset_is_not_kept_for_another_one(kind):
+    """The owner accepted a reset, which then was not needed. A later one found the consent."""
+    upstream = filled(kind, b"a")
+    sink, upstream.origin = holding(upstream), b"o" * 24
+
+    async def accepted(link):
+        await failed(link)
+        upstream.origin = ORIGIN
+        link.accept_reset()
+        await live(link)
+        assert not link._intake.accepted
+
+    drive(sink, upstream, accepted)
+    assert sink.fed == []
 
 
 def test_a_rewind_that_a_second_look_does_not_confirm_is_not_carried_out():

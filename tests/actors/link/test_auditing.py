@@ -7,10 +7,9 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-import scripted_upstream
 from counting import functions_of
-from scripted_upstream import Marked, Plain, Scripted, at
-from virtual_link import Fed, MemorySink, drive, failed, live, reached
+from scripted_upstream import InPieces, Marked, Plain, Scripted, at, filled
+from virtual_link import ORIGIN, Fed, MemorySink, drive, failed, holding, live, reached
 
 from foldlog import Delete, KvEntry, LinkState, Purge, Put, VersionToken
 from foldlog.actors.link import auditing
@@ -20,8 +19,6 @@ from foldlog.protocol.upstream import Revisions
 
 pytestmark = pytest.mark.usefixtures("no_threads")
 
-ORIGIN = Scripted.origin
-
 
 def version(number: int) -> VersionToken:
     return VersionToken.from_u64(number)
@@ -29,11 +26,8 @@ def version(number: int) -> VersionToken:
 
 def upstream_and_sink(*values: bytes, kind=Scripted):
     """An upstream with k.0, k.1, ..., and a sink that holds all of it."""
-    upstream, sink = kind(), MemorySink()
-    for number, value in enumerate(values):
-        upstream.put(f"k.{number}", value)
-    sink.hold(upstream.updates, at(len(values)), ORIGIN)
-    return upstream, sink
+    upstream = filled(kind, *values)
+    return upstream, holding(upstream)
 
 
 def spoil(sink, *updates) -> None:
@@ -158,14 +152,6 @@ def test_with_a_parse_an_audit_compares_what_it_makes_of_the_state():
     assert link.stats().mended == 2
 
 
-class InPieces(Scripted):
-    """Its state comes in pieces, of a change each: with deletes."""
-
-    async def state(self, prefixes):
-        for update in self.updates:
-            yield scripted_upstream.Changes([update], at(len(self.updates)), None, b"")
-
-
 def test_a_state_whose_later_pieces_delete_is_compared_as_it_is_at_its_end():
     upstream, sink = upstream_and_sink(b"a", b"b", kind=InPieces)
     upstream.delete("k.0")
@@ -175,6 +161,20 @@ def test_a_state_whose_later_pieces_delete_is_compared_as_it_is_at_its_end():
     spoil(sink, Put("k.0", b"a", version(1)))
     link = drive(sink, upstream, live)
     assert (sink.entries, link.stats().mended) == ({"k.1": b"b"}, 1)
+
+
+def test_a_parse_that_is_not_pure_does_not_make_audits_spin():
+    counted = itertools.count(5)
+
+    def parse(update):
+        return Put(update.key, b"%d" % next(counted), version(next(counted)))
+
+    async def audited(link):
+        await asyncio.sleep(50)
+        assert link.stats().audits == 2
+
+    upstream, sink = upstream_and_sink(b"a")
+    drive(sink, upstream, audited, parse=parse)
 
 
 def test_an_audit_that_would_delete_most_keys_is_held_and_consent_serves_once():
@@ -350,11 +350,12 @@ def test_an_upstream_that_no_longer_knows_its_mark_at_an_audit_is_let_go_of():
 
     async def rewound(link):
         await live(link)
-        upstream.past = b"2"
+        upstream.updates[0], upstream.past = Put("k.0", b"other", version(1)), b"2"
         await reached(lambda: link.state is LinkState.LOST)
         assert link.reason == "the upstream no longer knows the position"
         await live(link)
         assert link.stats().resets == 1
+        assert sink.entries == {"k.0": b"other"}
 
     drive(sink, upstream, rewound, audit_interval_s=5.0)
 

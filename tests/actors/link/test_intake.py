@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from scripted_upstream import Plain, Scripted, at
-from virtual_link import MemorySink, drive, failed, live, reached
+from scripted_upstream import Plain, Scripted, at, filled
+from virtual_link import MemorySink, drive, failed, holding, live, reached
 
 from foldlog import Purge, UpstreamOversize
 from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES
@@ -15,12 +15,29 @@ from foldlog.protocol.upstream import Changes
 LARGE = bytes(MAX_VALUE_BYTES + 1)
 
 
-def test_an_entry_over_the_limits_fails_the_link_unless_such_are_skipped():
+@pytest.mark.parametrize(("key", "value"), [("k", LARGE), ("k" * (MAX_KEY_BYTES + 1), b"")])
+def test_an_entry_over_the_limits_fails_the_link_unless_such_are_skipped(key, value):
     upstream, sink = Scripted(), MemorySink()
-    upstream.put("k", LARGE)
+    upstream.put(key, value)
     link = drive(sink, upstream, failed)
     assert isinstance(link.error, UpstreamOversize)
-    assert (link.error.key, sink.fed) == ("k", [])
+    assert (link.error.key, sink.fed) == (key, [])
+
+
+def test_a_key_that_is_skipped_takes_its_old_value_along_and_is_not_mended():
+    """The old value is not the upstream's any more. Each audit found the skipped key missing."""
+    upstream = filled(Scripted, b"small", b"1")
+    sink = holding(upstream)
+
+    async def skipped(link):
+        await live(link)
+        upstream.put("k.0", LARGE)
+        await reached(lambda: sink.entries == {"k.1": b"1"})
+        audits = link.stats().audits
+        await reached(lambda: link.stats().audits > audits + 3)
+
+    link = drive(sink, upstream, skipped, skip_oversize=True, audit_interval_s=1.0)
+    assert (link.stats().mended, link.stats().skipped, link.stats().attaches) == (0, 1, 1)
 
 
 def test_a_skipped_key_is_no_longer_skipped_once_its_value_fits():

@@ -16,12 +16,9 @@ from virtual_link import MemorySink, drive, failed, live, reached
 
 import foldlog
 from foldlog import (
-    Changed,
     LinkState,
     Put,
-    Rewound,
     StoreClosed,
-    Synced,
     VersionToken,
     WatchCursor,
 )
@@ -33,10 +30,8 @@ from foldlog.actors.link.link import Link
 from foldlog.actors.link.progress import Progress
 from foldlog.mirror import TURN_BYTES, TURN_UPDATES, _Sink
 from foldlog.protocol.errors import Backpressure
-from foldlog.protocol.updates import MAX_KEY_BYTES, MAX_VALUE_BYTES, encode_batch
+from foldlog.protocol.updates import MAX_KEY_BYTES, encode_batch
 from foldlog.protocol.upstream import (
-    Changes,
-    ResetHeld,
     UpstreamLost,
     UpstreamMissing,
     UpstreamOversize,
@@ -411,87 +406,7 @@ def test_a_doubt_about_values_outlives_the_attachment_in_which_it_arose(path):
         assert mirror.stats().link.mended == 0
 
 
-def test_an_upstream_that_goes_back_while_the_connection_holds_is_noticed_by_an_audit(path):
-    upstream = Marked()
-    for number in range(3):
-        upstream.put(f"k.{number}", b"old")
-    with mirrored(path, upstream, audit_interval_s=0.01) as mirror:
-        # The same sequences, and other values.
-        upstream.updates[1] = upstream.updates[1]._replace(value=b"new")
-        upstream.past = b"2"
-        until(lambda: mirror.stats().link.resets == 1)
-        assert values(mirror) == true(upstream)
-
-
-def test_a_load_that_was_cut_short_compares_values_when_it_goes_on(path):
-    """The first load was cut short; then the upstream was restored from a copy, and gave the same
-    versions to other values."""
-
-    class CutShort(Scripted):
-        whole = False
-
-        async def state(self, prefixes):
-            pieces = list(self.live.values())
-            yield Changes(pieces[:2], at(len(self.updates)))
-            if not self.whole:
-                raise UpstreamLost("the connection broke")
-            yield Changes(pieces[2:], at(len(self.updates)))
-
-    upstream = CutShort()
-    for number in range(4):
-        upstream.put(f"k.{number}", b"old")
-    with foldlog.mirror(path, upstream) as mirror:
-        until(lambda: len(mirror) == 2)
-    upstream.updates[0] = upstream.updates[0]._replace(value=b"new")
-    upstream.whole = True
-    with mirrored(path, upstream) as mirror:
-        assert values(mirror) == true(upstream)
-
-
-def test_a_first_look_that_a_second_one_does_not_confirm_rewinds_nothing(path):
-    """A deposed leader told of an older stream, for as long as it did not know that it was
-    deposed."""
-
-    class Deposed(Scripted):
-        deposed = False
-
-        async def identify(self):
-            found = await super().identify()
-            if self.deposed:
-                self.deposed = False
-                return found._replace(last=at(1))
-            return found
-
-    upstream = Deposed()
-    for number in range(3):
-        upstream.put(f"k.{number}", b"1")
-    mirrored(path, upstream).close()
-    upstream.deposed = True
-    with foldlog.mirror(path, upstream) as mirror:
-        watch = mirror.watch(since=mirror.snapshot())
-        mirror.wait_synced(30)
-        upstream.put("k.3", b"1")
-        events = [watch.next(30), watch.next(30)]
-        assert [type(event) for event in events] == [Synced, Changed]
-        assert (mirror.stats().link.resets, mirror.stats().link.attaches) == (0, 2)
-
-
 # What cannot be held, cannot be sent, or is not confirmed.
-
-
-def test_an_entry_over_the_limits_that_is_skipped_takes_its_old_value_along_and_is_not_mended(path):
-    """The old value is not the upstream's any more. Each audit found the skipped key missing."""
-    upstream = Scripted()
-    upstream.put("k", b"small")
-    upstream.put("l", b"1")
-    with mirrored(path, upstream, on_oversize="skip", audit_interval_s=0.001) as mirror:
-        upstream.put("k", bytes(MAX_VALUE_BYTES + 1))
-        until(lambda: mirror.cursor() == at(3))
-        assert values(mirror) == {"l": b"1"}
-        audits = mirror.stats().link.audits
-        until(lambda: mirror.stats().link.audits > audits + 3)
-        link = mirror.stats().link
-        assert (link.mended, link.skipped, link.attaches) == (0, 1, 1)
 
 
 def test_a_key_over_the_limit_is_skipped_as_a_value_is_and_is_not_mended(path):
@@ -510,41 +425,6 @@ def test_a_key_over_the_limit_is_skipped_as_a_value_is_and_is_not_mended(path):
         upstream.delete(long)
         until(lambda: mirror.cursor() == at(4))
         assert mirror.stats().link.skipped == 0
-
-
-def test_an_upstream_that_neither_reaches_back_nor_tells_its_state_is_refused(path):
-    class Short(Plain):
-        async def identify(self):
-            return (await super().identify())._replace(first=at(2))
-
-    upstream = Short()
-    for number in range(3):
-        upstream.put(f"k.{number}")
-    with foldlog.mirror(path, upstream) as mirror:
-        with pytest.raises(foldlog.UpstreamRefused, match="nor a state to send"):
-            mirror.wait_synced(30)
-        assert len(mirror) == 0
-
-
-def test_a_mirror_is_not_live_while_the_upstream_says_that_more_is_waiting(path):
-    confirms = threading.Event()
-
-    class Unsure(Scripted):
-        async def changes(self, after, prefixes):
-            async for piece in super().changes(after, prefixes):
-                yield piece if confirms.is_set() else piece._replace(behind=None)
-
-    upstream = Unsure()
-    upstream.put("k", b"1")
-    with foldlog.mirror(path, upstream) as mirror:
-        upstream.put("l", b"2")
-        until(lambda: mirror.cursor() == at(2))
-        assert mirror.link.state is LinkState.CATCHING_UP
-        assert mirror.staleness_s == float("inf")
-        assert mirror.stats().link.audits == 0
-        confirms.set()
-        mirror.wait_synced(30)
-        assert mirror.staleness_s < 30
 
 
 def test_an_upstream_that_does_not_let_go_is_left(path, monkeypatch):
@@ -696,110 +576,3 @@ def test_a_batch_that_the_writer_dies_of_in_the_links_turn_is_answered_once():
         answer = sink_of(writer).feed(batch_of(1), "")
         assert not answer.done()
         assert len(writer.inbox) == 0
-
-
-# Consent.
-
-
-@pytest.mark.parametrize("kind", [Plain, Scripted])
-def test_consent_to_a_reset_is_not_kept_for_another_one(path, kind):
-    """The owner accepted a reset, which then was not needed. A later one found the consent."""
-
-    class Comes(kind):
-        foreign = False
-
-        async def identify(self):
-            found = await super().identify()
-            return found._replace(origin=b"o" * 24) if self.foreign else found
-
-    upstream = Comes()
-    upstream.put("k", b"1")
-    mirrored(path, upstream).close()
-    upstream.foreign = True
-    with foldlog.mirror(path, upstream) as mirror:
-        with pytest.raises(ResetHeld):
-            mirror.wait_synced(30)
-        upstream.foreign = False
-        mirror.accept_reset()
-        mirror.wait_synced(30)
-        assert not mirror.link._intake.accepted
-
-
-# Audits.
-
-
-def test_an_audit_does_not_run_ahead_of_the_tail(path):
-    """An audit read a newer value of a key than the tail had brought, and wrote it. The older ones
-    followed, and watchers saw the key go back."""
-    held_back = threading.Event()
-
-    class Slow(Scripted):
-        passes = 0
-
-        async def changes(self, after, prefixes):
-            async for piece in super().changes(after, prefixes):
-                while held_back.is_set():
-                    await asyncio.sleep(0.001)
-                yield piece
-
-        async def revisions(self, prefixes):
-            self.passes += 1
-            if self.passes == 2:
-                found = await super().revisions(prefixes)
-                held_back.set()  # a wrong entry is found, and then the key changes twice
-                self.put("k", b"2")
-                self.put("k", b"3")
-                asyncio.get_running_loop().call_later(0.1, held_back.clear)
-                return found._replace(versions={"k": b"wrong"})
-            return await super().revisions(prefixes)
-
-    upstream = Slow()
-    upstream.put("k", b"1")
-    with foldlog.mirror(path, upstream, audit_interval_s=0.01) as mirror:
-        watch = mirror.watch(since=None)
-        until(lambda: mirror.cursor() == at(3))
-        upstream.put("last")
-        seen, last = [], ""
-        while last != "last":
-            event = watch.next(30)
-            if isinstance(event, Changed):
-                last = event.update.key
-                seen.append(event.update.value)
-    seen.pop()
-    assert seen == sorted(set(seen))
-
-
-def test_a_parse_that_is_not_pure_does_not_make_audits_spin(path):
-    counted = iter(range(1_000_000))
-
-    def parse(update):
-        return Put(update.key, b"%d" % next(counted), VersionToken.from_u64(next(counted)))
-
-    upstream = Scripted()
-    upstream.put("k")
-    mirrored(path, upstream, parse=parse, audit_interval_s=600).close()
-    with foldlog.mirror(path, upstream, parse=parse, audit_interval_s=600) as mirror:
-        until(lambda: mirror.stats().link.audits == 2)
-        position = mirror.cursor()
-        upstream.put("k")
-        until(lambda: mirror.cursor() > position)
-        assert mirror.stats().link.audits == 2
-
-
-def test_a_rewind_that_only_an_audit_sees_is_told_to_watchers(path):
-    class Backwards(Scripted):
-        back = False
-
-        async def revisions(self, prefixes):
-            if self.back:
-                self.updates[0] = Put("k", b"older", VersionToken(b"\0"))
-            return await super().revisions(prefixes)
-
-    upstream = Backwards()
-    upstream.put("k", b"1")
-    with mirrored(path, upstream, audit_interval_s=0.01) as mirror:
-        watch = mirror.watch(since=mirror.snapshot())
-        assert isinstance(watch.next(30), Synced)
-        upstream.back = True
-        assert isinstance(watch.next(30), Rewound)
-        assert watch.next(30).update.value == b"older"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from scripted_upstream import Plain, at
-from virtual_link import Fed, MemorySink, drive, live, reached
+from virtual_link import ORIGIN, Fed, drive, holding, live, reached
 
 from foldlog import LinkState, Put
 from foldlog.protocol.upstream import Changes
-
-ORIGIN = Plain.origin
 
 
 class Telling(Plain):
@@ -28,8 +26,8 @@ class Telling(Plain):
 
 def told(*pieces, script=None, **config):
     """Run a link that resumes at position 1 until it has taken these pieces."""
-    upstream, sink = Telling(), MemorySink()
-    sink.hold(upstream.updates, at(1), ORIGIN)
+    upstream = Telling()
+    sink = holding(upstream)
     for piece in pieces:
         upstream.pieces.put_nowait(piece)
 
