@@ -124,21 +124,19 @@ class PrefixIndex:
         del self._parked[prefix]  # last: if this is interrupted, no sleeper is forgotten
 
     def _admit(self) -> None:
-        if self._joined:
-            for spot in listed(self._joined):
-                spot.admitted = True
-                if not spot.left:
-                    self._lengths.add(len(spot.prefix))
-                    self._parked.setdefault(spot.prefix, {})[spot] = None
-                self._joined.pop(spot, None)  # last, see `_release`
-        if self._left:
-            for spot in listed(self._left):
-                spots = self._parked.get(spot.prefix)
-                if spots is not None:
-                    spots.pop(spot, None)
-                    if not spots:
-                        del self._parked[spot.prefix]
-                self._left.pop(spot, None)
+        for spot in listed(self._joined):
+            spot.admitted = True
+            if not spot.left:
+                self._lengths.add(len(spot.prefix))
+                self._parked.setdefault(spot.prefix, {})[spot] = None
+            self._joined.pop(spot, None)  # last, see `_release`
+        for spot in listed(self._left):
+            spots = self._parked.get(spot.prefix)
+            if spots is not None:
+                spots.pop(spot, None)
+                if not spots:
+                    del self._parked[spot.prefix]
+            self._left.pop(spot, None)
 
     def _touched(self, columns: Iterable[Collection[str]]) -> set[str]:
         """The prefixes of the keys in all columns that someone sleeps under."""

@@ -140,7 +140,7 @@ class Subscription:
         except (OSError, FoldlogError) as error:
             # A snapshot whose file was overwritten cannot be read.
             if is_own_fault(error) and not isinstance(error, ReentrantCall):
-                self._finish(f"the difference cannot be told: {error}")
+                self.close(f"the difference cannot be told: {error}")
             raise
         finally:
             first = None
@@ -156,7 +156,7 @@ class Subscription:
                 source = self.bookmark.first()
                 if source is None:
                     if self.bookmark.ended is not None and not self.bookmark.has_more:
-                        self._finish(self.bookmark.ended)
+                        self.close(self.bookmark.ended)
                     return None
                 if self._passes(source, at):
                     if self.bookmark.is_late:
@@ -173,12 +173,11 @@ class Subscription:
 
     def _passes(self, source: Group | Lost | Place, at: Snapshot) -> bool:
         """True if there is nothing to tell: nothing under the prefix has changed. One look."""
-        if isinstance(source, Group):
-            if source.fold.seq <= at.seq or not source.follows(at.seq):
-                return False
-            if source.touches(self._prefix):
-                return False
-        elif isinstance(source, Lost):
+        if isinstance(source, Lost):
+            return False
+        if isinstance(source, Group) and (
+            source.fold.seq <= at.seq or not source.follows(at.seq) or source.touches(self._prefix)
+        ):
             return False
         if source.fold.seq >= at.seq:
             self._at = source.fold
@@ -195,15 +194,12 @@ class Subscription:
             self.bookmark.drop(source)
         self._part = None
 
-    def _finish(self, reason: str) -> None:
+    def close(self, reason: str = "closed by its subscriber") -> None:
+        """Stop listening. Waiting events are dropped."""
         self.ended = self.ended or reason
         self._part = self._at = None  # releases the snapshot
         self.feeds.remove(self.bookmark)
         self.bookmark.end(reason, drop=True)
-
-    def close(self, reason: str = "closed by its subscriber") -> None:
-        """Stop listening. Waiting events are dropped."""
-        self._finish(reason)
 
 
 def _start(
@@ -263,7 +259,7 @@ def _told(past: Past, taken: Group | Lost, at: Snapshot, prefix: str) -> Iterato
     elif len(taken) and taken.first_seq <= at.seq + 1:
         for seq, changes in taken.events:
             if seq > at.seq:
-                yield from _under(changes, prefix)
+                yield from (each for each in changes if each.update.key.startswith(prefix))
     else:
         yield from _difference(past, at, fold, prefix)
 
@@ -278,7 +274,3 @@ def _changes(seq: int, batch: DecodedBatch, prefix: str) -> Iterator[Event]:
     for update in batch.updates():
         if update.key.startswith(prefix):
             yield Changed(update, batch.cursor, seq)
-
-
-def _under(changes: list[Changed], prefix: str) -> Iterator[Event]:
-    return (change for change in changes if change.update.key.startswith(prefix))
