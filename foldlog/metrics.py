@@ -12,6 +12,7 @@ says what to alert on.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,7 @@ from foldlog.store import Store
 from foldlog.version import __version__
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 NAME = "foldlog.name"
 """The attribute that tells stores apart."""
@@ -48,17 +49,17 @@ class MetricNameTaken(FoldlogError, ValueError):
 
 
 class _Instrument(NamedTuple):
-    name: str
     kind: str
     unit: str
     description: str
-    read: Callable[[Any, Any], Reading]
-    """(store or follower, its stats) -> measurements: values, with any attributes beyond the
-    name."""
+    read: str | Callable[[Any, Any], Reading]
+    """A field of the statistics; or (store or follower, its stats) -> measurements: values, with
+    any attributes beyond the name."""
 
-
-def _one(read: Callable[[Any], float]) -> Callable[[Any, Any], Reading]:
-    return lambda _, stats: ((read(stats), {}),)
+    def measure(self, observed: Observed, stats: Stats | FollowerStats) -> Reading:
+        if isinstance(self.read, str):
+            return ((getattr(stats, self.read), {}),)
+        return self.read(observed, stats)
 
 
 def _states(kind: type[State] | type[FollowerState]) -> Callable[[Any, Any], Reading]:
@@ -68,6 +69,14 @@ def _states(kind: type[State] | type[FollowerState]) -> Callable[[Any, Any], Rea
 def _health(observed: Observed, _: object) -> Reading:
     status = observed.health().status
     return ((int(status is each), {"status": each.value}) for each in Status)
+
+
+def _synced_lag(_: Store, stats: Stats) -> Reading:
+    return ((max(stats.seq - stats.synced_seq, 0), {}),)
+
+
+def _compaction_duration(_: Store, stats: Stats) -> Reading:
+    return ((stats.last_compaction_s or 0.0, {}),)
 
 
 def _restarts(store: Store, _: Stats) -> Reading:
@@ -90,193 +99,80 @@ def _backlog(observed: Observed, _: object) -> Reading:
     return ((max(feeds.backlog, default=0), {}),)
 
 
-STORE_INSTRUMENTS = (
-    _Instrument(
-        "foldlog.store.state",
-        "updown",
-        "1",
-        "1 for the state the store is in, 0 for the others.",
-        _states(State),
+_gauge, _counter, _updown = (
+    functools.partial(_Instrument, kind) for kind in ("gauge", "counter", "updown")
+)
+STORE_INSTRUMENTS = {
+    "foldlog.store.state": _updown(
+        "1", "1 for the state the store is in, 0 for the others.", _states(State)
     ),
-    _Instrument(
-        "foldlog.store.health",
-        "updown",
-        "1",
-        "1 for the store's health status, 0 for the others.",
-        _health,
+    "foldlog.store.health": _updown(
+        "1", "1 for the store's health status, 0 for the others.", _health
     ),
-    _Instrument(
-        "foldlog.store.sequence",
-        "gauge",
-        "{batch}",
-        "The sequence of the last batch.",
-        _one(lambda stats: stats.seq),
+    "foldlog.store.sequence": _gauge("{batch}", "The sequence of the last batch.", "seq"),
+    "foldlog.store.synced.lag": _gauge(
+        "{batch}", "Batches that a power loss could lose.", _synced_lag
     ),
-    _Instrument(
-        "foldlog.store.synced.lag",
-        "gauge",
-        "{batch}",
-        "Batches that a power loss could lose.",
-        _one(lambda stats: max(stats.seq - stats.synced_seq, 0)),
+    "foldlog.store.synced.delay": _gauge(
+        "s", "Time that the oldest of these has waited to be synced.", "unsynced_s"
     ),
-    _Instrument(
-        "foldlog.store.synced.delay",
-        "gauge",
-        "s",
-        "Time that the oldest of these has waited to be synced.",
-        _one(lambda stats: stats.unsynced_s),
+    "foldlog.store.batches": _counter("{batch}", "Batches written.", "batches"),
+    "foldlog.store.groups": _counter(
+        "{group}", "Commit groups written: one write to the log each.", "groups"
     ),
-    _Instrument(
-        "foldlog.store.batches",
-        "counter",
-        "{batch}",
-        "Batches written.",
-        _one(lambda stats: stats.batches),
+    "foldlog.store.mailbox.depth": _updown(
+        "{request}", "Requests waiting for the writer.", "mailbox_depth"
     ),
-    _Instrument(
-        "foldlog.store.groups",
-        "counter",
-        "{group}",
-        "Commit groups written: one write to the log each.",
-        _one(lambda stats: stats.groups),
+    "foldlog.store.restarts": _counter(
+        "{restart}", "Restarts of the store's actors, by actor and type of error.", _restarts
     ),
-    _Instrument(
-        "foldlog.store.mailbox.depth",
-        "updown",
-        "{request}",
-        "Requests waiting for the writer.",
-        _one(lambda stats: stats.mailbox_depth),
+    "foldlog.store.compactions": _counter("{compaction}", "Compactions finished.", "compactions"),
+    "foldlog.store.compaction.duration": _gauge(
+        "s", "Duration of the last compaction; 0 before the first.", _compaction_duration
     ),
-    _Instrument(
-        "foldlog.store.restarts",
-        "counter",
-        "{restart}",
-        "Restarts of the store's actors, by actor and type of error.",
-        _restarts,
+    "foldlog.store.throttled.time": _counter(
+        "s", "Time that writes were slowed down to let a compaction catch up.", "throttled_s"
     ),
-    _Instrument(
-        "foldlog.store.compactions",
-        "counter",
-        "{compaction}",
-        "Compactions finished.",
-        _one(lambda stats: stats.compactions),
-    ),
-    _Instrument(
-        "foldlog.store.compaction.duration",
-        "gauge",
-        "s",
-        "Duration of the last compaction; 0 before the first.",
-        _one(lambda stats: stats.last_compaction_s or 0.0),
-    ),
-    _Instrument(
-        "foldlog.store.throttled.time",
-        "counter",
-        "s",
-        "Time that writes were slowed down to let a compaction catch up.",
-        _one(lambda stats: stats.throttled_s),
-    ),
-    _Instrument(
-        "foldlog.store.log.size",
-        "updown",
+    "foldlog.store.log.size": _updown(
         "By",
         "Size of the log: the base, live at the last compaction, and the bytes appended since, "
         "which a compaction may free.",
         _log_size,
     ),
-    _Instrument(
-        "foldlog.store.entries",
-        "updown",
-        "{entry}",
-        "Live entries.",
-        _one(lambda stats: stats.entries),
+    "foldlog.store.entries": _updown("{entry}", "Live entries.", "entries"),
+    "foldlog.store.snapshot.age": _gauge(
+        "s", "Time since the last batch was published.", "snapshot_age_s"
     ),
-    _Instrument(
-        "foldlog.store.snapshot.age",
-        "gauge",
-        "s",
-        "Time since the last batch was published.",
-        _one(lambda stats: stats.snapshot_age_s),
+    "foldlog.store.cache.size": _updown(
+        "By", "Memory for what was read from disk.", "cached_bytes"
     ),
-    _Instrument(
-        "foldlog.store.cache.size",
-        "updown",
-        "By",
-        "Memory for what was read from disk.",
-        _one(lambda stats: stats.cached_bytes),
+    "foldlog.store.subscriptions": _updown(
+        "{subscription}", "Watches, deliveries and derived states.", "subscriptions"
     ),
-    _Instrument(
-        "foldlog.store.subscriptions",
-        "updown",
-        "{subscription}",
-        "Watches, deliveries and derived states.",
-        _one(lambda stats: stats.subscriptions),
+    "foldlog.store.subscription.backlog": _gauge(
+        "{group}", "Commit groups waiting for the slowest subscriber.", _backlog
     ),
-    _Instrument(
-        "foldlog.store.subscription.backlog",
-        "gauge",
-        "{group}",
-        "Commit groups waiting for the slowest subscriber.",
-        _backlog,
+}
+FOLLOWER_INSTRUMENTS = {
+    "foldlog.follower.state": _updown(
+        "1", "1 for the state the follower is in, 0 for the others.", _states(FollowerState)
     ),
-)
-FOLLOWER_INSTRUMENTS = (
-    _Instrument(
-        "foldlog.follower.state",
-        "updown",
-        "1",
-        "1 for the state the follower is in, 0 for the others.",
-        _states(FollowerState),
+    "foldlog.follower.health": _updown(
+        "1", "1 for the follower's health status, 0 for the others.", _health
     ),
-    _Instrument(
-        "foldlog.follower.health",
-        "updown",
-        "1",
-        "1 for the follower's health status, 0 for the others.",
-        _health,
+    "foldlog.follower.sequence": _gauge("{batch}", "The sequence of the last batch seen.", "seq"),
+    "foldlog.follower.delay": _gauge(
+        "s", "Time from the write of the last batch until it was seen.", "delay_s"
     ),
-    _Instrument(
-        "foldlog.follower.sequence",
-        "gauge",
-        "{batch}",
-        "The sequence of the last batch seen.",
-        _one(lambda stats: stats.seq),
+    "foldlog.follower.snapshot.age": _gauge(
+        "s", "Time since the last batch was seen.", "snapshot_age_s"
     ),
-    _Instrument(
-        "foldlog.follower.delay",
-        "gauge",
-        "s",
-        "Time from the write of the last batch until it was seen.",
-        _one(lambda stats: stats.delay_s),
+    "foldlog.follower.reloads": _counter("{reload}", "Reloads of the log.", "reloads"),
+    "foldlog.follower.entries": _updown("{entry}", "Live entries.", "entries"),
+    "foldlog.follower.subscription.backlog": _gauge(
+        "{group}", "Commit groups waiting for the slowest subscriber.", _backlog
     ),
-    _Instrument(
-        "foldlog.follower.snapshot.age",
-        "gauge",
-        "s",
-        "Time since the last batch was seen.",
-        _one(lambda stats: stats.snapshot_age_s),
-    ),
-    _Instrument(
-        "foldlog.follower.reloads",
-        "counter",
-        "{reload}",
-        "Reloads of the log.",
-        _one(lambda stats: stats.reloads),
-    ),
-    _Instrument(
-        "foldlog.follower.entries",
-        "updown",
-        "{entry}",
-        "Live entries.",
-        _one(lambda stats: stats.entries),
-    ),
-    _Instrument(
-        "foldlog.follower.subscription.backlog",
-        "gauge",
-        "{group}",
-        "Commit groups waiting for the slowest subscriber.",
-        _backlog,
-    ),
-)
+}
 
 
 class _Reported:
@@ -318,10 +214,15 @@ class _Meters:
             "Batches in a commit group.",
             explicit_bucket_boundaries_advisory=GROUP_BOUNDS,
         )
-        for instrument in STORE_INSTRUMENTS:
-            _create(meter, instrument, self._callback(instrument, Store))
-        for instrument in FOLLOWER_INSTRUMENTS:
-            _create(meter, instrument, self._callback(instrument, Follower))
+        create = {
+            "gauge": meter.create_observable_gauge,
+            "counter": meter.create_observable_counter,
+            "updown": meter.create_observable_up_down_counter,
+        }
+        for kind, table in ((Store, STORE_INSTRUMENTS), (Follower, FOLLOWER_INSTRUMENTS)):
+            for name, instrument in table.items():
+                callback = self._callback(name, instrument, kind)
+                create[instrument.kind](name, [callback], instrument.unit, instrument.description)
 
     def add(self, observed: Observed, name: str) -> None:
         with self._lock:
@@ -350,7 +251,7 @@ class _Meters:
                 yield name, observed
 
     def _callback(
-        self, instrument: _Instrument, kind: type[Observed]
+        self, metric: str, instrument: _Instrument, kind: type[Observed]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         from opentelemetry.metrics import Observation
 
@@ -360,9 +261,9 @@ class _Meters:
                     stats: Stats | FollowerStats = observed.stats()
                 except FoldlogError:
                     continue  # it was closed
-                for value, attributes in instrument.read(observed, stats):
+                for value, attributes in instrument.measure(observed, stats):
                     yield Observation(value, {NAME: name, **attributes})
-            if instrument.name == "foldlog.store.batches":
+            if metric == "foldlog.store.batches":
                 self._report_histograms()
 
         return observe
@@ -380,19 +281,6 @@ class _Meters:
 
 def _is_closed(observed: Observed) -> bool:
     return observed.state in (State.CLOSED, FollowerState.CLOSED)
-
-
-def _create(
-    meter: Meter,
-    instrument: _Instrument,
-    callback: Callable[[CallbackOptions], Iterable[Observation]],
-) -> None:
-    create = {
-        "gauge": meter.create_observable_gauge,
-        "counter": meter.create_observable_counter,
-        "updown": meter.create_observable_up_down_counter,
-    }[instrument.kind]
-    create(instrument.name, [callback], instrument.unit, instrument.description)
 
 
 _meters: weakref.WeakKeyDictionary[MeterProvider, _Meters] = weakref.WeakKeyDictionary()
