@@ -26,6 +26,7 @@ from foldlog.protocol.updates import Update
 from foldlog.storage.handover import Bell
 from foldlog.store import Store
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
+from foldlog.watched import Watched
 
 log = logging.getLogger("foldlog")
 V = TypeVar("V")
@@ -219,17 +220,12 @@ def derive(
     """
     if not isinstance(prefix, str):
         raise TypeError(f"a prefix is a str, not {type(prefix).__name__}")
-    if not isinstance(store, (Store, Follower)):
+    if not isinstance(store, Watched):
         raise TypeError(
             f"state is derived from a store or a follower, not from a {type(store).__name__}"
         )
-    if isinstance(store, Store):
-        store._check_process()
-        feeds = store._core.feeds
-    else:
-        store._thread.wake()
-        feeds = store._thread.feeds
-    worker = _Worker(feeds, build, update, prefix)
+    store._enter()
+    worker = _Worker(store._feeds, build, update, prefix)
     try:
         worker.start(store.snapshot)
         return Derived(worker, store)

@@ -8,22 +8,17 @@ import warnings
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import pykka
-
-from foldlog.actors.feeds.delivery import Delivery
-from foldlog.actors.feeds.subscription import Since, Subscription
-from foldlog.actors.feeds.watch import Watch
+from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.follower import FollowerState, FollowerThread
 from foldlog.health import Health, follower_health
 from foldlog.protocol.options import CACHE_BYTES, JOB_TIMEOUT_S, POLL_INTERVAL_S, check_timeout
 from foldlog.protocol.store import StrPath
-from foldlog.protocol.tokens import CursorLike, WatchCursor
+from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.files import OS_FILES, Files, resolve
-from foldlog.storage.readable import Readable
-from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
+from foldlog.watched import Watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +82,7 @@ def follow(
         raise
 
 
-class Follower(Readable):
+class Follower(Watched):
     """A follower of one log. Any thread may call any method.
 
     It works in a forked child, too: the first use there reloads the log, as `follow` does, and
@@ -99,41 +94,6 @@ class Follower(Readable):
         self._thread = self._published = thread
         self._finalizer = weakref.finalize(self, _close_dropped, thread)
         self._finalizer.atexit = False
-
-    def wait_for(
-        self,
-        cursor: CursorLike | None = None,
-        timeout_s: float | None = WAIT_TIMEOUT_S,
-        *,
-        seq: SeqLike | None = None,
-    ) -> None:
-        """Wait until reads see everything up to `cursor` or batch `seq`. RequestTimeout after
-        `timeout_s`.
-
-        InvalidFormatError at once if a directory has the log's name: a RocksDB store, say, which
-        cannot be followed.
-
-        `seq` may be the version that `put`, `create`, `update` or `delete` returned in the writing
-        process, or its number: a read after this sees that write. Cursors are ordered as
-        `protocol.tokens.has_reached` says.
-        """
-        position = Position(cursor, seq)
-        self._thread.wake()
-        self._thread.woken.set()  # check the log now: its file event may be late or lost
-        wait_until(self._thread.feeds, self.snapshot, position, timeout_s)
-
-    def watch(self, prefix: str = "", since: Since = None) -> Watch:
-        """An iterator of events, like `Store.watch`. If the log went back or was replaced: Rewound,
-        then the difference."""
-        self._thread.wake()
-        return Watch(Subscription(self._thread.feeds, self.snapshot, prefix, since), self)
-
-    def subscribe(
-        self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
-    ) -> Delivery:
-        """`watch` for an actor: sends it each event as a message. See `Store.subscribe`."""
-        self._thread.wake()
-        return Delivery(actor_ref, self._thread.feeds, self.snapshot, prefix, since)
 
     @property
     def path(self) -> Path:
@@ -179,6 +139,14 @@ class Follower(Readable):
         `Store.snapshot`."""
         self._thread.wake()
         return super().snapshot()
+
+    @property
+    def _feeds(self) -> Feeds:
+        return self._thread.feeds
+
+    def _enter(self) -> None:
+        self._thread.wake()
+        self._thread.woken.set()  # check the log now: its file event may be late or lost
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a follower cannot be pickled; open one in the other process")

@@ -95,8 +95,7 @@ def _log_size(_: Store, stats: Stats) -> Reading:
 
 
 def _backlog(observed: Observed, _: object) -> Reading:
-    feeds = observed._core.feeds if isinstance(observed, Store) else observed._thread.feeds
-    return ((max(feeds.backlog, default=0), {}),)
+    return ((max(observed._feeds.backlog, default=0), {}),)
 
 
 _gauge, _counter, _updown = (

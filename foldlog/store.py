@@ -19,9 +19,7 @@ import pykka
 
 from foldlog.actors.base.adapter import Mail, start_aside
 from foldlog.actors.base.answers import Answer, callback_threads, runs_callbacks
-from foldlog.actors.feeds.delivery import Delivery
-from foldlog.actors.feeds.subscription import Since, Subscription
-from foldlog.actors.feeds.watch import Watch
+from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.store.core import Config, Core, State, Stats, no_step
 from foldlog.actors.store.requests import (
     CompactRequest,
@@ -70,8 +68,7 @@ from foldlog.protocol.updates import Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.formats.format import VerifyReport
 from foldlog.storage.log.files import OS_FILES, Files, resolve
-from foldlog.storage.readable import Readable
-from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike, wait_until
+from foldlog.watched import Watched
 
 TURN_TIMEOUT_S = 20.0
 """A call with at least this timeout writes on its own thread if the writer is idle; there, a stuck
@@ -181,7 +178,7 @@ def write_of(updates: Iterable[Update], cursor: CursorLike, forward_only: bool) 
     return ForwardWrite(batch) if forward_only else WriteRequest(batch)
 
 
-class Store(Readable):
+class Store(Watched):
     """An open store. Any thread may call any method."""
 
     def __init__(self, core: Core, supervisor: Supervisor) -> None:
@@ -404,47 +401,6 @@ class Store(Readable):
         across restarts."""
         return self._supervisor.readers[0].actor_ref
 
-    # Changes.
-
-    def watch(self, prefix: str = "", since: Since = None) -> Watch:
-        """An iterator of events under `prefix`, in order: the state, one Synced, then changes as
-        they arrive.
-
-        With `since`, instead of the state: the changes after a cursor (CursorExpired if it is from
-        before the last compaction), or the exact difference from a snapshot that the caller holds,
-        deletes included. Local writes do not advance the cursor, so changes since a cursor may
-        repeat them. Cost for the writer: a wake-up for each group under the prefix, if the watch
-        sleeps. Memory: bounded, and shared by all watches; a slow one gets Lagged, then the
-        difference.
-        """
-        self._check_process()
-        return Watch(Subscription(self._core.feeds, self.snapshot, prefix, since), self)
-
-    def subscribe(
-        self, actor_ref: pykka.ActorRef[Any], prefix: str = "", since: Since = None
-    ) -> Delivery:
-        """`watch` for an actor: sends it each event as a message. Ends with the store, the actor,
-        or `cancel()`.
-
-        The last message is Ended. A slow actor gets Lagged, as a slow iterator does; one that fails
-        on three events in a row is unsubscribed. Does not keep the store alive.
-        """
-        self._check_process()
-        return Delivery(actor_ref, self._core.feeds, self.snapshot, prefix, since)
-
-    def wait_for(
-        self,
-        cursor: CursorLike | None = None,
-        timeout_s: float = WAIT_TIMEOUT_S,
-        *,
-        seq: SeqLike | None = None,
-    ) -> None:
-        """Wait until reads see everything up to `cursor` or batch `seq`: see
-        `Follower.wait_for`."""
-        position = Position(cursor, seq)
-        self._check_process()
-        wait_until(self._core.feeds, self.snapshot, position, timeout_s)
-
     # State, statistics and life cycle.
 
     @property
@@ -519,7 +475,7 @@ class Store(Readable):
         If the store is already restarting or reopening, waits for the outcome.
         """
         timeout_s = check_timeout(timeout_s)
-        self._check_process()
+        self._enter()
         self._check_thread()
         answer: Answer[None] = Answer()
         self._supervisor.post(Reopen(answer))
@@ -547,16 +503,20 @@ class Store(Readable):
         if error is not None and not was_closed:
             raise error
 
+    @property
+    def _feeds(self) -> Feeds:
+        return self._core.feeds
+
+    def _enter(self) -> None:
+        if self._core.state is State.FORKED:
+            raise ForkedStore(f"{self.path} was opened before this process was forked")
+
     def _check_thread(self) -> None:
         if would_wait_for_itself(self._supervisor):
             raise ReentrantCall(
                 "called during a write on this thread, from a callback, or on one of the store's"
                 " own threads, and would wait for itself: use apply_async"
             )
-
-    def _check_process(self) -> None:
-        if self._core.state is State.FORKED:
-            raise ForkedStore(f"{self.path} was opened before this process was forked")
 
     def __repr__(self) -> str:
         return f"<foldlog.Store {str(self.path)!r} {self.state}>"

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
 
 from foldlog.actors.feeds.subscription import Since
 from foldlog.actors.feeds.watch import Watch
 from foldlog.codecs import Codec, codec_of
-from foldlog.follow import Follower
 from foldlog.protocol.closing import Closing
 from foldlog.protocol.errors import (
     DecodeError,
@@ -34,6 +34,7 @@ from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.readable import Publisher, Reads
 from foldlog.store import Store
+from foldlog.watched import Watched
 
 T = TypeVar("T")
 _SWEEP_FROM = 256
@@ -237,9 +238,18 @@ class View(Mapping[str, T]):
     def watch(self, since: Since = None) -> ViewWatch[T]:
         """`Store.watch` with decoded changes: the state, one `Synced`, then changes as they
         arrive."""
-        if not isinstance(self._source, (Store, Follower)):
+        if not isinstance(self._source, Watched):
             raise TypeError(f"a {type(self._source).__name__} cannot be watched")
         return ViewWatch(self._source.watch(self.prefix, since), self)
+
+    def _pairs(self) -> Iterator[tuple[str, T]]:
+        """By `map`, because a generator ends at the first error."""
+        fold, decode = self._fold(), self._values.decode
+
+        def pair(entry: KvEntry) -> tuple[str, T]:
+            return entry.key, decode(entry, fold)
+
+        return map(pair, fold.iter_range(self.prefix))
 
     def _decoded(self, event: Event | None) -> ViewEvent[T] | None:
         """The event of a decoding watch for one of the store's."""
@@ -314,38 +324,14 @@ class _Items(ItemsView[str, T]):
     _mapping: View[T]
 
     def __iter__(self) -> Iterator[tuple[str, T]]:
-        return _Pairs(self._mapping)
-
-    def __len__(self) -> int:
-        return len(self._mapping)
+        return self._mapping._pairs()
 
 
 class _ValuesInOrder(ValuesView[T]):
     _mapping: View[T]
 
     def __iter__(self) -> Iterator[T]:
-        pairs = _Pairs(self._mapping)
-        return _Seconds(pairs)
-
-
-class _Pairs(Iterator[tuple[str, T]]):
-    """Not a generator, because those end at the first error."""
-
-    def __init__(self, view: View[T]) -> None:
-        self._values, self._fold = view._values, view.fold
-        self._entries = self._fold.iter_range(view.prefix)
-
-    def __next__(self) -> tuple[str, T]:
-        entry = next(self._entries)
-        return entry.key, self._values.decode(entry, self._fold)
-
-
-class _Seconds(Iterator[T]):
-    def __init__(self, pairs: _Pairs[T]) -> None:
-        self._pairs = pairs
-
-    def __next__(self) -> T:
-        return next(self._pairs)[1]
+        return map(itemgetter(1), self._mapping._pairs())
 
 
 class ViewWatch(Closing, Iterator[ViewEvent[T]]):

@@ -38,7 +38,7 @@ class Face(Reads, Generic[S]):
 
     @property
     def _feeds(self) -> Feeds:
-        raise NotImplementedError
+        return self._opened._feeds
 
     @property
     def path(self) -> Path:
@@ -50,7 +50,7 @@ class Face(Reads, Generic[S]):
 
         The bounds on memory and Lagged are the same. Only one task at a time may read it.
         """
-        self._enter()
+        self._opened._enter()
         return AsyncWatch(self, prefix, since)
 
     async def wait_for(
@@ -64,13 +64,9 @@ class Face(Reads, Generic[S]):
         `Follower.wait_for`."""
         position = Position(cursor, seq)
         timeout_s = check_timeout(timeout_s)
-        self._enter()
+        self._opened._enter()
         if not await reached(self._feeds, self.snapshot, position.is_reached, timeout_s):
             raise position.timeout(self.snapshot(), timeout_s)
-
-    def _enter(self) -> None:
-        """Prepare for waiting on published changes."""
-        raise NotImplementedError
 
     async def close(self) -> None:
         """Close it, off the loop. Closing twice is fine. If cancelled, it still closes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.follower import FollowerState
 from foldlog.aio.face import Face
 from foldlog.follow import Follower, FollowerStats
@@ -24,10 +23,6 @@ class AsyncFollower(Face[Follower]):
         return self._opened
 
     @property
-    def _feeds(self) -> Feeds:
-        return self._opened._thread.feeds
-
-    @property
     def state(self) -> FollowerState:
         """The state of the log as the follower sees it."""
         return self._opened.state
@@ -39,7 +34,3 @@ class AsyncFollower(Face[Follower]):
     def health(self) -> Health:
         """Ready, degraded or failed, with reasons. Cost: microseconds."""
         return self._opened.health()
-
-    def _enter(self) -> None:
-        self._opened._thread.wake()
-        self._opened._thread.woken.set()  # check the log now: its file event may be late or lost

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.store.core import State, Stats
 from foldlog.actors.store.requests import (
     CompactRequest,
@@ -73,13 +72,6 @@ class AsyncStore(Face[Store]):
     def store(self) -> Store:
         """The synchronous store, with everything it offers. Any thread may use it."""
         return self._opened
-
-    @property
-    def _feeds(self) -> Feeds:
-        return self._opened._core.feeds
-
-    def _enter(self) -> None:
-        self._opened._check_process()
 
     @property
     def state(self) -> State:
