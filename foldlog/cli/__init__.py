@@ -43,30 +43,17 @@ __all__ = ["exit_code", "main"]
 
 _MODULES = (read, follow, keys, write, mirror, convert, inspect, dump, top, demo)
 _MISUSE = {
-    *(
-        errno.ENOENT,
-        errno.EEXIST,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.ENOTEMPTY,
-        errno.EACCES,
-        errno.EPERM,
-    ),
-    *(errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EACCES),
+    *(errno.EPERM, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
 }
 
 
 def exit_code(error: BaseException) -> int:
     """The exit code for an error: 2 for misuse, 1 for anything else."""
-    if isinstance(error, StoreLocked):
-        return 2
     if isinstance(error, FoldlogError):
-        return 1
-    return (
-        2
-        if isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno in _MISUSE)
-        else 1
-    )
+        return 2 if isinstance(error, StoreLocked) else 1
+    is_misuse = isinstance(error, OSError) and error.errno in _MISUSE
+    return 2 if is_misuse or isinstance(error, ValueError) else 1
 
 
 def _message(error: BaseException) -> str:

@@ -12,39 +12,10 @@ from typing import Any, NamedTuple
 from foldlog.storage.log.files import OS_FILES, Files
 from foldlog.testing.crashes import CrashFiles
 
-OPERATIONS = (
-    *(
-        "open_read",
-        "open_write",
-        "open_side",
-        "create",
-        "open_dir",
-        "open_at",
-        "list_dir",
-        "close",
-        "read",
-        "read_into",
-        "data_after",
-        "write",
-        "truncate",
-    ),
-    *(
-        "sync",
-        "replace",
-        "rename_new",
-        "link_new",
-        "unlink",
-        "make_dir",
-        "sync_dir",
-        "stat",
-        "fstat",
-        "lock",
-        "unlock",
-        "mark",
-        "marked",
-        "access",
-        "set_access",
-    ),
+OPERATIONS = tuple(
+    name
+    for name, member in vars(Files).items()
+    if callable(member) and not name.startswith("_") and name != "exists"
 )
 """The calls that can fail: those of `foldlog.storage.log.files.Files` that reach the operating
 system."""
