@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
+from foldlog.cli.show import printable
 from foldlog.protocol.options import FORMAT, ON_DAMAGE
+from foldlog.protocol.tokens import VersionToken, WatchCursor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_Token = TypeVar("_Token", VersionToken, WatchCursor)
 
 
 def log_argument(command: _F) -> _F:
@@ -27,6 +30,26 @@ def format_option(
     )
 
 
+def json_option(help: str = "Print one JSON object.") -> Callable[[_F], _F]:
+    """The option --json, which is passed as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
+def token_callback(
+    kind: type[_Token],
+) -> Callable[[click.Context, click.Parameter, str | None], _Token | None]:
+    """Parses an option whose value is a token, in the notation of the commands: a u64 as a number,
+    other bytes in hex."""
+
+    def parse(_context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else kind.parse(value)
+        except ValueError as error:
+            raise click.BadParameter(printable(str(error)), param=parameter) from None
+
+    return parse
+
+
 def on_damage_option(command: _F) -> _F:
     """The option --on-damage, for commands that open a log for writing."""
     return click.option(
@@ -35,8 +58,7 @@ def on_damage_option(command: _F) -> _F:
         default=ON_DAMAGE.default,
         show_default=True,
         help="If LOG is damaged: refuse it, or cut it at the first damage and keep the rest in a "
-        "file "
-        "next to it.",
+        "file next to it.",
     )(command)
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import click
 
 from foldlog.cli import database
-from foldlog.cli.args import log_argument
+from foldlog.cli.args import json_option, log_argument
 from foldlog.cli.read import read_log, read_state, report_torn
-from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
+from foldlog.cli.show import (
+    counted,
+    printable,
+    progress_bar,
+    report,
+    size_text,
+    token_json,
+    token_text,
+)
 from foldlog.protocol.options import FORMAT
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import WatchCursor
@@ -32,7 +39,7 @@ from foldlog.storage.log.sidecars.lock import WriterLock
     help="The format of DEST: foldlog's own, that of the Rust crate beyond-slipstream, or a RocksDB"
     " database.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def convert(log: Path, dest: Path, to: str, as_json: bool) -> None:
     """Write the state of LOG, a log or a RocksDB database, in another format at DEST, which must
     not exist.
@@ -84,21 +91,18 @@ def _report(
     as_json: bool,
 ) -> None:
     size = database.size_of(dest)
-    if as_json:
-        facts: dict[str, Any] = {
-            "path": os.fspath(log),
-            "dest": os.fspath(dest),
-            "from": formats[0],
-            "to": formats[1],
-            "entries": entries,
-            "cursor": token_json(cursor),
-            "size_bytes": size,
-        }
-        click.echo(json.dumps(facts))
-        return
+    facts = {
+        "path": os.fspath(log),
+        "dest": os.fspath(dest),
+        "from": formats[0],
+        "to": formats[1],
+        "entries": entries,
+        "cursor": token_json(cursor),
+        "size_bytes": size,
+    }
     what = f"{counted(entries, 'entry')} at cursor {token_text(cursor)}"
     shown = f"{printable(os.fspath(dest))}, {size_text(size)}"
-    click.echo(f"converted {what} from {formats[0]} to {formats[1]}: {shown}")
+    report(facts, f"converted {what} from {formats[0]} to {formats[1]}: {shown}", as_json)
 
 
 COMMANDS = (convert,)

@@ -15,6 +15,7 @@ import click
 
 from foldlog.cli.show import (
     counted,
+    print_rows,
     printable,
     progress_bar,
     size_text,
@@ -109,22 +110,19 @@ def print_facts(path: Path, as_json: bool) -> None:
     with needs_extra():
         facts = describe(path)
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "path": str(facts.path),
-                    "format": ROCKSDB,
-                    "size_bytes": facts.size,
-                    "tables": facts.tables,
-                    "store_id": facts.store_id.hex(),
-                    "sequence": facts.seq,
-                    "cursor": token_json(facts.cursor),
-                    "entries_estimate": facts.entries,
-                }
-            )
-        )
+        fields = {
+            "path": str(facts.path),
+            "format": ROCKSDB,
+            "size_bytes": facts.size,
+            "tables": facts.tables,
+            "store_id": facts.store_id.hex(),
+            "sequence": facts.seq,
+            "cursor": token_json(facts.cursor),
+            "entries_estimate": facts.entries,
+        }
+        click.echo(json.dumps(fields))
         return
-    rows = (
+    rows = [
         ("path", printable(str(facts.path))),
         ("size", f"{size_text(facts.size)} in {counted(facts.tables, 'table')} and logs"),
         ("format", "a RocksDB database"),
@@ -132,9 +130,8 @@ def print_facts(path: Path, as_json: bool) -> None:
         ("sequence", f"{facts.seq:,}"),
         ("cursor", token_text(facts.cursor)),
         ("entries", f"about {facts.entries:,}"),
-    )
-    for name, value in rows:
-        click.echo(f"{name:<11} {value}")
+    ]
+    print_rows(rows)
 
 
 def verify(path: Path, as_json: bool) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from foldlog.cli import database
-from foldlog.cli.args import log_argument
+from foldlog.cli.args import json_option, log_argument
 from foldlog.cli.show import (
     counted,
     entry_json,
@@ -56,7 +56,7 @@ _DAMAGED = 1
 
 @click.command(epilog="Example: foldlog dump routes.log --bodies")
 @log_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@json_option("Print one JSON object per line.")
 @click.option(
     "--bodies", is_flag=True, help="Also print the contents of frames: batches with their updates."
 )

@@ -14,7 +14,7 @@ import click
 from foldlog.actors.feeds.subscription import Since
 from foldlog.actors.following.follower import FollowerState
 from foldlog.cli import database
-from foldlog.cli.args import log_argument, utf8
+from foldlog.cli.args import json_option, log_argument, token_callback, utf8
 from foldlog.cli.show import (
     counted,
     entry_json,
@@ -35,18 +35,6 @@ CHECK_S = 0.5
 """How often to check the follower's state while no event arrives."""
 
 
-def _cursor(
-    _context: click.Context, parameter: click.Parameter, value: str | None
-) -> WatchCursor | None:
-    """A cursor as the other commands print it: a u64 as a number, other bytes in hex."""
-    if value is None:
-        return None
-    try:
-        return WatchCursor.parse(value)
-    except ValueError as error:
-        raise click.BadParameter(printable(str(error)), param=parameter) from None
-
-
 @click.command(
     epilog="""\b
 Examples:
@@ -58,15 +46,11 @@ Examples:
 @click.option(
     "--since",
     metavar="CURSOR",
-    callback=_cursor,
+    callback=token_callback(WatchCursor),
     help="Start with the changes after this cursor instead of the state: a number, or hex (0x...).",
 )
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print one JSON object per line: changes in the format that `foldlog apply` reads, and "
-    "marks.",
+@json_option(
+    "Print one JSON object per line: changes in the format that `foldlog apply` reads, and marks."
 )
 @click.option(
     "--no-follow",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import click
 
 from foldlog.cli import database
-from foldlog.cli.args import log_argument
+from foldlog.cli.args import json_option, log_argument
 from foldlog.cli.show import (
     counted,
     printable,
@@ -31,7 +31,7 @@ _SHOWN_KEYS = 5
 
 @click.command(epilog="Example: foldlog verify routes.log --json")
 @log_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def verify(log: Path, as_json: bool) -> None:
     """Check every invariant of LOG, and print each violation with its offset.
 
@@ -106,7 +106,7 @@ def _span(where: Problem | Loss) -> str:
     help="The cursor of the new log. `safe`: from before the first loss, so that upstream replays "
     "what was lost. `last`: that of the last batch kept.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def salvage(log: Path, output: Path, cursor: Literal["safe", "last"], as_json: bool) -> None:
     """Write what can still be read of LOG to a new log, and list what was lost.
 

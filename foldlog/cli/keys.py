@@ -3,7 +3,6 @@ sync what they write."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,9 +10,17 @@ from pathlib import Path
 import click
 
 from foldlog.cli import database
-from foldlog.cli.args import format_option, log_argument, on_damage_option, utf8
-from foldlog.cli.show import printable, token_json, token_text
-from foldlog.protocol.options import UNSET, OnDamage, Unset
+from foldlog.cli.args import (
+    format_option,
+    json_option,
+    log_argument,
+    on_damage_option,
+    token_callback,
+    utf8,
+)
+from foldlog.cli.read import fail_without_entry
+from foldlog.cli.show import printable, report, token_json, token_text
+from foldlog.protocol.options import UNSET, OnDamage
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import MAX_VALUE_BYTES
@@ -21,28 +28,13 @@ from foldlog.storage.log.files import resolve
 from foldlog.store import Store
 from foldlog.store import open as open_store
 
-
-def _version(
-    _context: click.Context, parameter: click.Parameter, value: str | None
-) -> VersionToken | Unset:
-    """A version, in the notation of the other commands."""
-    if value is None:
-        return UNSET
-    try:
-        return VersionToken.parse(value)
-    except ValueError as error:
-        raise click.BadParameter(printable(str(error)), param=parameter) from None
-
-
 _expected_option = click.option(
     "--expected",
     metavar="VERSION",
-    callback=_version,
+    callback=token_callback(VersionToken),
     help="Only if KEY is at this version: a number, or hex (0x...). Otherwise exit code 1.",
 )
-_json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print key and version as one JSON object."
-)
+_json_option = json_option("Print key and version as one JSON object.")
 
 
 @click.command(
@@ -64,7 +56,7 @@ def put(
     key: str,
     value: str | None,
     create: bool,
-    expected: VersionToken | Unset,
+    expected: VersionToken | None,
     on_damage: OnDamage,
     as_json: bool,
     format_name: FormatName | None,
@@ -75,7 +67,7 @@ def put(
     The cursor does not change. On return, the value survives a power loss. Prints the version of
     the entry.
     """
-    if create and expected is not UNSET:
+    if create and expected is not None:
         raise click.UsageError("--create and --expected are mutually exclusive.")
     given = (
         sys.stdin.buffer.read(MAX_VALUE_BYTES + 1)
@@ -85,7 +77,7 @@ def put(
     with _open(log, on_damage, format_name) as store:
         if create:
             version = store.create(key, given)
-        elif expected is not UNSET:
+        elif expected is not None:
             version = store.update(key, given, expected=expected)
         else:
             version = store.put(key, given)
@@ -99,7 +91,7 @@ def put(
 @on_damage_option
 @_json_option
 def delete(
-    log: Path, key: str, expected: VersionToken | Unset, on_damage: OnDamage, as_json: bool
+    log: Path, key: str, expected: VersionToken | None, on_damage: OnDamage, as_json: bool
 ) -> None:
     """Remove KEY from LOG. If there is no such entry, exit code 1, and nothing is written.
 
@@ -108,11 +100,8 @@ def delete(
     os.stat(resolve(log))  # opening would create a missing log
     with _open(log, on_damage, None) as store:
         if key not in store:
-            click.echo(
-                f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True
-            )
-            raise click.exceptions.Exit(1)
-        version = store.delete(key, expected=expected)
+            fail_without_entry(log, key)
+        version = store.delete(key, expected=UNSET if expected is None else expected)
     _report("deleted", key, version, as_json)
 
 
@@ -125,10 +114,8 @@ def _open(log: Path, on_damage: OnDamage, format_name: FormatName | None) -> Sto
 
 
 def _report(done: str, key: str, version: VersionToken, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"key": key, "version": token_json(version)}))
-    else:
-        click.echo(f"{done} {printable(key)} at version {token_text(version)}")
+    text = f"{done} {printable(key)} at version {token_text(version)}"
+    report({"key": key, "version": token_json(version)}, text, as_json)
 
 
 COMMANDS = (put, delete)

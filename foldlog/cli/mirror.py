@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 import foldlog
+from foldlog.cli.args import json_option
 from foldlog.cli.show import printable
 from foldlog.protocol.upstream import ResetHeld
 from foldlog.storage.handover import Latch
@@ -53,12 +54,7 @@ Examples:
 @click.option("--skip-oversize", is_flag=True, help="Skip entries that are over the limits.")
 @click.option("--accept-reset", is_flag=True, help="Allow one reset to delete most of the keys.")
 @click.option("--quiet", is_flag=True, help="Print no status.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print the status to stdout, as one JSON object per line.",
-)
+@json_option("Print the status to stdout, as one JSON object per line.")
 def mirror(
     log: Path,
     upstream: str,

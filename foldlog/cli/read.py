@@ -10,17 +10,19 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
 from foldlog.cli import database
-from foldlog.cli.args import format_option, log_argument, utf8
+from foldlog.cli.args import format_option, json_option, log_argument, utf8
 from foldlog.cli.show import (
     counted,
     entry_json,
+    print_rows,
     printable,
     progress_bar,
+    report,
     size_text,
     terminal_text,
     token_json,
@@ -75,6 +77,12 @@ def report_torn(loaded: Loaded) -> None:
         click.echo(f"left out a torn tail of {size}", err=True)
 
 
+def fail_without_entry(log: Path, key: str) -> NoReturn:
+    """Say on stderr that there is no such key, and end with exit code 1."""
+    click.echo(f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True)
+    raise click.exceptions.Exit(1)
+
+
 def shown_value(value: bytes) -> bytes:
     """A value as `get` writes it: unchanged, or escaped if stdout is a terminal."""
     return terminal_text(value).encode() if sys.stdout.isatty() else value
@@ -88,12 +96,7 @@ Examples:
 )
 @log_argument
 @click.argument("key", callback=utf8)
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print key, value (or value_base64) and version as JSON.",
-)
+@json_option("Print key, value (or value_base64) and version as JSON.")
 @click.option(
     "--follow",
     is_flag=True,
@@ -113,8 +116,7 @@ def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
     with read_state(log) as state:
         entry = state.get(key)
     if entry is None:
-        click.echo(f"foldlog: {printable(str(log))}: no entry with key {printable(key)}", err=True)
-        raise click.exceptions.Exit(1)
+        fail_without_entry(log, key)
     if as_json:
         click.echo(json.dumps(entry_json(entry)))
     else:
@@ -124,7 +126,7 @@ def get(log: Path, key: str, as_json: bool, follow: bool) -> None:
 @click.command("range", epilog="Example: foldlog range routes.log tenants/ --keys --limit 10")
 @log_argument
 @click.argument("prefix", default="", callback=utf8)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@json_option("Print one JSON object per line.")
 @click.option("--keys", "keys_only", is_flag=True, help="Print only the keys.")
 @click.option("--limit", type=click.IntRange(min=0), help="Print at most this many entries.")
 def range_(log: Path, prefix: str, as_json: bool, keys_only: bool, limit: int | None) -> None:
@@ -154,7 +156,7 @@ def _line(entry: KvEntry, as_json: bool, keys_only: bool) -> str:
 
 @click.command(epilog="Example: foldlog info routes.log --json")
 @log_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def info(log: Path, as_json: bool) -> None:
     """Print facts about LOG: identity, cursor, sizes, and whether a writer has it open."""
     if database.is_database(log):
@@ -175,8 +177,8 @@ def info(log: Path, as_json: bool) -> None:
     elif facts["locked"]:
         writer = facts["writer"] or "yes"
     own = facts["format"] == "foldlog"
-    base = size_text(facts["base_bytes"])
-    rows = [
+    base, batches = size_text(facts["base_bytes"]), counted(facts["batches_since_base"], "batch")
+    rows = [  # None: the format has no such field
         ("path", printable(facts["path"])),
         ("size", size_text(facts["size_bytes"])),
         ("format", f"version {facts['format_version']}" if own else facts["format"]),
@@ -186,25 +188,14 @@ def info(log: Path, as_json: bool) -> None:
         ("cursor", token_text(fold.cursor())),
         ("entries", f"{facts['entries']:,}"),
         ("base", f"{base} in {counted(facts['leaves'], 'leaf')}" if own else base),
-        (
-            "appended",
-            f"{size_text(facts['appended_bytes'])}, "
-            f"{counted(facts['batches_since_base'], 'batch')}",
-        ),
+        ("appended", f"{size_text(facts['appended_bytes'])}, {batches}"),
         ("sealed", _sealed(facts) if own else None),
         ("writer", writer),
     ]
     if facts["torn_bytes"]:
-        rows.append(
-            (
-                "torn tail",
-                f"{size_text(facts['torn_bytes'])}, left by a writer that stopped, or being "
-                f"written",
-            )
-        )
-    for name, value in rows:
-        if value is not None:  # None: the format has no such field
-            click.echo(f"{name:<11} {value}")
+        size = size_text(facts["torn_bytes"])
+        rows.append(("torn tail", f"{size}, left by a writer that stopped, or being written"))
+    print_rows(rows)
 
 
 def _sealed(facts: dict[str, Any]) -> str:
@@ -246,7 +237,7 @@ def describe(opened: Opened) -> dict[str, Any]:
 @click.command(epilog="Example: foldlog export routes.log backup-1")
 @log_argument
 @click.argument("dest_dir", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 @format_option("The format of the artifact. By default, that of LOG.")
 def export(log: Path, dest_dir: Path, as_json: bool, format_name: FormatName | None) -> None:
     """Write the state of LOG as an artifact to the new directory DEST_DIR; `import` verifies it.
@@ -278,13 +269,11 @@ def _report_export(
     dest_dir: Path, manifest: ExportManifest, entries: int | None, as_json: bool
 ) -> None:
     """`entries`: None for a database, where counting them would take a read of all."""
-    if as_json:
-        facts = {"dest_dir": os.fspath(dest_dir), "entries": entries, **manifest_json(manifest)}
-        click.echo(json.dumps(facts))
-        return
+    facts = {"dest_dir": os.fspath(dest_dir), "entries": entries, **manifest_json(manifest)}
     shown, size = printable(os.fspath(dest_dir)), size_text(payload_bytes(manifest))
     what = "the state" if entries is None else counted(entries, "entry")
-    click.echo(f"exported {what} at cursor {token_text(manifest.cursor)} to {shown}, {size}")
+    where = f"at cursor {token_text(manifest.cursor)} to {shown}, {size}"
+    report(facts, f"exported {what} {where}", as_json)
 
 
 def payload_bytes(manifest: ExportManifest) -> int:

@@ -7,11 +7,14 @@ terminal.
 from __future__ import annotations
 
 import base64
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import click
 
 from foldlog.protocol.tokens import VersionToken, WatchCursor
 from foldlog.protocol.updates import KvEntry, Update
@@ -19,6 +22,18 @@ from foldlog.storage.formats.format import Progress
 
 REFRESH_S = 0.1
 """Seconds between updates of a progress bar, which cost about 20 us each."""
+
+
+def report(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print an outcome: as one JSON object, or as text."""
+    click.echo(json.dumps(facts) if as_json else text)
+
+
+def print_rows(rows: Iterable[tuple[str, str | None]]) -> None:
+    """Print (name, value) rows in two columns. A value of None has no row."""
+    for name, value in rows:
+        if value is not None:
+            click.echo(f"{name:<11} {value}")
 
 
 def printable(text: str) -> str:

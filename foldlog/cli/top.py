@@ -17,7 +17,7 @@ import click
 
 from foldlog.actors.following.follower import FollowerState
 from foldlog.cli import database
-from foldlog.cli.args import log_argument
+from foldlog.cli.args import json_option, log_argument
 from foldlog.cli.keyboard import Keyboard
 from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
@@ -242,7 +242,7 @@ def _interval(_context: click.Context, parameter: click.Parameter, value: float)
     is_flag=True,
     help="Print the status once and exit. Exit code 2 if LOG does not exist.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print each status as one line of JSON.")
+@json_option("Print each status as one line of JSON.")
 @click.option(
     "--interval",
     "interval_s",

@@ -4,7 +4,6 @@ they run."""
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import time
@@ -16,9 +15,17 @@ from typing import BinaryIO
 import click
 
 from foldlog.cli import database
-from foldlog.cli.args import format_option, log_argument, on_damage_option
+from foldlog.cli.args import format_option, json_option, log_argument, on_damage_option
 from foldlog.cli.read import manifest_json, payload_bytes
-from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
+from foldlog.cli.show import (
+    counted,
+    printable,
+    progress_bar,
+    report,
+    size_text,
+    token_json,
+    token_text,
+)
 from foldlog.cli.stream import (
     BadLineError,
     Batcher,
@@ -151,7 +158,7 @@ def fold_stream(
     show_default=True,
     help="Changes per batch.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+@json_option("Print the summary as one JSON object.")
 @on_damage_option
 @format_option(
     "The format of a new LOG; an existing LOG must have it. By default: foldlog's own, or "
@@ -195,20 +202,17 @@ def apply(
             elapsed_s = time.perf_counter() - start
             cursor = snap.cursor()
     rate = tally.applied / elapsed_s if elapsed_s else 0.0
-    if as_json:
-        facts = {
-            **asdict(tally),
-            "cursor": token_json(cursor),
-            "elapsed_s": round(elapsed_s, 6),
-            "changes_per_s": round(rate),
-        }
-        click.echo(json.dumps(facts))
-    else:
-        click.echo(
-            f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, "
-            f"skipped {tally.skipped:,}; "
-            f"cursor {token_text(cursor)}; {rate:,.0f} changes/s"
-        )
+    facts = {
+        **asdict(tally),
+        "cursor": token_json(cursor),
+        "elapsed_s": round(elapsed_s, 6),
+        "changes_per_s": round(rate),
+    }
+    text = (
+        f"applied {counted(tally.applied, 'change')} in {counted(tally.batches, 'batch')}, "
+        f"skipped {tally.skipped:,}; cursor {token_text(cursor)}; {rate:,.0f} changes/s"
+    )
+    report(facts, text, as_json)
     if tally.interrupted:
         raise click.exceptions.Exit(130)
 
@@ -216,31 +220,19 @@ def apply(
 def _lines(file: BinaryIO, progress: Progress | None) -> Iterator[bytes | None]:
     """The lines of a file. For a pipe or terminal, also None once per pause of at least
     `PAUSE_S`."""
-    size = _size(file)
-    try:
-        waits = not stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-    except (OSError, ValueError):
-        waits = False
-    return (
-        lines_with_pauses(file.fileno(), PAUSE_S, progress)
-        if waits
-        else lines_of(file, progress, size)
-    )
-
-
-def _size(file: BinaryIO) -> int:
-    """The size of a regular file in bytes; 0, meaning unknown, for anything else."""
     try:
         status = os.fstat(file.fileno())
-    except (OSError, ValueError):
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+    except (OSError, ValueError):  # not a file of the operating system
+        return lines_of(file, progress)
+    if stat.S_ISREG(status.st_mode):
+        return lines_of(file, progress, status.st_size)
+    return lines_with_pauses(file.fileno(), PAUSE_S, progress)
 
 
 @click.command(epilog="Example: foldlog compact routes.log")
 @log_argument
 @on_damage_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
     """Compact LOG: rewrite it as one entry per live key, without history. Needs disk space for both
     files meanwhile."""
@@ -257,25 +249,22 @@ def compact(log: Path, on_damage: OnDamage, as_json: bool) -> None:
             with snap:
                 entries, compacted = len(snap), snap.report.compacted
     after = database.size_of(path)
-    if as_json:
-        facts = {
-            "compacted": compacted,
-            "size_before_bytes": before,
-            "size_bytes": after,
-            "entries": entries,
-        }
-        click.echo(json.dumps({"path": str(path), **facts}))
-        return
+    facts = {
+        "path": str(path),
+        "compacted": compacted,
+        "size_before_bytes": before,
+        "size_bytes": after,
+        "entries": entries,
+    }
     done = "compacted" if compacted else "already compact"
-    click.echo(
-        f"{done}: {size_text(before)} before, {size_text(after)} after, {counted(entries, 'entry')}"
-    )
+    sizes = f"{size_text(before)} before, {size_text(after)} after"
+    report(facts, f"{done}: {sizes}, {counted(entries, 'entry')}", as_json)
 
 
 @click.command("import", epilog="Example: foldlog import backup-1 routes.log")
 @click.argument("artifact_dir", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 @format_option("The format of DEST. By default, foldlog's own.")
 def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatName | None) -> None:
     """Verify the artifact at ARTIFACT_DIR in full, and write it as a log at DEST, which must not
@@ -292,13 +281,11 @@ def import_(artifact_dir: Path, dest: Path, as_json: bool, format_name: FormatNa
             manifest = database.import_(artifact_dir, dest, progress)
         else:
             manifest = import_artifact(artifact_dir, dest, format=format_name, progress=progress)
-    if as_json:
-        click.echo(json.dumps({"dest": os.fspath(dest), **manifest_json(manifest)}))
-        return
-    click.echo(
+    text = (
         f"imported {size_text(payload_bytes(manifest))} at cursor {token_text(manifest.cursor)} "
         f"to {printable(str(dest))}"
     )
+    report({"dest": os.fspath(dest), **manifest_json(manifest)}, text, as_json)
 
 
 COMMANDS = (apply, compact, import_)
