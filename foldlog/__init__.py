@@ -166,17 +166,10 @@ __all__ = [
 ]
 
 
-_LAZY = {
-    "aio": "foldlog.aio",
-    "metrics": "foldlog.metrics",
-}
-
-
 def __getattr__(name: str) -> Any:
     """Import on first access what needs asyncio or an extra: a store needs neither."""
-    if name not in _LAZY:
+    if name not in ("aio", "metrics"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module = import_module(_LAZY[name])
-    return getattr(module, name, module)
+    return import_module(f"foldlog.{name}")

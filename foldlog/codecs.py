@@ -10,6 +10,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgpack
@@ -29,64 +30,6 @@ class Codec(Protocol[T]):
         changed value."""
 
 
-class Json:
-    """JSON as defined by RFC 8259: UTF-8, no NaN, no infinities."""
-
-    def encode(self, value: Any, /) -> bytes:
-        """`value` as JSON. TypeError or ValueError if JSON cannot represent it."""
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode()
-
-    def decode(self, raw: bytes, /) -> Any:
-        """The value of the JSON in `raw`. ValueError if it is not JSON."""
-        return json.loads(raw, parse_constant=_refuse_constant)
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-class Msgpack:
-    """MessagePack, which keeps text and bytes distinct."""
-
-    def encode(self, value: Any, /) -> bytes:
-        """`value` as MessagePack. TypeError or ValueError if MessagePack cannot represent it."""
-        packed: bytes = msgpack.packb(value)
-        return packed
-
-    def decode(self, raw: bytes, /) -> Any:
-        """The value of the MessagePack in `raw`. One of msgpack's errors if it is not
-        MessagePack."""
-        return msgpack.unpackb(raw, strict_map_key=False)
-
-
-class Raw:
-    """The bytes themselves."""
-
-    def encode(self, value: bytes, /) -> bytes:
-        """`value` itself. TypeError unless it is bytes."""
-        if type(value) is not bytes:
-            raise TypeError(f"a raw value is bytes, not {type(value).__name__}")
-        return value
-
-    def decode(self, raw: bytes, /) -> bytes:
-        """`raw` itself."""
-        return raw
-
-
-class Pickle:
-    """Pickle. Used only if named explicitly: anyone who can write the log can run code in its
-    readers."""
-
-    def encode(self, value: Any, /) -> bytes:
-        """`value` pickled. One of pickle's errors if it cannot be pickled."""
-        return pickle.dumps(value, protocol=5)
-
-    def decode(self, raw: bytes, /) -> Any:
-        """The unpickled value. Runs any code that `raw` contains."""
-        return pickle.loads(raw)
-
-
 class FromFunctions:
     """A codec made of two functions."""
 
@@ -94,11 +37,33 @@ class FromFunctions:
         self.encode, self.decode = encode, decode
 
 
-_BY_NAME: dict[str, type[Codec[Any]]] = {
-    "json": Json,
-    "msgpack": Msgpack,
-    "raw": Raw,
-    "pickle": Pickle,
+def _to_json(value: Any) -> bytes:
+    """JSON as defined by RFC 8259: UTF-8, no NaN, no infinities."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode()
+
+
+def _from_json(raw: bytes) -> Any:
+    return json.loads(raw, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _checked_bytes(value: object) -> bytes:
+    if type(value) is not bytes:
+        raise TypeError(f"a raw value is bytes, not {type(value).__name__}")
+    return value
+
+
+_BY_NAME: dict[str, Codec[Any]] = {
+    "json": FromFunctions(_to_json, _from_json),
+    # Keeps text and bytes distinct.
+    "msgpack": FromFunctions(msgpack.packb, partial(msgpack.unpackb, strict_map_key=False)),
+    "raw": FromFunctions(_checked_bytes, bytes),
+    # Only if named explicitly: anyone who can write the log can run code in its readers.
+    "pickle": FromFunctions(partial(pickle.dumps, protocol=5), pickle.loads),
 }
 
 
@@ -108,7 +73,7 @@ def codec_of(codec: object) -> Codec[Any]:
         if codec not in _BY_NAME:
             names = ", ".join(map(repr, _BY_NAME))
             raise ValueError(f"a codec is one of {names}, a class or an object, not {codec!r}")
-        return _BY_NAME[codec]()
+        return _BY_NAME[codec]
     if isinstance(codec, type):
         made = _of_struct(codec) or _of_model(codec)
         if made is not None:

@@ -359,14 +359,12 @@ class Store(Watched):
         FORMAT.check(format)
         timeout_s = check_timeout(timeout_s)
         dest = os.path.abspath(os.fspath(dest_dir))
+        manifest: ExportManifest
         if self._core.state is State.FAILED:
-            return self._export_failed(dest, format)
-        manifest: ExportManifest = self._send(ExportRequest(dest, format), timeout_s)
-        return manifest
-
-    def _export_failed(self, dest: str, format: FormatName | None) -> ExportManifest:
-        self.snapshot()
-        manifest: ExportManifest = self._engine.begin_export(format)(dest)
+            self.snapshot()
+            manifest = self._engine.begin_export(format)(dest)
+        else:
+            manifest = self._send(ExportRequest(dest, format), timeout_s)
         return manifest
 
     @property

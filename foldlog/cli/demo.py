@@ -26,7 +26,7 @@ import click
 
 from foldlog.cli.show import counted, printable, size_text, token_text, value_text
 from foldlog.cli.stream import Batcher, Change, read_changes
-from foldlog.cli.unicode import ALL_CODE_POINTS, NEW, OLD, History, Model, differences
+from foldlog.cli.unicode import ALL_CODE_POINTS, History, Model, differences
 from foldlog.follow import follow
 from foldlog.protocol.updates import KvEntry, Put
 from foldlog.storage.artifacts.artifact import import_artifact
@@ -35,8 +35,6 @@ from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.readable import Reads
 from foldlog.store import Store
 from foldlog.store import open as open_store
-
-__all__ = ["NEW", "OLD", "History", "differences", "run"]
 
 READERS = 3
 BATCH = 500

@@ -308,12 +308,3 @@ class Batcher:
         if pending:
             self.begun = pending[-1].cursor
         return complete, pending[len(complete) :]
-
-    def settled(self) -> list[Change]:
-        """The pending changes of complete positions; drops the last one, whose lines may not all
-        have been read."""
-        pending = self.rest()
-        if not pending:
-            return pending
-        last = pending[-1].cursor
-        return [change for change in pending if change.cursor != last]

@@ -137,7 +137,8 @@ def fold_stream(
             snap.apply((), batcher.begun)
     except KeyboardInterrupt:
         tally.interrupted = True
-        apply(batcher.settled())
+        complete, _ = batcher.pause()
+        apply(complete)
     except BadLineError as error:
         raise BadStreamError(str(error), tally, token_text(snap.cursor())) from None
     tally.skipped = resume.skipped

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from foldlog import AppendLogSnapshot, KvEntry, Put, Store, VersionToken, WatchCursor
 from foldlog.cli import demo, main, read
-from foldlog.cli.demo import NEW, OLD, History, differences
+from foldlog.cli.unicode import NEW, OLD, History, differences
 
 SOME = range(0xF800, 0xFC00)
 """Holds ideographs that return and presentation forms that do not."""
