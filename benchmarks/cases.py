@@ -15,6 +15,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -22,6 +24,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import workload
+from harness import private_kb
 from subjects import (
     ENGINES,
     NEVER,
@@ -83,14 +86,8 @@ def settle() -> None:
 
 
 def private_mb() -> float:
-    """Private memory of this process, in MB: Private_Clean + Private_Dirty of
-    /proc/self/smaps_rollup."""
-    rows = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
-    return (
-        sum(int(row[1]) for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:"))
-        * 1024
-        / 1e6
-    )
+    """Private memory of this process, in MB."""
+    return private_kb() * 1024 / 1e6
 
 
 def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
@@ -101,14 +98,12 @@ def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
     return (perf_counter() - start) / len(arguments)
 
 
-def limited_mean_s(call: Callable[[Any], Any], arguments: list[Any], chunk: int = 1) -> float:
+def limited_mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
     """The mean time of a call, over all arguments or until `PASS_LIMIT_S`, in seconds."""
-    done = 0
-    start = perf_counter()
-    while done < len(arguments):
-        for argument in arguments[done : done + chunk]:
-            call(argument)
-        done = min(done + chunk, len(arguments))
+    start, done = perf_counter(), 0
+    for argument in arguments:
+        call(argument)
+        done += 1
         if perf_counter() - start > PASS_LIMIT_S:
             break
     return (perf_counter() - start) / done
@@ -268,6 +263,19 @@ def timed_applies(store: Subject, work: list[tuple[list[Any], Any]]) -> list[flo
     return times
 
 
+def applies_to_copy(trial: Trial, work: list[tuple[list[Any], Any]]) -> list[float]:
+    """`timed_applies` to a copy of the prepared store, which is then removed."""
+    path = trial.copy()
+    store = trial.subject(path)
+    settle()
+    times = timed_applies(store, work)
+    store.close()
+    del store
+    gc.unfreeze()
+    shutil.rmtree(path.parent)
+    return times
+
+
 def applies(trial: Trial) -> dict[str, float]:
     count = 100_000
     choose = random.Random(trial.seed).randrange
@@ -280,15 +288,7 @@ def applies(trial: Trial) -> dict[str, float]:
                 ]
             else:
                 numbers = [choose(trial.entries) for _ in range(count)]
-            work = batches(trial, numbers, size)
-            path = trial.copy()
-            store = trial.subject(path)
-            settle()
-            times = timed_applies(store, work)
-            store.close()
-            del store
-            gc.unfreeze()
-            shutil.rmtree(path.parent)
+            times = applies_to_copy(trial, batches(trial, numbers, size))
             figures[f"apply_{kind}_{size}"] = sum(times) / (len(times) * size)
             if kind == "overwrite" and size == 100:
                 times.sort()
@@ -343,7 +343,7 @@ def compactions(trial: Trial) -> dict[str, float]:
             store.apply(batch, cursor)
         gc.collect()
         start = perf_counter()
-        store.snap.compact()  # type: ignore[attr-defined]
+        store.opened.compact()  # type: ignore[attr-defined]
         figures[f"compact_{name}"] = perf_counter() - start
         store.close()
         size = path.stat().st_size
@@ -372,7 +372,7 @@ def artifacts(trial: Trial) -> dict[str, float]:
     artifact, landed = trial.scratch / "artifact", trial.scratch / "landed"
     settle()
     start = perf_counter()
-    store.snap.export_to(artifact)  # type: ignore[attr-defined]
+    store.opened.export_to(artifact)  # type: ignore[attr-defined]
     exported = perf_counter() - start
     store.close()
     start = perf_counter()
@@ -401,31 +401,37 @@ def rate(calls: list[Callable[[threading.Event], int]]) -> float:
         return sum(done.result() for done in running) / (perf_counter() - start)
 
 
+@contextmanager
+def own(store: Subject) -> Iterator[Subject]:
+    """The store, as this thread is to use it."""
+    mine = store.for_thread()
+    yield mine
+    if mine is not store:
+        mine.close()
+
+
+def applying(store: Subject, work: list[tuple[list[Any], Any]], stop: threading.Event) -> int:
+    """Apply the batches over and over until told to stop. Returns how many it applied."""
+    done = 0
+    with own(store) as mine:
+        for batch, cursor in cycle(work):  # ends by the clock, never for lack of work
+            if stop.is_set():
+                break
+            mine.apply(batch, cursor)
+            done += 1
+    return done
+
+
 def commits(trial: Trial) -> dict[str, float]:
     """Commits per second, of one update each, from 1, 4 and 16 threads that wait for their own
     commits."""
     store = trial.subject(trial.copy())
 
-    def committing(work: list[tuple[list[Any], Any]]) -> Callable[[threading.Event], int]:
-        def run(stop: threading.Event) -> int:
-            mine = store.for_thread()
-            done = 0
-            for batch, cursor in cycle(work):  # ends by the clock, never for lack of work
-                if stop.is_set():
-                    break
-                mine.apply(batch, cursor)
-                done += 1
-            if mine is not store:
-                mine.close()
-            return done
-
-        return run
-
     figures = {}
     for threads in (1, 4, 16):
         work = batches(trial, workload.shuffled(min(trial.entries, 50_000), f"{threads}"), 1)
         figures[f"commits_{threads}"] = rate(
-            [committing(work[number::threads]) for number in range(threads)]
+            [partial(applying, store, work[number::threads]) for number in range(threads)]
         )
     store.close()
     return figures
@@ -438,25 +444,17 @@ def reads(trial: Trial) -> dict[str, float]:
     hot = random_keys(trial)[:1000]
 
     def reading(stop: threading.Event) -> int:
-        mine = store.for_thread()
         done = 0
-        while not stop.is_set():
-            mean_s(mine.get, hot)
-            done += len(hot)
-        if mine is not store:
-            mine.close()
+        with own(store) as mine:
+            while not stop.is_set():
+                mean_s(mine.get, hot)
+                done += len(hot)
         return done
 
     work = batches(trial, workload.shuffled(trial.entries, trial.seed)[:100_000], 100)
 
     def writing(stop: threading.Event) -> int:
-        mine = store.for_thread()
-        for batch, cursor in cycle(work):
-            if stop.is_set():
-                break
-            mine.apply(batch, cursor)
-        if mine is not store:
-            mine.close()
+        applying(store, work, stop)
         return 0  # its calls are not counted
 
     figures = {f"reads_{threads}": rate([reading] * threads) for threads in (1, 2, 4, 8)}
@@ -472,30 +470,24 @@ def store_calls(trial: Trial) -> dict[str, float]:
     choose = random.Random(trial.seed).randrange
     figures = {}
     for size in (1, 10, 100, 1000):
-        work = batches(
-            trial, [choose(trial.entries) for _ in range(20_000 if size == 1 else 100_000)], size
-        )
-        subject: Any = trial.subject(trial.copy())
-        settle()
-        times = timed_applies(subject, work)
-        subject.close()
-        gc.unfreeze()
+        numbers = [choose(trial.entries) for _ in range(20_000 if size == 1 else 100_000)]
+        times = applies_to_copy(trial, batches(trial, numbers, size))
         figures[f"store_apply_{size}"] = sum(times) / (len(times) * size)
     subject = trial.subject(trial.copy())
+    store = subject.opened  # type: ignore[attr-defined]
     work = batches(trial, [choose(trial.entries) for _ in range(20_000)], 1)
     settle()
     start = perf_counter()
-    futures = [
-        subject.store.apply_async(batch, cursor, 60) for batch, cursor in work
-    ]  # waits if the mailbox is full
+    # Waits if the mailbox is full.
+    futures = [store.apply_async(batch, cursor, 60) for batch, cursor in work]
     futures[-1].result(60)
     figures["store_apply_async_1"] = (perf_counter() - start) / len(work)
     asks = [Get(workload.key(choose(trial.entries))) for _ in range(5000)]
     for ask in asks:
-        subject.store.get(ask.key)  # the asking is measured, not a first read
-    figures["ask_get"] = limited_mean_s(subject.store.reader.ask, asks)
+        store.get(ask.key)  # the asking is measured, not a first read
+    figures["ask_get"] = limited_mean_s(store.reader.ask, asks)
     asks = [Range(prefix) for prefix in workload.prefixes(trial.entries, 100, 1000, trial.seed)]
-    figures["ask_range_100"] = limited_mean_s(subject.store.reader.ask, asks)
+    figures["ask_range_100"] = limited_mean_s(store.reader.ask, asks)
     subject.close()
     return figures
 

@@ -9,7 +9,6 @@ rates of a slowdown are measured in turns.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import random
@@ -21,6 +20,8 @@ import time
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
+
+from harness import Table, parser_of, private_kb, rollup_kb
 
 import foldlog
 from foldlog import AppendLogSnapshot, Put, VersionToken, WatchCursor, diff
@@ -87,25 +88,6 @@ def followers(log: Path, count: int, cpus: Set[int] = frozenset()) -> Iterator[l
     finally:
         for process in processes:
             process.close()
-
-
-def private_mb(pid: int) -> float:
-    """The private memory of a process, in MB."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return (
-        sum(
-            int(line.split()[1])
-            for line in lines
-            if line.startswith(("Private_Clean", "Private_Dirty"))
-        )
-        / 1024
-    )
-
-
-def shared_mb(pid: int) -> float:
-    """A process's proportional share of shared memory, in MB."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def fill(log: Path, entries: int) -> list[str]:
@@ -233,68 +215,49 @@ def measure_diff(log: Path, keys: list[str], compacted: bool) -> float:
         return (time.perf_counter() - begun) * 1e3
 
 
+def measure_memory(table: Table, log: Path) -> None:
+    for count in (1, 4, 8):
+        with followers(log, count) as processes:
+            private = [private_kb(process.pid) / 1024 for process in processes]
+            share = sum(rollup_kb("Pss", pid=process.pid) for process in processes) / 1024
+        text = f"{statistics.mean(private):.0f} MB each, {share:.0f} MB of shared memory in total"
+        what = f"private memory of {count} follower{'s' if count > 1 else ''} after open"
+        table.row(what, text, "<= 60 MB each")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="100,000 entries, and less of everything"
     )
     quick = parser.parse_args().quick
     entries = 100_000 if quick else 1_000_000
     random.seed(5)
-    print(
-        f"{entries:,} entries of 100 bytes; {os.cpu_count()} CPUs; "
-        f"load {os.getloadavg()[0]:.1f} at the start\n"
-    )
-    print("| what | measured | goal |\n|---|---|---|")
-
-    def row(what: str, measured: str, goal: str = "-") -> None:
-        print(f"| {what} | {measured} | {goal} |", flush=True)
-
+    table = Table(f"{entries:,} entries of 100 bytes; ")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "state.log"
         keys = fill(log, entries)
-        for count in (1, 4, 8):
-            with followers(log, count) as processes:
-                private = [private_mb(process.pid) for process in processes]
-                share = sum(shared_mb(process.pid) for process in processes)
-            text = (
-                f"{statistics.mean(private):.0f} MB each, {share:.0f} MB of shared memory in total"
-            )
-            row(
-                f"private memory of {count} follower{'s' if count > 1 else ''} after open",
-                text,
-                "<= 60 MB each",
-            )
+        measure_memory(table, log)
         for pause_s in (0.02, 0.003):
             p50, p99 = measure_delay(log, keys, 300 if quick else 1000, pause_s)
-            row(
-                f"delay to a follower, a batch every {pause_s * 1e3:.0f} ms, p50 / p99",
-                f"{p50:.2f} / {p99:.2f} ms",
-                "p50 <= 5 ms",
-            )
+            what = f"delay to a follower, a batch every {pause_s * 1e3:.0f} ms, p50 / p99"
+            table.row(what, f"{p50:.2f} / {p99:.2f} ms", "p50 <= 5 ms")
         seconds, rounds = (1.0, 2) if quick else (2.0, 3)
         for own_core in (True, False):
             where = "with a core of its own" if own_core else "on shared cores"
             slow = measure_slowdown(log, keys, 8, seconds, rounds, own_core)
             (alone, followed), full, cpu = slow
+            what = f"an apply of 10 updates, 200 a second, with 8 followers, {where}"
             text = f"{alone:.0f} -> {followed:.0f} us, {followed / alone - 1:+.0%}"
-            row(
-                f"an apply of 10 updates, 200 a second, with 8 followers, {where}", text, "<= +10 %"
-            )
+            table.row(what, text, "<= +10 %")
+            what = f"applies of 10 updates at full speed, with 8 followers, {where}"
             text = f"{full[0]:,.0f} -> {full[1]:,.0f} a second, {full[1] / full[0] - 1:+.0%}"
-            row(f"applies of 10 updates at full speed, with 8 followers, {where}", text, ">= -10 %")
+            table.row(what, text, ">= -10 %")
             text = f"{cpu[0]:.0f} -> {cpu[1]:.0f} us, {cpu[1] / cpu[0] - 1:+.0%}"
-            row(f"the writer's CPU time for each of these, {where}", text, "<= +10 %")
-        row(
-            "difference of 1,000 changes, on the same base",
-            f"{measure_diff(log, keys, False):.0f} ms",
-        )
-        row(
-            "difference of 1,000 changes, across a compaction",
-            f"{measure_diff(log, keys, True):.0f} ms",
-        )
+            table.row(f"the writer's CPU time for each of these, {where}", text, "<= +10 %")
+        for compacted, where in ((False, "on the same base"), (True, "across a compaction")):
+            text = f"{measure_diff(log, keys, compacted):.0f} ms"
+            table.row(f"difference of 1,000 changes, {where}", text)
 
 
 if __name__ == "__main__":

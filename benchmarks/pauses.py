@@ -11,7 +11,6 @@ Markdown table.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from harness import parser_of
 
 import foldlog
 from foldlog import Put, Store, VersionToken, WatchCursor
@@ -44,14 +45,21 @@ def random_keys(entries: int) -> list[str]:
     return [f"key-{choose(entries):08d}" for _ in range(200)]
 
 
-class Reader(threading.Thread):
-    """Gets keys, and records the time of each call in seconds."""
+class Timed(threading.Thread):
+    """Records the time of each of its calls, in seconds."""
 
-    def __init__(self, store: Store, keys: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self._store, self._keys = store, keys
         self.times_s: list[float] = []
         self.stopping = False
+
+
+class Reader(Timed):
+    """Gets keys."""
+
+    def __init__(self, store: Store, keys: list[str]) -> None:
+        super().__init__()
+        self._store, self._keys = store, keys
 
     def run(self) -> None:
         get, clock, note = self._store.get, time.perf_counter, self.times_s.append
@@ -63,13 +71,8 @@ class Reader(threading.Thread):
             time.sleep(0.0005)  # a realistic reader, and fewer than 10 million samples
 
 
-class Holds(threading.Thread):
-    """Releases the interpreter lock, reacquires it, and records the time in seconds."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.times_s: list[float] = []
-        self.stopping = False
+class Holds(Timed):
+    """Releases the interpreter lock, and reacquires it."""
 
     def run(self) -> None:
         usual = sys.getswitchinterval()
@@ -84,15 +87,12 @@ class Holds(threading.Thread):
             sys.setswitchinterval(usual)
 
 
-class Applier(threading.Thread):
-    """Applies batches of 100, at full speed or paced, and records the time of each call in
-    seconds."""
+class Applier(Timed):
+    """Applies batches of 100, at full speed or paced."""
 
     def __init__(self, store: Store, entries: int, pause_s: float) -> None:
-        super().__init__(daemon=True)
+        super().__init__()
         self._store, self._entries, self._pause_s = store, entries, pause_s
-        self.times_s: list[float] = []
-        self.stopping = False
 
     def run(self) -> None:
         rng = random.Random(5)
@@ -106,18 +106,15 @@ class Applier(threading.Thread):
             time.sleep(self._pause_s)
 
 
-def measure(
-    watcher: Reader | Holds, applier: Applier | None, work: Callable[[], None]
-) -> tuple[list[float], list[float]]:
-    """The times recorded by both while `work` runs, sorted."""
-    threads = [thread for thread in (watcher, applier) if thread is not None]
+def measure(threads: list[Timed], work: Callable[[], None]) -> list[list[float]]:
+    """The times recorded by each thread while `work` runs, sorted."""
     for thread in threads:
         thread.start()
     work()
     for thread in threads:
         thread.stopping = True
         thread.join()
-    return sorted(watcher.times_s), sorted(applier.times_s if applier else [])
+    return [sorted(thread.times_s) for thread in threads]
 
 
 def row(name: str, times_s: list[float]) -> str:
@@ -132,9 +129,7 @@ def row(name: str, times_s: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
@@ -168,12 +163,13 @@ def main() -> None:
         keys = random_keys(options.entries)
         for kind in ("get", "hold of the lock"):
             for name, work, pause_s in cases:
-                watcher = Reader(store, keys) if kind == "get" else Holds()
-                applier = None if pause_s is None else Applier(store, options.entries, pause_s)
-                noted, applies = measure(watcher, applier, work)
+                threads: list[Timed] = [Reader(store, keys) if kind == "get" else Holds()]
+                if pause_s is not None:
+                    threads.append(Applier(store, options.entries, pause_s))
+                noted, *applies = measure(threads, work)
                 print(row(f"{kind}: {name}", noted), flush=True)
-                if applies and kind == "get":
-                    print(row(f"apply: {name}", applies), flush=True)
+                for times_s in applies if kind == "get" else ():
+                    print(row(f"apply: {name}", times_s), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,80 +20,64 @@ class Figure(NamedTuple):
 
     title: str
     unit: str
-    scale: float
-    """Units per second (or per MB)."""
 
-
-def _us(title: str) -> Figure:
-    return Figure(title, "µs", 1e6)
-
-
-def _ms(title: str) -> Figure:
-    return Figure(title, "ms", 1e3)
-
-
-def _s(title: str) -> Figure:
-    return Figure(title, "s", 1)
-
-
-def _mb(title: str) -> Figure:
-    return Figure(title, "MB", 1)
-
-
-def _rate(title: str) -> Figure:
-    return Figure(title, "1/s", 1)
+    @property
+    def scale(self) -> float:
+        """Units per second (or per MB)."""
+        return {"µs": 1e6, "ms": 1e3}.get(self.unit, 1)
 
 
 FIGURES: dict[str, Figure] = {
-    "open": _ms("open, to the first get"),
-    "open_batches": _s(
+    "open": Figure("open, to the first get", "ms"),
+    "open_batches": Figure(
         "open 1000-record batches, to the first get (engine below `AppendLogSnapshot`, not "
-        "compacted)"
+        "compacted)",
+        "s",
     ),
-    "open_batches_compacted": _s("open 1000-record batches, compacted, to the first get"),
-    "memory_start": _mb("private memory before open"),
-    "memory_open": _mb("private memory after open"),
-    "memory_gets": _mb("private memory after 100,000 random gets"),
-    "memory_open_batches": _mb("private memory after open, not compacted"),
-    "get_hot": _us("get, 1,000 keys over and over"),
-    "get_hot_changed": _us("get, 1,000 keys over and over, with changes above the base"),
-    "get_first": _us("get, random over all keys, first pass"),
-    "get_steady": _us("get, random over all keys, later passes"),
-    "get_absent": _us("get, absent keys"),
-    "range_100": _ms("range of 100"),
-    "range_10000": _ms("range of 10,000"),
-    "range_all": _ms("range of all"),
+    "open_batches_compacted": Figure("open 1000-record batches, compacted, to the first get", "s"),
+    "memory_start": Figure("private memory before open", "MB"),
+    "memory_open": Figure("private memory after open", "MB"),
+    "memory_gets": Figure("private memory after 100,000 random gets", "MB"),
+    "memory_open_batches": Figure("private memory after open, not compacted", "MB"),
+    "get_hot": Figure("get, 1,000 keys over and over", "µs"),
+    "get_hot_changed": Figure("get, 1,000 keys over and over, with changes above the base", "µs"),
+    "get_first": Figure("get, random over all keys, first pass", "µs"),
+    "get_steady": Figure("get, random over all keys, later passes", "µs"),
+    "get_absent": Figure("get, absent keys", "µs"),
+    "range_100": Figure("range of 100", "ms"),
+    "range_10000": Figure("range of 10,000", "ms"),
+    "range_all": Figure("range of all", "ms"),
     **{
-        f"apply_{kind}_{size}": _us(f"apply, {title}, batches of {size}, a record")
+        f"apply_{kind}_{size}": Figure(f"apply, {title}, batches of {size}, a record", "µs")
         for kind, title in (("fresh", "fresh keys"), ("overwrite", "existing keys"))
         for size in (1, 10, 100, 1000)
     },
-    "publish_median": _us("one apply of 100 existing keys, median"),
-    "publish_p99": _us("one apply of 100 existing keys, 99th percentile"),
-    "publish_max": _us("one apply of 100 existing keys, longest"),
-    "load": _us("load into an empty store, batches of 1000, a record"),
-    "load_compacting": _us("the same with compactions as they fall due, a record"),
-    "compact_all": _s("compact, all touched"),
-    "compact_contiguous": _s("compact, 1 % touched, neighbours"),
-    "compact_random": _s("compact, 1 % touched, at random"),
-    "export": _s("export"),
-    "import": _s("import, to the first get"),
-    "commits_1": _rate("commits of one update, 1 thread"),
-    "commits_4": _rate("commits of one update, 4 threads"),
-    "commits_16": _rate("commits of one update, 16 threads"),
+    "publish_median": Figure("one apply of 100 existing keys, median", "µs"),
+    "publish_p99": Figure("one apply of 100 existing keys, 99th percentile", "µs"),
+    "publish_max": Figure("one apply of 100 existing keys, longest", "µs"),
+    "load": Figure("load into an empty store, batches of 1000, a record", "µs"),
+    "load_compacting": Figure("the same with compactions as they fall due, a record", "µs"),
+    "compact_all": Figure("compact, all touched", "s"),
+    "compact_contiguous": Figure("compact, 1 % touched, neighbours", "s"),
+    "compact_random": Figure("compact, 1 % touched, at random", "s"),
+    "export": Figure("export", "s"),
+    "import": Figure("import, to the first get", "s"),
+    "commits_1": Figure("commits of one update, 1 thread", "1/s"),
+    "commits_4": Figure("commits of one update, 4 threads", "1/s"),
+    "commits_16": Figure("commits of one update, 16 threads", "1/s"),
     **{
-        f"reads_{threads}": _rate(f"gets of hot keys, threads: {threads}")
+        f"reads_{threads}": Figure(f"gets of hot keys, threads: {threads}", "1/s")
         for threads in (1, 2, 4, 8)
     },
-    "reads_4_writing": _rate("the same, threads: 4, while a fifth applies batches of 100"),
+    "reads_4_writing": Figure("the same, threads: 4, while a fifth applies batches of 100", "1/s"),
     **{
-        f"store_apply_{size}": _us(f"apply through the store, batches of {size}, a record")
+        f"store_apply_{size}": Figure(f"apply through the store, batches of {size}, a record", "µs")
         for size in (1, 10, 100, 1000)
     },
-    "store_apply_async_1": _us("apply_async, batches of 1, a record"),
-    "ask_get": _us("ask a reader to get"),
-    "ask_range_100": _ms("ask a reader for a range of 100"),
-    "disk_write": _s("write and fsync of as many bytes, nothing else"),
+    "store_apply_async_1": Figure("apply_async, batches of 1, a record", "µs"),
+    "ask_get": Figure("ask a reader to get", "µs"),
+    "ask_range_100": Figure("ask a reader for a range of 100", "ms"),
+    "disk_write": Figure("write and fsync of as many bytes, nothing else", "s"),
 }
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import CASES, LARGE
+from harness import parser_of
 from plots import plot
 from report import compact_json, markdown
 from subjects import PEERS, SLOW
@@ -76,16 +77,8 @@ def trial(case: str, subject: str, entries: int, prepared: Path, seed: str) -> d
     """Run one case in a new process. Returns its figures."""
     scratch = Path(tempfile.mkdtemp(dir=prepared.parent))
     try:
-        command = [
-            sys.executable,
-            str(HERE / "trial.py"),
-            case,
-            subject,
-            str(entries),
-            str(prepared),
-            str(scratch),
-            seed,
-        ]
+        where = (str(entries), str(prepared), str(scratch))
+        command = [sys.executable, str(HERE / "trial.py"), case, subject, *where, seed]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         figures: dict[str, float] = json.loads(done.stdout)
         return figures
@@ -125,9 +118,7 @@ def filesystem(path: Path) -> str:
 
 def parse_args() -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -144,18 +135,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--entries", nargs="+", type=int)
     parser.add_argument("--repeat", type=int)
     parser.add_argument(
-        "--attempts",
-        type=int,
-        default=1,
-        help="trials at most, if other load disturbs them",
+        "--attempts", type=int, default=1, help="trials at most, if other load disturbs them"
     )
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        choices=PEERS,
-        metavar="PEER",
-        help=", ".join(PEERS),
-    )
+    parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--out", type=Path, default=Path("benchmark-results"))
     parser.add_argument("--work", type=Path, help="directory to keep prepared stores in, for reuse")
     args = parser.parse_args()

@@ -43,9 +43,9 @@ class Subject(ABC):
         """A cursor, as `apply` takes it."""
         return number.to_bytes(8, "big")
 
-    @abstractmethod
     def apply(self, updates: list[Any], cursor: Any) -> Any:
         """Atomically store the updates and the cursor."""
+        raise NotImplementedError
 
     def range(self, prefix: str) -> list[Any]:
         """The entries under a prefix, in key order."""
@@ -62,18 +62,18 @@ class Subject(ABC):
     def close(self) -> None: ...
 
 
-class Foldlog(Subject):
-    """The single-threaded store, `AppendLogSnapshot`."""
+class Own(Subject):
+    """What foldlog's stores share. `opened` is the store itself."""
 
-    name = "foldlog"
+    @classmethod
+    @abstractmethod
+    def open(cls, path: Path) -> Any:
+        """The open store, which never compacts by itself."""
 
     def __init__(self, path: Path) -> None:
-        from foldlog import AppendLogSnapshot
-
-        _, self.snap = AppendLogSnapshot.open(path, NEVER)
-        self.get = self.snap.get
-        self.range = self.snap.range  # type: ignore[method-assign]
-        self.apply = self.snap.apply  # type: ignore[method-assign]
+        self.opened = opened = self.open(path)
+        self.get, self.range = opened.get, opened.range  # type: ignore[method-assign]
+        self.apply = opened.apply  # type: ignore[method-assign]
 
     @staticmethod
     def record(key: str, value: bytes, number: int) -> Any:
@@ -87,41 +87,36 @@ class Foldlog(Subject):
 
         return WatchCursor.from_u64(number)
 
-    def apply(self, updates: list[Any], cursor: Any) -> Any:
-        return self.snap.apply(updates, cursor)
-
     def load_done(self) -> None:
-        self.snap.compact()
+        self.opened.compact()
 
     def close(self) -> None:
-        self.snap.close()
+        self.opened.close()
 
 
-class Store(Subject):
+class Foldlog(Own):
+    """The single-threaded store, `AppendLogSnapshot`."""
+
+    name = "foldlog"
+
+    @classmethod
+    def open(cls, path: Path) -> Any:
+        from foldlog import AppendLogSnapshot
+
+        return AppendLogSnapshot.open(path, NEVER)[1]
+
+
+class Store(Own):
     """The multithreaded store, `foldlog.open`, synced every second in the background."""
 
     name = "foldlog-store"
-    sync = "interval"
+    sync: Any = "interval"
 
-    def __init__(self, path: Path) -> None:
+    @classmethod
+    def open(cls, path: Path) -> Any:
         import foldlog
 
-        self.store = foldlog.open(path, sync=self.sync, compact_threshold=NEVER)
-        self.get = self.store.get
-        self.range = self.store.range  # type: ignore[method-assign]
-        self.apply = self.store.apply  # type: ignore[method-assign]
-
-    record = Foldlog.record
-    position = Foldlog.position
-
-    def apply(self, updates: list[Any], cursor: Any) -> Any:
-        return self.store.apply(updates, cursor)
-
-    def load_done(self) -> None:
-        self.store.compact()
-
-    def close(self) -> None:
-        self.store.close()
+        return foldlog.open(path, sync=cls.sync, compact_threshold=NEVER)
 
 
 class StoreSynced(Store):
@@ -203,6 +198,16 @@ class SqliteSynced(Sqlite):
     synchronous = "FULL"
 
 
+def _under(start: bytes, items: Any) -> list[Any]:
+    """The first of `items`, which are in key order: those under `start`."""
+    found = []
+    for key, value in items:
+        if not key.startswith(start):
+            break
+        found.append((key.decode(), value))
+    return found
+
+
 class Lmdb(Subject):
     """lmdb with sync=False; a transaction per get, so that it sees the newest commit, as foldlog's
     does."""
@@ -239,14 +244,8 @@ class Lmdb(Subject):
 
     def range(self, prefix: str) -> list[Any]:
         start = prefix.encode()
-        found = []
         with self._env.begin() as transaction, transaction.cursor() as cursor:
-            if cursor.set_range(start):
-                for key, value in cursor:
-                    if not key.startswith(start):
-                        break
-                    found.append((key.decode(), value))
-        return found
+            return _under(start, cursor) if cursor.set_range(start) else []
 
     def close(self) -> None:
         self._env.sync(True)
@@ -300,13 +299,7 @@ class Rocksdict(Subject):
 
     def range(self, prefix: str) -> list[Any]:
         start = prefix.encode()
-        found = []
-        items: Any = self._db.items(from_key=start)
-        for key, value in items:
-            if not key.startswith(start):
-                break
-            found.append((key.decode(), value))
-        return found
+        return _under(start, self._db.items(from_key=start))
 
     def close(self) -> None:
         self._db.close()
@@ -373,16 +366,7 @@ class Diskcache(Subject):
 
 ENGINES = (Foldlog, PlainDict, Lmdb, LmdbMapped, Rocksdict, Plyvel, Sqlite, Diskcache)
 """One thread, no syncs."""
-THREADED = (
-    Store,
-    StoreSynced,
-    Lmdb,
-    LmdbSynced,
-    Plyvel,
-    PlyvelSynced,
-    Sqlite,
-    SqliteSynced,
-)
+THREADED = (Store, StoreSynced, Lmdb, LmdbSynced, Plyvel, PlyvelSynced, Sqlite, SqliteSynced)
 """Many threads, with and without syncs."""
 READ_BY_MANY = (Store, PlainDict, Lmdb, Sqlite)
 SUBJECTS: dict[str, type[Subject]] = {subject.name: subject for subject in (*ENGINES, *THREADED)}

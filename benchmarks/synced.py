@@ -13,7 +13,6 @@ does to notice that another program changed it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import tempfile
@@ -24,6 +23,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
+from harness import parser_of
 from subjects import NEVER, PlyvelSynced, SqliteSynced, Subject
 
 import foldlog
@@ -119,9 +119,7 @@ def rate(commit: Commit, threads: int, seconds: float = 0.5) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--where", type=Path, help="a directory on a disk")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()

@@ -13,7 +13,6 @@ seconds are the client's alone, all of its threads.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -28,6 +27,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from harness import Table, parser_of, rollup_kb
 
 import foldlog
 from foldlog.upstreams import NatsKv
@@ -248,12 +249,6 @@ def audit(url: str, bucket: str, scratch: Path, seconds: float = 60.0) -> dict[s
 def memory(url: str, bucket: str, scratch: Path, seconds: float = 20.0) -> dict[str, float]:
     """Private memory while 1,000 updates a second arrive for the same keys."""
 
-    def private_mb() -> float:
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-            if line.startswith("Private_Dirty:"):
-                return int(line.split()[1]) / 1024
-        return 0.0
-
     stop = threading.Event()
 
     def publish() -> None:
@@ -271,7 +266,7 @@ def memory(url: str, bucket: str, scratch: Path, seconds: float = 20.0) -> dict[
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(seconds / 40)
-            readings.append(private_mb())
+            readings.append(rollup_kb("Private_Dirty") / 1024)
         stop.set()
         thread.join()
     quarter = len(readings) // 4
@@ -299,21 +294,6 @@ def run(case: str, url: str, bucket: str, scratch: Path, *arguments: float) -> d
     shutil.rmtree(folder)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
-
-
-class Table:
-    """Rows, printed as they come, and kept in a file, if there is one."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file, self.rows = file, list[tuple[str, str, str]]()
-        print("| what | measured | goal |\n|---|---|---|")
-
-    def row(self, what: str, measured: str, goal: str = "-") -> None:
-        self.rows.append((what, measured, goal))
-        print(f"| {what} | {measured} | {goal} |", flush=True)
-        if self._file is not None:
-            rows = ",\n".join(json.dumps(row) for row in self.rows)
-            self._file.write_text(f"[\n{rows}\n]\n")
 
 
 def loads(table: Table, server: Server, scratch: Path, count: int, size: int, repeats: int) -> None:
@@ -377,17 +357,14 @@ def main() -> None:
         figures = CASES[case](url, bucket, Path(scratch), *map(float, arguments))
         print(json.dumps(figures))
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     choices = sorted(CASES.keys() - {"watchall"})
     parser.add_argument("--only", nargs="+", choices=choices, default=choices)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--minutes", type=float, default=0.5, help="of the memory case")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n")
-    table = Table(HERE / "results" / "upstreams.json" if options.json else None)
+    table = Table(file=HERE / "results" / "upstreams.json" if options.json else None)
     with tempfile.TemporaryDirectory() as folder:
         measure(table, set(options.only), options.quick, options.minutes, Path(folder))
 

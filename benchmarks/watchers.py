@@ -9,9 +9,7 @@ compare them within one run. Each batch is one update of 100 bytes; nothing is s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pykka
+from harness import Table, parser_of
 
 import foldlog
 from foldlog import Get, Put, Range
@@ -166,14 +165,11 @@ def opening_s(log: Path, openings: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="200 of each, shorter rounds")
     quick = parser.parse_args().quick
     count, seconds, rounds = (200, 0.5, 2) if quick else (2000, 2.0, 3)
-    print(f"{os.cpu_count()} CPUs; load {os.getloadavg()[0]:.1f} at the start\n")
-    print("| what | measured | goal |\n|---|---|---|", flush=True)
+    table = Table()
     with tempfile.TemporaryDirectory() as folder:
         for what, who, goal in (
             ("nobody (the noise of this table)", nobody, ""),
@@ -185,20 +181,15 @@ def main() -> None:
         ):
             log = Path(folder) / "state.log"
             without, beside, threads = compared(log, who, count, seconds, rounds)
-            print(
-                f"| batches a second beside {what} | {without:,.0f} -> {beside:,.0f}, "
-                f"{threads} threads of the store | {goal} |",
-                flush=True,
-            )
+            text = f"{without:,.0f} -> {beside:,.0f}, {threads} threads of the store"
+            table.row(f"batches a second beside {what}", text, goal)
             log.unlink()
         calls = 200 if quick else 1000
-        print(f"| ask for a key | {ask_us(log, Get('k0500'), calls):.1f} us | <= 45 us |")
-        print(f"| ask for a range of 100 | {ask_us(log, Range('k05'), calls):.1f} us | - |")
+        table.row("ask for a key", f"{ask_us(log, Get('k0500'), calls):.1f} us", "<= 45 us")
+        table.row("ask for a range of 100", f"{ask_us(log, Range('k05'), calls):.1f} us")
         median, longest = opening_s(Path(folder) / "busy.log", 4 if quick else 12)
-        print(
-            "| opening a follower beside a writer at full speed, median / longest | "
-            f"{median:.2f} / {longest:.2f} s | <= 1 s |"
-        )
+        what = "opening a follower beside a writer at full speed, median / longest"
+        table.row(what, f"{median:.2f} / {longest:.2f} s", "<= 1 s")
 
 
 if __name__ == "__main__":
