@@ -149,9 +149,8 @@ def test_range_as_json_prints_one_object_a_line(log: Path) -> None:
 def test_info_as_json_tells_identity_sizes_and_position(log: Path) -> None:
     facts = json.loads(run("info", log, "--json").stdout)
     assert facts["path"] == str(log)
-    assert (
-        facts["size_bytes"] == log.stat().st_size == facts["base_bytes"] + facts["appended_bytes"]
-    )
+    size = log.stat().st_size
+    assert facts["size_bytes"] == size == facts["base_bytes"] + facts["appended_bytes"]
     assert (facts["sequence"], facts["cursor"], facts["entries"], facts["leaves"]) == (3, 9, 4, 1)
     assert (facts["batches_since_base"], facts["sealed"], facts["torn_bytes"]) == (1, True, 0)
     assert (facts["locked"], facts["writer_pid"], facts["format_version"]) == (False, None, 1)
@@ -165,12 +164,8 @@ def test_info_prints_the_same_for_humans(log: Path) -> None:
         for line in run("info", log).stdout.splitlines()
         if not line.startswith("log id")
     )
-    assert (lines["cursor"], lines["entries"], lines["sequence"], lines["writer"]) == (
-        "9",
-        "4",
-        "3",
-        "none",
-    )
+    shown = [lines[name] for name in ("cursor", "entries", "sequence", "writer")]
+    assert shown == ["9", "4", "3", "none"]
     assert lines["base"].endswith("in 1 leaf")
     assert lines["appended"].endswith(", 1 batch")
     assert lines["sealed"].startswith("yes")
@@ -181,11 +176,8 @@ def test_info_tells_of_a_torn_tail_and_leaves_it(log: Path) -> None:
         file.write(b"\xf5fr")  # the beginning of a frame's magic
     before = files_in(log.parent)
     facts = json.loads(run("info", log, "--json").stdout)
-    assert (facts["torn_bytes"], facts["entries"], facts["size_bytes"]) == (
-        3,
-        4,
-        log.stat().st_size,
-    )
+    assert (facts["torn_bytes"], facts["entries"]) == (3, 4)
+    assert facts["size_bytes"] == log.stat().st_size
     assert "torn tail   3 bytes" in run("info", log).stdout
     assert files_in(log.parent) == before
 
@@ -240,9 +232,8 @@ def test_a_frame_that_a_writer_completes_while_it_is_read_is_no_damage(
     judgement was limited to the size of the file when the read began.
     """
     whole = log.read_bytes()
-    log.write_bytes(
-        whole[:-70]
-    )  # within the frame of the last batch, which the frame of the clean close follows
+    # Within the frame of the last batch, which the frame of the clean close follows.
+    log.write_bytes(whole[:-70])
     judge = FrameFormat.diagnose
 
     def complete_and_judge(*arguments: Any) -> object:
@@ -322,10 +313,8 @@ def test_apply_folds_a_stream_from_stdin_and_prints_a_summary(tmp_path: Path) ->
 def test_apply_reads_a_file_and_resumes_after_the_stored_cursor(tmp_path: Path) -> None:
     path, file = tmp_path / "new.log", tmp_path / "changes"
     file.write_bytes(puts(1, 5))
-    assert (
-        "applied 5 changes in 3 batches, skipped 0; cursor 5;"
-        in run("apply", path, file, "--batch", "2").stdout
-    )
+    applied = run("apply", path, file, "--batch", "2").stdout
+    assert "applied 5 changes in 3 batches, skipped 0; cursor 5;" in applied
     file.write_bytes(puts(1, 8))
     assert "applied 3 changes in 1 batch, skipped 5; cursor 8;" in run("apply", path, file).stdout
     assert "applied 0 changes in 0 batches, skipped 8; cursor 8;" in run("apply", path, file).stdout
@@ -334,17 +323,10 @@ def test_apply_reads_a_file_and_resumes_after_the_stored_cursor(tmp_path: Path) 
 
 def test_apply_never_splits_lines_with_one_cursor_into_two_batches(tmp_path: Path) -> None:
     cursors = [1, 2, 2, 2, 3, 3, 4]
-    changes = stream(
-        *(
-            {"op": "put", "key": str(n), "value": "", "cursor": cursor}
-            for n, cursor in enumerate(cursors)
-        )
-    )
+    changes = b"".join(put(key=str(n), cursor=at) + b"\n" for n, at in enumerate(cursors))
     path = tmp_path / "new.log"
-    assert (
-        "applied 7 changes in 3 batches,"
-        in run("apply", path, "-", "--batch", "2", stdin=changes).stdout
-    )
+    applied = run("apply", path, "-", "--batch", "2", stdin=changes).stdout
+    assert "applied 7 changes in 3 batches," in applied
     assert json.loads(run("info", path, "--json").stdout)["sequence"] == 3
 
 
@@ -390,14 +372,9 @@ def test_apply_resumes_opaque_cursors_behind_the_last_line_with_the_stored_one(
         {"op": "put", "key": key, "value": "1", "cursor": cursor} for key, cursor in cursors.items()
     ]
     assert "cursor 0b;" in run("apply", path, stdin=stream(*lines[:3])).stdout
-    assert (
-        "applied 2 changes in 1 batch, skipped 3; cursor 02;"
-        in run("apply", path, stdin=stream(*lines)).stdout
-    )
-    assert (
-        "applied 0 changes in 0 batches, skipped 5; cursor 02;"
-        in run("apply", path, stdin=stream(*lines)).stdout
-    )
+    for counts in ("2 changes in 1 batch, skipped 3", "0 changes in 0 batches, skipped 5"):
+        applied = run("apply", path, stdin=stream(*lines)).stdout
+        assert f"applied {counts}; cursor 02;" in applied
 
 
 def test_a_stream_without_the_stored_opaque_cursor_is_refused_and_nothing_is_applied(
@@ -457,10 +434,8 @@ def test_compact_rewrites_the_log_once_and_tells_the_bytes(log: Path) -> None:
     result = run("compact", log)
     after = log.stat().st_size
     assert result.stdout == f"compacted: {before} bytes before, {after} bytes after, 4 entries\n"
-    assert (
-        run("compact", log).stdout
-        == f"already compact: {after} bytes before, {after} bytes after, 4 entries\n"
-    )
+    again = run("compact", log).stdout
+    assert again == f"already compact: {after} bytes before, {after} bytes after, 4 entries\n"
     assert (cursor_of(log), run("get", log, "a/1").stdout) == (9, "one")
 
 
@@ -504,16 +479,30 @@ def test_import_refuses_a_damaged_artifact_with_1_and_a_missing_one_with_2(
     payload = tmp_path / "artifact" / "data" / "fold.log"
     payload.write_bytes(payload.read_bytes()[:-1] + b"?")
     result = run("import", tmp_path / "artifact", tmp_path / "copy.log")
-    assert (result.exit_code, result.stderr.count("\n"), (tmp_path / "copy.log").exists()) == (
-        1,
-        1,
-        False,
-    )
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert not (tmp_path / "copy.log").exists()
     assert result.stderr.startswith(f"foldlog: {payload}: ")
     assert run("import", tmp_path / "missing", tmp_path / "copy.log").exit_code == 2
 
 
 # the change stream
+
+
+def put(**changes: object) -> bytes:
+    """A line that is valid but for these fields; one that is ... is left out."""
+    return line_with({"op": "put", "key": "a", "value": "1", "cursor": 1}, changes)
+
+
+def delete(**changes: object) -> bytes:
+    return line_with({"op": "delete", "key": "a", "cursor": 1}, changes)
+
+
+def line_with(fields: dict[str, object], changes: dict[str, object]) -> bytes:
+    given = {name: value for name, value in (fields | changes).items() if value is not ...}
+    return json.dumps(given).encode()
+
+
+NO_TOKEN = "is a number, or the hex of up to 10 bytes, not"
 
 
 @pytest.mark.parametrize(
@@ -523,87 +512,37 @@ def test_import_refuses_a_damaged_artifact_with_1_and_a_missing_one_with_2(
         (b"\xff", "is not UTF-8 at byte 0"),
         (b"7", "is not a JSON object"),
         (b'{"op": "put", "op": "put"}', "a field occurs twice"),
-        (b'{"op": "put", "key": "a", "value": "1", "cursor": NaN}', "NaN is not JSON"),
-        (
-            b'{"op": "put", "key": "a", "value": "1", "cursor": 1, "ttl": 5}',
-            "'ttl' is not a field of a change",
-        ),
-        (b'{"key": "a", "value": "1", "cursor": 1}', "op is missing"),
-        (b'{"op": "put", "value": "1", "cursor": 1}', "key is missing"),
-        (b'{"op": "put", "key": "a", "value": "1"}', "cursor is missing"),
-        (
-            b'{"op": "set", "key": "a", "value": "1", "cursor": 1}',
-            "op is put, delete or purge, not 'set'",
-        ),
-        (
-            b'{"op": ["put"], "key": "a", "value": "1", "cursor": 1}',
-            "op is put, delete or purge, not ['put']",
-        ),
-        (b'{"op": "put", "key": 5, "value": "1", "cursor": 1}', "key is text, not 5"),
-        (
-            b'{"op": "put", "key": "\\ud800", "value": "1", "cursor": 1}',
-            "key has a lone surrogate at character 0",
-        ),
-        (
-            b'{"op": "put", "key": "' + b"k" * 65_536 + b'", "value": "1", "cursor": 1}',
-            "key takes 65536 bytes of UTF-8",
-        ),
-        (b'{"op": "put", "key": "a", "cursor": 1}', "a put has either value or value_base64"),
-        (
-            b'{"op": "put", "key": "a", "value": "1", "value_base64": "", "cursor": 1}',
-            "a put has either value or value_base64",
-        ),
-        (b'{"op": "put", "key": "a", "value": null, "cursor": 1}', "value is text, not None"),
-        (
-            b'{"op": "put", "key": "a", "value": "\\udfff", "cursor": 1}',
-            "value has a lone surrogate",
-        ),
-        (
-            b'{"op": "put", "key": "a", "value_base64": "A", "cursor": 1}',
-            "value_base64 is not base64",
-        ),
-        (
-            b'{"op": "put", "key": "a", "value_base64": "A A=", "cursor": 1}',
-            "value_base64 is not base64",
-        ),
-        (
-            b'{"op": "put", "key": "a", "value": "' + b"v" * (16 * 2**20 + 1) + b'", "cursor": 1}',
-            "value takes 16777217 bytes",
-        ),
-        (b'{"op": "delete", "key": "a", "value": "1", "cursor": 1}', "a delete has no value"),
-        (b'{"op": "purge", "key": "a", "value_base64": "", "cursor": 1}', "a purge has no value"),
-        (b'{"op": "delete", "key": "a", "cursor": -1}', "cursor is 0 to 2**64 - 1, not -1"),
-        (
-            b'{"op": "delete", "key": "a", "cursor": 18446744073709551616}',
-            "cursor is 0 to 2**64 - 1, not 18446744073709551616",
-        ),
-        (
-            b'{"op": "delete", "key": "a", "cursor": 1.0}',
-            "cursor is a number, or the hex of up to 10 bytes, not 1.0",
-        ),
-        (
-            b'{"op": "delete", "key": "a", "cursor": true}',
-            "cursor is a number, or the hex of up to 10 bytes, not True",
-        ),
-        (
-            b'{"op": "delete", "key": "a", "cursor": null}',
-            "cursor is a number, or the hex of up to 10 bytes, not None",
-        ),
-        (b'{"op": "delete", "key": "a", "cursor": ""}', "cursor is empty"),
-        (b'{"op": "delete", "key": "a", "cursor": "0"}', "cursor is a number, or the hex"),
-        (b'{"op": "delete", "key": "a", "cursor": "0a 0b"}', "cursor is a number, or the hex"),
-        (
-            b'{"op": "delete", "key": "a", "cursor": "0011223344556677889900"}',
-            "cursor is a number, or the hex",
-        ),
-        (
-            b'{"op": "delete", "key": "a", "cursor": 1, "version": "x1"}',
-            "version is a number, or the hex",
-        ),
-        (
-            b"[" * 100_000,
-            "is n",
-        ),  # nested too deeply, or not JSON: which one depends on the version of Python
+        (put(cursor=float("nan")), "NaN is not JSON"),
+        (put(ttl=5), "'ttl' is not a field of a change"),
+        (put(op=...), "op is missing"),
+        (put(key=...), "key is missing"),
+        (put(cursor=...), "cursor is missing"),
+        (put(op="set"), "op is put, delete or purge, not 'set'"),
+        (put(op=["put"]), "op is put, delete or purge, not ['put']"),
+        (put(key=5), "key is text, not 5"),
+        (put(key="\ud800"), "key has a lone surrogate at character 0"),
+        (put(key="k" * 65_536), "key takes 65536 bytes of UTF-8"),
+        (put(value=...), "a put has either value or value_base64"),
+        (put(value_base64=""), "a put has either value or value_base64"),
+        (put(value=None), "value is text, not None"),
+        (put(value="\udfff"), "value has a lone surrogate"),
+        (put(value=..., value_base64="A"), "value_base64 is not base64"),
+        (put(value=..., value_base64="A A="), "value_base64 is not base64"),
+        (put(value="v" * (16 * 2**20 + 1)), "value takes 16777217 bytes"),
+        (delete(value="1"), "a delete has no value"),
+        (delete(op="purge", value_base64=""), "a purge has no value"),
+        (delete(cursor=-1), "cursor is 0 to 2**64 - 1, not -1"),
+        (delete(cursor=2**64), "cursor is 0 to 2**64 - 1, not 18446744073709551616"),
+        (delete(cursor=1.0), f"cursor {NO_TOKEN} 1.0"),
+        (delete(cursor=True), f"cursor {NO_TOKEN} True"),
+        (delete(cursor=None), f"cursor {NO_TOKEN} None"),
+        (delete(cursor=""), "cursor is empty"),
+        (delete(cursor="0"), f"cursor {NO_TOKEN} "),
+        (delete(cursor="0a 0b"), f"cursor {NO_TOKEN} "),
+        (delete(cursor="0011223344556677889900"), f"cursor {NO_TOKEN} "),
+        (delete(version="x1"), f"version {NO_TOKEN} "),
+        # Nested too deeply, or not JSON: which one depends on the version of Python.
+        (b"[" * 100_000, "is n"),
     ],
     ids=lambda value: repr(value[:60]),
 )
@@ -636,9 +575,8 @@ def test_numbers_that_go_backwards_are_refused_with_the_line() -> None:
 
 def test_lines_tell_how_far_they_have_come() -> None:
     told: list[tuple[int, int]] = []
-    assert list(
-        lines_of(io.BytesIO(b"a\nbc"), lambda done, total: told.append((done, total)), 4)
-    ) == [b"a\n", b"bc"]
+    lines = lines_of(io.BytesIO(b"a\nbc"), lambda done, total: told.append((done, total)), 4)
+    assert list(lines) == [b"a\n", b"bc"]
     assert told == [(2, 4), (4, 4)]
 
 
@@ -657,35 +595,23 @@ def test_a_batch_also_ends_when_its_bytes_are_many() -> None:
     assert batcher.rest() == []
 
 
+AT_2, AT_B = WatchCursor.from_u64(2), WatchCursor(b"b")
+
+
 @pytest.mark.parametrize(
     ("stored", "changes", "held", "lost"),
     [
         (WatchCursor.none(), [change(1)], [False], False),
-        (
-            WatchCursor.from_u64(2),
-            [change(1), change(2), change(2), change(3)],
-            [True, True, True, False],
-            False,
-        ),
-        (WatchCursor.from_u64(2), [change(1)], [True], False),
-        (WatchCursor.from_u64(2), [change(3)], [False], False),
-        (WatchCursor.from_u64(2), [], [], False),
-        (WatchCursor.from_u64(2), [opaque(b"\1")], [True], True),
-        (
-            WatchCursor.from_u64(2),
-            [opaque(b"\1"), opaque(bytes(7) + b"\2"), opaque(b"\0")],
-            [True, True, False],
-            False,
-        ),
-        (
-            WatchCursor(b"b"),
-            [opaque(b"a"), opaque(b"b"), opaque(b"b"), opaque(b"a"), opaque(b"b")],
-            [True] * 3 + [False] * 2,
-            False,
-        ),
-        (WatchCursor(b"b"), [opaque(b"a"), opaque(b"b")], [True, True], False),
-        (WatchCursor(b"b"), [opaque(b"a"), change(1)], [True, True], True),
-        (WatchCursor(b"b"), [], [], True),
+        (AT_2, [change(1), change(2), change(2), change(3)], [True, True, True, False], False),
+        (AT_2, [change(1)], [True], False),
+        (AT_2, [change(3)], [False], False),
+        (AT_2, [], [], False),
+        (AT_2, [opaque(b"\1")], [True], True),
+        (AT_2, [opaque(b"\1"), opaque(AT_2), opaque(b"\0")], [True, True, False], False),
+        (AT_B, [*map(opaque, (b"a", b"b", b"b", b"a", b"b"))], [True] * 3 + [False] * 2, False),
+        (AT_B, [opaque(b"a"), opaque(b"b")], [True, True], False),
+        (AT_B, [opaque(b"a"), change(1)], [True, True], True),
+        (AT_B, [], [], True),
     ],
 )
 def test_resuming_skips_what_the_log_holds(
@@ -705,17 +631,11 @@ def test_text_for_a_terminal_has_no_control_characters() -> None:
 
 
 def test_numbers_are_told_with_their_unit() -> None:
-    assert (counted(1, "batch"), counted(2000, "batch"), counted(0, "change")) == (
-        "1 batch",
-        "2,000 batches",
-        "0 changes",
-    )
+    assert (counted(1, "batch"), counted(2000, "batch")) == ("1 batch", "2,000 batches")
+    assert counted(0, "change") == "0 changes"
     assert (size_text(1000), size_text(3 * 2**20)) == ("1,000 bytes", "3,145,728 bytes (3.0 MiB)")
-    assert (
-        token_json(VersionToken.from_u64(5)),
-        token_json(VersionToken(b"\5")),
-        token_json(VersionToken()),
-    ) == (5, "05", None)
+    tokens = (VersionToken.from_u64(5), VersionToken(b"\5"), VersionToken())
+    assert [token_json(token) for token in tokens] == [5, "05", None]
 
 
 # how it ends
@@ -760,9 +680,8 @@ def test_bad_arguments_are_misuse(args: tuple[str, ...]) -> None:
 def test_every_command_has_help_with_an_example() -> None:
     assert run("--version").stdout.startswith("foldlog, version ")
     assert "_FOLDLOG_COMPLETE=bash_source foldlog" in " ".join(run("--help").stdout.split())
-    assert {"apply", "compact", "demo", "export", "get", "import", "info", "range"} <= set(
-        main.commands
-    )
+    named = {"apply", "compact", "demo", "export", "get", "import", "info", "range"}
+    assert named <= set(main.commands)
     for name in main.commands:
         result = run(name, "--help")
         assert result.exit_code == 0
@@ -806,22 +725,20 @@ def test_a_reader_that_leaves_ends_range_quietly(tmp_path: Path) -> None:
 
 def test_processes_apply_resume_and_fail_with_their_exit_codes(tmp_path: Path) -> None:
     def piped(text: bytes, *args: object) -> tuple[int, bytes, bytes]:
-        with command(
-            *args,
+        done = subprocess.run(
+            (*COMMAND, *map(str, args)),
             cwd=tmp_path,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            out, err = process.communicate(text)
-        return process.returncode, out, err
+            input=text,
+            capture_output=True,
+            timeout=150,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
 
     code, _, err = piped(puts(1, 20) + b"?", "apply", "a.log", "--batch", "8")
-    assert (code, b"16 changes in 2 batches, up to cursor 16" in err, b"Traceback" in err) == (
-        2,
-        True,
-        False,
-    )
+    assert code == 2
+    assert b"16 changes in 2 batches, up to cursor 16" in err
+    assert b"Traceback" not in err
     code, out, err = piped(puts(1, 20), "apply", "a.log")
     assert (code, err) == (0, b"")
     assert out.startswith(b"applied 4 changes in 1 batch, skipped 16; cursor 20; ")
