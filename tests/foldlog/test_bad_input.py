@@ -65,11 +65,7 @@ BAD = {
     "a pair of surrogates": (Purge("\ud83d\ude00"), ValueError, "surrogate"),
     "a key of bytes": (Put(b"k", b"v"), TypeError, "a key is a str, not bytes"),
     "a key that is None": (Delete(None), TypeError, "a key is a str, not NoneType"),
-    "a key of a subclass": (
-        Put(type("Key", (str,), {})("k"), b"v"),
-        TypeError,
-        "a key is a str, not Key",
-    ),
+    "a key of a subclass": (Put(type("Key", (str,), {})("k"), b"v"), TypeError, "str, not Key"),
     "a key one byte too long": (Put("x" * 65_536, b"v"), ValueError, "65536 bytes"),
     "a wide key one byte too long": (Put("\U0001f600" * 16_384, b"v"), ValueError, "65536 bytes"),
     "a value of text": (Put("k", "v"), TypeError, "is bytes, not str"),
@@ -79,11 +75,7 @@ BAD = {
     "a value that is False": (Put("k", False), TypeError, "is bytes, not bool"),
     "a value one byte too long": (Put("k", bytes(MAX_VALUE + 1)), ValueError, "16777217 bytes"),
     "a version of bytes": (Put("k", b"v", b"1"), TypeError, "is a VersionToken, not bytes"),
-    "a version that is a cursor": (
-        Delete("k", ONE),
-        TypeError,
-        "is a VersionToken, not WatchCursor",
-    ),
+    "a version that is a cursor": (Delete("k", ONE), TypeError, "VersionToken, not WatchCursor"),
     "a version that is a number": (Purge("k", 7), TypeError, "is a VersionToken, not int"),
     "a tuple": (("k", b"v", VersionToken()), TypeError, "not tuple"),
     "a class": (Put, TypeError, "not type"),
@@ -210,11 +202,8 @@ def test_a_path_that_is_no_file_is_refused_at_once(path, kind):
     with pytest.raises(OSError):  # noqa: PT011 - which one is the system's to say
         AppendLogSnapshot.open(path)
     after = os.lstat(target)
-    assert (before.st_ino, before.st_mode, before.st_mtime_ns) == (
-        after.st_ino,
-        after.st_mode,
-        after.st_mtime_ns,
-    )
+    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert before.st_mtime_ns == after.st_mtime_ns
 
 
 def test_a_device_is_refused_at_once(path):

@@ -99,13 +99,8 @@ def test_what_stands_in_the_log_is_there_on_return_and_what_is_appended_follows(
     assert seen == store.range("shared/")
     assert follower.snapshot().seq == 4
     stats = follower.stats()
-    assert (stats.state, stats.seq, stats.cursor, stats.entries, stats.reloads) == (
-        "following",
-        4,
-        cursor(4),
-        len(store),
-        0,
-    )
+    assert (stats.state, stats.seq, stats.cursor) == ("following", 4, cursor(4))
+    assert (stats.entries, stats.reloads) == (len(store), 0)
     assert str(store.path) in repr(follower)
 
 
@@ -561,15 +556,9 @@ def test_closing_ends_watches_threads_and_reads_and_is_done_twice_without_harm(
     follower.close()
     assert [type(event) for event in watch][-1] is Synced
     assert follower.state is FollowerState.CLOSED
-    for read in (
-        follower.cursor,
-        follower.range,
-        follower.snapshot,
-        follower.watch,
-        follower.stats,
-    ):
+    for read in ("cursor", "range", "snapshot", "watch", "stats"):
         with pytest.raises(StoreClosed):
-            read()
+            getattr(follower, read)()
     assert held.get("shared/0").value == b"1"
     with follow() as other:
         assert len(other) == len(store)

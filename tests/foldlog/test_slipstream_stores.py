@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import slipref
 from actor_kit import DEADLINE_S
-from cli_kit import files_in, run
+from cli_kit import files_in, run, told, told_by_line
 from hypothesis import given
 from hypothesis import strategies as st
 from logfiles import frames_of
@@ -125,12 +125,8 @@ def test_a_history_through_both_formats_gives_the_same_fold_cursor_and_artifacts
         == payloads["slipstream-v2", "slipstream-v2"]
         == slipref.compacted(expected, at)
     )
-    assert bodies_of(payloads["foldlog", "foldlog"]) == bodies_of(
-        payloads["slipstream-v2", "foldlog"]
-    )
-    assert slipref.digest(bodies_of(payloads["foldlog", "foldlog"])) == slipref.digest(
-        bodies_of(payloads["slipstream-v2", "foldlog"])
-    )
+    ours, theirs = (bodies_of(payloads[name, "foldlog"]) for name in FORMATS)
+    assert ours == theirs
 
 
 # The store of many threads.
@@ -198,19 +194,12 @@ def test_an_exported_artifact_is_what_the_origin_imports(path: Path, tmp_path: P
         snap.apply([Delete("c")], WatchCursor(b"9876543211"))
         snap.export_to(tmp_path / "out", format="slipstream-v2")
     raw = slipref.compacted({"a": (b"1", b""), "b": (b"2", b"0123456789")}, b"9876543211")
-    assert sorted(
-        file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*")
-    ) == [
-        "MANIFEST.json",
-        "data",
-        "data/fold.snap",
-    ]
-    assert (tmp_path / "out/data/fold.snap").read_bytes() == raw
-    theirs = json.loads(
-        (
-            slipref.write_artifact(tmp_path / "theirs", raw, b"9876543211") / "MANIFEST.json"
-        ).read_bytes()
-    )
+    out = tmp_path / "out"
+    files = sorted(file.relative_to(out).as_posix() for file in out.rglob("*"))
+    assert files == ["MANIFEST.json", "data", "data/fold.snap"]
+    assert (out / "data/fold.snap").read_bytes() == raw
+    artifact = slipref.write_artifact(tmp_path / "theirs", raw, b"9876543211")
+    theirs = json.loads((artifact / "MANIFEST.json").read_bytes())
     ours = json.loads((tmp_path / "out/MANIFEST.json").read_bytes())
     assert ours == theirs | {"created_at_unix": ours["created_at_unix"]}
     assert type(ours["created_at_unix"]) is int
@@ -330,23 +319,15 @@ def snap_file(tmp_path: Path) -> Path:
 def test_commands_that_read_leave_a_file_of_the_origin_as_it_is(snap_file: Path) -> None:
     before = files_in(snap_file.parent)
     assert run("get", snap_file, "a").stdout == "1"
-    assert (
-        run("range", snap_file, "--json").stdout == '{"key": "a", "value": "1", "version": null}\n'
-    )
-    facts = json.loads(run("info", snap_file, "--json").stdout)
-    assert (facts["format"], facts["format_version"], facts["cursor"], facts["entries"]) == (
-        "slipstream-v2",
-        2,
-        3,
-        1,
-    )
-    assert [facts[name] for name in ("log_id", "generation", "sequence", "leaves", "sealed")] == [
-        None
-    ] * 5
+    assert told("range", snap_file) == {"key": "a", "value": "1", "version": None}
+    facts = told("info", snap_file)
+    expected = {"format": "slipstream-v2", "format_version": 2, "cursor": 3, "entries": 1}
+    expected |= dict.fromkeys(("log_id", "generation", "sequence", "leaves", "sealed"))
+    assert facts | expected == facts
     assert "format      slipstream-v2\n" in run("info", snap_file).stdout
     verified = run("verify", snap_file)
     assert (verified.exit_code, ": ok: " in verified.stdout) == (0, True)
-    assert json.loads(run("verify", snap_file, "--json").stdout)["frames"] == 5
+    assert told("verify", snap_file)["frames"] == 5
     assert files_in(snap_file.parent) == before
 
 
@@ -355,26 +336,11 @@ def test_dump_prints_every_record(snap_file: Path) -> None:
     assert [line.split()[1] for line in lines] == ["PUT", "PUT", "CURSOR", "DELETE", "CURSOR"]
     assert lines[0].endswith("b @ 2 = 2")
     assert lines[2].endswith("cursor 2")
-    facts = [
-        json.loads(line)
-        for line in run("dump", snap_file, "--json", "--bodies").stdout.splitlines()
-    ]
-    assert facts[0] == {
-        "offset": 6,
-        "size": 22,
-        "ok": True,
-        "reason": "",
-        "kind": "PUT",
-        "key": "b",
-        "value": "2",
-        "version": 2,
-    }
-    assert (facts[3]["kind"], facts[3]["key"], facts[3]["version"], facts[4]["cursor"]) == (
-        "DELETE",
-        "b",
-        3,
-        3,
-    )
+    facts = told_by_line("dump", snap_file, "--bodies")
+    record = {"offset": 6, "size": 22, "ok": True, "reason": "", "kind": "PUT"}
+    assert facts[0] == {**record, "key": "b", "value": "2", "version": 2}
+    assert [facts[3][name] for name in ("kind", "key", "version")] == ["DELETE", "b", 3]
+    assert facts[4]["cursor"] == 3
 
 
 def test_damage_in_a_file_of_the_origin_is_told_with_exit_code_1(snap_file: Path) -> None:
@@ -408,11 +374,11 @@ def test_apply_compact_export_and_import_work_on_the_format(tmp_path: Path) -> N
         for format in FORMATS:
             dest = tmp_path / f"{artifact}-{format}"
             assert run("import", tmp_path / artifact, dest, "--format", format).exit_code == 0
-            assert json.loads(run("info", dest, "--json").stdout)["format"] == format
+            assert told("info", dest)["format"] == format
             if format == "slipstream-v2":
                 assert dest.read_bytes() == raw
     assert run("import", tmp_path / "theirs", tmp_path / "default").exit_code == 0
-    assert json.loads(run("info", tmp_path / "default", "--json").stdout)["format"] == "foldlog"
+    assert told("info", tmp_path / "default")["format"] == "foldlog"
 
 
 def test_convert_goes_both_ways_and_leaves_its_source_as_it_is(

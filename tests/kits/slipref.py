@@ -6,11 +6,10 @@ tests only.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -108,7 +107,3 @@ def write_artifact(folder: Path, payload: bytes, at: bytes, **changes: object) -
     }
     (folder / "MANIFEST.json").write_text(json.dumps(fields | changes))
     return folder
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()

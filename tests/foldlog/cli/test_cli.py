@@ -11,12 +11,11 @@ import os
 import pty
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_kit import files_in, run
+from cli_kit import COMMAND, files_in, run, told, told_by_line
 
 from foldlog import (
     AppendLogSnapshot,
@@ -41,8 +40,6 @@ from foldlog.cli.stream import (
 )
 from foldlog.storage.formats.foldlog.log import FrameFormat
 from foldlog.storage.log.sidecars.lock import note_path
-
-COMMAND = (sys.executable, "-c", "from foldlog.cli import main; main()")
 
 
 @pytest.fixture
@@ -80,7 +77,7 @@ def state(path: Path) -> dict[str, str]:
 
 
 def cursor_of(path: Path) -> object:
-    return json.loads(run("info", path, "--json").stdout)["cursor"]
+    return told("info", path)["cursor"]
 
 
 # get
@@ -92,7 +89,7 @@ def test_get_prints_the_value_byte_for_byte(log: Path) -> None:
 
 
 def test_get_as_json_prints_text_or_base64_and_the_version(log: Path) -> None:
-    assert json.loads(run("get", log, "a/1", "--json").stdout) == {
+    assert told("get", log, "a/1") == {
         "key": "a/1",
         "value": "one",
         "version": 7,
@@ -102,8 +99,8 @@ def test_get_as_json_prints_text_or_base64_and_the_version(log: Path) -> None:
         "value_base64": base64.b64encode(b"\xff\x00\xc3\xa4").decode(),
         "version": None,
     }
-    assert json.loads(run("get", log, "a/2", "--json").stdout) == expected
-    assert json.loads(run("get", log, "b", "--json").stdout)["version"] == "c0ffee"
+    assert told("get", log, "a/2") == expected
+    assert told("get", log, "b")["version"] == "c0ffee"
 
 
 @pytest.mark.parametrize("key", ["nope", "c", "", "a/"])
@@ -135,19 +132,19 @@ def test_range_takes_a_prefix_a_limit_and_keys_only(log: Path) -> None:
 
 
 def test_range_as_json_prints_one_object_a_line(log: Path) -> None:
-    lines = [json.loads(line) for line in run("range", log, "a/", "--json").stdout.splitlines()]
+    lines = told_by_line("range", log, "a/")
     assert lines == [
         {"key": "a/1", "value": "one", "version": 7},
         {"key": "a/2", "value_base64": "/wDDpA==", "version": None},
     ]
-    assert json.loads(run("range", log, "b", "--json", "--keys").stdout) == {"key": "b"}
+    assert told("range", log, "b", "--keys") == {"key": "b"}
 
 
 # info
 
 
 def test_info_as_json_tells_identity_sizes_and_position(log: Path) -> None:
-    facts = json.loads(run("info", log, "--json").stdout)
+    facts = told("info", log)
     assert facts["path"] == str(log)
     size = log.stat().st_size
     assert facts["size_bytes"] == size == facts["base_bytes"] + facts["appended_bytes"]
@@ -175,7 +172,7 @@ def test_info_tells_of_a_torn_tail_and_leaves_it(log: Path) -> None:
     with log.open("ab") as file:
         file.write(b"\xf5fr")  # the beginning of a frame's magic
     before = files_in(log.parent)
-    facts = json.loads(run("info", log, "--json").stdout)
+    facts = told("info", log)
     assert (facts["torn_bytes"], facts["entries"]) == (3, 4)
     assert facts["size_bytes"] == log.stat().st_size
     assert "torn tail   3 bytes" in run("info", log).stdout
@@ -304,7 +301,7 @@ def test_apply_folds_a_stream_from_stdin_and_prints_a_summary(tmp_path: Path) ->
         "applied 6 changes in 1 batch, skipped 0; cursor 18446744073709551615; "
     )
     assert result.stdout.endswith(" changes/s\n")
-    assert [json.loads(line) for line in run("range", path, "--json").stdout.splitlines()] == [
+    assert told_by_line("range", path) == [
         {"key": "a", "value": "ä", "version": 1},
         {"key": "b", "value_base64": "AP8=", "version": "00c0ffee"},
     ]
@@ -327,7 +324,7 @@ def test_apply_never_splits_lines_with_one_cursor_into_two_batches(tmp_path: Pat
     path = tmp_path / "new.log"
     applied = run("apply", path, "-", "--batch", "2", stdin=changes).stdout
     assert "applied 7 changes in 3 batches," in applied
-    assert json.loads(run("info", path, "--json").stdout)["sequence"] == 3
+    assert told("info", path)["sequence"] == 3
 
 
 def test_apply_of_nothing_makes_an_empty_log(tmp_path: Path) -> None:

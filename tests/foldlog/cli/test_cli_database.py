@@ -3,7 +3,6 @@ log, and anything else is refused."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_kit import files_in, run
+from cli_kit import files_in, run, told
 
 from foldlog import AppendLogSnapshot, KvEntry, Put, RocksDbSnapshot, VersionToken, WatchCursor
 
@@ -59,7 +58,7 @@ def state_of(path: Path) -> tuple[list[KvEntry], WatchCursor]:
 def test_get_and_range_read_a_database(database: Path) -> None:
     before = contents_of(database)
     assert run("get", database, "a").stdout_bytes == b"1"
-    assert json.loads(run("get", database, "b/é", "--json").stdout)["version"] == 3
+    assert told("get", database, "b/é")["version"] == 3
     missing = run("get", database, "nope")
     assert (missing.exit_code, missing.stdout) == (1, "")
     assert "no entry with key nope" in missing.stderr
@@ -69,14 +68,14 @@ def test_get_and_range_read_a_database(database: Path) -> None:
 
 
 def test_info_and_verify_tell_of_a_database(database: Path) -> None:
-    facts = json.loads(run("info", database, "--json").stdout)
+    facts = told("info", database)
     assert (facts["format"], facts["sequence"], facts["cursor"]) == ("rocksdb", 1, 7)
     assert facts["size_bytes"] > 0
     assert "about 3" in run("info", database).stdout
     verified = run("verify", database)
     assert verified.exit_code == 0
     assert "ok: " in verified.stdout
-    report = json.loads(run("verify", database, "--json").stdout)
+    report = told("verify", database)
     assert (report["ok"], report["entries"], report["problems"]) == (True, 3, [])
 
 
@@ -98,7 +97,7 @@ def test_a_database_that_is_open_elsewhere_can_be_read_and_not_written(
     database: Path, tmp_path: Path
 ) -> None:
     assert run("get", database, "c").stdout == "late"
-    assert json.loads(run("info", database, "--json").stdout)["sequence"] == 2
+    assert told("info", database)["sequence"] == 2
     assert run("verify", database).exit_code == 0
     assert run("convert", database, tmp_path / "log", "--to", "foldlog").exit_code == 0
     assert run("export", database, tmp_path / "art", "--format", "foldlog").exit_code == 0
@@ -121,13 +120,9 @@ def test_convert_goes_from_a_database_to_a_log_and_back(
 ) -> None:
     log, back = tmp_path / "log", tmp_path / "back.db"
     database.chmod(0o750)
-    told = json.loads(run("convert", database, log, "--to", format_name, "--json").stdout)
-    assert (told["from"], told["to"], told["entries"], told["cursor"]) == (
-        "rocksdb",
-        format_name,
-        3,
-        7,
-    )
+    converted = told("convert", database, log, "--to", format_name)
+    expected = {"from": "rocksdb", "to": format_name, "entries": 3, "cursor": 7}
+    assert converted | expected == converted
     assert stat.S_IMODE(log.stat().st_mode) & 0o027 == 0, "nobody else may read it"
     assert state_of(log) == (ENTRIES, CURSOR)
     log.chmod(0o600)
@@ -149,7 +144,7 @@ def test_a_conversion_to_what_exists_or_to_itself_is_refused(
 
 def test_an_export_is_imported_as_a_database_again(database: Path, tmp_path: Path) -> None:
     artifact, copy = tmp_path / "artifact", tmp_path / "copy.db"
-    exported = json.loads(run("export", database, artifact, "--json").stdout)
+    exported = told("export", database, artifact)
     assert exported["cursor"] == 7
     refused = run("import", artifact, copy, "--format", "foldlog")
     assert refused.exit_code == 2
@@ -266,12 +261,7 @@ def test_without_the_extra_the_message_says_what_to_install(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "rocksdict", None)
-    more = {
-        "get": ("a",),
-        "put": ("a", "1"),
-        "convert": (tmp_path / "out", "--to", "foldlog"),
-    }.get(command, ())
-    result = run(command, database, *more)
+    result = run(command, database, *arguments(command, tmp_path / "out"))
     assert result.exit_code == 1
     assert "pip install 'foldlog[rocksdb]'" in result.stderr
     assert len(result.stderr.splitlines()) == 1

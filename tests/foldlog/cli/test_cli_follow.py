@@ -7,28 +7,19 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cli_kit
 import pytest
 from actor_kit import DEADLINE_S, cursor
-from click.testing import CliRunner, Result
+from cli_kit import run, told_by_line
 
 from foldlog import AppendLogSnapshot, Delete, Purge, Put, VersionToken, WatchCursor
-from foldlog.cli import main
 
-COMMAND = (sys.executable, "-W", "error", "-c", "from foldlog.cli import main; main()")
-
-
-def run(*args: object) -> Result:
-    """Run the command in this process; an exception that is no exit is a failure of the test."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+COMMAND = (cli_kit.COMMAND[0], "-W", "error", *cli_kit.COMMAND[1:])
 
 
 class Running:
@@ -104,14 +95,9 @@ def test_tail_prints_the_state_and_a_mark(log: Path):
     result = run("tail", log, "--no-follow")
     assert result.exit_code == 0
     assert result.stdout == "put\ta/1\ttwo\nput\ta/2\t\\xff\n# synced at cursor 3, batch 3\n"
-    assert (
-        run("tail", log, "--no-follow", "--prefix", "a/2").stdout
-        == "put\ta/2\t\\xff\n# synced at cursor 3, batch 3\n"
-    )
-    assert (
-        run("tail", log, "--no-follow", "--prefix", "nothing").stdout
-        == "# synced at cursor 3, batch 3\n"
-    )
+    for prefix, put in (("a/2", "put\ta/2\t\\xff\n"), ("nothing", "")):
+        result = run("tail", log, "--no-follow", "--prefix", prefix)
+        assert result.stdout == put + "# synced at cursor 3, batch 3\n"
 
 
 def test_tail_since_a_cursor_prints_the_changes_behind_it(log: Path):
@@ -135,10 +121,7 @@ def test_tail_since_a_cursor_that_is_gone_ends_with_1_and_one_that_is_none_with_
 
 
 def test_tail_as_json_prints_what_apply_reads_and_marks(log: Path, tmp_path: Path):
-    lines = [
-        json.loads(line)
-        for line in run("tail", log, "--no-follow", "--json", "--since", "1").stdout.splitlines()
-    ]
+    lines = told_by_line("tail", log, "--no-follow", "--since", "1")
     assert lines == [
         {"op": "put", "key": "a/1", "value": "two", "version": None, "cursor": 2},
         {"op": "put", "key": "a/2", "value_base64": "/w==", "version": "ab", "cursor": 2},

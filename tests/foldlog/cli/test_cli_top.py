@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from cli_kit import COMMAND, run, told
 
 import foldlog
 from foldlog import AppendLogSnapshot, Delete, Put, WatchCursor
@@ -21,15 +21,6 @@ from foldlog.cli import main
 from foldlog.cli.show import rate_text
 from foldlog.cli.top import Picture, Watcher, base_end, rows_of
 from foldlog.storage.log.files import OS_FILES, ReadHandle
-
-COMMAND = (sys.executable, "-c", "from foldlog.cli import main; main()")
-
-
-def run(*args: object) -> Result:
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture
@@ -49,22 +40,13 @@ def wait_for(follower: foldlog.Follower, cursor: int) -> None:
 def test_a_picture_tells_state_sizes_and_who_writes(log: Path) -> None:
     with foldlog.follow(log) as follower:
         picture = Watcher(follower).look(0.0)
-    assert (picture.state, picture.reason, picture.sequence, picture.cursor, picture.entries) == (
-        "following",
-        "",
-        2,
-        3,
-        3,
-    )
+    assert (picture.state, picture.reason) == ("following", "")
+    assert (picture.sequence, picture.cursor, picture.entries) == (2, 3, 3)
     assert picture.size_bytes == log.stat().st_size
-    assert picture.base_bytes == json.loads(run("info", log, "--json").stdout)["base_bytes"]
+    assert picture.base_bytes == told("info", log)["base_bytes"]
     assert picture.appended_bytes == picture.size_bytes - picture.base_bytes
-    assert (picture.locked, picture.writer_pid, picture.batches_per_s, picture.last_change) == (
-        False,
-        None,
-        None,
-        None,
-    )
+    assert (picture.locked, picture.writer_pid) == (False, None)
+    assert (picture.batches_per_s, picture.last_change) == (None, None)
     assert picture.written_unix_s == log.stat().st_mtime
 
 
@@ -101,12 +83,8 @@ def test_a_picture_after_a_compaction_tells_the_new_base(log: Path) -> None:
 def test_a_log_that_is_missing_or_gone_makes_a_picture(path: Path) -> None:
     with foldlog.follow(path) as follower:
         picture = Watcher(follower).look(0.0)
-    assert (picture.state, picture.size_bytes, picture.base_bytes, picture.written_unix_s) == (
-        "waiting",
-        None,
-        None,
-        None,
-    )
+    assert picture.state == "waiting"
+    assert (picture.size_bytes, picture.base_bytes, picture.written_unix_s) == (None, None, None)
     assert dict(rows_of(picture, 0.0))["size"] == "-"
 
 
@@ -124,13 +102,9 @@ def test_top_once_prints_one_picture_and_changes_nothing(log: Path) -> None:
         for line in run("top", log, "--once").stdout.splitlines()
         if "last" not in line
     )
-    assert (lines["state"], lines["entries"], lines["cursor"], lines["writer"]) == (
-        "following",
-        "3",
-        "3",
-        "none",
-    )
-    facts = json.loads(run("top", log, "--once", "--json").stdout)
+    shown = [lines[name] for name in ("state", "entries", "cursor", "writer")]
+    assert shown == ["following", "3", "3", "none"]
+    facts = told("top", log, "--once")
     assert tuple(facts) == Picture._fields
     assert facts["sequence"] == 2
     assert {file: file.read_bytes() for file in log.parent.iterdir()} == before
@@ -138,11 +112,8 @@ def test_top_once_prints_one_picture_and_changes_nothing(log: Path) -> None:
 
 def test_top_once_of_a_log_that_is_missing_is_misuse(path: Path) -> None:
     result = run("top", path, "--once")
-    assert (result.exit_code, result.stdout, result.stderr) == (
-        2,
-        "",
-        f"foldlog: {path}: No such file or directory\n",
-    )
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"foldlog: {path}: No such file or directory\n"
     assert list(path.parent.iterdir()) == []
 
 
@@ -196,18 +167,11 @@ def test_the_writing_commands_tell_programs_what_they_did_as_json(
         '{"op": "put", "key": "d", "value": "4", "cursor": 4}\n'
         '{"op": "delete", "key": "a", "cursor": 5}\n'
     )
-    applied = json.loads(run("apply", log, changes, "--json").stdout)
-    assert {
-        name: applied[name] for name in ("applied", "batches", "skipped", "cursor", "interrupted")
-    } == {
-        "applied": 2,
-        "batches": 1,
-        "skipped": 0,
-        "cursor": 5,
-        "interrupted": False,
-    }
+    applied = told("apply", log, changes)
+    expected = {"applied": 2, "batches": 1, "skipped": 0, "cursor": 5, "interrupted": False}
+    assert applied | expected == applied
     before = log.stat().st_size
-    compacted = json.loads(run("compact", log, "--json").stdout)
+    compacted = told("compact", log)
     after = log.stat().st_size
     # `apply` compacted what it found when it opened the log, and appended behind that.
     assert compacted == {
@@ -217,10 +181,8 @@ def test_the_writing_commands_tell_programs_what_they_did_as_json(
         "size_bytes": after,
         "entries": 3,
     }
-    exported = json.loads(run("export", log, tmp_path / "artifact", "--json").stdout)
-    imported = json.loads(
-        run("import", tmp_path / "artifact", tmp_path / "copy.log", "--json").stdout
-    )
+    exported = told("export", log, tmp_path / "artifact")
+    imported = told("import", tmp_path / "artifact", tmp_path / "copy.log")
     assert (exported.pop("dest_dir"), exported.pop("entries")) == (str(tmp_path / "artifact"), 3)
     assert imported.pop("dest") == str(tmp_path / "copy.log")
     assert imported == exported
@@ -228,13 +190,9 @@ def test_the_writing_commands_tell_programs_what_they_did_as_json(
     assert exported["size_bytes"] == sum(file["size"] for file in exported["files"])
     assert re.fullmatch("[0-9a-f]{64}", exported["files"][0]["blake3"])
     theirs = tmp_path / "theirs.snap"
-    converted = json.loads(run("convert", log, theirs, "--to", "slipstream-v2", "--json").stdout)
-    assert (converted["from"], converted["to"], converted["entries"], converted["cursor"]) == (
-        "foldlog",
-        "slipstream-v2",
-        3,
-        5,
-    )
+    converted = told("convert", log, theirs, "--to", "slipstream-v2")
+    expected = {"from": "foldlog", "to": "slipstream-v2", "entries": 3, "cursor": 5}
+    assert converted | expected == converted
     assert converted["size_bytes"] == theirs.stat().st_size
 
 
@@ -252,12 +210,9 @@ def test_the_page_of_the_command_line_names_every_command() -> None:
 
 
 def test_rates_are_told_in_the_unit_of_what_is_counted() -> None:
-    assert (rate_text(3_456_000, "bytes"), rate_text(12_000.4, "entries"), rate_text(5, "")) == (
-        "3.5 MB/s",
-        "12,000 entries/s",
-        "5/s",
-    )
-    assert rate_text(None, "bytes") == ""
+    assert rate_text(3_456_000, "bytes") == "3.5 MB/s"
+    assert rate_text(12_000.4, "entries") == "12,000 entries/s"
+    assert (rate_text(5, ""), rate_text(None, "bytes")) == ("5/s", "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
