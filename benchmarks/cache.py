@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from engines import LOAD_BATCH, VALUES, key, private_mb
+from engines import CURSOR, LOAD_BATCH, batches, key, private_mb
 
-from foldlog import AppendLogSnapshot, Put, WatchCursor
+from foldlog import AppendLogSnapshot
 
 PARTS = 10
 
@@ -25,10 +25,8 @@ PARTS = 10
 def load(path: Path, entries: int) -> None:
     """A compacted log with so many entries of 100 bytes."""
     with AppendLogSnapshot.open(path, compact_threshold=1 << 28)[1] as snap:
-        for start in range(0, entries, LOAD_BATCH):
-            numbers = range(start, min(start + LOAD_BATCH, entries))
-            puts = [Put(key(number), VALUES[number % len(VALUES)]) for number in numbers]
-            snap.apply(puts, WatchCursor.from_u64(start + 1))
+        for updates in batches(range(entries), LOAD_BATCH):
+            snap.apply(updates, CURSOR)
         snap.compact()
 
 

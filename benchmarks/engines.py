@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -95,7 +95,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def batches(numbers: list[int], size: int) -> Iterator[list[Put]]:
+def batches(numbers: Sequence[int], size: int) -> Iterator[list[Put]]:
     for start in range(0, len(numbers), size):
         yield [Put(key(n), VALUES[n % 997]) for n in numbers[start : start + size]]
 
@@ -112,8 +112,7 @@ def measure(subject: str, entries: int, folder: Path) -> dict[str, Any]:
     chance = random.Random(11)
     store = OPENERS[subject](path)
     started, loading = time.perf_counter(), 0.0
-    for first in range(0, entries, LOAD_BATCH):
-        updates = [Put(key(n), VALUES[n % 997]) for n in range(first, first + LOAD_BATCH)]
+    for updates in batches(range(entries), LOAD_BATCH):
         loading += timed(lambda updates=updates: store.apply(updates, CURSOR))  # type: ignore[misc]
     print(f"  {subject}, {entries:,}: loaded in {time.perf_counter() - started:.0f} s", flush=True)
     loaded_mb = private_mb()
@@ -125,15 +124,8 @@ def measure(subject: str, entries: int, folder: Path) -> dict[str, Any]:
     reopen_s = time.perf_counter() - start
     probes = [key(chance.randrange(entries)) for _ in range(GETS)]
 
-    def get_all() -> None:
-        get = store.get
-        for probe in probes:
-            get(probe)
-
-    first_get, later_get = timed(get_all), timed(get_all)
-    hot = probes[:100] * (GETS // 100)
-    probes = hot
-    hot_get = timed(get_all)
+    first_get, later_get = (timed(partial(each, store.get, probes)) for _ in range(2))
+    hot_get = timed(partial(each, store.get, probes[:100] * (GETS // 100)))
     memory_mb = private_mb()
     prefixes = [key(chance.randrange(entries // 100) * 100)[:-2] for _ in range(200)]
     range_s = timed(lambda: [store.range(prefix) for prefix in prefixes])
@@ -181,7 +173,7 @@ def overhead(entries: int, folder: Path, rounds: int = 40) -> dict[str, float]:
         spent.setdefault((work, name), []).append((time.thread_time() - start) / records * 1e6)
 
     for store in stores.values():
-        for updates in batches(list(range(entries)), LOAD_BATCH):
+        for updates in batches(range(entries), LOAD_BATCH):
             store.apply(updates, CURSOR)
         store.close()
     stores = {name: OPENERS[name](folder / name) for name in stores}
