@@ -16,32 +16,23 @@ import foldlog
 import foldlog.testing
 from foldlog.storage.log.files import Files
 
-PACKAGES = ("foldlog",)
 MODULES = sorted(
-    {
-        found.name
-        for package in PACKAGES
-        for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}.")
-        if not found.ispkg and not found.name.endswith("__main__")
-    }
+    found.name
+    for found in pkgutil.walk_packages(foldlog.__path__, "foldlog.")
+    if not found.ispkg and not found.name.endswith("__main__")
 )
 ROOTS = [
-    *((f"foldlog.{name}", getattr(foldlog, name)) for name in foldlog.__all__),
-    *(
-        (f"foldlog.testing.{name}", getattr(foldlog.testing, name))
-        for name in foldlog.testing.__all__
-    ),
+    (f"{module.__name__}.{name}", getattr(module, name))
+    for module in (foldlog, foldlog.testing)
+    for name in module.__all__
 ]
 
 
 def examples_of(name: str) -> list[doctest.DocTest]:
-    names = {
-        **vars(foldlog),
-        "foldlog": foldlog,
-    }  # as after `import foldlog` and `from foldlog import ...`
-    tests = doctest.DocTestFinder(exclude_empty=True).find(
-        importlib.import_module(name), extraglobs=names
-    )
+    # As after `import foldlog` and `from foldlog import ...`.
+    names = {**vars(foldlog), "foldlog": foldlog}
+    module = importlib.import_module(name)
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs=names)
     return [test for test in tests if test.examples]
 
 
@@ -89,9 +80,8 @@ def documented(value: Any) -> bool:
     text = inspect.getdoc(value)
     if not text or (inspect.isclass(value) and not value.__dict__.get("__doc__")):
         return False
-    return not text.startswith(
-        f"{getattr(value, '__name__', '?')}("
-    )  # what namedtuples and dataclasses get by themselves
+    # What namedtuples and dataclasses get by themselves is no documentation.
+    return not text.startswith(f"{getattr(value, '__name__', '?')}(")
 
 
 @pytest.mark.parametrize(("name", "value"), ROOTS, ids=[name for name, _ in ROOTS])

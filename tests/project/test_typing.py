@@ -230,23 +230,12 @@ def test_mypy_in_strict_mode_accepts_the_program_and_finds_each_mistake(
     pytest.importorskip("mypy")
     right, wrong = programs
     command = (
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--output=json",
-        "--follow-imports=silent",
-        "--cache-dir",
-        str(installed / "cache"),
+        *(sys.executable, "-m", "mypy", "--strict", "--output=json", "--follow-imports=silent"),
+        *("--cache-dir", str(installed / "cache"), str(right), str(wrong)),
     )
     env = {**os.environ, "MYPYPATH": str(installed)}
     done = subprocess.run(
-        (*command, str(right), str(wrong)),
-        cwd=right.parent,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, cwd=right.parent, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -19,18 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.release, pytest.mark.timeout(600)]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git",
-    ".venv",
-    "build",
-    "dist",
-    "site",
-    "*.egg-info",
-    "__pycache__",
-    ".mypy_cache",
-    ".pytest_cache",
-    ".ruff_cache",
-    ".hypothesis",
+    *(".git", ".venv", "build", "dist", "site", "*.egg-info", "__pycache__"),
+    *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"),
 )
+INSTALL = ("install", "-q", "--disable-pip-version-check")
 IMPORT_ALL = """
 import importlib, pkgutil
 import foldlog, foldlog.testing, foldlog.cli
@@ -72,14 +64,7 @@ def fresh(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
     programs = folder / "env" / "bin"
-    run(
-        programs / "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        *dist.glob("*.whl"),
-        cwd=folder,
-    )
+    run(programs / "pip", *INSTALL, *dist.glob("*.whl"), cwd=folder)
     return programs
 
 
@@ -113,32 +98,18 @@ def test_the_sdist_holds_what_the_readme_speaks_of(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {
-        "README.md",
-        "CHANGELOG.md",
-        "LICENSE",
-        "pyproject.toml",
-        "mkdocs.yml",
-        ".ci/run",
-        "docs/tutorial.md",
-    }
-    assert wanted <= names
-    assert {
-        "tests/conftest.py",
-        "tests/storage/formats/golden/empty.hex",
-        "foldlog/protocol/frames.py",
-        "foldlog/py.typed",
-    } <= names
-    assert not [
-        name for name in names if name.endswith((".pyc", ".log", ".foldlog-lock", ".foldlog-note"))
-    ]
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "mkdocs.yml"} <= names
+    assert {".ci/run", "docs/tutorial.md", "tests/conftest.py"} <= names
+    assert {"foldlog/protocol/frames.py", "foldlog/py.typed"} <= names
+    assert "tests/storage/formats/golden/empty.hex" in names
+    left = (".pyc", ".log", ".foldlog-lock", ".foldlog-note")
+    assert [name for name in names if name.endswith(left)] == []
 
 
 def test_the_wheel_works_in_a_fresh_environment(fresh: Path, tmp_path: Path) -> None:
     run(fresh / "pip", "check", cwd=tmp_path)
-    count, version, where = run(
-        fresh / "python", "-W", "error", "-c", IMPORT_ALL, cwd=tmp_path
-    ).split()
+    told = run(fresh / "python", "-W", "error", "-c", IMPORT_ALL, cwd=tmp_path)
+    count, version, where = told.split()
     assert int(count) > 40
     assert Path(where).is_relative_to(fresh.parent)
     assert run(fresh / "foldlog", "--version", cwd=tmp_path) == f"foldlog, version {version}\n"
@@ -153,20 +124,7 @@ def test_the_tests_that_come_with_the_sdist_have_all_they_need(
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     (wheel,) = dist.glob("*.whl")
-    run(
-        fresh / "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        f"{wheel}[test]",
-        cwd=tmp_path,
-    )
-    out = run(
-        fresh / "pytest",
-        "-q",
-        "tests/project/test_layout.py",
-        "tests/protocol/test_tokens.py",
-        "tests/storage/formats/test_golden.py",
-        cwd=source,
-    )
+    run(fresh / "pip", *INSTALL, f"{wheel}[test]", cwd=tmp_path)
+    tests = ("project/test_layout.py", "protocol/test_tokens.py", "storage/formats/test_golden.py")
+    out = run(fresh / "pytest", "-q", *(f"tests/{test}" for test in tests), cwd=source)
     assert " passed" in out
