@@ -88,16 +88,7 @@ class FileHeader(NamedTuple):
 
     def pack(self) -> bytes:
         """The 52 bytes of the header."""
-        body = FILE_HEADER.pack(
-            FILE_MAGIC,
-            FORMAT_VERSION,
-            0,
-            FILE_HEADER.size,
-            self.log_id,
-            self.generation,
-            self.base_seq,
-            0,
-        )[:-4]
+        body = FILE_HEADER.pack(FILE_MAGIC, FORMAT_VERSION, 0, FILE_HEADER.size, *self, 0)[:-4]
         return body + crc32c(body).to_bytes(4, "little")
 
     @property
@@ -114,11 +105,8 @@ class FileHeader(NamedTuple):
 def parse_file_header(raw: bytes) -> FileHeader:
     """The file header in the first bytes of a log. ValueError says what is wrong with it."""
     if len(raw) < FILE_HEADER.size:
-        raise ValueError(
-            "not a foldlog log: shorter than a file header"
-            if raw
-            else "not a foldlog log: the file is empty"
-        )
+        what = "shorter than a file header" if raw else "the file is empty"
+        raise ValueError(f"not a foldlog log: {what}")
     magic, version, flags, length, log_id, generation, base_seq, crc = FILE_HEADER.unpack_from(raw)
     if magic != FILE_MAGIC:
         raise ValueError("not a foldlog log: wrong magic")
@@ -198,12 +186,8 @@ def parse_base_end(body: bytes | memoryview) -> tuple[WatchCursor, int, int, byt
     """
     try:
         end = unpack_map(body)
-        cursor, leaves, entries, digest = (
-            end["cursor"],
-            end["leaves"],
-            end["entries"],
-            end["digest"],
-        )
+        cursor, digest = end["cursor"], end["digest"]
+        leaves, entries = end["leaves"], end["entries"]
     except (Undecodable, KeyError) as error:
         raise Undecodable(f"undecodable BASE_END frame: {type(error).__name__}") from None
     if type(cursor) is not bytes or len(cursor) > MAX_TOKEN_BYTES or type(digest) is not bytes:

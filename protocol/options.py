@@ -45,9 +45,7 @@ def _real(name: str, value: object, bound: str = "at least 0") -> float:
         raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
     if not value >= 0:  # nan, too
         raise ValueError(f"{name} is {bound}, got {value!r}")
-    return float(
-        min(value, FOREVER_S)
-    )  # before the conversion: an int may be too large for a float
+    return float(min(value, FOREVER_S))  # in this order: an int may be too large for a float
 
 
 def check_timeout(value: object, name: str = "timeout_s") -> float:
@@ -107,9 +105,8 @@ class Count:
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{self.name} is an int, not {type(value).__name__}")
         if value < self.least or (self.most is not None and value > self.most):
-            bounds = (
-                f"at least {self.least}" if self.most is None else f"{self.least} to {self.most}"
-            )
+            least, most = self.least, self.most
+            bounds = f"at least {least}" if most is None else f"{least} to {most}"
             raise ValueError(f"{self.name} is {bounds}, got {value}")
         return value
 

@@ -63,12 +63,8 @@ class _Token(bytes):
         return number
 
     def __repr__(self) -> str:
-        number = self.as_u64()
-        return (
-            f"{type(self).__name__}({self.hex()!r})"
-            if number is None
-            else f"{type(self).__name__}.from_u64({number})"
-        )
+        name, number = type(self).__name__, self.as_u64()
+        return f"{name}({self.hex()!r})" if number is None else f"{name}.from_u64({number})"
 
     __str__ = __repr__
 

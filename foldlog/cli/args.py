@@ -10,10 +10,8 @@ import click
 
 from foldlog.cli.show import printable
 from foldlog.protocol.options import FORMAT, ON_DAMAGE
-from foldlog.protocol.tokens import VersionToken, WatchCursor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_Token = TypeVar("_Token", VersionToken, WatchCursor)
 
 
 def log_argument(command: _F) -> _F:
@@ -35,19 +33,16 @@ def json_option(help: str = "Print one JSON object.") -> Callable[[_F], _F]:
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
-def token_callback(
-    kind: type[_Token],
-) -> Callable[[click.Context, click.Parameter, str | None], _Token | None]:
-    """Parses an option whose value is a token, in the notation of the commands: a u64 as a number,
-    other bytes in hex."""
+def checked(parse: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The callback of an option: passes on what `parse` makes of the value, if one was given."""
 
-    def parse(_context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    def check(_context: click.Context, parameter: click.Parameter, value: Any) -> Any:
         try:
-            return None if value is None else kind.parse(value)
+            return None if value is None else parse(value)
         except ValueError as error:
             raise click.BadParameter(printable(str(error)), param=parameter) from None
 
-    return parse
+    return check
 
 
 def on_damage_option(command: _F) -> _F:

@@ -14,7 +14,7 @@ import click
 from foldlog.actors.feeds.subscription import Since
 from foldlog.actors.following.follower import FollowerState
 from foldlog.cli import database
-from foldlog.cli.args import json_option, log_argument, token_callback, utf8
+from foldlog.cli.args import checked, json_option, log_argument, utf8
 from foldlog.cli.show import (
     counted,
     entry_json,
@@ -46,7 +46,7 @@ Examples:
 @click.option(
     "--since",
     metavar="CURSOR",
-    callback=token_callback(WatchCursor),
+    callback=checked(WatchCursor.parse),
     help="Start with the changes after this cursor instead of the state: a number, or hex (0x...).",
 )
 @json_option(

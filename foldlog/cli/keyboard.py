@@ -11,8 +11,8 @@ from typing import Any, Self
 
 
 class Keyboard:
-    """The terminal on stdin, unbuffered and without echo while the block runs. Without a terminal,
-    no key is ever pressed."""
+    """The terminal on stdin, unbuffered and without echo while the block runs. Outside of the
+    block, or without a terminal, no key is ever pressed."""
 
     def __init__(self) -> None:
         self._fd: int | None = None

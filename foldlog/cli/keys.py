@@ -11,11 +11,11 @@ import click
 
 from foldlog.cli import database
 from foldlog.cli.args import (
+    checked,
     format_option,
     json_option,
     log_argument,
     on_damage_option,
-    token_callback,
     utf8,
 )
 from foldlog.cli.read import fail_without_entry
@@ -31,7 +31,7 @@ from foldlog.store import open as open_store
 _expected_option = click.option(
     "--expected",
     metavar="VERSION",
-    callback=token_callback(VersionToken),
+    callback=checked(VersionToken.parse),
     help="Only if KEY is at this version: a number, or hex (0x...). Otherwise exit code 1.",
 )
 _json_option = json_option("Print key and version as one JSON object.")

@@ -17,7 +17,7 @@ import click
 
 from foldlog.actors.following.follower import FollowerState
 from foldlog.cli import database
-from foldlog.cli.args import json_option, log_argument
+from foldlog.cli.args import checked, json_option, log_argument
 from foldlog.cli.keyboard import Keyboard
 from foldlog.cli.show import op_text, printable, size_text, token_json
 from foldlog.follow import Follower, follow
@@ -226,13 +226,6 @@ def _show_live(pictures: Iterator[Picture]) -> None:
             live.update(_table(picture), refresh=True)
 
 
-def _interval(_context: click.Context, parameter: click.Parameter, value: float) -> float:
-    try:
-        return PICTURE_INTERVAL_S.check(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param=parameter) from None
-
-
 @click.command(
     epilog="Example: foldlog top routes.log (or, for scripts: foldlog top routes.log --once --json)"
 )
@@ -247,7 +240,7 @@ def _interval(_context: click.Context, parameter: click.Parameter, value: float)
     "--interval",
     "interval_s",
     type=float,
-    callback=_interval,
+    callback=checked(PICTURE_INTERVAL_S.check),
     default=PICTURE_INTERVAL_S.default,
     show_default=True,
     help="Seconds between updates.",
@@ -264,27 +257,18 @@ def top(log: Path, once: bool, as_json: bool, interval_s: float) -> None:
     database.refuse_directory(log, "a database cannot be followed")
     with follow(log) as follower:
         live = not (once or as_json) and sys.stdout.isatty() and not _is_dumb()
-        with Keyboard() if live else nullcontext() as keyboard:
-            pictures = _pictures(
-                Watcher(follower),
-                lambda: (
-                    _sleep(interval_s) if keyboard is None else keyboard.wait_for("q", interval_s)
-                ),
-            )
+        keyboard = Keyboard()
+        with keyboard if live else nullcontext():
+            pictures = _pictures(Watcher(follower), lambda: keyboard.wait_for("q", interval_s))
             if live:
                 _show_live(pictures)
-                return
-            _print(pictures, once, as_json)
+            else:
+                _print(pictures, once, as_json)
 
 
 def _is_dumb() -> bool:
     """True if the terminal cannot move its cursor."""
     return os.environ.get("TERM", "dumb").lower() in ("dumb", "unknown")
-
-
-def _sleep(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
 
 
 def _print(pictures: Iterator[Picture], once: bool, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from foldlog.protocol.tokens import VersionToken
@@ -66,20 +66,17 @@ class History:
         """(description, number of changes) of each step."""
         self._cursor = 0
         leaving = [code for part in LEAVING for code in part if code in code_points]
-        self._step("the characters of Unicode 3.2.0", code_points, self._add_old)
-        self._step(
-            f"what Unicode {unicodedata.unidata_version} changed and added",
-            code_points,
-            self._add_new,
-        )
-        self._step("compatibility ideographs and presentation forms deleted", leaving, self._delete)
-        self._step("the same purged, and some put back", leaving, self._purge)
-
-    def _step(self, what: str, codes: Sequence[int], take: Callable[[int], None]) -> None:
-        before = len(self.lines)
-        for code in codes:
-            take(code)
-        self.steps.append((what, len(self.lines) - before))
+        newest = unicodedata.unidata_version
+        for what, codes, take in (
+            ("the characters of Unicode 3.2.0", code_points, self._add_old),
+            (f"what Unicode {newest} changed and added", code_points, self._add_new),
+            ("compatibility ideographs and presentation forms deleted", leaving, self._delete),
+            ("the same purged, and some put back", leaving, self._purge),
+        ):
+            before = len(self.lines)
+            for code in codes:
+                take(code)
+            self.steps.append((what, len(self.lines) - before))
 
     def _add_old(self, code: int) -> None:
         value = OLD.describe(code)
