@@ -115,17 +115,19 @@ def _(piece: HeaderPiece, bodies: bool) -> Iterator[str]:
     yield f"{piece.offset:>12}  {shown}{piece.reason or 'ok'}"
 
 
+def _place(piece: Piece | RecordPiece) -> dict[str, Any]:
+    """What is told of every part of a log, whatever it is."""
+    what = {"offset": piece.offset, "size": piece.size}
+    return what | {"ok": not piece.reason, "reason": piece.reason}
+
+
 @as_fields.register
 def _(piece: RecordPiece, bodies: bool) -> dict[str, Any]:
     record = piece.record
-    fields = {
-        "offset": piece.offset,
-        "size": piece.size,
-        "ok": not piece.reason,
-        "reason": piece.reason,
-        "kind": None if record is None else RECORD_NAMES[record.kind],
-    }
-    return fields | _record_json(record) if record is not None and bodies else fields
+    if record is None:
+        return _place(piece) | {"kind": None}
+    fields = _place(piece) | {"kind": RECORD_NAMES[record.kind]}
+    return fields | _record_json(record) if bodies else fields
 
 
 @as_lines.register
@@ -171,32 +173,23 @@ def _piece_text(piece: Piece) -> str:
     checksums = f"header {header.crc:08x} link {header.link:08x} body {header.body_crc:08x}"
     moved = "" if header.offset == piece.offset else f"  written for byte {header.offset}"
     verdict = f"{piece.reason or 'ok'}{moved}"
-    return (
-        f"{piece.offset:>12}  {_kind(header):<8} {header.size} bytes{batches}  {sequences}  "
-        f"{checksums}  {verdict}"
-    )
+    what = f"{_kind(header):<8} {header.size} bytes{batches}"
+    return f"{piece.offset:>12}  {what}  {sequences}  {checksums}  {verdict}"
 
 
 @as_fields.register
 def _(piece: Piece, bodies: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "offset": piece.offset,
-        "size": piece.size,
-        "ok": not piece.reason,
-        "reason": piece.reason,
-    }
     header = piece.header
     if header is None:
-        return {**fields, "kind": None}
-    fields |= {
+        return _place(piece) | {"kind": None}
+    fields = _place(piece) | {
         "kind": _kind(header),
         "seq": header.seq,
         "synced_seq": header.synced_seq,
         "batches": header.batches,
         "flags": header.flags,
-    }
-    fields |= {"written_for": header.offset, "body_len": header.body_len}
-    fields |= {
+        "written_for": header.offset,
+        "body_len": header.body_len,
         "header_crc": f"{header.crc:08x}",
         "link": f"{header.link:08x}",
         "body_crc": f"{header.body_crc:08x}",
@@ -209,13 +202,10 @@ def _(piece: Piece, bodies: bool) -> dict[str, Any]:
 def _body_lines(header: FrameHeader, body: bytes) -> Iterator[str]:
     try:
         if header.kind == KIND_BATCHES:
-            for number, batch in enumerate(
-                decode_batches(body, header.batches), header.seq - header.batches + 1
-            ):
-                yield (
-                    f"batch {number} at cursor {token_text(batch.cursor)}, "
-                    f"{counted(len(batch.keys), 'update')}"
-                )
+            first = header.seq - header.batches + 1
+            for number, batch in enumerate(decode_batches(body, header.batches), first):
+                updates = counted(len(batch.keys), "update")
+                yield f"batch {number} at cursor {token_text(batch.cursor)}, {updates}"
                 yield from map("  ".__add__, _update_lines(batch))
         elif header.kind == KIND_LEAF:
             keys = leaf.check_order(body)
@@ -223,10 +213,8 @@ def _body_lines(header: FrameHeader, body: bytes) -> Iterator[str]:
         elif header.kind == KIND_BASE_END:
             cursor, leaves, entries, digest = base_end_of(body)
             where = f"cursor {token_text(cursor)}"
-            yield (
-                f"{where}, {counted(leaves, 'leaf')}, {counted(entries, 'entry')}, digest "
-                f"{digest.hex()}"
-            )
+            what = f"{counted(leaves, 'leaf')}, {counted(entries, 'entry')}"
+            yield f"{where}, {what}, digest {digest.hex()}"
         elif header.kind == KIND_OPEN:
             yield f"boot {printable(parse_open(body)) or 'unknown'}"
     except Undecodable as error:

@@ -93,9 +93,8 @@ def follow_key(log: Path, key: str, as_json: bool) -> None:
 
 def _print_entry(log: Path, key: str, entry: KvEntry | None, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(
-            json.dumps({"key": key, "deleted": True} if entry is None else entry_json(entry)) + "\n"
-        )
+        fields = {"key": key, "deleted": True} if entry is None else entry_json(entry)
+        sys.stdout.write(json.dumps(fields) + "\n")
     elif entry is None:
         _note(f"{printable(str(log))}: {printable(key)} was deleted")
     else:
@@ -142,10 +141,8 @@ def _text_line(event: Event) -> str:
     if isinstance(event, Synced):
         return f"# synced at cursor {token_text(event.cursor)}, batch {event.seq}"
     if isinstance(event, Lagged):
-        return (
-            f"# lagged: {counted(event.batches, 'batch')} after cursor "
-            f"{token_text(event.cursor)} reported as their difference"
-        )
+        what = f"{counted(event.batches, 'batch')} after cursor {token_text(event.cursor)}"
+        return f"# lagged: {what} reported as their difference"
     return f"# rewound: {printable(event.reason)}"
 
 
@@ -159,15 +156,13 @@ def _json_line(event: Event) -> str:
             fields |= {"key": update.key, "version": token_json(update.version)}
         return json.dumps(fields | {"cursor": token_json(event.cursor)})
     if isinstance(event, Synced):
-        return json.dumps(
-            {"mark": "synced", "cursor": token_json(event.cursor), "sequence": event.seq}
-        )
-    if isinstance(event, Lagged):
-        return json.dumps(
-            {"mark": "lagged", "cursor": token_json(event.cursor), "batches": event.batches}
-        )
-    assert isinstance(event, Rewound)
-    return json.dumps({"mark": "rewound", "reason": event.reason})
+        fields = {"mark": "synced", "cursor": token_json(event.cursor), "sequence": event.seq}
+    elif isinstance(event, Lagged):
+        fields = {"mark": "lagged", "cursor": token_json(event.cursor), "batches": event.batches}
+    else:
+        assert isinstance(event, Rewound)
+        fields = {"mark": "rewound", "reason": event.reason}
+    return json.dumps(fields)
 
 
 COMMANDS = (tail,)

@@ -150,6 +150,8 @@ def rows_of(picture: Picture, unix_s: float) -> list[tuple[str, str]]:
     writer = "unknown" if picture.locked is None else "none"
     if picture.locked:
         writer = "yes" if picture.writer_pid is None else f"process {picture.writer_pid}"
+    then_unix_s = picture.written_unix_s
+    written = "-" if then_unix_s is None else f"{_age(unix_s - then_unix_s)} ago"
     rate = "-" if picture.batches_per_s is None else f"{picture.batches_per_s:,.1f} batches/s"
     return [
         ("log", printable(picture.path)),
@@ -162,16 +164,8 @@ def rows_of(picture: Picture, unix_s: float) -> list[tuple[str, str]]:
         ("size", _size(picture.size_bytes)),
         ("  base", _size(picture.base_bytes)),
         ("  appended", _size(picture.appended_bytes)),
-        (
-            "last write",
-            "-"
-            if picture.written_unix_s is None
-            else f"{_age(unix_s - picture.written_unix_s)} ago",
-        ),
-        (
-            "last change",
-            "none seen" if picture.last_change is None else printable(picture.last_change),
-        ),
+        ("last write", written),
+        ("last change", printable(picture.last_change or "none seen")),
         ("snapshot", f"{_age(picture.snapshot_age_s)} old"),
     ]
 
@@ -206,15 +200,13 @@ def _table(picture: Picture) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    colour = {FollowerState.FOLLOWING: "green", FollowerState.WAITING: "yellow"}.get(
-        FollowerState(picture.state), "red"
-    )
+    colours = {FollowerState.FOLLOWING: "green", FollowerState.WAITING: "yellow"}
+    colour = colours.get(FollowerState(picture.state), "red")
     table = Table.grid(padding=(0, 2))
     for name, value in rows_of(picture, time.time()):
-        table.add_row(
-            Text(name, "dim"),
-            Text(value, colour if name == "state" else "", overflow="ellipsis", no_wrap=True),
-        )
+        style = colour if name == "state" else ""
+        shown = Text(value, style, overflow="ellipsis", no_wrap=True)
+        table.add_row(Text(name, "dim"), shown)
     return table
 
 

@@ -52,7 +52,7 @@ from foldlog.storage.formats.foldlog import replay
 from foldlog.storage.formats.foldlog.replay import read_header
 from foldlog.storage.formats.format import BUFFER_BYTES
 from foldlog.storage.log import backlog
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
 from foldlog.storage.log.scan import Chain, read_frames
 from foldlog.storage.log.sidecars.note import LOCK_BYTES, SLOT_BYTES
 from foldlog.storage.log.tail import WINDOW_BYTES, Advance, Jump, Tail
@@ -100,6 +100,20 @@ def uncompacted(changes: int) -> FoldSnapshot:
             }
         )
     return FoldSnapshot(EMPTY_BASE, *collected.settled(), 1, cursor(1))
+
+
+def calls_for(writes: int, sync: str) -> dict[str, int]:
+    """Of so many commit groups: the frames and, if each is synced, the notes that say so."""
+    if sync == "always":
+        return {"stat": writes, "write": 2 * writes, "sync": writes}
+    return {"stat": writes, "write": writes}
+
+
+def assert_alike(work_over: Callable[[int], Work]) -> Work:
+    """It takes the same work over either store, which is returned."""
+    few, many = map(work_over, (FEW, MANY))
+    assert few.is_like(many), (few, many)
+    return few
 
 
 BATCHES: list[list[Update]] = [
@@ -519,8 +533,7 @@ def test_a_read_takes_the_same_work_over_any_store(
         call = getattr(opened("never", entries, fine=True), read)
         return usual([work_of(call, what) for what in asked])
 
-    few, many = map(work_over, (FEW, MANY))
-    assert few.is_like(many), (few, many)
+    few = assert_alike(work_over)
     assert few.lines <= 10 or asked[0] != asked[-1], "of a key that was read before"
 
 
@@ -557,14 +570,8 @@ def test_a_commit_group_costs_the_calls_of_one_batch(
     files.forget()
     engine.commit(group)
     frame_bytes = len(batches_body([batch.item for batch in group])) + FRAME_OVERHEAD
-    if sync_each:
-        assert files.counts == {"stat": 1, "write": 2, "sync": 1}, (
-            "the frame, and the note that it is synced"
-        )
-        assert files.bytes_written == frame_bytes + NOTE_BYTES
-    else:
-        assert files.counts == {"stat": 1, "write": 1}
-        assert files.bytes_written == frame_bytes
+    assert files.counts == calls_for(1, "always" if sync_each else "never")
+    assert files.bytes_written == frame_bytes + (NOTE_BYTES if sync_each else 0)
     assert len(engine.fold.runs) == 1
     engine.close()
 
@@ -572,15 +579,10 @@ def test_a_commit_group_costs_the_calls_of_one_batch(
 def test_a_batch_takes_the_same_work_over_any_store(open_log: OpenLog) -> None:
     def work_over(entries: int) -> Work:
         snap, rng = open_log(entries, fine=True), random.Random(3)
-        return usual(
-            [
-                work_of(snap.apply, puts(rng.sample(range(FEW), 100)), cursor(number))
-                for number in range(2, 42)
-            ]
-        )
+        batches = [puts(rng.sample(range(FEW), 100)) for _ in range(40)]
+        return usual([work_of(snap.apply, batch, cursor(2)) for batch in batches])
 
-    few, many = map(work_over, (FEW, MANY))
-    assert few.is_like(many), (few, many)
+    assert_alike(work_over)
 
 
 @pytest.mark.parametrize("changes", [FEW, MANY, 10 * MANY])
@@ -781,8 +783,7 @@ def test_a_follower_takes_a_batch_at_the_same_price_over_any_store(open_log: Ope
             assert tail.fold.cursor() == cursor(number)
         return usual(works)
 
-    few, many = map(work_over, (FEW, MANY))
-    assert few.is_like(many), (few, many)
+    assert_alike(work_over)
 
 
 @both
@@ -811,15 +812,8 @@ def test_an_apply_is_no_message_one_write_and_no_more_fsyncs_than_were_asked_for
     sent.mails.clear()
     for number in range(3, 13):
         store.apply(puts(range(number)), cursor(number))
-    assert len(sent.to_writer(store)) <= 2, (
-        "the writer is idle: its turn is taken, but for its own looks"
-    )
-    if sync == "always":
-        assert files.counts == {"stat": 10, "write": 20, "sync": 10}, (
-            "the frames, and the notes that they are synced"
-        )
-    else:
-        assert files.counts == {"stat": 10, "write": 10}
+    assert len(sent.to_writer(store)) <= 2, "its turn is taken, but for its own looks"
+    assert files.counts == calls_for(10, sync)
     files.forget()
     store.close()
     assert 1 <= files.counts["sync"] <= 3
@@ -867,9 +861,7 @@ def test_callers_who_wait_together_share_a_write_and_an_fsync(
     futures += [store.apply_async(puts([number]), cursor(number + 3)) for number in range(1, 200)]
     gate.open()
     assert results(futures) == list(range(3, 203))
-    assert files.counts == (
-        {"stat": 2, "write": 4, "sync": 2} if sync == "always" else {"stat": 2, "write": 2}
-    ), "two groups"
+    assert files.counts == calls_for(2, sync), "two groups"
     assert sent.to_writer(store) == ["WriteRequest"] * 200
 
 
@@ -885,12 +877,8 @@ def test_applies_beside_a_compaction_make_no_more_calls(
     sent.mails.clear()
     for number in range(3, 13):
         store.apply(puts(range(number)), cursor(number))
-    assert len(sent.to_writer(store)) <= 2, (
-        "the writer is idle: its turn is taken, but for its own looks"
-    )
-    assert files.counts == (
-        {"stat": 10, "write": 20, "sync": 10} if sync == "always" else {"stat": 10, "write": 10}
-    )
+    assert len(sent.to_writer(store)) <= 2, "its turn is taken, but for its own looks"
+    assert files.counts == calls_for(10, sync)
     gate.open()
     compaction.result(DEADLINE_S)
 
@@ -908,8 +896,7 @@ def test_a_commit_group_takes_the_same_work_of_the_writer_over_any_store(opened:
             assert all(request.future.done() for request in requests)
         return usual(works)
 
-    few, many = map(work_over, (FEW, MANY))
-    assert few.is_like(many), (few, many)
+    assert_alike(work_over)
 
 
 def test_reading_a_store_sends_no_message_and_waits_for_nobody(
@@ -922,12 +909,8 @@ def test_reading_a_store_sends_no_message_and_waits_for_nobody(
     sent.mails.clear()
     entry = store.get(key(1))
     assert entry is not None
-    assert (entry.value, len(store.range("k0012")), len(store), key(2) in store) == (
-        bytes((1,)) * VALUE_BYTES,
-        100,
-        MANY,
-        True,
-    )
+    assert entry.value == bytes((1,)) * VALUE_BYTES
+    assert (len(store.range("k0012")), len(store), key(2) in store) == (100, MANY, True)
     store.for_each_in_range("k0012", lambda entry: None)
     assert (store.cursor(), store.snapshot().cursor()) == (cursor(2), cursor(2))
     assert sent.mails == []
@@ -954,15 +937,19 @@ def test_subscribers_cost_the_writer_no_decoding_and_a_batch_is_decoded_once_for
     assert len(decodings) == 1, "what touches no prefix is not decoded"
 
 
+def following(snap: AppendLogSnapshot, files: Files = OS_FILES) -> FollowerThread:
+    """A follower that has read the log; it is polled by the test, and not started."""
+    thread = FollowerThread(snap.report.path, files, 0.5, cache_bytes=CACHE_BYTES.default)
+    while thread._poll():
+        pass
+    return thread
+
+
 def test_a_follower_of_a_busy_log_makes_two_system_calls_for_each_poll_that_finds_something(
     open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snap = open_log(FEW)
-    thread = FollowerThread(
-        snap.report.path, files := CountedFiles(), 0.5, cache_bytes=CACHE_BYTES.default
-    )
-    while thread._poll():
-        pass
+    thread = following(snap, files := CountedFiles())
     stats = calls_of(monkeypatch, os, "stat")
     files.forget()
     for number in range(2, 12):
@@ -984,9 +971,7 @@ def test_a_follower_to_which_nobody_subscribes_keeps_nothing_of_frames_that_are_
     snap = open_log(FEW)
 
     def peak_bytes(frames: int) -> int:
-        thread = FollowerThread(snap.report.path, OS_FILES, 0.5, cache_bytes=CACHE_BYTES.default)
-        while thread._poll():
-            pass
+        thread = following(snap)
         for number in range(frames):
             snap.apply(puts(range(10)), cursor(number))
         work = work_of(thread._poll)
@@ -1002,8 +987,7 @@ def test_a_follower_publishes_once_for_all_that_a_poll_finds(
     open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snap = open_log(FEW)
-    thread = FollowerThread(snap.report.path, OS_FILES, 0.5, cache_bytes=CACHE_BYTES.default)
-    thread._poll()
+    thread = following(snap)
     published = calls_of(monkeypatch, thread.feeds, "publish")
     folds = calls_of(monkeypatch, FoldSnapshot, "with_batch")
     for number in range(2, 302):
