@@ -452,9 +452,7 @@ def raw_updates(updates: Iterable[Update]) -> RawUpdates:
         raise
 
 
-def _columns(
-    updates: Sequence[Update],
-) -> tuple[Sequence[str], Sequence[Any], Sequence[bytes]]:
+def _columns(updates: Sequence[Update]) -> tuple[Sequence[str], Sequence[Any], Sequence[bytes]]:
     keys: Sequence[Any]
     values: Sequence[Any]
     versions: Sequence[Any]
@@ -530,10 +528,7 @@ def _check(index: int, update: Update) -> bytes:
         )
     if type(update) is Put:
         if type(update.value) is not bytes:
-            fail(
-                TypeError,
-                f"the value of {key} is bytes, not {type(update.value).__name__}",
-            )
+            fail(TypeError, f"the value of {key} is bytes, not {type(update.value).__name__}")
         if len(update.value) > MAX_VALUE_BYTES:
             fail(
                 ValueError,

@@ -13,14 +13,7 @@ import click
 
 from foldlog.cli import database
 from foldlog.cli.args import json_option, log_argument
-from foldlog.cli.show import (
-    counted,
-    printable,
-    progress_bar,
-    size_text,
-    token_json,
-    token_text,
-)
+from foldlog.cli.show import counted, printable, progress_bar, size_text, token_json, token_text
 from foldlog.storage.formats.format import Problem, VerifyReport
 from foldlog.storage.repair.salvage import Loss, salvage_log
 from foldlog.storage.repair.verify import verify_log

@@ -111,8 +111,7 @@ def fold_stream(
     def apply(batch: list[Change], cursor: WatchCursor | None = None) -> None:
         if batch:
             snap.apply(
-                [change.update for change in batch],
-                batch[-1].cursor if cursor is None else cursor,
+                [change.update for change in batch], batch[-1].cursor if cursor is None else cursor
             )
             tally.applied += len(batch)
             tally.batches += 1
@@ -147,7 +146,7 @@ def fold_stream(
 
 @click.command(
     epilog="""Example: echo '{"op": "put", "key": "a", "value": "1", "cursor": 1}' | """
-    "foldlog apply routes.log",
+    "foldlog apply routes.log"
 )
 @log_argument
 @click.argument("file", type=click.File("rb"), default="-")

@@ -554,11 +554,7 @@ async def test_a_typed_view_reads_at_once_and_awaits_its_writes(run: Any, path: 
         flags = aio.view(store, "json", "flags/")
         version = await flags.put("flags/beta", {"percent": 5})
         assert store.get("flags/beta").version == version
-        assert (flags["flags/beta"], list(flags), len(flags)) == (
-            {"percent": 5},
-            ["flags/beta"],
-            1,
-        )
+        assert (flags["flags/beta"], list(flags), len(flags)) == ({"percent": 5}, ["flags/beta"], 1)
         assert foldlog.view(store, "json", "flags/")["flags/beta"] == {"percent": 5}
         await flags.delete("flags/beta")
         assert "flags/beta" not in flags

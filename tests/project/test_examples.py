@@ -132,10 +132,7 @@ def test_eight_readers_read_beside_a_feeder():
 
 
 def test_asyncio_feed_watches_and_waits_for_what_it_put():
-    assert run("asyncio_feed.py") == [
-        "price/0 is 100",
-        "the follower has 6 keys; closed: b'yes'",
-    ]
+    assert run("asyncio_feed.py") == ["price/0 is 100", "the follower has 6 keys; closed: b'yes'"]
 
 
 def test_longest_prefix_routes_are_in_step_and_do_not_change_under_their_readers():

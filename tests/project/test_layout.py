@@ -395,11 +395,7 @@ def block_of_readme(language: str, containing: str) -> str:
 @pytest.mark.parametrize(
     ("containing", "runs", "printed"),
     [
-        (
-            "from foldlog import",
-            2,
-            "None\nbeta/checkout b'1%' b'1%'\nbeta/search b'100%' b'5%'\n",
-        ),
+        ("from foldlog import", 2, "None\nbeta/checkout b'1%' b'1%'\nbeta/search b'100%' b'5%'\n"),
         ("settings.log", 1, "b'light' no font ['theme']\n"),
     ],
     ids=["with a stream, twice", "with plain keys"],

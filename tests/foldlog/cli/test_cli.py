@@ -89,11 +89,7 @@ def test_get_prints_the_value_byte_for_byte(log: Path) -> None:
 
 
 def test_get_as_json_prints_text_or_base64_and_the_version(log: Path) -> None:
-    assert told("get", log, "a/1") == {
-        "key": "a/1",
-        "value": "one",
-        "version": 7,
-    }
+    assert told("get", log, "a/1") == {"key": "a/1", "value": "one", "version": 7}
     expected = {
         "key": "a/2",
         "value_base64": base64.b64encode(b"\xff\x00\xc3\xa4").decode(),

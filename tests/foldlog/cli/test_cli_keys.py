@@ -25,10 +25,7 @@ def test_put_and_delete_write_one_key_and_print_its_version(path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, "put a at version 1\n")
     assert run("put", path, "b", stdin=b"\xff\n").exit_code == 0
     assert run("get", path, "b").stdout_bytes == b"\xff\n"
-    assert told("put", path, "a", "2", "--expected", "1") == {
-        "key": "a",
-        "version": 3,
-    }
+    assert told("put", path, "a", "2", "--expected", "1") == {"key": "a", "version": 3}
     assert run("delete", path, "a", "--expected", "3").stdout == "deleted a at version 4\n"
     assert run("get", path, "a").exit_code == 1
 
@@ -82,11 +79,9 @@ def test_a_torn_tail_that_is_left_out_is_told_once(path: Path, command: str) -> 
     path.write_bytes(slipref.HEADER + slipref.put("a", b"1") + slipref.cursor(b"c") + b"\1\2\3")
     before = files_in(path.parent)
     dest = path.parent.parent / "dest"
-    arguments = {
-        "get": ["a"],
-        "export": [dest],
-        "convert": [dest, "--to", "foldlog"],
-    }.get(command, [])
+    arguments = {"get": ["a"], "export": [dest], "convert": [dest, "--to", "foldlog"]}.get(
+        command, []
+    )
     result = run(command, path, *arguments)
     assert result.exit_code == 0
     assert result.stderr == "left out a torn tail of 3 bytes\n"
@@ -116,9 +111,7 @@ def test_what_knows_one_format_names_the_other_and_the_remedy(
 def test_apply_applies_what_has_come_when_its_input_pauses(path: Path) -> None:
     """A paused stream left its last lines unapplied until a full batch or a closed pipe."""
     process = subprocess.Popen(
-        [*COMMAND, "apply", path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        [*COMMAND, "apply", path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
     assert process.stdin is not None
     try:
