@@ -67,7 +67,9 @@ class Log:
         self._turns = Turns()
         self.closed = False
         self._released = False
-        self._half_written = False  # the file may be longer than `position`: `_undo` cuts it back
+        self.unsettled: Position | None = None
+        """Where a write that was interrupted would have ended: the file may be longer than
+        `position`. See `settle_write`."""
         self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
         self._retiring: list[Retiring] | None = None
         self._forked = False
@@ -213,8 +215,8 @@ class Log:
             )
         if self.position.seq + count > U64_MAX:
             raise FoldlogError(f"{self.path}: the sequence is exhausted")
-        if self._half_written:
-            self._undo("it was interrupted")
+        if self.unsettled is not None:
+            self.settle_write()
         self.check_unchanged()
         if not self._session:
             self._begin_session()
@@ -231,7 +233,7 @@ class Log:
 
     def _write(self, data: bytes, end: Position) -> None:
         position = self.position
-        self._half_written = True
+        self.unsettled = end
         self._leftover_bytes = len(data)
         try:
             files, fd = self.files, self.file.fd
@@ -241,23 +243,30 @@ class Log:
             self.position = end
         except BaseException as error:
             if self.position is position:
-                if self._is_complete(error, end):
-                    self.position = end
-                else:
-                    self._undo(error)
+                if isinstance(error, OSError) and error.errno is not None:
+                    self.unsettled = position  # what the system failed to write is not trusted
+                self.settle_write(error)
             raise
         finally:
             if self.position is end:
-                self._half_written = False
+                self.unsettled = None
                 self._leftover_bytes = 0
 
-    def _is_complete(self, error: BaseException, end: Position) -> bool:
-        """True if everything was written, and `error` struck the thread after that.
+    def settle_write(self, error: object = "it was interrupted") -> None:
+        """After a write that was interrupted: keep what is complete, as a follower may have read
+        it, and cut off what is not. If this is interrupted, too, call it again."""
+        end = self.unsettled
+        if end is None or self.closed or self._forked:
+            return
+        if end is not self.position and self._is_complete(end):
+            self.position = end
+            self.unsettled = None
+            self._leftover_bytes = 0
+        else:
+            self._undo(error)
 
-        False for an error of the system: what it wrote is not to be trusted.
-        """
-        if isinstance(error, OSError) and error.errno is not None:
-            return False
+    def _is_complete(self, end: Position) -> bool:
+        """True if the file ends there: everything was written."""
         with contextlib.suppress(OSError):
             return self.files.fstat(self.file.fd).st_size == end.offset
         return False
@@ -273,7 +282,7 @@ class Log:
             self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
         else:
             self._leftover_bytes = 0
-        self._half_written = False
+        self.unsettled = None
 
     def sync(self) -> None:
         """Make all that was appended survive a power loss. Any thread may call it at any time.
@@ -350,7 +359,7 @@ class Log:
         self._inode = inode
         self._codec = file.format.codec(file.header, sync_each=self.sync_each)
         self._session = file.session
-        self._half_written = False
+        self.unsettled = None
         self._leftover_bytes = 0
         self.synced_seq = file.position.seq
         if self.poison is not None:
@@ -391,8 +400,7 @@ class Log:
                 self._turns.leave(_getframe())
 
     def _seal(self) -> None:
-        if self._half_written:
-            self._undo("it was interrupted")
+        self.settle_write()
         if self._synced_offset != self.position.offset:
             self.sync()
         try:

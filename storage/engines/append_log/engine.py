@@ -106,7 +106,11 @@ class LogEngine(LogPast):
         1 us an update.
         """
         log = self.log
-        if self._finishing is not None or self.fold.seq != log.position.seq:
+        if (
+            log.unsettled is not None
+            or self._finishing is not None
+            or self.fold.seq != log.position.seq
+        ):
             self.settle()
         since = self._since
         if since is not None:
@@ -284,6 +288,8 @@ class LogEngine(LogPast):
         """
         if self.log.poison is None:
             self.log.check_usable()
+        if self.log.unsettled is not None:
+            self.settle()
         rewrite = Rewrite(self.log, self.fold)
         self._since = self._nothing_new()
         return rewrite
@@ -315,6 +321,7 @@ class LogEngine(LogPast):
         If interrupted, it can be called again.
         """
         rewrite, log = self._finishing, self.log
+        log.settle_write()
         if rewrite is not None:
             landed = rewrite.settle()
             if landed is None:

@@ -157,6 +157,55 @@ def test_a_batch_that_was_read_is_not_taken_back_when_an_exception_strikes_its_w
     snap.close()
 
 
+class StruckTwice(ReadAfterEachWrite):
+    """Once armed: an exception after the write, and another one while that is handled."""
+
+    armed = False
+    struck = 0
+
+    def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
+        done = super().write(fd, data, offset)
+        if self.armed:
+            self.struck += 1
+            raise Struck
+        return done
+
+    def fstat(self, fd: int) -> os.stat_result:
+        if self.armed and self.struck:
+            self.armed = False
+            self.struck += 1
+            raise Struck
+        return super().fstat(fd)
+
+
+@pytest.mark.parametrize("then", ["apply", "compact", "close"])
+def test_a_batch_that_was_read_is_not_taken_back_though_a_second_exception_strikes(
+    path: Path, then: str
+):
+    """After two strikes within one write, the next call cut a complete frame off unseen."""
+    files = StruckTwice()
+    _, snap = AppendLogSnapshot.open(path, files=files)
+    apply(snap, 1)
+    files.followed = followed = Followed(path)
+    followed.poll()
+    files.armed = True
+    with pytest.raises(Struck):
+        apply(snap, 2)
+    assert files.struck == 2
+    assert followed.fold.seq == 2
+    if then == "compact":
+        snap.compact()
+    elif then == "close":
+        snap.close()
+        _, snap = AppendLogSnapshot.open(path, files=files)
+    apply(snap, 3)
+    followed.poll()
+    assert followed.rewinds == []
+    assert snap.snapshot().seq == 3
+    assert_same(followed.fold, snap)
+    snap.close()
+
+
 # Growing: half frames.
 
 
