@@ -8,7 +8,6 @@ without a lock or a message.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -21,6 +20,7 @@ from foldlog.follow import Follower
 from foldlog.protocol.closing import Closing
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
+from foldlog.protocol.logger import log
 from foldlog.protocol.tokens import CursorLike
 from foldlog.protocol.updates import Update
 from foldlog.storage.handover import Bell
@@ -28,7 +28,6 @@ from foldlog.store import Store
 from foldlog.waiting import WAIT_TIMEOUT_S, Position, SeqLike
 from foldlog.watched import Watched
 
-log = logging.getLogger("foldlog")
 V = TypeVar("V")
 Build: TypeAlias = Callable[[Any], V]
 ApplyUpdates: TypeAlias = Callable[[V, Sequence[Update]], V]

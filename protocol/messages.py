@@ -72,3 +72,9 @@ class Page(NamedTuple):
     entries: list[KvEntry]
     next: RangePage | None
     """The request for the next page; None at the end."""
+
+
+def plain(text: str) -> str:
+    """`text` as a str itself: methods of a class of the program's must not run in an actor's
+    turn."""
+    return str.__str__(text)

@@ -21,7 +21,6 @@ What pykka does, and how this module changes it:
 from __future__ import annotations
 
 import _thread
-import logging
 import sys
 import threading
 import time
@@ -40,9 +39,9 @@ from foldlog.actors.base.mailbox import answer_error as answer_error
 from foldlog.actors.base.mailbox import reply as reply
 from foldlog.actors.base.mailbox import stop_only as stop_only
 from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.logger import log as log
 from foldlog.storage.handover import RECHECK_S, discard, is_below, is_over
 
-log = logging.getLogger("foldlog")
 _getframe = sys._getframe
 
 

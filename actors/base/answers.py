@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import logging
 import queue
 import sys
 import threading
@@ -24,11 +23,11 @@ from typing import Any, TypeVar
 
 import pykka
 
+from foldlog.protocol.logger import log
 from foldlog.storage.forks import Rank, call_after_fork
 from foldlog.storage.handover import Bell
 
 T = TypeVar("T")
-log = logging.getLogger("foldlog")
 
 _STARTED, _CANCELLED = "started", "cancelled"
 _STATES = {None: PENDING, _STARTED: RUNNING, _CANCELLED: CANCELLED_AND_NOTIFIED}
@@ -156,7 +155,10 @@ class Answer(Future[T]):
                 return
             try:
                 callback(self)
-            except Exception:
+            except BaseException as error:
+                # An interrupt comes on no callback thread: there, the others are still called.
+                if not isinstance(error, Exception) and not runs_callbacks():
+                    raise
                 log.exception("a callback of an answer failed")
 
     def __repr__(self) -> str:

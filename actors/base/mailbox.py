@@ -17,7 +17,6 @@ senders may add one request beyond them.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import time
 from collections import deque
@@ -29,10 +28,10 @@ from typing import Any
 from pykka._envelope import Envelope
 from pykka.messages import _ActorStop
 
+from foldlog.actors.base.answers import Reply
 from foldlog.protocol.errors import Backpressure, FoldlogError
+from foldlog.protocol.logger import log
 from foldlog.storage.handover import RECHECK_S, Bell, Latch, is_below, is_over
-
-log = logging.getLogger("foldlog")
 
 STOP = _ActorStop()
 """The message that ends an actor: only this object, which its owner holds, and no equal one."""
@@ -311,11 +310,17 @@ def reply(mail: Mail, value: Any = None, error: BaseException | None = None) -> 
     """Answer an `ask`, once."""
     if mail.reply_to is None:
         return
-    with contextlib.suppress(Full):  # it was answered already
+    try:
         if error is None:
             mail.reply_to.set(value)
         else:
             mail.reply_to.set_exception((type(error), error, None))
+    except Full:
+        pass  # it was answered already
+    except BaseException:
+        if type(mail.reply_to) is Reply:
+            raise
+        log.exception("a future of the program's failed")
 
 
 def stop_only(mails: list[Mail]) -> list[Mail]:

@@ -119,9 +119,12 @@ class _Sending:
         except pykka.ActorDeadError:
             self.give_up("the actor is dead")
         except BaseException as error:  # a mailbox of the user's may raise anything
-            log.exception("a subscription ended")
-            self.give_up(f"{type(error).__name__}: {error}")
+            self._failed(error)
         return False
+
+    def _failed(self, error: BaseException) -> None:
+        log.error("a subscription ended", exc_info=error)
+        self.give_up(f"{type(error).__name__}: {error}")
 
     def _serve(self, limit: int) -> bool:
         subscription, is_parked = self.subscription, False
@@ -183,6 +186,12 @@ class _Sending:
 
     def check(self) -> None:
         """See `Served`."""
+        try:
+            self._check()
+        except BaseException as error:  # of a reference of the user's
+            self._failed(error)
+
+    def _check(self) -> None:
         if not self._ref.is_alive():
             self.give_up("the actor is dead")
         elif self.bookmark.ended is not None and self._is_blocked:

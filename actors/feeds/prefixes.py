@@ -18,6 +18,7 @@ from itertools import chain
 from typing import TypeVar
 
 from foldlog.actors.feeds.ring import Group, Place
+from foldlog.protocol.messages import plain
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class Spot:
     __slots__ = ("admitted", "before", "left", "prefix", "released", "wake")
 
     def __init__(self, prefix: str, wake: Callable[[], object]) -> None:
-        self.prefix, self.wake = prefix, wake
+        self.prefix, self.wake = plain(prefix), wake
         self.before: Place | None = None
         """Set when it is released: the place before the group that did it. None if unknown."""
         self.released = False

@@ -21,8 +21,7 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 
 from foldlog.actors.base.memory import insist
-
-log = logging.getLogger("foldlog")
+from foldlog.protocol.logger import log
 
 
 def _is_news(record: logging.LogRecord) -> bool:

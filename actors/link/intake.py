@@ -122,11 +122,7 @@ class Intake:
             return updates
         wanted: list[Update] = []
         for update in updates:
-            parsed = _called(parse, update)
-            if isinstance(parsed, (Put, Delete)) or hasattr(parsed, "version"):
-                wanted.append(parsed)  # type: ignore[arg-type]
-            elif parsed is not None:
-                wanted += parsed
+            _called(_parse, parse, update, wanted)
         return wanted
 
     def check_deletes(self, deleted: int, live: int) -> None:
@@ -230,6 +226,15 @@ class Intake:
                 if not is_key:  # an older value is no longer the upstream's
                     within.append(Delete(update.key, update.version))
         return within
+
+
+def _parse(parse: Parse, update: Update, wanted: list[Update]) -> None:
+    """Add to `wanted` what `parse` makes of the update: perhaps a generator, which runs here."""
+    parsed = parse(update)
+    if isinstance(parsed, (Put, Delete)) or hasattr(parsed, "version"):
+        wanted.append(parsed)  # type: ignore[arg-type]
+    elif parsed is not None:
+        wanted += parsed
 
 
 class HookFailed(Exception):

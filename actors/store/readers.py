@@ -19,7 +19,7 @@ from pykka._envelope import Envelope
 from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor, log, reply, stop_only
 from foldlog.actors.store.core import Core, no_step
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
-from foldlog.protocol.messages import Get, Page, Range, RangePage
+from foldlog.protocol.messages import Get, Page, Range, RangePage, plain
 from foldlog.protocol.updates import KvEntry
 
 
@@ -33,7 +33,9 @@ class ReaderInbox(Inbox):
     def put(self, envelope: Envelope[Any] | Mail) -> None:
         """Called by actor references. Serves it on this thread, if it is for one key and a reader
         is idle."""
-        message, reply_to = envelope.message, envelope.reply_to
+        message, reply_to = _plain(envelope.message), envelope.reply_to
+        if message is not envelope.message:
+            envelope = Mail(message, reply_to)
         if reply_to is None or not self._is_served_here(Mail(message, reply_to)):
             super().put(envelope)
 
@@ -112,6 +114,19 @@ class Reader(SharedActor):
 
     def on_stop(self) -> None:
         self._step("reader.stop")
+
+
+def _plain(message: Any) -> Any:
+    """The message with plain strings. On its sender's thread: see `plain`."""
+    if type(message) is Get:
+        key = message.key
+        return message if type(key) is str or not isinstance(key, str) else Get(plain(key))
+    if type(message) is Range and isinstance(message.prefix, str):
+        return Range(plain(message.prefix))
+    if type(message) is RangePage and isinstance(message.prefix, str):
+        after = plain(message.after) if isinstance(message.after, str) else message.after
+        return message._replace(prefix=plain(message.prefix), after=after)
+    return message
 
 
 def _page(ask: RangePage, snapshot: Any) -> Page:

@@ -7,6 +7,7 @@ carries what decides its fate after a crash: the sequence that it was written un
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -17,8 +18,8 @@ from foldlog.actors.base.adapter import Inbox, Mail, log, reply
 from foldlog.actors.base.answers import Answer
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch, check_forward
-from foldlog.protocol.messages import Apply, Compact, Export
-from foldlog.protocol.options import UNSET, Unset
+from foldlog.protocol.messages import Apply, Compact, Export, plain
+from foldlog.protocol.options import FORMAT, UNSET, Unset
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import Batch, Delete, Put, checked_weight, encode_batch
@@ -177,8 +178,10 @@ class ExportRequest(Request):
     __slots__ = ("dest_dir", "format")
 
     def __init__(self, dest_dir: str, format: FormatName | None = None) -> None:
+        """TypeError or ValueError for what is no path or format. Here, on the caller's thread."""
         super().__init__()
-        self.dest_dir, self.format = dest_dir, format
+        FORMAT.check(format)
+        self.dest_dir, self.format = plain(os.fspath(dest_dir)), format
 
 
 class WriterInbox(Inbox):

@@ -105,3 +105,19 @@ def test_a_parse_may_make_a_purge_of_an_update(many):
     upstream.put("k", b"1")
     link = drive(sink, upstream, live, parse=parse)
     assert (sink.entries, sink.restarts, link.stats().updates) == ({}, [], 1)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space left"), SystemExit(3), MemoryError()])
+def test_a_parse_that_is_a_generator_and_fails_is_the_hooks_failure(error):
+    """An OSError of its body passed for a lost connection, for ever: only the call was watched."""
+
+    def parse(update):
+        yield update
+        raise error
+
+    upstream, sink = Scripted(), MemorySink()
+    upstream.put("k", b"1")
+    link = drive(sink, upstream, failed, parse=parse, max_restarts=1)
+    assert link.error is not None
+    assert type(error).__name__ in sink.restarts[-1].reason
+    assert sink.entries == {}
