@@ -53,7 +53,13 @@ class Access(NamedTuple):
 
 
 class Files:
-    """The operating system's files. OSError passes through unless a method says otherwise."""
+    """The operating system's files. OSError passes through unless a method says otherwise.
+
+    An exception of a signal handler that comes between the return of `os.open` and the next
+    bytecode leaves the descriptor open: nobody knows its number yet. `io.FileIO` would own it from
+    the start, but opens with flags of its own: it follows links and hangs on pipes, unless an
+    `opener` in Python, where the same can happen, sets others.
+    """
 
     def open_read(self, path: Path) -> int:
         """Open the regular file at `path` for reading. Returns a descriptor.
