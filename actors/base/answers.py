@@ -260,6 +260,17 @@ callback_threads: dict[int, float] = {}
 
 def _run_soon(call: Callable[[], None]) -> None:
     _calls.put(call)
+    _find_a_runner()
+
+
+def look_after_callbacks() -> None:
+    """Find a thread for calls that wait in vain: theirs may have died before its first line. A
+    store's supervisor calls this now and then."""
+    if not _calls.empty():
+        _find_a_runner()
+
+
+def _find_a_runner() -> None:
     now = time.monotonic()
     if any(now - began < STUCK_S for began in tuple(callback_threads.values())):
         return  # one waits (now - inf is below any limit) or has only just begun
@@ -277,7 +288,15 @@ def runs_callbacks() -> bool:
 
 
 def _run_calls() -> None:
-    this = threading.get_ident()
+    while True:
+        try:
+            _serve_calls(threading.get_ident())
+            return
+        except MemoryError:
+            continue  # call nothing here: there may be no memory for that
+
+
+def _serve_calls(this: int) -> None:
     try:
         while True:
             callback_threads[this] = inf

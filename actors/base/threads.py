@@ -53,6 +53,15 @@ class OwnThread(threading.Thread):
             raise MemoryError(f"the thread {self.name} did not begin")
         begun.result()
 
+    @property
+    def has_begun(self) -> bool:
+        """True if it runs, or has ended."""
+        return self._begun.done()
+
+    def withdraw(self) -> bool:
+        """Keep it from running. False if it has begun."""
+        return self._begun.cancel()
+
     def run(self) -> None:
         """Called on the thread. No handler calls anything: it may have no memory for that."""
         is_over = is_short = False

@@ -10,12 +10,12 @@ and the actors that it feeds need it, too.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from typing import Protocol
 
 from foldlog.actors.base.adapter import call_aside, log
+from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.prefixes import PrefixIndex, listed
 from foldlog.actors.feeds.ring import Cell, Group, Place, Ring
@@ -70,8 +70,10 @@ class Dispatcher:
         self._ready: deque[Served] = deque()
         """Those that may have something to send. May hold some twice."""
         self._served: dict[Served, None] = {}
-        self._runner: dict[str, object] = {}
+        self._runner: dict[str, OwnThread] = {}
         """The claim of the thread that runs, under one key: taken and released in one step."""
+        self._doubted: OwnThread | None = None
+        """One that had not begun at the last look."""
         self._next_check = 0.0
 
     def add(self, served: Served) -> None:
@@ -88,12 +90,25 @@ class Dispatcher:
             self._ready.append(served)
             self._bookmark.wake()
 
-    def _claim(self) -> bool:
-        """Claim to be the one that runs. False if there is one already: it is woken.
+    def look_after(self) -> None:
+        """Start the thread again if it died before its first line, or before it was started. Who
+        publishes calls this now and then."""
+        runner = self._runner.get("thread")
+        if runner is None:
+            if self._joining:
+                call_aside(self._start, lambda error: None)  # later, then
+        elif runner.has_begun:
+            self._doubted = None
+        elif runner is not self._doubted:
+            self._doubted = runner
+        elif runner.withdraw():
+            self._release()
+
+    def _claim(self, me: OwnThread) -> bool:
+        """Claim to be the one that runs. False if there is another one: it is woken.
 
         Never in a caller's frame, which an interrupt could leave with the claim held.
         """
-        me = object()
         if self._runner.setdefault("thread", me) is me:
             return True
         self._bookmark.wake()
@@ -104,16 +119,18 @@ class Dispatcher:
 
     def _start(self) -> None:
         """Start the thread, unless one runs."""
-        if not self._claim():
+        thread = OwnThread("foldlog-dispatcher", lambda: self._run(thread), lambda: None)
+        if not self._claim(thread):
             return
         try:
-            threading.Thread(target=self._run, name="foldlog-dispatcher", daemon=True).start()
+            thread.start()
         except BaseException as error:
             while True:
                 for served in listed(self._joining):
                     self._not_started(served, error)
                 self._release()
-                if not self._joining or not self._claim():  # some may have been added before that
+                # Some may have been added before that.
+                if not self._joining or not self._claim(thread):
                     return
 
     def _not_started(self, served: Served, error: BaseException) -> None:
@@ -124,10 +141,12 @@ class Dispatcher:
             return
         served.give_up(f"no thread could be started: {error}")
 
-    def _run(self) -> None:
-        """Serve, until there is nobody to serve. The thread was started with the claim."""
-        while True:
+    def _run(self, me: OwnThread) -> None:
+        """Serve, until there is nobody to serve. The thread was started with the claim. Called
+        again if a MemoryError ends it."""
+        while self._claim(me):
             try:
+                self._ready.extend(self._served)  # if it is called again
                 self._bookmark.place(self._ring, self._published)
                 self.index.told = None
                 self._serve_all()
@@ -140,7 +159,7 @@ class Dispatcher:
             finally:
                 self._let_go()
                 self._release()
-            if not self._joining or not self._claim():  # some may have been added before that
+            if not self._joining:  # else some were added before that
                 return
 
     def _let_go(self) -> None:

@@ -166,6 +166,10 @@ class Feeds:
         if not self._subscribed:
             self._forget()
 
+    def look_after(self) -> None:
+        """See `Dispatcher.look_after`."""
+        self.dispatcher.look_after()
+
     def after_fork(self) -> None:
         self.ended = "the process was forked: nobody tells of changes here"
         for bookmark in self.bookmarks:

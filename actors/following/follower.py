@@ -218,6 +218,7 @@ class FollowerThread:
             if self.busy
             else self._poll_interval_s
         )
+        self.feeds.look_after()
         has_event, self._has_event = self._has_event, False
         self._worked_s = 0.0
         while not self._closing and self._poll_timed():

@@ -77,7 +77,7 @@ from foldlog.actors.base.adapter import (
     SupervisedActor,
     log,
 )
-from foldlog.actors.base.answers import Answer
+from foldlog.actors.base.answers import Answer, look_after_callbacks
 from foldlog.actors.base.memory import insist, pause
 from foldlog.actors.store.core import Core, Restart, State
 from foldlog.actors.store.maintenance import Maintenance
@@ -238,6 +238,8 @@ class Supervisor:
             self._heed()
             return
         self._find_the_dead()
+        self.core.feeds.look_after()
+        look_after_callbacks()
         if self.core.state is State.CLOSING:
             self._finish_close_if_ended()
         self._check_health(time.monotonic())

@@ -15,7 +15,9 @@ from interrupts import RunsOut
 import foldlog
 from foldlog import Put
 from foldlog.actors.base import adapter
+from foldlog.actors.base import answers as answers_module
 from foldlog.actors.base import threads as threads_module
+from foldlog.actors.base.answers import Answer
 from foldlog.actors.base.threads import OwnThread
 
 # What strikes outside of all that a thread guards is reported and swallowed.
@@ -149,3 +151,18 @@ def test_an_opener_whose_thread_dies_before_its_first_line_is_told_and_leaves_no
         store.apply([Put("k", b"1")], cursor(1))
         with opened(kind, path, store) as well:
             until(lambda: well.snapshot.seq if kind == "derive" else well.get("k"), "it is seen")
+
+
+def test_callbacks_whose_thread_dies_before_its_first_line_are_called_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """They waited until the next answer came."""
+    called = threading.Event()
+    answer: Answer[int] = Answer()
+    answer.add_done_callback(lambda _: called.set())
+    with monkeypatch.context() as patch:
+        patch.setattr(answers_module, "callback_threads", {})
+        patch.setattr(answers_module._thread, "start_new_thread", lambda call, arguments: 0)
+        answer.finish(1)
+    answers_module.look_after_callbacks()
+    assert called.wait(DEADLINE_S)

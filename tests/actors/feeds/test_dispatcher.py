@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,12 +17,15 @@ import pytest
 from actor_kit import DEADLINE_S, cursor, until
 from counting import usual, work_of
 from feeds_kit import Listener, Publisher
+from interrupts import RunsOut, points
 
 import foldlog
 from foldlog import Changed, Ended, Put, Synced
+from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds import dispatcher as dispatcher_module
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.delivery import _Sending
+from foldlog.actors.feeds.dispatcher import Dispatcher
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.ring import Group
 
@@ -203,14 +208,13 @@ class Aside:
     """In the place of `call_aside`: keeps each call, for the test to make. Also that of the class
     of threads: keeps what is to run in the one that would be started."""
 
-    daemon = True
+    has_begun = True
 
     def __init__(self) -> None:
         self.calls: list[Callable[[], object]] = []
         self.started: list[Callable[[], object]] = []
         self.error: BaseException | None = None
         """What the start of a thread, or a call aside, fails with."""
-        self.target: Callable[[], object] = self.start
 
     def call(self, call: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
         if self.error is not None:
@@ -218,14 +222,19 @@ class Aside:
         else:
             self.calls.append(call)
 
-    def thread(self, target: Callable[[], object], **options: object) -> Aside:
-        self.target = target
-        return self
+    def thread(self, name: str, work: Callable[[], object], at_end: Callable[[], object]) -> Aside:
+        """One that shares what this keeps."""
+        other = copy.copy(self)
+        other.start = lambda: self.keep(work)  # type: ignore[method-assign]
+        return other
 
     def start(self) -> None:
+        raise NotImplementedError
+
+    def keep(self, work: Callable[[], object]) -> None:
         if self.error is not None:
             raise self.error
-        self.started.append(self.target)
+        self.started.append(work)
 
 
 class Once:
@@ -250,7 +259,7 @@ class Once:
 def aside(monkeypatch: pytest.MonkeyPatch) -> Aside:
     aside = Aside()
     monkeypatch.setattr(dispatcher_module, "call_aside", aside.call)
-    monkeypatch.setattr(dispatcher_module.threading, "Thread", aside.thread)
+    monkeypatch.setattr(dispatcher_module, "OwnThread", aside.thread)
     return aside
 
 
@@ -476,3 +485,49 @@ def test_a_dispatcher_whose_place_is_gone_and_who_has_none_to_go_to_sleeps(
     monkeypatch.setattr(bookmark, "_wakeup", slept)
     bookmark.sleep(1.0)
     assert slept == [1.0]
+
+
+def test_those_who_wait_for_a_thread_that_died_before_its_first_line_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The claim stayed held, and no subscription was served any more."""
+    feeds, waiting = Feeds(), Once()
+    with monkeypatch.context() as patch:
+        patch.setattr(OwnThread, "run", lambda self: None)
+        feeds.dispatcher.add(waiting)
+        until(lambda: feeds.dispatcher._runner, "a thread was started")
+    for _ in range(3):
+        feeds.look_after()
+    until(lambda: waiting.is_over, "it is served")
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatcher_module, "call_aside", lambda call, failed: None)
+        until(lambda: not feeds.dispatcher._runner, "the thread has let go")
+        feeds.dispatcher.add(late := Once())
+    feeds.look_after()
+    until(lambda: late.is_over, "it is served")
+
+
+def test_a_memory_error_at_any_point_of_the_dispatcher_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    run = Dispatcher._run
+    for number in points(5):
+        strike = RunsOut(number)
+
+        def struck(self: Dispatcher, me: OwnThread, strike: RunsOut = strike) -> None:
+            if not strike.fired:
+                sys.setprofile(strike)
+            run(self, me)
+            sys.setprofile(None)
+
+        feeds, waiting = Feeds(), Once()
+        with monkeypatch.context() as patch:
+            patch.setattr(Dispatcher, "_run", struck)
+            feeds.dispatcher.add(waiting)
+            until(lambda: waiting.is_over, f"it was served, or given up, after {number}")  # noqa: B023
+            until(lambda: not feeds.dispatcher._runner, "the thread has let go")  # noqa: B023
+        feeds.dispatcher.add(late := Once())
+        until(lambda: late.is_over, "the next one is served")
+        if not strike.fired:
+            break
+    assert number > 5
