@@ -78,11 +78,14 @@ def mirror(
     """
     options = {
         "user": user,
-        "password": password_file.read_text().splitlines()[0] if password_file else None,
+        "password": _password(password_file) if password_file else None,
         "credentials": credentials,
         "domain": domain,
     }
-    source = from_url(upstream, **{name: v for name, v in options.items() if v is not None})
+    try:
+        source = from_url(upstream, **{name: v for name, v in options.items() if v is not None})
+    except TypeError as error:  # an option of another kind of upstream
+        raise click.UsageError(str(error)) from None
     logging.getLogger("foldlog").addHandler(logging.NullHandler())  # printed here, as single lines
     stop = Latch()  # can be set from a signal handler
     if threading.current_thread() is threading.main_thread():
@@ -95,6 +98,16 @@ def mirror(
             _report(copy, 0.0, as_json)
             return
         _watch(copy, stop, accept_reset, quiet, as_json)
+
+
+def _password(path: Path) -> str:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:  # which would show a part of it
+        raise click.BadParameter("it is not UTF-8", param_hint="--password-file") from None
+    if not lines or not lines[0]:
+        raise click.BadParameter("its first line is empty", param_hint="--password-file")
+    return lines[0]
 
 
 def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> None:

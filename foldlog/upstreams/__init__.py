@@ -8,7 +8,10 @@ log_file.py   LogFile(path)
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
+
+from foldlog.protocol.options import check_text
 
 if TYPE_CHECKING:
     from foldlog.protocol.upstream import Upstream
@@ -32,19 +35,29 @@ def __getattr__(name: str) -> Any:
 def from_url(url: str, **options: Any) -> Upstream:
     """The upstream at `nats://HOST:PORT/BUCKET`, `tls://HOST:PORT/BUCKET`,
     `etcd://HOST:PORT/PREFIX`, `etcds://HOST:PORT/PREFIX` or the path of a log. ValueError for any
-    other scheme."""
+    other scheme, TypeError for an option that its kind does not have."""
+    check_text("an upstream", url)
     scheme, separator, rest = url.partition("://")
+    address, _, name = rest.partition("/")
+    kind: type[Any]
     if not separator:
         from foldlog.upstreams.log_file import LogFile
 
-        return LogFile(url)
-    address, _, name = rest.partition("/")
-    if scheme in ("nats", "tls"):
+        kind, arguments = LogFile, {"path": url}
+    elif scheme in ("nats", "tls"):
         from foldlog.upstreams.nats_kv import NatsKv
 
-        return NatsKv(f"{scheme}://{address}", bucket=name, **options)
-    if scheme in ("etcd", "etcds"):
+        kind, arguments = NatsKv, {"url": f"{scheme}://{address}", "bucket": name}
+    elif scheme in ("etcd", "etcds"):
         from foldlog.upstreams.etcd import Etcd
 
-        return Etcd(f"http{'s' if scheme == 'etcds' else ''}://{address}", prefix=name, **options)
-    raise ValueError("an upstream is nats://HOST:PORT/BUCKET, etcd://HOST:PORT/PREFIX or a path")
+        http = "https" if scheme == "etcds" else "http"
+        kind, arguments = Etcd, {"url": f"{http}://{address}", "prefix": name}
+    else:
+        raise ValueError(
+            "an upstream is nats://HOST:PORT/BUCKET, etcd://HOST:PORT/PREFIX or a path"
+        )
+    for option in options.keys() - inspect.signature(kind).parameters.keys():
+        raise TypeError(f"{option} is no option of {kind.__name__}")
+    upstream: Upstream = kind(**(options | arguments))
+    return upstream

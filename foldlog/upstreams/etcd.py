@@ -14,7 +14,7 @@ import base64
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from hashlib import blake2b
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -30,6 +30,7 @@ from foldlog.protocol.upstream import (
     UpstreamLost,
     UpstreamRefused,
 )
+from foldlog.upstreams.checking import check_texts, check_tls
 from foldlog.upstreams.http_json import HttpError, Stream, post, stream
 
 PAGE_KEYS = 5_000
@@ -57,6 +58,8 @@ class Etcd:
         password: str | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        check_texts(url=url, prefix=prefix, user=user, password=password)
+        check_tls(tls)
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -76,19 +79,30 @@ class Etcd:
 
     def __repr__(self) -> str:
         scheme = "https" if self._tls else "http"
-        return f"Etcd('{scheme}://{self._host}:{self._port}', prefix={self.prefix!r})"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"Etcd('{scheme}://{host}:{self._port}', prefix={self.prefix!r})"
 
     async def identify(self) -> Identity:
         """The cluster and its revision, as agreed by a majority of its members."""
-        if self._user and not self._token:
-            body = {"name": self._user, "password": self._password}
-            self._token = str((await self._post("/v3/auth/authenticate", body))["token"])
-        answer = await self._range({"limit": 1, "keys_only": True})
-        header = answer["header"]
+        with self._understood():
+            if self._user and not self._token:
+                body = {"name": self._user, "password": self._password}
+                self._token = str((await self._post("/v3/auth/authenticate", body))["token"])
+            header = (await self._range({"limit": 1, "keys_only": True}))["header"]
+            cluster = int(header["cluster_id"]).to_bytes(8, "big")
+            last = WatchCursor.from_u64(int(header["revision"]))
         name = blake2b(f"etcd\0{self.prefix}".encode(), digest_size=NAME_BYTES).digest()
-        cluster = int(header["cluster_id"]).to_bytes(8, "big")
         first = WatchCursor.from_u64(max(self._compacted - 1, 0))
-        return Identity(name + cluster, first, WatchCursor.from_u64(int(header["revision"])))
+        return Identity(name + cluster, first, last)
+
+    @contextlib.contextmanager
+    def _understood(self) -> Iterator[None]:
+        """UpstreamLost for JSON that no gateway sends: a proxy, or another server at the address,
+        may answer for a time."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
+            raise UpstreamLost(f"{self!r}: the answer is not that of an etcd") from None
 
     async def changes(self, after: WatchCursor, prefixes: Prefixes) -> AsyncIterator[Changes]:
         at = after.as_u64() or 0
@@ -105,7 +119,8 @@ class Etcd:
                     unsettled = revision
                     yield Changes([], WatchCursor.from_u64(at), 0 if in_step else None)
                     continue
-                events = self._events(line.result())
+                with self._understood():
+                    events = self._events(line.result())
                 line = asyncio.ensure_future(watch.next())
                 if events:
                     at = max(at, events[-1].version.as_u64() or 0)
@@ -147,7 +162,8 @@ class Etcd:
     async def state(self, prefixes: Prefixes) -> AsyncIterator[Changes]:
         """All keys, at one revision."""
         async for kvs, revision in self._pages({}):
-            updates = [self._update({"kv": kv}) for kv in kvs]
+            with self._understood():
+                updates = [self._update({"kv": kv}) for kv in kvs]
             yield Changes(updates, WatchCursor.from_u64(revision))
 
     async def revisions(self, prefixes: Prefixes) -> Revisions:
@@ -156,25 +172,32 @@ class Etcd:
         at = 0
         async for kvs, revision in self._pages({"keys_only": True}):
             at = revision
-            for kv in kvs:
-                found[self._key(kv)] = VersionToken.from_u64(int(kv["mod_revision"]))
+            with self._understood():
+                for kv in kvs:
+                    found[self._key(kv)] = VersionToken.from_u64(int(kv["mod_revision"]))
         return Revisions(found, WatchCursor.from_u64(at))
 
     async def _pages(self, options: dict[str, Any]) -> AsyncIterator[tuple[list[Any], int]]:
-        body = {"limit": PAGE_KEYS, **options}
+        body, after = {"limit": PAGE_KEYS, **options}, b""
         while True:
             answer = await self._range(body)
-            revision = int(body.get("revision") or answer["header"]["revision"])
-            kvs = answer.get("kvs", [])
+            with self._understood():
+                revision = int(body.get("revision") or answer["header"]["revision"])
+                WatchCursor.from_u64(revision)
+                kvs = list(answer.get("kvs", []))
+                more = bool(kvs and answer.get("more"))
+                last = base64.b64decode(kvs[-1]["key"]) if more else b""
+                if more and last <= after:
+                    raise ValueError("the pages do not move on")
             yield kvs, revision
-            if not answer.get("more") or not kvs:
+            if not more:
                 return
-            body["revision"] = revision
-            body["key"] = _b64(base64.b64decode(kvs[-1]["key"]) + b"\0")
+            after, body["revision"], body["key"] = last, revision, _b64(last + b"\0")
 
     async def _revision(self) -> int:
         answer = await self._range({"limit": 1, "keys_only": True})
-        return int(answer["header"]["revision"])
+        with self._understood():
+            return int(answer["header"]["revision"])
 
     def _keys(self) -> dict[str, str]:
         raw = self.prefix.encode()
@@ -192,7 +215,7 @@ class Etcd:
                 )
         except HttpError as error:
             raise self._http_error(error) from None
-        except (OSError, TimeoutError, EOFError) as error:
+        except (OSError, TimeoutError, EOFError, UnicodeError) as error:
             raise UpstreamLost(f"{self!r}: {str(error) or type(error).__name__}") from None
         return answer
 
@@ -202,14 +225,16 @@ class Etcd:
                 return await stream(self._host, self._port, path, body, self._token, self._tls)
         except HttpError as error:
             raise self._http_error(error) from None
-        except (OSError, TimeoutError, EOFError) as error:
+        except (OSError, TimeoutError, EOFError, UnicodeError) as error:
             raise UpstreamLost(f"{self!r}: {str(error) or type(error).__name__}") from None
 
     def _http_error(self, error: HttpError) -> UpstreamError:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             answer = json.loads(error.body)
             if isinstance(answer, dict):
                 return self._error(answer)
+        if error.status in (401, 403):  # of a proxy: etcd says more
+            return UpstreamRefused(f"{self!r}: {error}")
         return UpstreamLost(f"{self!r}: {error}")
 
     def _error(self, answer: dict[str, Any]) -> UpstreamError:

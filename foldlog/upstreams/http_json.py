@@ -15,9 +15,9 @@ _LIMIT = 1024 * 1024
 class HttpError(Exception):
     """The answer has a status other than 200, or is not valid HTTP or JSON."""
 
-    def __init__(self, reason: str, body: bytes = b"") -> None:
+    def __init__(self, reason: str, body: bytes = b"", status: int = 0) -> None:
         super().__init__(reason)
-        self.body = body
+        self.body, self.status = body, status
 
 
 class Stream:
@@ -45,7 +45,7 @@ class Stream:
         self._searched = 0
         try:
             return json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise HttpError("a line is not JSON") from None
 
     async def chunk(self) -> bytes:
@@ -53,6 +53,8 @@ class Stream:
         try:
             if self._rest is not None:
                 data = await self._reader.read(min(self._rest, _LIMIT))
+                if self._rest and not data:
+                    raise HttpError("the answer broke off")
                 self._rest -= len(data)
                 return data
             size = int((await self._reader.readline()).split(b";")[0] or b"0", 16)
@@ -92,10 +94,12 @@ async def stream(
         await writer.drain()
         status, headers = await _read_headers(reader)
         chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-        length = None if chunked else int(headers.get("content-length", "0"))
-        answer = Stream(reader, writer, length)
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()):
+            raise HttpError("the answer is not HTTP")
+        answer = Stream(reader, writer, None if chunked else int(length))
         if status != 200:
-            raise HttpError(f"HTTP status {status}", await answer.read())
+            raise HttpError(f"HTTP status {status}", await answer.read(), status)
     except BaseException:
         writer.close()
         raise
@@ -109,7 +113,7 @@ async def post(
     answer = await stream(host, port, path, body, token, tls)
     try:
         return json.loads(await answer.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise HttpError("the answer is not JSON") from None
     finally:
         answer.close()

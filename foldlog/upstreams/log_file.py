@@ -46,7 +46,10 @@ class LogFile:
     be followed: UpstreamRefused."""
 
     def __init__(self, path: StrPath) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        name = os.fsdecode(path)
+        if not name or "\0" in name:
+            raise ValueError("the path of a log is not empty, and has no NUL")
+        self.path = os.path.abspath(name)
         self._follower: Follower | None = None
 
     def __repr__(self) -> str:

@@ -76,9 +76,17 @@ class Connection:
         except (OSError, TimeoutError, self._errors.Error) as error:
             await self.close()
             raise self._connect_error(error) from None
+        except ImportError:  # of what reads credentials
+            await self.close()
+            raise UpstreamRefused(
+                f"{self.who}: credentials need nkeys: pip install 'nats-py[nkeys]'"
+            ) from None
         except ValueError as error:  # credentials that nats-py cannot read
             await self.close()
             raise UpstreamRefused(f"{self.who}: {self.clean(error)}") from None
+        except (LookupError, TypeError, AttributeError):  # in nats-py, of what the server said
+            await self.close()
+            raise UpstreamLost(f"{self.who}: the server is not a NATS server") from None
         except BaseException:
             await self.close()
             raise

@@ -31,6 +31,7 @@ from foldlog.protocol.upstream import (
     Revisions,
     UpstreamLost,
 )
+from foldlog.upstreams.checking import check_texts, check_tls
 from foldlog.upstreams.nats_connection import Connection, NoMessage, bare, checked_url
 from foldlog.upstreams.nats_pull import Pass, Piece, Pull
 from foldlog.upstreams.nats_wire import nanoseconds
@@ -39,6 +40,7 @@ INACTIVE_S = 10.0
 """The server removes a consumer that was idle for this long, such as one left by a killed
 client."""
 INCARNATION_BYTES = 8
+_DOMAIN = re.compile(r"[^\s.*>]+")
 _BUCKET = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -65,6 +67,17 @@ class NatsKv:
     ) -> None:
         if not isinstance(bucket, str) or not _BUCKET.fullmatch(bucket):
             raise ValueError("a bucket's name is letters, digits, _ and -, and not empty")
+        check_texts(
+            url=url,
+            user=user,
+            password=password,
+            token=token,
+            credentials=credentials,
+            domain=domain,
+        )
+        check_tls(tls)
+        if domain and not _DOMAIN.fullmatch(domain):  # a token of subjects
+            raise ValueError("a domain has no blanks, dots or wildcards")
         self._servers = [checked_url(each) for each in url.split(",")]
         self.bucket, self._stream = bucket, f"KV_{bucket}"
         self._subjects = f"$KV.{bucket}."

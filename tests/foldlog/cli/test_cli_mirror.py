@@ -73,6 +73,27 @@ def test_a_log_of_another_upstream_is_held_and_accepted_on_demand(source, tmp_pa
     assert entries(copy) == dict(source.snapshot().items())
 
 
+@pytest.mark.parametrize("content", [b"", b"\n", b"\n\nsecret", b"s3cret\xff"])
+def test_a_password_file_holds_a_password_in_its_first_line(source, tmp_path, content):
+    """An empty one ended with an IndexError, and of one that is not UTF-8 a byte was shown."""
+    (tmp_path / "password").write_bytes(content)
+    arguments = ("--once", "--password-file", tmp_path / "password")
+    result = run("mirror", tmp_path / "copy.log", "etcd://u@127.0.0.1:1/x", *arguments)
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
+    assert "--password-file" in result.output
+    assert "0xff" not in result.output
+    assert not (tmp_path / "copy.log").exists()
+
+
+@pytest.mark.parametrize("upstream", ["etcd://127.0.0.1:1/x", "a.log"])
+def test_an_option_of_another_kind_of_upstream_is_misuse(tmp_path, upstream):
+    """It ended with a TypeError, or was ignored."""
+    result = run("mirror", tmp_path / "copy.log", upstream, "--once", "--domain", "hub")
+    assert (result.exit_code, isinstance(result.exception, SystemExit)) == (2, True)
+    assert "domain is no option of" in result.output
+    assert not (tmp_path / "copy.log").exists()
+
+
 @pytest.mark.parametrize("upstream", ["ftp://host/x", "nats://host:1/a.b", "nats://:4222/b"])
 def test_what_is_no_upstream_is_misuse(tmp_path, upstream):
     result = run("mirror", tmp_path / "copy.log", upstream, "--once")

@@ -13,7 +13,7 @@ from virtual_time import in_virtual_time
 
 from foldlog import Delete, Put, VersionToken, WatchCursor
 from foldlog.protocol.upstream import UpstreamError, UpstreamLost, UpstreamRefused
-from foldlog.upstreams import Etcd
+from foldlog.upstreams import Etcd, NatsKv, from_url
 from foldlog.upstreams import etcd as etcd_module
 from foldlog.upstreams.http_json import HttpError
 
@@ -86,10 +86,61 @@ def identified(upstream):
 # Who it is.
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"url": None}, TypeError),
+        ({"url": b"http://h"}, TypeError),
+        ({"prefix": None}, TypeError),
+        ({"prefix": b"a/"}, TypeError),
+        ({"prefix": "\udcff"}, ValueError),
+        ({"user": b"u"}, TypeError),
+        ({"password": 5}, TypeError),
+        ({"password": "s3cret\ud800"}, ValueError),
+        ({"tls": True}, TypeError),
+    ],
+)
+@pytest.mark.parametrize("kind", [Etcd, NatsKv])
+def test_arguments_of_wrong_types_are_refused_before_anything_is_connected_to(
+    kind, arguments, error
+):
+    """The link found out, was restarted five times, and failed with an AttributeError."""
+    sound = {"url": "http://h"} if kind is Etcd else {"url": "nats://h", "bucket": "b"}
+    if kind is NatsKv and "prefix" in arguments:
+        arguments = {"bucket": arguments["prefix"]}
+        error = ValueError
+    with pytest.raises(error) as caught:
+        kind(**(sound | arguments))
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("domain", ["a b", "a.b", "*", ">", "hub\r\n"])
+def test_a_domain_is_one_token_of_a_subject(domain):
+    """It was put into the requests as it was, line ends included."""
+    with pytest.raises(ValueError, match="a domain has no blanks, dots or wildcards"):
+        NatsKv("nats://h", bucket="b", domain=domain)
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_the_path_of_a_log_is_a_path(path):
+    with pytest.raises(ValueError, match="the path of a log"):
+        from_url(path)
+
+
+@pytest.mark.parametrize(
+    ("url", "option"), [("a.log", "user"), ("etcd://h", "domain"), ("nats://h/b", "prefix")]
+)
+def test_an_option_of_another_kind_of_upstream_is_refused(url, option):
+    """That of a log was ignored."""
+    with pytest.raises(TypeError, match=f"{option} is no option of"):
+        from_url(url, **{option: "x"})
+
+
 def test_an_address_is_taken_apart():
     made = Etcd("https://u:p%40ss@h", prefix="a/")
     assert repr(made) == "Etcd('https://h:2379', prefix='a/')"
     assert (made._user, made._password) == ("u", "p@ss")
+    assert repr(Etcd("http://[::1]:1")) == "Etcd('http://[::1]:1', prefix='')"
     made = Etcd("http://u:p@h:1", user="other", password="secret")
     assert repr(made) == "Etcd('http://h:1', prefix='')"
     assert (made._user, made._password, made._tls) == ("other", "secret", None)
@@ -171,6 +222,10 @@ def test_a_prefix_is_a_range_of_keys(gateway, prefix, end):
         (EOFError(), UpstreamLost, "EOFError"),
         (HttpError("HTTP status 502", b"<html>"), UpstreamLost, "HTTP status 502"),
         (HttpError("HTTP status 502", b"[1]"), UpstreamLost, "HTTP status 502"),
+        (HttpError("HTTP status 502", b"[" * 100_000), UpstreamLost, "HTTP status 502"),
+        (HttpError("HTTP status 401", b"<html>", 401), UpstreamRefused, "HTTP status 401"),
+        (HttpError("HTTP status 403", b"", 403), UpstreamRefused, "HTTP status 403"),
+        (UnicodeError("label empty or too long"), UpstreamLost, "label empty"),
         (HttpError("x", b'{"code": 14, "message": "no leader"}'), UpstreamLost, r"\): no leader$"),
         (HttpError("x", b'{"grpc_code": 14, "error": "old"}'), UpstreamLost, r"\): old$"),
         (HttpError("x", b'{"code": 16, "message": "who"}'), UpstreamRefused, "who"),
@@ -194,6 +249,62 @@ async def test_a_failure_is_told_for_what_it_is(gateway, error, kind, reason, ca
     with pytest.raises(UpstreamError, match=reason) as caught:
         await (upstream.identify() if call == "range" else anext(upstream.changes(at(7), ())))
     assert type(caught.value) is kind
+
+
+HEADER = {"cluster_id": "1", "revision": "5"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        {},
+        None,
+        5,
+        "header",
+        {"header": None},
+        {"header": {"cluster_id": "1"}},
+        {"header": HEADER | {"revision": "-5"}},
+        {"header": HEADER | {"revision": str(2**64)}},
+        {"header": HEADER | {"revision": float("inf")}},
+        {"header": HEADER | {"cluster_id": "-1"}},
+        {"header": HEADER | {"cluster_id": str(2**64)}},
+        {"header": HEADER, "kvs": 7},
+        {"header": HEADER, "kvs": [7]},
+        {"header": HEADER, "kvs": [{"key": "YQ=="}]},
+        {"header": HEADER, "kvs": [{"key": "Y", "mod_revision": "1"}]},
+        {"header": HEADER, "kvs": [kv(b"k", 1)], "more": True},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("call", ["state", "revisions"])
+def test_json_that_no_gateway_sends_is_a_lost_connection(gateway, monkeypatch, answer, call):
+    """A proxy that answered so for two seconds, while etcd started, ended the link for good. Pages
+    that did not move on were read for ever."""
+
+    async def post(*arguments):
+        return answer
+
+    async def ask():
+        upstream = Etcd("http://h")
+        await upstream.identify()
+        if call == "revisions":
+            await upstream.revisions(())
+        else:
+            assert [piece async for piece in upstream.state(())]
+
+    monkeypatch.setattr(etcd_module, "post", post)
+    with pytest.raises(UpstreamLost, match="is not that of an etcd"):
+        virtual_time.run(ask())
+
+
+def test_a_token_that_does_not_come_is_a_lost_connection(gateway, monkeypatch):
+    async def post(*arguments):
+        return {}
+
+    monkeypatch.setattr(etcd_module, "post", post)
+    with pytest.raises(UpstreamLost, match="is not that of an etcd"):
+        identified(Etcd("http://u:p@h"))
 
 
 def test_a_server_that_does_not_answer_is_lost(gateway, monkeypatch):
@@ -332,6 +443,9 @@ async def test_a_change_that_comes_while_the_revision_is_asked_for_is_not_in_ste
     [
         (None, UpstreamLost, "the watch ended"),
         (HttpError("broke off"), UpstreamLost, "broke off"),
+        ([], UpstreamLost, "is not that of an etcd"),
+        ({"result": {"events": [{}]}}, UpstreamLost, "is not that of an etcd"),
+        ({"error": 5}, UpstreamLost, "is not that of an etcd"),
         ({"error": {"grpc_code": 14, "message": "no leader"}}, UpstreamLost, "no leader"),
         ({"error": {"grpc_code": 7, "message": "denied"}}, UpstreamRefused, "denied"),
         (events(put(b"a\xff", 6)), UpstreamRefused, "is not UTF-8"),

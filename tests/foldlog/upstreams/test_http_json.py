@@ -124,6 +124,10 @@ def test_a_status_other_than_200_is_an_error_with_its_body(writer):
         (b"HTTP/1.1 ok\r\n\r\n", "not HTTP"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n", "not HTTP"),
         (answer(b"<html>"), "not JSON"),
+        (answer(b"[" * 100_000), "not JSON"),
+        (answer(b"{}", headers=b"Content-Length: two\r\n"), "not HTTP"),
+        (answer(b"{}", headers=b"Content-Length: -1\r\n"), "not HTTP"),
+        (answer(b"{}", headers=b"Content-Length: 3\r\n"), "broke off"),
         (answer(b"", headers=b"A: b\r\n"), "not JSON"),
         (answer(b"zz\r\n[1]\r\n0\r\n\r\n", headers=b"Transfer-Encoding: chunked\r\n"), "broke off"),
         (answer(b"9\r\n[1]", headers=b"Transfer-Encoding: chunked\r\n"), "broke off"),
@@ -137,7 +141,7 @@ def test_what_is_not_http_or_not_json_is_an_error(writer, raw, reason):
     assert writer.closed == 1
 
 
-@pytest.mark.parametrize("line", [b"x\n", b"\n"])
+@pytest.mark.parametrize("line", [b"x\n", b"\n", b"[" * 100_000 + b"\n"])
 def test_a_line_that_is_not_json_is_an_error(writer, line):
     writer.answer = chunks(b"1\n" + line)
     with pytest.raises(HttpError, match="a line is not JSON"):

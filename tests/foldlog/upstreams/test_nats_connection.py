@@ -98,6 +98,8 @@ async def test_it_never_reconnects_by_itself_and_gives_no_option_that_is_none():
         (errors.Error("authentication timeout"), "", UpstreamRefused, "refuses the credentials"),
         (ssl.SSLCertVerificationError("odd"), "", UpstreamRefused, "is not trusted"),
         (errors.NoServersError(), "certificate verify failed", UpstreamRefused, "is not trusted"),
+        (ModuleNotFoundError("nkeys"), "", UpstreamRefused, r"pip install 'nats-py\[nkeys\]'"),
+        (AttributeError("'list' s3cret"), "", UpstreamLost, "is not a NATS server"),
         (ValueError("s3cret is no seed"), "", UpstreamRefused, r"b: \*\*\* is no seed"),
         (errors.Error("x"), "Connect refused", UpstreamLost, "reached: nats: x|reached: x"),
     ],
