@@ -209,11 +209,15 @@ class RocksDbEngine(Commits):
         """See `Engine`.
 
         The base is RocksDB's tables; what was appended since is in its write-ahead log and
-        memtables.
+        memtables. 0 bytes in all if the directory is no longer there.
         """
         db = self._db
+        try:
+            held_bytes = directory_bytes(self.path)
+        except OSError:  # moved away, or removed: what is read goes on
+            held_bytes = 0
         return Sizes(
-            directory_bytes(self.path),
+            held_bytes,
             property_of(db, "live-sst-files-size"),
             property_of(db, "cur-size-all-mem-tables"),
         )

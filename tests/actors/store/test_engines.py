@@ -103,6 +103,23 @@ def test_a_store_whose_files_another_put_in_their_place_fails_and_reads_go_on(
     assert store.get("key 001") is not None
 
 
+def test_a_store_whose_files_are_gone_still_tells_its_statistics_and_health(
+    open_store: Open, backend: str, path: Path, tmp_path: Path
+) -> None:
+    """`stats()` and whatever scrapes it raised FileNotFoundError on RocksDB, just when the store
+    had failed."""
+    store = open_store()
+    store.apply(put(1), u64(1))
+    os.rename(path, tmp_path / "moved")
+    assert store.stats().entries == 1
+    if backend == "rocksdb":  # the other writes its log anew
+        with pytest.raises(FoldlogError):
+            store.apply(put(2), u64(2), 60)
+        until(lambda: store.state is State.FAILED, "the store has failed")
+    assert store.health().reasons or backend != "rocksdb"
+    assert store.stats().entries == 1
+
+
 def test_a_rocksdb_store_is_not_followed_and_takes_no_format(path: Path) -> None:
     with RocksDbSnapshot.open(path)[1]:
         pass
