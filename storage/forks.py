@@ -32,7 +32,7 @@ class Inherited(Protocol):
 
 
 _owners: dict[Rank, weakref.WeakSet[Inherited]] = {rank: weakref.WeakSet() for rank in Rank}
-_functions: list[tuple[Rank, Callable[[], None]]] = []
+_functions: dict[Rank, list[Callable[[], None]]] = {rank: [] for rank in Rank}
 
 
 def tell_after_fork(owner: Inherited, rank: Rank) -> None:
@@ -42,14 +42,13 @@ def tell_after_fork(owner: Inherited, rank: Rank) -> None:
 
 def call_after_fork(function: Callable[[], None], rank: Rank) -> None:
     """Call `function` in each forked child."""
-    _functions.append((rank, function))
+    _functions[rank].append(function)
 
 
 def _after_fork_in_child() -> None:
     failed: list[Exception] = []
     for rank in Rank:
-        calls = [function for at, function in _functions if at is rank]
-        for call in (*calls, *(owner.after_fork for owner in list(_owners[rank]))):
+        for call in (*_functions[rank], *(owner.after_fork for owner in list(_owners[rank]))):
             try:
                 call()
             except Exception as error:  # the others are told none the less

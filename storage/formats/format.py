@@ -375,6 +375,3 @@ class LogFormat(ABC):
     @abstractmethod
     def facts(self, loaded: Loaded) -> FileFacts:
         """What the file of `loaded` records about itself."""
-
-    def __repr__(self) -> str:
-        return f"<LogFormat {self.name}>"

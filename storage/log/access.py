@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from foldlog.protocol.errors import LogAccessError
-from foldlog.storage.log.files import Access, Files
+from foldlog.storage.log.files import ACL, Access, Files
 
 
 def keep_access(files: Files, fd: int, access: Access, path: Path) -> None:
@@ -68,7 +68,8 @@ def share(files: Files, fd: int, source: Access, *, writers_only: bool) -> None:
     if writers_only:
         mode = (mode & 0o222) | (mode & 0o222) << 1
     mode |= 0o600
-    wanted = [Access(source.uid, source.gid, mode, tuple(source.of_acl()))]
+    listed = tuple(item for item in source.attributes if item[0] == ACL)
+    wanted = [Access(source.uid, source.gid, mode, listed)]
     for uid, gid in ((own.uid, source.gid), (own.uid, own.gid)):
         narrowed = side_mode(source._replace(mode=mode), same_group=gid == source.gid, umask=0)
         wanted.append(Access(uid, gid, narrowed, ()))

@@ -43,7 +43,7 @@ def batches_since(
     chain = Chain.start(header)
     try:
         for frame, body in read_frames(handle, header, chain, size):
-            if frame.kind == KIND_BASE_END and _base_cursor(frame, body) == cursor:
+            if frame.kind == KIND_BASE_END and parse_base_end(body)[0] == cursor:
                 return _batches_after(handle, header, chain.after(frame), size, frame.seq, fold.seq)
             if frame.kind == KIND_BATCHES:
                 batches = decoded(frame, body)
@@ -55,6 +55,8 @@ def batches_since(
                 break
     except BadFrame as bad:
         raise CorruptLogError(handle.path, bad.offset, bad.reason) from None
+    except Undecodable as error:
+        raise CorruptLogError(handle.path, frame.offset, str(error)) from None
     return None
 
 
@@ -74,13 +76,6 @@ def _batches_after(
                     return
     except BadFrame as bad:
         raise CorruptLogError(handle.path, bad.offset, bad.reason) from None
-
-
-def _base_cursor(frame: FrameHeader, body: memoryview) -> WatchCursor:
-    try:
-        return parse_base_end(body)[0]
-    except Undecodable as error:
-        raise BadFrame(frame.offset, str(error), final=True) from None
 
 
 def decoded(frame: FrameHeader, body: memoryview) -> list[DecodedBatch]:

@@ -15,7 +15,6 @@ import struct
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,10 +45,6 @@ class Access(NamedTuple):
     def acl(self) -> bytes | None:
         """The access list, in the kernel's encoding; None if there is only the mode."""
         return dict(self.attributes).get(ACL)
-
-    def of_acl(self) -> Iterator[tuple[str, bytes]]:
-        """The access list as an attribute, without the user attributes."""
-        return (item for item in self.attributes if item[0] == ACL)
 
 
 class Files:
@@ -86,13 +81,8 @@ class Files:
 
         With `exclusive`, FileExistsError if it exists. A new file has `mode`, less the umask.
         """
-        flags = (
-            os.O_RDWR
-            | os.O_CREAT
-            | (os.O_EXCL if exclusive else os.O_TRUNC)
-            | getattr(os, "O_NOFOLLOW", 0)
-            | _FLAGS
-        )
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | _FLAGS
+        flags |= os.O_EXCL if exclusive else os.O_TRUNC
         return self._regular(path, os.open(path, flags, mode))
 
     def _regular(self, path: Path, fd: int) -> int:
@@ -177,9 +167,9 @@ class Files:
         `opened`: a descriptor of it, for callers that cannot risk running out of descriptors; it
         stays open.
         """
-        fd = (
-            os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if opened is None else opened
-        )
+        fd = opened
+        if fd is None:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.sync(fd)
         except OSError as error:

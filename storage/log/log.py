@@ -392,12 +392,7 @@ class Log:
             if not self.closed and self._session and self.poison is None and not self._forked:
                 self._seal()
         finally:
-            try:
-                self._turns.enter(_getframe())
-                self.closed = True
-                self.release()
-            finally:
-                self._turns.leave(_getframe())
+            self.abandon()
 
     def _seal(self) -> None:
         self.settle_write()
@@ -411,14 +406,6 @@ class Log:
         if seal is not None:
             self._write(*seal)
             self.sync()
-
-    def release(self) -> None:
-        """Close the descriptors and write nothing: after a fork, or after the writer crashed."""
-        try:
-            self._close_file()
-        finally:
-            self._lock.release()
-        self._released = True
 
     def _close_file(self) -> None:
         if self._retiring is None:

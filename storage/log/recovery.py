@@ -41,6 +41,10 @@ _MAX_BIT_SEARCH = 1024 * 1024
 body with a lost sector passes by chance for one with a wrong byte in 1 of 1,000 cases, and for one
 with a wrong bit in 1 of 500."""
 
+CRC32C_TABLE = [crc32c(bytes((byte,)), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
+CRC32C_BY_TOP = {entry >> 24: byte for byte, entry in enumerate(CRC32C_TABLE)}
+"""For running the checksum backwards: which byte's entry in the table has this top byte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -186,17 +190,9 @@ def gather(rest: Rest, seed: int, last_seq: int, same_boot: bool) -> Facts:
     header = parse_frame_header(first, 0, seed)
     frame_end = rest.size if header is None else min(header.size, rest.size)
     all_zero = rest.is_zero(0, rest.size)
-    found = None
+    evidence = None
     if not all_zero:
-        found = _evidence(rest, frame_end if header is not None else 1, seed, last_seq)
-    if found is None:
-        evidence = None
-    elif found[1] is None:
-        # Too many candidates to try them all: refuse rather than guess.
-        evidence = Evidence(displaced=True, durable=False)
-    else:
-        durable = found[1].synced_seq > last_seq or bool(found[1].flags & FLAG_SYNC_EACH)
-        evidence = Evidence(found[1].offset != rest.offset + found[0], durable)
+        evidence = _evidence(rest, frame_end if header is not None else 1, seed, last_seq)
     if header is not None:
         cut_short = header.size > rest.size
     else:
@@ -213,13 +209,10 @@ def gather(rest: Rest, seed: int, last_seq: int, same_boot: bool) -> Facts:
     )
 
 
-def _evidence(
-    rest: Rest, start: int, seed: int, last_seq: int
-) -> tuple[int, FrameHeader | None] | None:
-    """The first valid frame header from `start` on that is not a copy of an older frame, with its
-    place.
+def _evidence(rest: Rest, start: int, seed: int, last_seq: int) -> Evidence | None:
+    """The first valid frame header from `start` on that is not a copy of an older frame.
 
-    None if there is none. Without a header, the place where the search was given up.
+    None if there is none.
     """
     tried = 0
     for base, chunk in rest.pieces(start, rest.size, len(FRAME_MAGIC) - 1):
@@ -232,10 +225,11 @@ def _evidence(
                 header.seq > last_seq
                 or (header.seq == last_seq and header.offset == rest.offset + at)
             ):
-                return at, header
+                durable = header.synced_seq > last_seq or bool(header.flags & FLAG_SYNC_EACH)
+                return Evidence(header.offset != rest.offset + at, durable)
             tried += 1
-            if tried >= MAX_CANDIDATES:
-                return at, None
+            if tried >= MAX_CANDIDATES:  # too many to try them all: refuse rather than guess
+                return Evidence(displaced=True, durable=False)
             found = chunk.find(FRAME_MAGIC, found + 1)
     return None
 
@@ -292,13 +286,11 @@ def _single_errors(wrong_by: int, length: int) -> Iterator[int]:
     """
     if length > _MAX_BIT_SEARCH:
         return
-    table = [crc32c(bytes((byte,)), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
-    by_top = {entry >> 24: byte for byte, entry in enumerate(table)}
     errors = range(1, 256) if length <= _MAX_BYTE_SEARCH else [1 << bit for bit in range(8)]
-    effects = {table[error] for error in errors}
+    effects = {CRC32C_TABLE[error] for error in errors}
     state = wrong_by
     for after in range(length):
         if state in effects:
             yield after
-        byte = by_top[state >> 24]
-        state = (state ^ table[byte]) << 8 & 0xFFFFFFFF | byte
+        byte = CRC32C_BY_TOP[state >> 24]
+        state = (state ^ CRC32C_TABLE[byte]) << 8 & 0xFFFFFFFF | byte

@@ -116,38 +116,28 @@ def salvage_log(
         raise ValueError(f'cursor is "safe" or "last", not {cursor!r}')
     with ReadHandle(files, resolve(source)) as handle:
         dest = resolve(unused_path(files, output, "a salvage"))
-        return _salvaged(handle, dest, cursor, progress)
-
-
-def _salvaged(
-    handle: ReadHandle,
-    dest: Path,
-    cursor: Literal["safe", "last"],
-    progress: Progress | None,
-) -> SalvageReport:
-    check_own_format(handle)
-    files = handle.files
-    try:
-        salvage = _Salvage(handle)
-        salvage.find(progress)
-        fold = salvage.fold()
-        safe = salvage.safe_cursor if cursor == "safe" else fold.cursor()
-        fold = fold.at(safe)
-        access = files.access(handle.fd)
-        write_new(files, dest, fold, FRAMES, progress, source=access)
-    except EOFError as error:
-        raise LogChangedError(handle.path, str(error)) from None
-    return SalvageReport(
-        handle.path,
-        dest,
-        fold.seq,
-        safe,
-        salvage.last_cursor,
-        len(fold),
-        salvage.leaves,
-        salvage.batches,
-        tuple(sorted(salvage.losses, key=lambda loss: loss.offset)),
-    )
+        check_own_format(handle)
+        try:
+            salvage = _Salvage(handle)
+            salvage.find(progress)
+            fold = salvage.fold()
+            if cursor == "safe":
+                fold = fold.at(salvage.safe_cursor)
+            access = files.access(handle.fd)
+            write_new(files, dest, fold, FRAMES, progress, source=access)
+        except EOFError as error:
+            raise LogChangedError(handle.path, str(error)) from None
+        return SalvageReport(
+            handle.path,
+            dest,
+            fold.seq,
+            fold.cursor(),
+            salvage.last_cursor,
+            len(fold),
+            salvage.leaves,
+            salvage.batches,
+            tuple(sorted(salvage.losses, key=lambda loss: loss.offset)),
+        )
 
 
 class _Salvage:

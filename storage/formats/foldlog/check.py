@@ -190,7 +190,7 @@ class _Check:
         )
         if fault is not None:
             self._say(piece.offset, piece.size, fault)
-        self._chain = Chain(header.offset + header.size, header.crc, header.seq, header.synced_seq)
+        self._chain = Chain.after(header)
         self._shift = piece.end - self._chain.offset
         self._frames += 1
         try:

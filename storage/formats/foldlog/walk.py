@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from crc32c import crc32c
-
 from foldlog.protocol.frames import (
     FILE_HEADER,
     FRAME_HEADER,
@@ -24,6 +22,7 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
+from foldlog.storage.log.recovery import CRC32C_BY_TOP, CRC32C_TABLE
 from foldlog.storage.log.scan import NO_HEADER, body_fault, header_fault
 
 _FIRST_CHUNK_BYTES = 512  # usually the next frame is near; doubled each time, up to:
@@ -214,10 +213,8 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
 
 def _crc32c_before(data: bytes, crc: int) -> int:
     """The value such that crc32c(data, value) == crc: the checksum, run backwards."""
-    table = [crc32c(bytes((byte,)), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
-    by_top = {entry >> 24: byte for byte, entry in enumerate(table)}
     state = crc ^ 0xFFFFFFFF
     for byte in reversed(data):
-        index = by_top[state >> 24]
-        state = ((state ^ table[index]) << 8 | index ^ byte) & 0xFFFFFFFF
+        index = CRC32C_BY_TOP[state >> 24]
+        state = ((state ^ CRC32C_TABLE[index]) << 8 | index ^ byte) & 0xFFFFFFFF
     return state ^ 0xFFFFFFFF

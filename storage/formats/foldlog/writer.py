@@ -76,7 +76,6 @@ class FrameWriter(NewFile):
         header = source.header
         assert isinstance(header, FileHeader)
         chain = start
-        flags = self._carried_flags
         for frame, body in read_frames(source.handle, header, chain, stop):
             if frame.kind == KIND_BATCHES:
                 self._begin_session()
@@ -85,7 +84,7 @@ class FrameWriter(NewFile):
                     bytes(body),
                     batches=frame.batches,
                     body_crc=frame.body_crc,
-                    flags=flags | (frame.flags & FLAG_ORIGIN),
+                    flags=self._carried_flags | (frame.flags & FLAG_ORIGIN),
                 )
             chain = chain.after(frame)
         return chain

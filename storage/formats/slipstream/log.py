@@ -13,7 +13,7 @@ When in doubt, the Rust crate drops the end of a file; foldlog refuses the log. 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,6 @@ from foldlog.storage.formats.format import (
     NewFile,
     Progress,
     Verdict,
-    VerifyReport,
 )
 from foldlog.storage.formats.slipstream.judge import Count, judge
 from foldlog.storage.formats.slipstream.records import (
@@ -51,7 +50,7 @@ from foldlog.storage.formats.slipstream.records import (
     encode_put,
     read_records,
 )
-from foldlog.storage.formats.slipstream.walk import RecordPiece, check_records, walk_records
+from foldlog.storage.formats.slipstream.walk import check_records, walk_records
 from foldlog.storage.log.files import Files, ReadHandle
 
 _REPORT_BYTES = 1024 * 1024
@@ -194,13 +193,8 @@ class _Replay(Count):
         delta, runs = self._collected.settled()
         pieces = _Pieces()
         for piece in (*delta, *runs):
-            pieces.add(
-                [
-                    change
-                    for change in map(piece.__getitem__, piece.order())
-                    if change[1] is not None
-                ]
-            )
+            changes = map(piece.__getitem__, piece.order())
+            pieces.add([change for change in changes if change[1] is not None])
         return pieces.delta()
 
 
@@ -285,21 +279,8 @@ class SlipstreamFormat(LogFormat):
     def check_payload(self, loaded: Loaded) -> None:
         """Nothing is left to check: loading checked every record, and the base's key order."""
 
-    def check(
-        self,
-        handle: ReadHandle,
-        size: int,
-        *,
-        tail_may_be_torn: bool,
-        known: Known | None = None,
-        progress: Progress | None = None,
-    ) -> VerifyReport:
-        return check_records(
-            handle, size, tail_may_be_torn=tail_may_be_torn, known=known, progress=progress
-        )
-
-    def walk(self, handle: ReadHandle, size: int) -> Iterator[RecordPiece]:
-        return walk_records(handle, size)
+    check = staticmethod(check_records)
+    walk = staticmethod(walk_records)
 
     def facts(self, loaded: Loaded) -> FileFacts:
         return FileFacts(None, None, None, None, None)

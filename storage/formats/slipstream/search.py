@@ -108,7 +108,7 @@ def find_record(handle: ReadHandle, start: int, size: int) -> int | None:
     while start + MIN_RECORD_BYTES <= size:
         stop = min(start + block, size)
         window = _Window(handle, start, stop, size)
-        places = [window.first_cursor(), next(window.updates(), None)]
+        places = [find_cursor_record(window.data, 0, stop - start), next(window.updates(), None)]
         found = [place for place in places if place is not None]
         if found:
             return start + min(found)
@@ -123,15 +123,12 @@ class _Window:
         self._handle, self._start, self._size = handle, start, size
         self._count = stop - start
         end = min(stop + 2 * BLOCK_BYTES, size)  # the longest delete, and more
-        self._data = read_part(handle, start, end)
+        self.data = read_part(handle, start, end)
         self._prefixes: _Prefixes | None = None
-
-    def first_cursor(self) -> int | None:
-        return find_cursor_record(self._data, 0, self._count)
 
     def updates(self) -> Iterator[int]:
         """Where whole puts and deletes begin."""
-        for match in _TYPES.finditer(self._data, 4, self._count + 4):
+        for match in _TYPES.finditer(self.data, 4, self._count + 4):
             places: Sequence[int] = range(*match.span())
             if len(places) > _RUN_BYTES:  # all candidates in the middle of a run are equal
                 places = (*places[:8], *places[-_RUN_BYTES:])
@@ -140,7 +137,7 @@ class _Window:
                     yield place - 4
 
     def _is_whole(self, at: int) -> bool:
-        data = self._data
+        data = self.data
         kind = data[at + 4]
         version_at = at + 7 + int.from_bytes(data[at + 5 : at + 7], "little")
         if kind == PUT:
@@ -169,9 +166,9 @@ class _Window:
     def _long(self) -> bytes:
         """The data, extended to the longest record that begins in this window."""
         need = min(self._start + self._count + MAX_RECORD_BYTES, self._size)
-        if len(self._data) < need - self._start:
-            self._data = read_part(self._handle, self._start, need)
-        return self._data
+        if len(self.data) < need - self._start:
+            self.data = read_part(self._handle, self._start, need)
+        return self.data
 
 
 class _Prefixes:
@@ -230,9 +227,7 @@ def _table(columns: list[int]) -> _Table:
 
 
 def _one_zero_byte(register: int) -> int:
-    for _ in range(8):
-        register = register >> 1 ^ (0xEDB88320 if register & 1 else 0)
-    return register
+    return crc32(b"\0", register ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
 def _append_zeros(register: int, count: int) -> int:

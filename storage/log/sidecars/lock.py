@@ -179,14 +179,6 @@ def lock_log(files: Files, fd: int) -> bool:
     return files.lock(fd) or (files.fstat(fd).st_nlink == 1 and files.lock(fd, shared=True))
 
 
-class _Kept(NamedTuple):
-    """The note's content besides its holder."""
-
-    inode: int
-    watermark: Watermark | None
-    poisoned: int | None
-
-
 class WriterLock:
     """The right to write the log at `path`, until `release` or the end of the process."""
 
@@ -203,23 +195,19 @@ class WriterLock:
         """(path, descriptor) of files created here, to be removed if the open fails."""
         self._retiring: list[Retiring] = []
         self._counter = itertools.count(1)
-        self._holder = this_process()
         self.directory = _identity(files.stat(path.parent))
         """(device, inode) of the log's directory."""
         self.copied = False
         """True if the note is a copy: the directory was copied, perhaps during a write."""
         try:
             self._take()
-            note = self._open_note()
-            self.copied = note is not None and note.inode != self._note_inode
-            if note is not None:
-                self._counter = itertools.count(note.counter + 1)
+            found = self._open_note()
             # Replaced whole, by any thread. Until `keep`, only the holder of a copied note changes.
-            self._kept = _Kept(
-                note.inode if note is not None else self._note_inode,
-                note.watermark if note is not None else None,
-                note.poisoned if note is not None else None,
-            )
+            self._note = Note(this_process(), self._note_inode)
+            if found is not None:
+                self.copied = found.inode != self._note_inode
+                self._counter = itertools.count(found.counter + 1)
+                self._note = found._replace(holder=self._note.holder)
             self._write_note()
             tell_after_fork(self, Rank.LOCK)
         except BaseException:
@@ -229,20 +217,20 @@ class WriterLock:
     @property
     def watermark(self) -> Watermark | None:
         """The note's watermark: this log's, unless the note is `copied`."""
-        return self._kept.watermark
+        return self._note.watermark
 
     def is_poisoned(self, inode: int) -> bool:
         """True if an fsync of the log file with this inode failed in an earlier process."""
-        return not self.copied and self._kept.poisoned == inode
+        return not self.copied and self._note.poisoned == inode
 
     def write(self, watermark: Watermark | None) -> None:
         """Write this process and `watermark` to the note. Not synced."""
-        self._kept = self._kept._replace(watermark=watermark)
+        self._note = self._note._replace(watermark=watermark)
         self._write_note()
 
     def write_poison(self, inode: int | None) -> None:
         """Note that an fsync of the log file with this inode failed; None clears that."""
-        self._kept = self._kept._replace(poisoned=inode)
+        self._note = self._note._replace(poisoned=inode)
         self._write_note()
 
     def keep(self, log_fd: int) -> None:
@@ -253,11 +241,11 @@ class WriterLock:
         self._log_access = self._files.access(log_fd)
         self._share()
         if self.copied:
-            self._kept = _Kept(self._note_inode, None, None)
+            self._note = Note(self._note.holder, self._note_inode)
             self._write_note()
             self.copied = False
-        elif self._kept.poisoned != self._files.fstat(log_fd).st_ino:
-            self._kept = self._kept._replace(poisoned=None)  # that file was replaced
+        elif self._note.poisoned != self._files.fstat(log_fd).st_ino:
+            self._note = self._note._replace(poisoned=None)  # that file was replaced
         self._made = []
 
     def confirm(self) -> None:
@@ -357,7 +345,7 @@ class WriterLock:
                 self.path, None, f"a program that is not a writer and has locked {name}"
             )
         note = read_note(self._files, self.path)
-        return StoreLocked(self.path, *describe_holder(note and note.holder, self._holder))
+        return StoreLocked(self.path, *describe_holder(note and note.holder, this_process()))
 
     def _leads_to(self, path: Path, identity: tuple[int, int]) -> bool:
         try:
@@ -414,7 +402,7 @@ class WriterLock:
             self._files.close(lost)
             self._share()
             self._made = []
-            self._kept = self._kept._replace(inode=self._note_inode)
+            self._note = self._note._replace(inode=self._note_inode)
             self._write_note()
 
     def _share(self) -> None:
@@ -426,10 +414,10 @@ class WriterLock:
 
     def _write_note(self) -> None:
         while True:
-            kept = self._kept
-            note = Note(self._holder, *kept, next(self._counter))
-            write_all(self._files, self._note_fd, pack_slot(note), note.counter % 2 * SLOT_BYTES)
-            if self._kept is kept:  # else another thread changed it, and may have written first
+            note, counter = self._note, next(self._counter)
+            slot = pack_slot(note._replace(counter=counter))
+            write_all(self._files, self._note_fd, slot, counter % 2 * SLOT_BYTES)
+            if self._note is note:  # else another thread changed it, and may have written first
                 return
 
 
