@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from crc32c import crc32c
 
-from foldlog import Delete, FoldlogError, Put, VersionToken, WatchCursor
+from foldlog import CorruptLogError, Delete, FoldlogError, Put, VersionToken, WatchCursor
 from foldlog.protocol.frames import (
     FILE_HEADER,
     FRAME_HEADER,
@@ -142,15 +142,27 @@ def outcome(path: Path, raw: bytes, **options: Any) -> State | FoldlogError:
         return error
 
 
+def opened(path: Path, raw: bytes, **options: Any) -> State:
+    """The state that a file of these bytes opens with."""
+    found = outcome(path, raw, **options)
+    assert isinstance(found, State), found
+    return found
+
+
+def refused(path: Path, raw: bytes, kind: Any = CorruptLogError, **options: Any) -> Any:
+    """The error of this `kind` (or one of these) with which a file of these bytes is refused."""
+    found = outcome(path, raw, **options)
+    assert isinstance(found, kind), f"read as {found}"
+    return found
+
+
 def prefix_states(raw: bytes, path: Path) -> dict[int, State]:
     """The state at the end of each frame from the end of the base on."""
     frames = frames_of(raw)
     base_end = next(index for index, frame in enumerate(frames) if frame.header.kind == 4)
     states = {}
     for frame in frames[base_end:]:
-        state = outcome(path, raw[: frame.end])
-        assert isinstance(state, State), state
-        states[frame.end] = state
+        states[frame.end] = opened(path, raw[: frame.end])
     return states
 
 

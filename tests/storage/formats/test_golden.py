@@ -45,15 +45,14 @@ ITEMS = [
 BIG = [(f"key{n:04}", b"value %d" % n * (n % 3), n.to_bytes(8, "big")) for n in range(900)]
 
 
-def ref_empty() -> bytes:
-    log = LogWriter(LOG_ID, GENERATION)
-    log.base(b"")
-    return log.raw
+def ref_log(cursor: bytes = b"", *leaves: list, base_seq: int = 0) -> LogWriter:
+    log = LogWriter(LOG_ID, GENERATION, base_seq=base_seq)
+    log.base(cursor, *leaves)
+    return log
 
 
 def ref_batches() -> bytes:
-    log = LogWriter(LOG_ID, GENERATION)
-    log.base(b"")
+    log = ref_log()
     log.open(BOOT, NONCE)
     log.batches(ITEMS[0])
     log.batches(ITEMS[1])
@@ -62,21 +61,17 @@ def ref_batches() -> bytes:
 
 
 def ref_group_synced() -> bytes:
-    log = LogWriter(LOG_ID, GENERATION)
-    log.base(b"")
+    log = ref_log()
     log.open(BOOT, NONCE, flags=1)
     log.batches(*ITEMS, flags=1)
     return log.raw
 
 
 def ref_compacted() -> bytes:
-    log = LogWriter(LOG_ID, GENERATION, base_seq=2)
-    log.base(CURSORS[1], [(key, *ENTRIES[key]) for key in sorted(ENTRIES)])
-    return log.raw
+    return ref_log(CURSORS[1], [(key, *ENTRIES[key]) for key in sorted(ENTRIES)], base_seq=2).raw
 
 
 def ref_leaves() -> bytes:
-    log = LogWriter(LOG_ID, GENERATION, base_seq=1)
     leaves, current = [], []
     for entry in BIG:
         current.append(entry)
@@ -85,12 +80,11 @@ def ref_leaves() -> bytes:
             current = []
     if current:
         leaves.append(current)
-    log.base(CURSORS[0], *leaves)
-    return log.raw
+    return ref_log(CURSORS[0], *leaves, base_seq=1).raw
 
 
 REFERENCE = {
-    "empty": (ref_empty, State(0, b"", {})),
+    "empty": (lambda: ref_log().raw, State(0, b"", {})),
     "batches": (ref_batches, State(2, CURSORS[1], ENTRIES)),
     "group_synced": (ref_group_synced, State(2, CURSORS[1], ENTRIES)),
     "compacted": (ref_compacted, State(2, CURSORS[1], ENTRIES)),
@@ -122,13 +116,12 @@ def test_a_golden_file_reads_as_it_should(path, name):
     path.write_bytes(golden(name))
     assert read_state(path) == REFERENCE[name][1]
     assert path.read_bytes() == golden(name)
-    cursor, snap = AppendLogSnapshot.open(path)
+    _, cursor, entries = REFERENCE[name][1]
+    opened_at, snap = AppendLogSnapshot.open(path)
     with snap:
-        assert bytes(cursor) == REFERENCE[name][1].cursor
-        assert {
-            entry.key: (entry.value, bytes(entry.version)) for entry in snap.range("")
-        } == REFERENCE[name][1].entries
-        for key, (value, version) in REFERENCE[name][1].entries.items():
+        assert bytes(opened_at) == cursor
+        assert {key: (value, bytes(version)) for key, value, version in snap.range("")} == entries
+        for key, (value, version) in entries.items():
             assert snap.get(key) == (key, value, VersionToken(version))
 
 

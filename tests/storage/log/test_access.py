@@ -240,21 +240,25 @@ def a_torn_copy(path: Path, folder: Path) -> list[Path]:
         return [snap.report.kept_at]
 
 
+def all_of_the_artifact(folder: Path) -> list[Path]:
+    return [folder / "artifact", *(folder / "artifact").rglob("*")]
+
+
 def an_export(path: Path, folder: Path) -> list[Path]:
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.export_to(folder / "artifact")
-    return [folder / "artifact", *(folder / "artifact").rglob("*")]
+    return all_of_the_artifact(folder)
 
 
 def an_export_of_a_store(path: Path, folder: Path) -> list[Path]:
     with foldlog.open(path) as store:
         store.export_to(folder / "artifact")
-    return [folder / "artifact", *(folder / "artifact").rglob("*")]
+    return all_of_the_artifact(folder)
 
 
 def an_export_from_a_shell(path: Path, folder: Path) -> list[Path]:
     assert run("export", path, folder / "artifact").exit_code == 0
-    return [folder / "artifact", *(folder / "artifact").rglob("*")]
+    return all_of_the_artifact(folder)
 
 
 def an_import(path: Path, folder: Path) -> list[Path]:
@@ -264,11 +268,10 @@ def an_import(path: Path, folder: Path) -> list[Path]:
 
 
 def an_import_as_the_other_format(path: Path, folder: Path) -> list[Path]:
-    an_export(path, folder)
-    AppendLogSnapshot.import_artifact(folder / "artifact", folder / "dest", format="slipstream-v2")[
-        1
-    ].close()
-    return [folder / "dest"]
+    artifact, *_ = an_export(path, folder)
+    dest = folder / "dest"
+    AppendLogSnapshot.import_artifact(artifact, dest, format="slipstream-v2")[1].close()
+    return [dest]
 
 
 def a_conversion(path: Path, folder: Path) -> list[Path]:

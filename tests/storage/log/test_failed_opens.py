@@ -51,15 +51,13 @@ def salvage(folder: Path, files: FaultyFiles) -> None:
     salvage_log(folder / "log", folder / "salvaged", files=files)
 
 
-def import_own(folder: Path, files: FaultyFiles) -> None:
+def import_own(folder: Path, files: FaultyFiles, format: str = "foldlog") -> None:
     source, dest = folder / "artifact", folder / "imported"
-    AppendLogSnapshot.import_artifact(source, dest, files=files)[1].close()
+    AppendLogSnapshot.import_artifact(source, dest, format=format, files=files)[1].close()
 
 
 def import_other(folder: Path, files: FaultyFiles) -> None:
-    source, dest = folder / "artifact", folder / "imported"
-    options = {"format": "slipstream-v2", "files": files}
-    AppendLogSnapshot.import_artifact(source, dest, **options)[1].close()
+    import_own(folder, files, "slipstream-v2")
 
 
 CALLS = [open_engine, open_store, follow, verify, salvage, import_own, import_other]

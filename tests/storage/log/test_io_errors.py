@@ -42,10 +42,11 @@ OPERATIONS = [
 ]
 
 
-def holding_a(path: Path, sync="never") -> AppendLogSnapshot:
-    """A new log that holds a, by its first batch."""
+def holding_a(path: Path, files: Files | None = None, *, sync="never") -> AppendLogSnapshot:
+    """A new log that holds a, by its first batch, and uses `files` from then on."""
     _, snap = AppendLogSnapshot.open(path, sync=sync)
     snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    snap._engine.log.files = files or snap._engine.log.files
     return snap
 
 
@@ -90,10 +91,8 @@ class Story:
         except (OSError, FoldlogError) as error:
             assert view(snap) == self.acked, "a batch that failed shows"
             if isinstance(error, LogPoisonedError) and not self.unsure:
-                self.unsure, self.maybe = (
-                    True,
-                    after,
-                )  # the first; those after it are refused before they are written
+                # The first; those after it are refused before they are written.
+                self.unsure, self.maybe = True, after
             return
         self.states.append(after)
         self.unsure = False
@@ -152,10 +151,9 @@ def test_nothing_acknowledged_is_lost_whichever_call_fails(
 
 @pytest.mark.parametrize("takes", [1, 47, 60, 100])
 def test_a_write_that_falls_short_and_fails_is_cut_back(path, takes):
-    snap = holding_a(path)
-    before = path.read_bytes()
     files = FaultyFiles(Fault("write", error=errno.ENOSPC, takes=takes))
-    snap._engine.log.files = files
+    snap = holding_a(path, files)
+    before = path.read_bytes()
     with pytest.raises(OSError, match="No space"):
         snap.apply([Put("b", b"2" * 100)], WatchCursor.from_u64(2))
     assert files.fired
@@ -165,8 +163,7 @@ def test_a_write_that_falls_short_and_fails_is_cut_back(path, takes):
 
 
 def test_a_cut_that_is_not_synced_poisons_the_log(path):
-    snap = holding_a(path)
-    snap._engine.log.files = FaultyFiles(Fault("write", takes=30), Fault("sync", lasting=True))
+    snap = holding_a(path, FaultyFiles(Fault("write", takes=30), Fault("sync", lasting=True)))
     with pytest.raises(OSError, match="Input/output"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     snap._engine.log.files = Files()
@@ -178,9 +175,8 @@ def test_a_cut_that_is_not_synced_poisons_the_log(path):
 
 
 def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
-    snap = holding_a(path, sync="always")
     files = FaultyFiles(Fault("sync"))
-    snap._engine.log.files = files
+    snap = holding_a(path, files, sync="always")
     with pytest.raises(LogPoisonedError, match="fsync"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
     calls = files.counts["sync"]
@@ -202,8 +198,7 @@ def test_a_failed_fsync_is_final_until_the_fold_is_rewritten(path):
 
 
 def test_the_next_process_rewrites_a_poisoned_log_too(path):
-    snap = holding_a(path)
-    snap._engine.log.files = FaultyFiles(Fault("sync"))
+    snap = holding_a(path, FaultyFiles(Fault("sync")))
     with pytest.raises(LogPoisonedError):
         snap.sync()
     snap.close()
@@ -246,9 +241,8 @@ def test_an_applied_batch_is_acknowledged_though_the_compaction_behind_it_fails(
 )
 @pytest.mark.parametrize("operation", ["create", "replace", "write", "sync"])
 def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error):
-    snap = holding_a(path)
+    snap = holding_a(path, FaultyFiles(Fault(operation, error=error)))
     before = path.read_bytes(), path.stat().st_ino
-    snap._engine.log.files = FaultyFiles(Fault(operation, error=error))
     with pytest.raises(OSError, match=r"\[Errno"):
         snap.compact()
     assert (path.read_bytes(), path.stat().st_ino) == before
@@ -261,14 +255,12 @@ def test_a_compaction_that_fails_leaves_the_log_as_it_was(path, operation, error
 
 
 def test_a_rename_is_the_last_step_of_a_compaction_that_can_fail(path):
-    snap = holding_a(path)
-
     class NoMoreAfterTheRename(FaultyFiles):
         def replace(self, source, dest):
             super().replace(source, dest)
             self.arm(Fault("fstat"))
 
-    snap._engine.log.files = NoMoreAfterTheRename()
+    snap = holding_a(path, NoMoreAfterTheRename())
     with contextlib.suppress(OSError):
         snap.compact()
     snap._engine.log.files = Files()
@@ -280,8 +272,7 @@ def test_a_rename_is_the_last_step_of_a_compaction_that_can_fail(path):
 
 
 def test_an_unsynced_rename_poisons_the_new_file(path):
-    snap = holding_a(path)
-    snap._engine.log.files = FaultyFiles(Fault("sync_dir"))
+    snap = holding_a(path, FaultyFiles(Fault("sync_dir")))
     snap.compact()
     with pytest.raises(LogPoisonedError, match="directory"):
         snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from logfiles import some_batches, write_log
 
-from foldlog import AppendLogSnapshot, LogChangedError, Put, WatchCursor
-from foldlog.storage.log.sidecars.lock import lock_path
+from foldlog import AppendLogSnapshot, CorruptLogError, LogChangedError, Put, WatchCursor
 
 
 @pytest.fixture
@@ -20,27 +20,9 @@ def snap(path):
     snap.close()
 
 
-def unlink(path):
-    path.unlink()
-
-
-def replace_by_a_copy(path):
-    shutil.copy(path, path.with_name("copy"))
-    os.replace(path.with_name("copy"), path)
-
-
-def replace_by_another_log(path):
-    other = path.with_name("other.log")
-    write_log(other, some_batches(2))
-    os.replace(other, path)
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def truncate_to_nothing(path):
-    os.truncate(path, 0)
+def put_there(path, raw):
+    path.with_name("other").write_bytes(raw)
+    os.replace(path.with_name("other"), path)
 
 
 def grow(path):
@@ -52,38 +34,33 @@ def rename(path):
     path.rename(path.with_name("moved.log"))
 
 
-def remove_the_folder(path):
-    shutil.rmtree(path.parent)
-
-
-def rename_the_folder(path):
-    path.parent.rename(path.parent.with_name("moved"))
-
-
 def put_a_file_in_the_folders_place(path):
-    path.parent.rename(path.parent.with_name("moved"))
+    rename(path.parent)
     path.parent.write_bytes(b"")
 
 
-CHANGES = [
-    unlink,
-    replace_by_a_copy,
-    replace_by_another_log,
-    truncate,
-    truncate_to_nothing,
-    grow,
-    rename,
-    remove_the_folder,
-    rename_the_folder,
-    put_a_file_in_the_folders_place,
-]
+CHANGES = {
+    "deleted": Path.unlink,
+    "replaced by a copy": lambda path: put_there(path, path.read_bytes()),
+    "replaced by another log": lambda path: put_there(
+        path, write_log(path.with_name("other.log"), some_batches(2))
+    ),
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path: os.truncate(path, 0),
+    "grown": grow,
+    "renamed": rename,
+    "its folder removed": lambda path: shutil.rmtree(path.parent),
+    "its folder renamed": lambda path: rename(path.parent),
+    "its folder replaced by a file": put_a_file_in_the_folders_place,
+}
+changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 
 
 def contents(path):
     return path.read_bytes() if path.is_file() else None
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@changes
 def test_a_changed_log_takes_no_more_batches_and_reads_go_on(snap, path, change):
     change(path)
     after = contents(path)
@@ -99,7 +76,7 @@ def test_a_changed_log_takes_no_more_batches_and_reads_go_on(snap, path, change)
     assert contents(path) == after
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@changes
 def test_a_changed_log_is_not_compacted_over(snap, path, change):
     change(path)
     after = contents(path)
@@ -110,7 +87,7 @@ def test_a_changed_log_is_not_compacted_over(snap, path, change):
     assert snap.get("a").value == b"1"
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@changes
 def test_the_state_of_a_changed_log_can_still_be_exported(snap, path, change, tmp_path):
     change(path)
     snap.export_to(tmp_path / "rescued")
@@ -141,8 +118,6 @@ def test_a_base_that_outlives_its_file_is_read_on(path):
 
 
 def test_a_base_that_is_cut_off_under_a_reader_is_a_typed_error_and_no_crash(path):
-    from foldlog import CorruptLogError
-
     with AppendLogSnapshot.open(path)[1] as snap:
         snap.apply([Put(f"k{n:04}", b"%d" % n) for n in range(1000)], WatchCursor.from_u64(1))
         snap.compact()
@@ -151,15 +126,3 @@ def test_a_base_that_is_cut_off_under_a_reader_is_a_typed_error_and_no_crash(pat
             snap.get("k0500")
         with pytest.raises(CorruptLogError):
             snap.range("")
-
-
-def test_deleting_the_lock_file_does_not_let_a_second_writer_in(snap, path):
-    from foldlog import StoreLocked
-
-    lock_path(path).unlink()
-    with pytest.raises(StoreLocked):
-        AppendLogSnapshot.open(path)
-    snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
-    snap.compact()
-    with pytest.raises(StoreLocked):
-        AppendLogSnapshot.open(path)

@@ -39,16 +39,14 @@ def remove_all_and_open(path: Path) -> None:
     open_there(path)
 
 
-def put_a_backup_there(path: Path) -> None:
+def put_a_backup_there(path: Path, content: bytes = THEIRS) -> None:
     backup = path.parent.parent / "backup"
-    backup.write_bytes(THEIRS)
+    backup.write_bytes(content)
     os.replace(backup, path)
 
 
 def put_a_copy_there(path: Path) -> None:
-    backup = path.parent.parent / "backup"
-    backup.write_bytes(path.read_bytes() if path.is_file() else THEIRS)
-    os.replace(backup, path)
+    put_a_backup_there(path, path.read_bytes() if path.is_file() else THEIRS)
 
 
 def make_a_link_there(path: Path) -> None:

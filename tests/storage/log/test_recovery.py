@@ -19,10 +19,10 @@ from logfiles import (
     commit_all,
     forget_the_watermark,
     frames_of,
-    outcome,
+    opened,
     prefix_states,
     read_state,
-    reboot,
+    refused,
     some_batches,
     write_log,
 )
@@ -43,6 +43,7 @@ from foldlog.storage.log.files import Files
 from foldlog.storage.log.sidecars.lock import note_path
 from foldlog.storage.log.sidecars.note import NOTE_MAGIC
 from foldlog.storage.repair.verify import verify_log
+from foldlog.testing import flips
 
 pytestmark = pytest.mark.exhaustive
 
@@ -52,7 +53,6 @@ SHAPES = [
     pytest.param({"sealed": False, "sync_each": True}, id="each synced"),
     pytest.param({"sealed": True, "sync_each": True}, id="each synced, sealed"),
 ]
-BOOTS = pytest.mark.parametrize("rebooted", [False, True], ids=["same boot", "rebooted"])
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -73,17 +73,14 @@ def last_batches(raw: bytes) -> Frame:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@BOOTS
 @every(11)
 def test_a_log_cut_at_any_byte_opens_with_its_whole_frames_and_keeps_the_rest(
-    path, shape, rebooted, every, monkeypatch
+    path, shape, rebooted, every
 ):
     raw = write_log(path, some_batches(3), base=some_batches(2), **shape)
     states = prefix_states(raw, path)
     for file in path.parent.iterdir():
         file.unlink()
-    if rebooted:
-        reboot(monkeypatch)
     for size in sample(range(base_end(raw), len(raw)), every, also=states):
         path.write_bytes(raw[:size])
         good_end = max(end for end in states if end <= size)
@@ -97,14 +94,14 @@ def test_a_log_cut_at_any_byte_opens_with_its_whole_frames_and_keeps_the_rest(
         )
         after = listing(path.parent)
         assert after.pop(path.name) == raw[:good_end]
-        if size == good_end:
-            assert after == {}
-            assert report.kept_at is None
-        else:
+        assert (report.kept_at is None) == (size == good_end)
+        kept = {}
+        if report.kept_at is not None:
             assert report.kept_at == path.with_name(f"{path.name}.torn-{states[good_end].seq}-1")
-            assert after == {report.kept_at.name: raw[good_end:size]}
             assert report.cut_reason
+            kept = {report.kept_at.name: raw[good_end:size]}
             report.kept_at.unlink()
+        assert after == kept
         assert read_state(path, files=UNSYNCED) == states[good_end]
         assert listing(path.parent) == {path.name: raw[:good_end]}, (
             "a second opening changed something"
@@ -132,14 +129,12 @@ def test_appending_after_a_cut_lands_clean(path):
 def test_a_log_cut_within_its_header_or_base_is_refused(path):
     raw = write_log(path, some_batches(3), base=some_batches(2))
     for size in range(base_end(raw)):
-        error = outcome(path, raw[:size])
-        assert isinstance(
-            error, InvalidFormatError if size < FILE_HEADER.size else CorruptLogError
-        ), size
+        kind = InvalidFormatError if size < FILE_HEADER.size else CorruptLogError
+        error = refused(path, raw[:size], kind)
         assert error.path == path
         assert error.offset <= size
         assert error.last_good_seq is None
-        assert isinstance(outcome(path, raw[:size], on_damage="cut"), FoldlogError)
+        refused(path, raw[:size], FoldlogError, on_damage="cut")
 
 
 def test_every_cut_keeps_what_earlier_cuts_kept(path):
@@ -176,29 +171,19 @@ def test_the_contracts_open_repairs_and_compacts_in_one(path):
 
 
 def flip_all(path: Path, raw: bytes, bits: list[int]) -> None:
-    whole = outcome(path, raw)
-    assert isinstance(whole, State)
-    for bit in bits:
-        damaged = bytearray(raw)
-        damaged[bit // 8] ^= 1 << bit % 8
-        found = outcome(path, bytes(damaged))
-        assert isinstance(found, (CorruptLogError, InvalidFormatError)), (
-            f"bit {bit} of {len(raw) * 8}: read as {found}"
-        )
-        assert found.path == path
-        assert 0 <= found.offset <= bit // 8, f"bit {bit}: damage reported at byte {found.offset}"
-        assert found.reason
-        if found.last_good_seq is not None:
-            assert found.last_good_seq <= whole.seq
-    assert outcome(path, raw) == whole
+    whole = opened(path, raw)
+    for bit, damaged in flips(raw, bits):
+        error = refused(path, damaged, (CorruptLogError, InvalidFormatError))
+        assert error.path == path
+        assert 0 <= error.offset <= bit // 8, f"bit {bit}: damage reported at byte {error.offset}"
+        assert error.reason
+        assert error.last_good_seq is None or error.last_good_seq <= whole.seq
+    assert opened(path, raw) == whole
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@BOOTS
-def test_no_flipped_bit_goes_unnoticed(path, shape, rebooted, monkeypatch):
+def test_no_flipped_bit_goes_unnoticed(path, shape, rebooted):
     raw = write_log(path, some_batches(2), base=some_batches(2), **shape)
-    if rebooted:
-        reboot(monkeypatch)
     flip_all(path, raw, random.Random(1).sample(range(len(raw) * 8), 100))
 
 
@@ -206,31 +191,20 @@ def test_no_flipped_bit_goes_unnoticed(path, shape, rebooted, monkeypatch):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("size", [20, 1500])
 @pytest.mark.parametrize("shape", SHAPES)
-@BOOTS
-def test_no_flipped_bit_of_all_goes_unnoticed(path, shape, rebooted, size, monkeypatch):
+def test_no_flipped_bit_of_all_goes_unnoticed(path, shape, rebooted, size):
     raw = write_log(path, some_batches(3, size), base=some_batches(2, size), **shape)
-    if rebooted:
-        reboot(monkeypatch)
     flip_all(path, raw, list(range(0, len(raw) * 8, 1 if size == 20 else 7)))
 
 
 @pytest.mark.parametrize("sync_each", [False, True])
-@BOOTS
 @every(7)
-def test_a_flip_in_the_last_frame_is_refused_and_not_dropped(
-    path, rebooted, sync_each, every, monkeypatch
-):
+def test_a_flip_in_the_last_frame_is_refused_and_not_dropped(path, rebooted, sync_each, every):
     # "Torn if no valid frame follows" dropped the last acknowledged batch here.
     raw = write_log(path, some_batches(2), sync_each=sync_each)
     last = last_batches(raw)
     assert last.end == len(raw), "the log is not sealed"
-    if rebooted:
-        reboot(monkeypatch)
-    for bit in sample(range(last.start * 8, last.end * 8), every):
-        damaged = bytearray(raw)
-        damaged[bit // 8] ^= 1 << bit % 8
-        error = outcome(path, bytes(damaged))
-        assert isinstance(error, CorruptLogError)
+    for _, damaged in flips(raw, sample(range(last.start * 8, last.end * 8), every)):
+        error = refused(path, damaged)
         assert error.offset == last.start
         assert (error.last_good_seq, error.last_good_cursor) == (1, bytes(WatchCursor.from_u64(1)))
 
@@ -251,37 +225,31 @@ def test_a_flip_is_refused_by_the_contracts_open_and_leaves_no_trace(path):
 # Zeros.
 
 
-@BOOTS
 @pytest.mark.parametrize("sync_each", [False, True])
 @pytest.mark.parametrize("size", [20, 1500])
 @every(7)
 def test_a_last_frame_zeroed_from_any_byte_is_torn_after_a_reboot_and_corrupt_before(
-    path, size, rebooted, sync_each, every, monkeypatch
+    path, size, rebooted, sync_each, every
 ):
     raw = write_log(path, some_batches(2, size), sync_each=sync_each)
     states = prefix_states(raw, path)
     last = last_batches(raw)
-    if rebooted:
-        reboot(monkeypatch)
     step = every if size == 20 else 5 * every
     ends = range(last.end - 6, last.end)  # the last four bytes decide
     for start in sample(range(last.start, last.end), step, also=ends):
-        found = outcome(path, raw[:start] + bytes(len(raw) - start))
+        zeroed = raw[:start] + bytes(len(raw) - start)
         if start == last.start or (rebooted and start <= last.end - 4):
-            assert found == states[last.start], start
+            assert opened(path, zeroed) == states[last.start], start
         else:
-            assert isinstance(found, CorruptLogError), start
+            refused(path, zeroed)
 
 
-@BOOTS
 @pytest.mark.parametrize("zeros", [1, 5, 47, 48, 49, 51, 52, 511, 512, 4096, 70_000])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_zeros_behind_a_clean_end_are_cut(path, zeros, rebooted, shape, monkeypatch):
+def test_zeros_behind_a_clean_end_are_cut(path, zeros, rebooted, shape):
     raw = write_log(path, some_batches(2), **shape)
-    whole = outcome(path, raw)
-    if rebooted:
-        reboot(monkeypatch)
-    assert outcome(path, raw + bytes(zeros)) == whole
+    whole = opened(path, raw)
+    assert opened(path, raw + bytes(zeros)) == whole
     assert path.read_bytes() == raw
     assert not list(path.parent.glob("*.torn-*")), "zeros are told, and not kept"
 
@@ -298,10 +266,10 @@ def test_cutting_keeps_all_before_the_damage_and_sets_the_rest_aside(path):
         damaged[frame.start + 50 if frame.end - frame.start > 52 else frame.start + 9] ^= 1
         for file in path.parent.iterdir():
             file.unlink()
-        found = outcome(path, bytes(damaged), on_damage="cut")
         if frame.start < base_end(raw):
-            assert isinstance(found, CorruptLogError)
+            refused(path, bytes(damaged), on_damage="cut")
             continue
+        found = opened(path, bytes(damaged), on_damage="cut")
         assert found == states[frame.start]
         kept = path.with_name(f"{path.name}.torn-{found.seq}-1")
         assert listing(path.parent) == {
@@ -379,12 +347,9 @@ def test_the_watermark_survives_compaction_and_openings(path):
 
 
 def test_another_logs_watermark_says_nothing(path):
-    raw = synced_log(path)
-    other = path.with_name("other.log")
-    other_raw = write_log(other, some_batches(1))
-    path.write_bytes(other_raw)
+    synced_log(path)
+    path.write_bytes(write_log(path.with_name("other.log"), some_batches(1)))
     assert read_state(path).seq == 1
-    assert raw != other_raw
 
 
 @pytest.mark.parametrize("note", [b"", b"\0" * 1024, NOTE_MAGIC, NOTE_MAGIC + b"\xff" * 496])
@@ -401,7 +366,7 @@ def test_a_note_that_a_crash_left_unfinished_is_ignored(path, note):
 def test_an_empty_log_is_its_header_and_the_end_of_its_base(path):
     raw = write_log(path, [])
     assert [frame.header.kind for frame in frames_of(raw)] == [4]
-    assert outcome(path, raw) == State(0, b"", {})
+    assert opened(path, raw) == State(0, b"", {})
     assert path.read_bytes() == raw
 
 
@@ -420,8 +385,7 @@ def test_an_empty_log_is_its_header_and_the_end_of_its_base(path):
 )
 def test_a_file_that_is_no_log_is_refused_and_stays(path, content):
     for policy in ("refuse", "cut"):
-        error = outcome(path, content, on_damage=policy)
-        assert isinstance(error, InvalidFormatError)
+        error = refused(path, content, InvalidFormatError, on_damage=policy)
         assert (error.path, error.offset) == (path, 0)
 
 

@@ -22,13 +22,7 @@ from foldlog import (
     Put,
     WatchCursor,
 )
-from foldlog.protocol.frames import (
-    FILE_HEADER,
-    KIND_BATCHES,
-    KIND_OPEN,
-    build_frame,
-    parse_file_header,
-)
+from foldlog.protocol.frames import KIND_BATCHES, KIND_OPEN
 from foldlog.protocol.updates import batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -79,6 +73,10 @@ class Followed:
     def polls(self, times: int) -> list[Advance | Jump]:
         return [step for _ in range(times) for step in self.poll()]
 
+    def catch_up_with(self, snap: AppendLogSnapshot) -> None:
+        self.poll()
+        assert_same(self.fold, snap)
+
     @property
     def told(self) -> list[int]:
         """The cursors of all batches that were told, one by one."""
@@ -92,6 +90,13 @@ class Followed:
     @property
     def rewinds(self) -> list[str]:
         return [step.rewound for step in self.steps if isinstance(step, Jump) and step.rewound]
+
+
+def following(path: Path, files: Files = OS_FILES) -> Followed:
+    """A tail that has read the log to its end."""
+    followed = Followed(path, files)
+    followed.poll()
+    return followed
 
 
 @pytest.fixture
@@ -245,8 +250,7 @@ def test_half_a_frame_that_stays_is_waited_for_without_end_and_without_reading_t
         torn = path.read_bytes()[: whole + 60]
     path.write_bytes(torn)
     note_path(path).unlink()  # which remembers batch 3
-    followed = Followed(path, files := FaultyFiles())
-    followed.poll()
+    followed = following(path, files := FaultyFiles())
     assert followed.fold.cursor() == cursor(2)
     assert followed.polls(500) == []
     assert files.counts["open_read"] <= 1 + 8, (
@@ -262,8 +266,7 @@ def test_half_a_frame_that_stays_is_waited_for_without_end_and_without_reading_t
 def test_a_whole_frame_that_is_wrong_is_retried_and_becomes_an_error_when_it_stays(path, snap):
     """Scenario 83, and what follows it: the state before the damage is kept, and served."""
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     end = path.stat().st_size
     apply(snap, 2)
     damage(path, end + 80)
@@ -286,8 +289,7 @@ def test_batches_before_a_damaged_frame_are_told_though_it_stands_in_the_way_of_
 ):
     """Found in review: an error of the same poll threw away what had been read before it."""
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     apply(snap, 2, 3)
     end = path.stat().st_size
     apply(snap, 4)
@@ -300,20 +302,10 @@ def test_batches_before_a_damaged_frame_are_told_though_it_stands_in_the_way_of_
 def test_a_frame_whose_body_does_not_decode_is_refused_at_once(path, snap):
     """Its checksums are right, so that no writer is halfway through it."""
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     place = followed.tail._place
     assert place is not None
-    frame, _ = build_frame(
-        place.header.seed,
-        KIND_BATCHES,
-        b"junk",
-        seq=2,
-        synced_seq=0,
-        offset=place.chain.offset,
-        link=place.chain.link,
-        batches=1,
-    )
+    frame, _ = place.chain.next_frame(place.header.seed, KIND_BATCHES, b"junk", 0, 0, batches=1)
     with path.open("ab") as file:
         file.write(frame)
     with pytest.raises(CorruptLogError):
@@ -324,8 +316,7 @@ def test_a_frame_whose_body_does_not_decode_is_refused_at_once(path, snap):
 
 def test_much_to_catch_up_with_is_taken_in_steps_of_bounded_size(path, snap, monkeypatch):
     monkeypatch.setattr(tail_module, "STEP_BYTES", 10_000)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     for number in range(1, 201):
         snap.apply([Put("k", b"x" * 500)], cursor(number))
     assert isinstance(followed.tail.poll(), Advance)
@@ -357,8 +348,7 @@ def test_batches_that_are_not_kept_lead_to_the_same_state_and_can_be_read_again(
 
 
 def test_batches_that_cannot_be_read_again_are_an_error(path, snap):
-    followed = Followed(path)
-    followed.tail.poll()
+    followed = following(path)
     start = path.stat().st_size
     followed.tail.keeps_batches = False
     apply(snap, 1, 2)
@@ -377,8 +367,7 @@ def test_batches_that_cannot_be_read_again_are_an_error(path, snap):
 
 def test_a_compaction_between_two_polls_loses_and_repeats_nothing(path, snap):
     """Scenario 84."""
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     apply(snap, 1, 2)
     followed.poll()
     snap.compact()
@@ -387,24 +376,21 @@ def test_a_compaction_between_two_polls_loses_and_repeats_nothing(path, snap):
         "the same state, from the new file"
     )
     apply(snap, 3)
-    followed.poll()
+    followed.catch_up_with(snap)
     assert followed.told == [1, 2, 3]
     assert not followed.rewinds
-    assert_same(followed.fold, snap)
 
 
 def test_batches_written_to_the_old_file_just_before_the_rename_are_read_there(path, snap):
     """The old file is read to its end, though it has no name any more; only then is the new one."""
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     apply(snap, 2, 3)
     snap.compact()
     apply(snap, 4)
-    followed.poll()
+    followed.catch_up_with(snap)
     assert followed.told == [2, 3, 4]
     assert not followed.rewinds
-    assert_same(followed.fold, snap)
 
 
 def test_what_is_appended_between_reading_and_the_rename_is_read_in_the_old_file(path, snap):
@@ -420,8 +406,7 @@ def test_what_is_appended_between_reading_and_the_rename_is_read_in_the_old_file
             return super().stat(name)
 
     done = [True]
-    followed = Followed(path, Late())
-    followed.poll()
+    followed = following(path, Late())
     done.clear()
     followed.poll()
     assert followed.told == [2, 3]
@@ -431,8 +416,7 @@ def test_what_is_appended_between_reading_and_the_rename_is_read_in_the_old_file
 def test_frames_carried_over_by_a_compaction_beside_the_writer_join_on(path):
     """The new file has a base that is older than what was read, and the batches behind it again."""
     engine = Engine(path)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
 
     def commit(number: int) -> None:
         engine.commit([encode_batch(batch(number), cursor(number))])
@@ -456,8 +440,7 @@ def test_frames_carried_over_by_a_compaction_beside_the_writer_join_on(path):
 def test_a_follower_behind_several_compactions_takes_the_state_as_it_stands_deletes_too(path, snap):
     """Scenario 85."""
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     snap.compact()
     snap.apply([Delete("batch/1")], cursor(2))
     snap.compact()
@@ -474,8 +457,7 @@ def test_a_follower_behind_several_compactions_takes_the_state_as_it_stands_dele
 def test_a_new_file_with_too_many_batches_to_tell_is_a_jump(path, snap, monkeypatch):
     monkeypatch.setattr(tail_module, "NEWS_BYTES", 500)
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     snap.compact()
     apply(snap, *range(2, 30))
     assert [type(step) for step in followed.poll()] == [Jump]
@@ -507,8 +489,7 @@ def test_a_log_that_does_not_exist_yet_is_waited_for_and_not_made(path):
     assert list(path.parent.iterdir()) == []
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1)
-        followed.poll()
-        assert_same(followed.fold, snap)
+        followed.catch_up_with(snap)
     assert not followed.tail.missing
     elsewhere = Followed(path.parent / "no" / "such" / "folder.log")
     assert elsewhere.polls(3) == []
@@ -531,18 +512,15 @@ def test_a_log_is_followed_without_the_right_to_write_and_nothing_is_made_beside
             return super().__getattribute__(name)
 
     apply(snap, 1)
-    followed = Followed(path, ReadOnly())
-    followed.poll()
+    followed = following(path, ReadOnly())
     apply(snap, 2)
     snap.compact()
-    followed.poll()
-    assert_same(followed.fold, snap)
+    followed.catch_up_with(snap)
 
 
 def test_a_deleted_log_is_missing_and_what_was_read_stays(path, snap):
     apply(snap, 1)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     path.unlink()
     assert followed.polls(3) == []
     assert followed.tail.missing
@@ -553,8 +531,7 @@ def test_a_log_that_was_deleted_and_written_anew_from_memory_goes_on(path):
     """What the writer does about a deleted log: same log id, same state, a new file."""
     with foldlog.open(path) as store:
         store.apply(batch(1), cursor(1))
-        followed = Followed(path)
-        followed.poll()
+        followed = following(path)
         path.unlink()
         store.apply(batch(2), cursor(2))
         followed.poll()
@@ -567,8 +544,7 @@ def test_a_log_that_was_deleted_and_made_anew_is_told_apart_by_its_id_and_not_by
     """Scenario 88: the file system may reuse the inode at once if the old file is not held."""
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1, 2, 3)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     path.unlink()
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1)
@@ -576,16 +552,14 @@ def test_a_log_that_was_deleted_and_made_anew_is_told_apart_by_its_id_and_not_by
         assert followed.rewinds == ["the log was replaced by another"]
         assert_same(followed.fold, snap)
         apply(snap, 2)
-        followed.poll()
-        assert_same(followed.fold, snap)
+        followed.catch_up_with(snap)
 
 
 def test_another_log_written_over_the_file_itself_is_found(path, tmp_path):
     """`cp other.log state.log` keeps the inode, and the size may be the same or larger."""
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1, 2)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     with AppendLogSnapshot.open(tmp_path / "other.log")[1] as other:
         apply(other, *range(100, 140))
         data = (tmp_path / "other.log").read_bytes()
@@ -600,8 +574,7 @@ def test_a_log_that_was_cut_is_a_rewind(path, snap):
     apply(snap, 1, 2)
     size = path.stat().st_size
     apply(snap, 3)
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     os.truncate(path, size)
     followed.poll()
     assert len(followed.rewinds) == 1
@@ -618,8 +591,7 @@ def test_a_log_that_was_cut_and_grew_past_its_old_end_between_two_polls_is_found
         apply(snap, 1, 2)
         before = path.read_bytes()
         apply(snap, 3)
-        followed = Followed(path)
-        followed.poll()
+        followed = following(path)
         assert followed.fold.cursor() == cursor(3)
     path.write_bytes(before)
     note_path(path).unlink()
@@ -630,8 +602,7 @@ def test_a_log_that_was_cut_and_grew_past_its_old_end_between_two_polls_is_found
         assert len(followed.rewinds) == 1
         assert_same(followed.fold, snap)
         apply(snap, 32)
-        followed.poll()
-        assert_same(followed.fold, snap)
+        followed.catch_up_with(snap)
 
 
 def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_chain(path):
@@ -640,34 +611,18 @@ def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_c
         apply(snap, 1)
         before = path.read_bytes()
         apply(snap, 2)
-        followed = Followed(path)
-        followed.poll()
+        followed = following(path)
     path.write_bytes(before)
     note_path(path).unlink()  # which remembers batch 2
-    raw = path.read_bytes()
-    header = parse_file_header(raw[: FILE_HEADER.size])
-    again = Tail(OS_FILES, path)
-    again.poll()
-    place = again._place
+    place = following(path).tail._place
     assert place is not None
     item = encode_batch([Put("batch/9", b"9"), Put("last", b"9")], cursor(9)).item
-    frames = b""
-    chain = place.chain
-    for kind, body, seq, batches in (
-        (KIND_BATCHES, batches_body([item]), 2, 1),
-        (KIND_OPEN, open_body(), 2, 0),
+    frames, chain = b"", place.chain
+    for kind, body, batches in (
+        (KIND_BATCHES, batches_body([item]), 1),
+        (KIND_OPEN, open_body(), 0),
     ):
-        frame, link = build_frame(
-            header.seed,
-            kind,
-            body,
-            seq=seq,
-            synced_seq=chain.synced_seq,
-            offset=chain.offset,
-            link=chain.link,
-            batches=batches,
-        )
-        chain = chain._replace(offset=chain.offset + len(frame), link=link, seq=seq)
+        frame, chain = chain.next_frame(place.header.seed, kind, body, 0, 0, batches)
         frames += frame
     path.write_bytes(before + frames)
     followed.polls(STALLED_POLLS + 1)
@@ -679,8 +634,7 @@ def test_a_batch_that_was_seen_and_then_denied_by_a_heal_is_a_rewind(path):
     """A failed fsync: the frame was followed in the old file; the new one reuses its sequence."""
     engine = Engine(path)
     engine.commit([encode_batch(batch(1), cursor(1))])
-    followed = Followed(path)
-    followed.poll()
+    followed = following(path)
     acknowledged = engine.fold
     engine.commit([encode_batch([Put("denied", b"")], cursor(2))])
     followed.poll()
@@ -717,8 +671,7 @@ def test_a_log_cut_inside_its_base_is_refused_even_between_two_leaves(path):
 
 def test_junk_that_took_the_name_is_refused_and_read_once(path, snap):
     apply(snap, 1)
-    followed = Followed(path, files := FaultyFiles())
-    followed.poll()
+    followed = following(path, files := FaultyFiles())
     shutil.copy(path, path.parent / "aside")
     (path.parent / "junk").write_bytes(b"no log")
     os.replace(path.parent / "junk", path)
@@ -752,8 +705,7 @@ def test_an_error_of_the_disk_loses_nothing(path, snap):
     """Found in review: a step that was taken before the error of the same poll was never told."""
     files = FaultyFiles()
     apply(snap, 1)
-    followed = Followed(path, files)
-    followed.poll()
+    followed = following(path, files)
     files.arm(Fault("open_read", lasting=True))
     apply(snap, 2)
     snap.compact()
@@ -762,6 +714,5 @@ def test_an_error_of_the_disk_loses_nothing(path, snap):
         followed.poll()
     assert followed.fold.cursor() == cursor(2), "the old file was open already, and read to its end"
     files.disarm()
-    followed.poll()
-    assert_same(followed.fold, snap)
+    followed.catch_up_with(snap)
     assert not followed.rewinds

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from faultkit import View, batch, descriptors, fold_of, view
-from logfiles import commit_all, frames_of, write_log
+from logfiles import Frame, commit_all, frames_of, write_log
 
 from foldlog import AppendLogSnapshot, InvalidFormatError, Put, WatchCursor
 from foldlog.protocol.frames import FILE_HEADER, FRAME_HEADER, KIND_BASE_END, KIND_LEAF
@@ -20,6 +20,7 @@ from foldlog.testing import Fault, FaultyFiles, sampled_flips, splices
 pytestmark = pytest.mark.exhaustive
 
 COUNT = 12
+WHOLE = fold_of(list(range(1, COUNT + 1)))
 
 
 @pytest.fixture
@@ -28,6 +29,11 @@ def raw(path: Path) -> bytes:
     return write_log(
         path, [batch(n) for n in range(5, COUNT + 1)], base=[batch(n) for n in range(1, 5)]
     )
+
+
+def batches_in(raw: bytes) -> list[Frame]:
+    """The frames of batches 5 to COUNT."""
+    return [frame for frame in frames_of(raw) if frame.header.batches]
 
 
 def state_of(path: Path) -> tuple[View, WatchCursor]:
@@ -68,7 +74,7 @@ def replayed_from(path: Path) -> View:
 
 def test_a_sound_log_is_salvaged_whole(path, raw):
     report, found = salvaged(path, raw)
-    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert found == WHOLE
     assert (report.losses, report.seq, report.batches, report.cursor.as_u64()) == (
         (),
         COUNT,
@@ -79,9 +85,7 @@ def test_a_sound_log_is_salvaged_whole(path, raw):
 
 @pytest.mark.parametrize("lost", range(5, COUNT + 1))
 def test_a_batch_that_is_damaged_is_lost_alone_and_named(path, raw, lost):
-    frame = next(
-        frame for frame in frames_of(raw) if frame.header.batches and frame.header.seq == lost
-    )
+    frame = batches_in(raw)[lost - 5]
     for at in (frame.start + 20, frame.start + 70):
         report, found = salvaged(path, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         assert found == fold_of([number for number in range(1, COUNT + 1) if number != lost])
@@ -93,11 +97,10 @@ def test_a_batch_that_is_damaged_is_lost_alone_and_named(path, raw, lost):
         assert loss.before_cursor == (None if lost == COUNT else WatchCursor.from_u64(lost + 1))
         assert report.cursor == WatchCursor.from_u64(lost - 1)
         assert report.last_cursor == WatchCursor.from_u64(COUNT if lost < COUNT else COUNT - 1)
-        assert replayed_from(report.output) == fold_of(list(range(1, COUNT + 1)))
+        assert replayed_from(report.output) == WHOLE
 
 
 def test_wherever_a_sector_is_lost_a_replay_from_the_cursor_makes_it_whole(path, raw):
-    whole = fold_of(list(range(1, COUNT + 1)))
     told = 0
     for at in range(0, len(raw), 211):
         hole = b"\xee" * min(300, len(raw) - at)
@@ -111,7 +114,7 @@ def test_wherever_a_sector_is_lost_a_replay_from_the_cursor_makes_it_whole(path,
             for n in range(loss.first_seq, (loss.last_seq or COUNT) + 1)
         }
         assert report.batches == len(kept)
-        assert replayed_from(report.output) == whole, f"hole at byte {at}"
+        assert replayed_from(report.output) == WHOLE, f"hole at byte {at}"
     assert told >= len(raw) // 211
 
 
@@ -130,17 +133,21 @@ def test_a_file_header_that_is_gone_loses_nothing(path, raw):
         raw[:30] + b"\x00\x01" + raw[32 : FILE_HEADER.size],
     ):
         report, found = salvaged(path, header + raw[FILE_HEADER.size :])
-        assert found == fold_of(list(range(1, COUNT + 1)))
+        assert found == WHOLE
         assert (report.cursor.as_u64(), report.seq) == (COUNT, COUNT)
         assert "no data lost" in report.losses[0].reason
 
 
-def test_of_a_damaged_leaf_only_the_damaged_value_is_lost(path):
+def compacted(path: Path, puts: list[Put]) -> bytes:
     engine = Engine(path)
-    commit_all(engine, [[Put(f"k{n:03}", b"value %03d" % n) for n in range(400)]])
+    commit_all(engine, [puts])
     engine.compact()
     engine.close()
-    raw = path.read_bytes()
+    return path.read_bytes()
+
+
+def test_of_a_damaged_leaf_only_the_damaged_value_is_lost(path):
+    raw = compacted(path, [Put(f"k{n:03}", b"value %03d" % n) for n in range(400)])
     at = raw.index(b"value 217")
     report, found = salvaged(path, raw[:at] + b"X" + raw[at + 1 :])
     assert set(found) == {f"k{n:03}" for n in range(400)} - {"k217"}
@@ -151,11 +158,7 @@ def test_of_a_damaged_leaf_only_the_damaged_value_is_lost(path):
 
 
 def test_a_leaf_whose_index_is_damaged_is_counted(path):
-    engine = Engine(path)
-    commit_all(engine, [[Put(f"k{n:04}", b"v" * 20) for n in range(2000)]])
-    engine.compact()
-    engine.close()
-    raw = path.read_bytes()
+    raw = compacted(path, [Put(f"k{n:04}", b"v" * 20) for n in range(2000)])
     leaves = [frame for frame in frames_of(raw) if frame.header.kind == KIND_LEAF]
     at = leaves[2].start + FRAME_HEADER.size + 30
     report, found = salvaged(path, raw[:at] + b"\x00" + raw[at + 1 :])
@@ -165,23 +168,23 @@ def test_a_leaf_whose_index_is_damaged_is_counted(path):
 
 
 def test_frames_that_change_places_are_put_in_order(path, raw):
-    frames = [frame for frame in frames_of(raw) if frame.header.batches]
+    frames = batches_in(raw)
     first, second = frames[2], frames[3]
     swapped = raw[: first.start] + second.raw + first.raw + raw[second.end :]
     report, found = salvaged(path, swapped)
-    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert found == WHOLE
     assert (report.batches, report.cursor.as_u64()) == (COUNT - 4, COUNT)
 
 
 def test_a_frame_that_is_there_twice_is_folded_once(path, raw):
-    frame = [frame for frame in frames_of(raw) if frame.header.batches][2]
+    frame = batches_in(raw)[2]
     report, found = salvaged(path, raw + frame.raw)
-    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert found == WHOLE
     assert report.batches == COUNT - 4
 
 
 def test_a_frame_that_is_missing_is_told(path, raw):
-    frame = [frame for frame in frames_of(raw) if frame.header.batches][2]
+    frame = batches_in(raw)[2]
     report, found = salvaged(path, raw[: frame.start] + raw[frame.end :])
     assert found == fold_of(
         [number for number in range(1, COUNT + 1) if number != frame.header.seq]
@@ -198,13 +201,13 @@ def test_a_frame_that_is_missing_is_told(path, raw):
 def test_without_the_end_of_the_base_its_entries_are_kept_and_the_cursor_is_not_trusted(path, raw):
     end = next(frame for frame in frames_of(raw) if frame.header.kind == KIND_BASE_END)
     report, found = salvaged(path, raw[: end.start] + bytes(end.end - end.start) + raw[end.end :])
-    assert found == fold_of(list(range(1, COUNT + 1)))
+    assert found == WHOLE
     assert report.cursor.is_none
     assert replayed_from(report.output) == found
 
 
 def test_the_cursor_of_the_last_batch_can_be_asked_for(path, raw):
-    frame = [frame for frame in frames_of(raw) if frame.header.batches][2]
+    frame = batches_in(raw)[2]
     path.write_bytes(raw[: frame.start + 60] + b"\0\0\0" + raw[frame.start + 63 :])
     report = salvage_log(path, path.with_name("saved.log"), cursor="last")
     assert report.cursor == report.last_cursor == WatchCursor.from_u64(COUNT)

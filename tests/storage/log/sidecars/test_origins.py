@@ -30,6 +30,21 @@ def fed(path, *origins, format=None):
     return engine
 
 
+def read(path, **options):
+    """The log's origin and cursor."""
+    engine = Engine(path, **options)
+    try:
+        return engine.fold.origin, engine.fold.cursor()
+    finally:
+        engine.close()
+
+
+def export(path):
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.export_to(path.parent / "artifact")
+    return path.parent / "artifact"
+
+
 @pytest.mark.parametrize("format", ["foldlog", "slipstream-v2"])
 def test_the_origin_survives_reopening_and_compaction(path, format):
     engine = fed(path, ORIGIN, format=format)
@@ -50,9 +65,7 @@ def test_the_origin_survives_reopening_and_compaction(path, format):
 @pytest.mark.parametrize("format", ["foldlog", "slipstream-v2"])
 def test_a_cursor_of_nobody_has_no_origin(path, format):
     fed(path, ORIGIN, b"", format=format).close()
-    engine = Engine(path)
-    assert (engine.fold.origin, engine.fold.cursor()) == (b"", at(2))
-    engine.close()
+    assert read(path) == (b"", at(2))
 
 
 def test_batches_carried_over_by_a_compaction_keep_their_origin(path):
@@ -62,9 +75,7 @@ def test_batches_carried_over_by_a_compaction_keep_their_origin(path):
     rewrite.write()
     assert engine.finish_compaction(rewrite).origin == OTHER
     engine.close()
-    engine = Engine(path)
-    assert engine.fold.origin == OTHER
-    engine.close()
+    assert read(path) == (OTHER, at(2))
 
 
 def test_local_writes_leave_the_origin_beside_the_cursor(path):
@@ -80,13 +91,9 @@ def test_local_writes_leave_the_origin_beside_the_cursor(path):
 
 
 def test_an_artifact_has_the_origin_of_its_cursor(path):
-    engine = fed(path, ORIGIN)
-    engine.close()
-    _, snap = AppendLogSnapshot.open(path)
-    with snap:
-        snap.export_to(path.parent / "artifact")
-    _, copy = AppendLogSnapshot.import_artifact(path.parent / "artifact", path.parent / "copy.log")
-    with copy:
+    fed(path, ORIGIN).close()
+    artifact = export(path)
+    with AppendLogSnapshot.import_artifact(artifact, path.parent / "copy.log")[1] as copy:
         assert copy.snapshot().origin == ORIGIN
         assert copy.verify().ok
 
@@ -125,27 +132,19 @@ def test_a_crash_between_a_batch_and_its_note_leaves_a_name_without_an_incarnati
         engine.commit([encode_batch([Put("k", b"")], at(9), OTHER)])
     engine.log.abandon()
     monkeypatch.undo()
-    engine = Engine(path)
-    assert engine.fold.origin == ORIGIN[:NAME_BYTES]
-    engine.close()
+    assert read(path) == (ORIGIN[:NAME_BYTES], at(1))
     assert not SLIPSTREAM.keeps_origin
 
 
 @pytest.mark.parametrize("create", ["open", "import"])
 def test_a_log_that_takes_the_name_of_a_deleted_one_does_not_take_its_origin(path, create):
-    artifact = path.parent / "artifact"
-    other = fed(path.parent / "other.log", OTHER, format="slipstream-v2")
-    other.close()
-    _, snap = AppendLogSnapshot.open(path.parent / "other.log")
-    with snap:
-        snap.export_to(artifact)
+    fed(path.parent / "other.log", OTHER, format="slipstream-v2").close()
+    artifact = export(path.parent / "other.log")
     fed(path, ORIGIN, format="slipstream-v2").close()
     path.unlink()
     if create == "import":
         AppendLogSnapshot.import_artifact(artifact, path, format="slipstream-v2")[1].close()
-    engine = Engine(path, format="slipstream-v2")
-    assert engine.fold.origin == b""
-    engine.close()
+    assert read(path, format="slipstream-v2")[0] == b""
 
 
 def crash(*_: object) -> None:
