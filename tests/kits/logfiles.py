@@ -108,6 +108,15 @@ def tear(path: Path) -> None:
         file.truncate(path.stat().st_size - 1)
 
 
+def damage(path: Path, offset: int) -> None:
+    """Flip a bit of a byte of the file in place; a second time, repair it."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes((byte[0] ^ 0x40,)))
+
+
 def companions(path: Path) -> set[str]:
     """The names of what an open log has beside it."""
     return {lock_path(path).name, note_path(path).name}

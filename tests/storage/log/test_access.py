@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -377,8 +378,6 @@ def test_a_side_mode_lets_nobody_in_whom_the_source_keeps_out(mode):
 
 
 def test_the_error_says_path_and_reason_and_pickles(path):
-    import pickle
-
     error = pickle.loads(pickle.dumps(LogAccessError(path, "because")))
     assert (error.path, error.reason) == (path, "because")
     assert json.dumps(str(error)).count("because") == 1

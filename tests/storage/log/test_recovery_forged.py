@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logfiles import (
     State,
+    damage,
     forge,
     forge_log,
     frames_of,
@@ -43,6 +44,7 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.leaf import encode_leaf
+from foldlog.storage.log import recovery
 
 pytestmark = pytest.mark.exhaustive
 
@@ -390,14 +392,11 @@ def test_a_leaf_that_verifies_and_lies_within_is_refused_when_it_is_read(path, l
 def test_damage_to_a_leaf_while_the_log_is_open_is_never_read_as_a_value(path):
     raw = write_log(path, [], base=[[Put(f"k{n:03}", b"value %d" % n) for n in range(300)]])
     leaf = frames_of(raw)[0]
-    for at in range(
-        leaf.start + 48, leaf.end - 4, 53
-    ):  # a frame's header and trailer are read at opening, once
+    # A frame's header and trailer are read at opening, once.
+    for at in range(leaf.start + 48, leaf.end - 4, 53):
         path.write_bytes(raw)
         engine = Engine(path)
-        with open(path, "r+b") as file:
-            file.seek(at)
-            file.write(bytes([raw[at] ^ 16]))
+        damage(path, at)
         for key in ("k000", "k001", "k120"):
             with contextlib.suppress(CorruptLogError):
                 assert engine.fold.get(key).value == b"value %d" % int(key[1:])
@@ -408,8 +407,6 @@ def test_damage_to_a_leaf_while_the_log_is_open_is_never_read_as_a_value(path):
 
 
 def test_a_file_crafted_of_magic_numbers_is_refused_in_bounded_work(path, monkeypatch):
-    import foldlog.storage.log.recovery as recovery
-
     raw = write_log(path, some_batches(2))
     tried = 0
     real = recovery.parse_frame_header

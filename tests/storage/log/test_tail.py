@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from interrupts import At, Struck, points, strike
+from logfiles import damage
 
 import foldlog
 from foldlog import (
@@ -114,14 +115,6 @@ def apply(snap: AppendLogSnapshot, *numbers: int) -> None:
 def assert_same(fold: FoldSnapshot, snap: AppendLogSnapshot) -> None:
     assert fold.range() == snap.range("")
     assert (fold.cursor(), fold.seq) == (snap.cursor(), snap.snapshot().seq)
-
-
-def damage(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes((byte[0] ^ 0x40,)))
 
 
 class ReadAfterEachWrite(Files):

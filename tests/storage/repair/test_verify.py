@@ -6,11 +6,14 @@ import random
 import threading
 from pathlib import Path
 
+import msgpack
 import pytest
+from blake3 import blake3
 from faultkit import batch, rebooted
 from logfiles import (
     State,
     commit_all,
+    damage,
     forge,
     forge_log,
     frames_of,
@@ -34,7 +37,7 @@ from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.leaf import encode_leaf
 from foldlog.storage.formats.foldlog.codec import open_body
 from foldlog.storage.formats.format import VerifyReport
-from foldlog.storage.repair.verify import verify_log
+from foldlog.storage.repair.verify import verify_live, verify_log
 from foldlog.testing import sampled_flips, truncations
 
 
@@ -124,9 +127,6 @@ def leaf_of(*entries: tuple[str, bytes]) -> bytes:
 
 
 def base_end(bodies: list[bytes], count: int, **lies: object) -> tuple[int, bytes]:
-    import msgpack
-    from blake3 import blake3
-
     digest = blake3(b"".join(bodies)).digest()
     fields = {"cursor": b"", "leaves": len(bodies), "entries": count, "digest": digest} | lies
     return KIND_BASE_END, msgpack.packb(fields)
@@ -246,25 +246,17 @@ def test_damage_under_an_open_store_is_told(path: Path):
             store.apply(batch(number), WatchCursor.from_u64(number))
         good = store.verify()
         target = random.Random(3).randrange(200, good.size)
-        with open(path, "r+b") as file:
-            file.seek(target)
-            byte = file.read(1)[0]
-            file.seek(target)
-            file.write(bytes([byte ^ 8]))
+        damage(path, target)
         report = store.verify()
         assert report.problems
         assert report.problems[0].offset <= target
-        with open(path, "r+b") as file:
-            file.seek(target)
-            file.write(bytes([byte]))
+        damage(path, target)
         assert store.verify() == good
 
 
 def test_an_engine_whose_log_lost_a_published_batch_is_told(path):
     engine = Engine(path)
     commit_all(engine, some_batches(2))
-    from foldlog.storage.repair.verify import verify_live
-
     assert verify_live(engine.log, engine.fold.seq).ok
     assert "batch 9 was published" in verify_live(engine.log, 9).problems[0].reason
     engine.log.abandon()

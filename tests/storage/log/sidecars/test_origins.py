@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgpack
 import pytest
 
 import foldlog
@@ -107,8 +108,6 @@ def test_a_reader_from_before_origins_refuses_the_frame_as_a_newer_one(path, mon
 
 @pytest.mark.parametrize("bad", [b"", b"o" * 33, "text", None, 7])
 def test_an_origin_that_is_none_is_not_read(bad):
-    import msgpack
-
     item = msgpack.packb([b"", [], [], [], bad])
     with pytest.raises(ValueError, match="origin"):
         decode_batches(batches_body([item]), 1)
