@@ -269,10 +269,10 @@ def stage_payload(
         manifest = _read_manifest(files, root, root_fd)
         kind = _identify(root, manifest)
         directory, name = kind.payload_path.split("/")
-        _check_listing(files, root, root_fd, {MANIFEST_NAME, directory})
+        check_listing(files, root, root_fd, {MANIFEST_NAME, directory})
         data_fd = _open_dir(files, root / directory, Path(directory), root_fd)
         try:
-            _check_listing(files, root / directory, data_fd, {name})
+            check_listing(files, root / directory, data_fd, {name})
             source = _open_file(files, root / kind.payload_path, name, data_fd)
             try:
                 _copy_verified(
@@ -383,7 +383,8 @@ def _open_file(files: Files, path: Path, name: str, dir_fd: int) -> int:
     return fd
 
 
-def _check_listing(files: Files, path: Path, fd: int, expected: set[str]) -> None:
+def check_listing(files: Files, path: Path, fd: int, expected: set[str]) -> None:
+    """ArtifactInvalidError if the open directory holds anything but what is expected."""
     for name in files.list_dir(fd):
         if name not in expected:
             raise ArtifactInvalidError(path / name, "is not declared in the manifest")

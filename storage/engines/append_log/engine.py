@@ -265,7 +265,8 @@ class LogEngine(LogPast):
         if todo is Next.CARRY:
             job.begin_carry()
         elif todo is Next.AGAIN:
-            self._rewrite_again(job)
+            job.begin_again(self.fold)
+            self._since = self._nothing_new()
         return todo is not Next.FINISH
 
     def allowed_bytes(self, job: Rewrite, threshold_bytes: int) -> float:
@@ -293,11 +294,6 @@ class LogEngine(LogPast):
         rewrite = Rewrite(self.log, self.fold)
         self._since = self._nothing_new()
         return rewrite
-
-    def _rewrite_again(self, rewrite: Rewrite) -> None:
-        """Let the next pass of the rewrite write the current fold."""
-        rewrite.begin_again(self.fold)
-        self._since = self._nothing_new()
 
     def _nothing_new(self) -> FoldSnapshot:
         fold = self.fold

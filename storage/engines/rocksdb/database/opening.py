@@ -188,15 +188,11 @@ def look_at(path: Path, *, create: bool) -> bool:
 
 
 def _what_file(path: Path) -> str:
-    try:
+    first = b""
+    with contextlib.suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        first = b""
-    else:
         try:
             first = os.read(fd, len(FILE_MAGIC))
-        except OSError:
-            first = b""
         finally:
             os.close(fd)
     if first.startswith(MAGICS):

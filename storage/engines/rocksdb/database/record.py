@@ -76,6 +76,10 @@ class State(NamedTuple):
         return body + _CRC.pack(crc32c(body))
 
 
+NO_STATE = State(b"", 0, WatchCursor.none())
+"""That of an empty database."""
+
+
 def parse_state(raw: bytes) -> State:
     """The state that `pack` encoded. NewerGeneration, or ValueError if it is not valid."""
     if len(raw) < _HEAD.size + 2 + _CRC.size:

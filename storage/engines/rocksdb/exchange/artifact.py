@@ -30,6 +30,7 @@ from foldlog.storage.artifacts.artifact import (
     MANIFEST_NAME,
     ArtifactFile,
     ExportManifest,
+    check_listing,
     import_destination,
     read_manifest,
 )
@@ -159,25 +160,19 @@ def _copy_payload(
         raise ArtifactInvalidError(root, "is not a directory (links are not followed)") from None
     done = 0
     with closing_fd(OS_FILES, root_fd):
-        _refuse_undeclared(root, root_fd, {MANIFEST_NAME, DATA})
+        check_listing(OS_FILES, root, root_fd, {MANIFEST_NAME, DATA})
         try:
             data_fd = OS_FILES.open_dir(DATA, root_fd)
         except OSError as error:
             raise ArtifactInvalidError(root / DATA, f"is no directory: {error.strerror}") from None
         with closing_fd(OS_FILES, data_fd):
             names = {file.path.removeprefix(f"{DATA}/") for file in manifest.files}
-            _refuse_undeclared(root / DATA, data_fd, names)
+            check_listing(OS_FILES, root / DATA, data_fd, names)
             for file in manifest.files:
                 _copy_file(root, data_fd, staged, file)
                 done += file.size
                 if progress is not None:
                     progress(done, total)
-
-
-def _refuse_undeclared(path: Path, fd: int, expected: set[str]) -> None:
-    for name in OS_FILES.list_dir(fd):
-        if name not in expected:
-            raise ArtifactInvalidError(path / name, "is not declared in the manifest")
 
 
 def _copy_file(root: Path, data_fd: int, staged: Path, declared: ArtifactFile) -> None:

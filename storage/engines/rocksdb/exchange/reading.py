@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from foldlog.protocol.store import StrPath
-from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.engines.rocksdb.database.opening import binding, reading
-from foldlog.storage.engines.rocksdb.database.record import State
+from foldlog.storage.engines.rocksdb.database.record import NO_STATE
 from foldlog.storage.engines.rocksdb.database.state import state_of
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 from foldlog.storage.engines.rocksdb.fold.source import Source
@@ -26,7 +25,7 @@ def stored_fold(path: StrPath) -> Iterator[RocksDbFold]:
     """
     real = resolve(path)
     with reading(real) as db:
-        state = state_of(db, real) or State(b"", 0, WatchCursor.none())
+        state = state_of(db, real) or NO_STATE
         source = Source(db, real, binding().ReadOptions)
         fold = RocksDbFold(source, db.snapshot(), Trail(), state.seq, state.cursor, state.origin)
         try:

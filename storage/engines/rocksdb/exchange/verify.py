@@ -20,6 +20,7 @@ from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, transla
 from foldlog.storage.engines.rocksdb.database.opening import binding, property_of, reading
 from foldlog.storage.engines.rocksdb.database.record import (
     ENTRIES_END,
+    NO_STATE,
     STATE_KEY,
     State,
     decode_entry,
@@ -33,7 +34,6 @@ from foldlog.storage.log.files import resolve
 if TYPE_CHECKING:
     from rocksdict import Rdict, ReadOptions
 
-NO_CURSOR = WatchCursor.none()
 _REPORTED_EACH = 4096
 _MOST_PROBLEMS = 1000
 
@@ -95,7 +95,7 @@ def describe(path: StrPath) -> RocksDbFacts:
     """
     real = resolve(path)
     with reading(real) as db:
-        state = state_of(db, real) or State(b"", 0, NO_CURSOR)
+        state = state_of(db, real) or NO_STATE
         return RocksDbFacts(
             real,
             directory_bytes(real),
@@ -144,7 +144,7 @@ def verify_open(db: Rdict, path: Path, progress: Progress | None = None) -> Rock
         state = _state_alone(db, problems)
     if state is None and (entries or problems):
         problems.append("the record of the state is missing")
-    state = state or State(b"", 0, NO_CURSOR)
+    state = state or NO_STATE
     return RocksDbReport(
         path, directory_bytes(path), len(tables), entries, state.seq, state.cursor, tuple(problems)
     )
@@ -161,7 +161,7 @@ def _checked_state(raw: bytes, problems: list[str]) -> State | None:
         return parse_state(raw)
     except ValueError as error:
         problems.append(str(error))
-        return State(b"", 0, NO_CURSOR)
+        return NO_STATE
 
 
 def _state_alone(db: Rdict, problems: list[str]) -> State | None:
@@ -171,7 +171,7 @@ def _state_alone(db: Rdict, problems: list[str]) -> State | None:
         if not is_rocksdbs(error):
             raise
         problems.append(str(error))
-        return State(b"", 0, NO_CURSOR)
+        return NO_STATE
     return None if raw is None else _checked_state(raw, problems)
 
 
