@@ -69,12 +69,20 @@ def write_manifest(artifact: Path, fields: object) -> None:
     (artifact / "MANIFEST.json").write_text(json.dumps(fields))
 
 
+def set_fields(artifact: Path, **fields: object) -> None:
+    write_manifest(artifact, manifest_of(artifact) | fields)
+
+
+def set_file(artifact: Path, **fields: object) -> None:
+    """Change what the manifest says of its only file."""
+    set_fields(artifact, files=[manifest_of(artifact)["files"][0] | fields])
+
+
 def put_payload(artifact: Path, raw: bytes, **fields: object) -> None:
     """Exchange the payload, with the size and digest that it has."""
     (artifact / "data" / "fold.log").write_bytes(raw)
-    manifest = manifest_of(artifact) | fields
-    manifest["files"][0] |= {"size": len(raw), "blake3": blake3(raw).hexdigest()}
-    write_manifest(artifact, manifest)
+    set_fields(artifact, **fields)
+    set_file(artifact, size=len(raw), blake3=blake3(raw).hexdigest())
 
 
 def test_a_manifest_says_exactly_what_was_exported(artifact):
@@ -114,39 +122,37 @@ def test_a_field_that_is_missing_is_named(artifact, dest, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_field_of_another_value_is_refused(artifact, dest, name, value):
     if (name, value) == ("created_at_unix", -1) or value != manifest_of(artifact)[name]:
-        write_manifest(artifact, manifest_of(artifact) | {name: value})
+        set_fields(artifact, **{name: value})
         error = refused(artifact, dest)
         assert error.path.name in ("MANIFEST.json", "fold.log")
         assert name in error.reason
 
 
 @pytest.mark.parametrize(
-    "value", ["0", "zz", "0G", "ABCD", "00" * 11, "0x00", " 00", "00 ", "٠٠", "00\n"]
-)
-def test_a_cursor_that_is_no_lower_case_hex_of_a_token_is_refused(artifact, dest, value):
-    write_manifest(artifact, manifest_of(artifact) | {"cursor_hex": value})
-    refused(artifact, dest, "cursor_hex")
-
-
-@pytest.mark.parametrize("value", ["", "0000000000000008", "09", "000000000000000900"])
-def test_a_cursor_that_is_not_the_payloads_is_refused(artifact, dest, value):
-    write_manifest(artifact, manifest_of(artifact) | {"cursor_hex": value})
-    refused(artifact, dest, "cursor_hex is .* the payload is at '0000000000000009'")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "values", "words"),
     [
-        ("backend", "append-log"),
-        ("backend", "Foldlog"),
-        ("backend_version", "2"),
-        ("backend_version", "01"),
-        ("schema_version", 2),
+        (
+            "cursor_hex",
+            ["0", "zz", "0G", "ABCD", "00" * 11, "0x00", " 00", "00 ", "٠٠", "00\n"],
+            "cursor_hex is not the lower-case hex of a token",
+        ),
+        (
+            "cursor_hex",
+            ["", "0000000000000008", "09", "000000000000000900"],
+            "cursor_hex is .* the payload is at '0000000000000009'",
+        ),
+        ("backend", ["append-log", "Foldlog"], "backend"),
+        ("backend_version", ["2", "01"], "backend_version"),
+        ("schema_version", [2], "schema_version"),
     ],
+    ids=["no token", "another cursor", "backend", "backend version", "schema version"],
 )
-def test_an_artifact_of_another_kind_is_refused(artifact, dest, name, value):
-    write_manifest(artifact, manifest_of(artifact) | {name: value})
-    refused(artifact, dest, name)
+def test_a_cursor_or_a_kind_that_is_not_the_payloads_is_refused(
+    artifact, dest, name, values, words
+):
+    for value in values:
+        set_fields(artifact, **{name: value})
+        refused(artifact, dest, words)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +191,7 @@ def test_an_artifact_of_another_kind_is_refused(artifact, dest, name, value):
     ids=ascii,
 )
 def test_a_path_that_leads_elsewhere_is_refused(artifact, dest, value):
-    manifest = manifest_of(artifact)
-    manifest["files"][0]["path"] = value
-    write_manifest(artifact, manifest)
+    set_file(artifact, path=value)
     assert "files" in refused(artifact, dest).reason
 
 
@@ -195,41 +199,31 @@ def test_a_path_that_leads_elsewhere_is_refused(artifact, dest, value):
     "value", [-1, 0, 1, True, 1.0, 1e3, None, "1", 2**63, 2**64, 10**40], ids=repr
 )
 def test_a_size_that_lies_is_refused(artifact, dest, value):
-    manifest = manifest_of(artifact)
-    manifest["files"][0]["size"] = value
-    write_manifest(artifact, manifest)
+    set_file(artifact, size=value)
     refused(artifact, dest, "size|bytes")
 
 
 def test_a_size_off_by_one_is_refused(artifact, dest):
-    for delta in (-1, 1):
-        manifest = manifest_of(artifact)
-        manifest["files"][0]["size"] += delta
-        write_manifest(artifact, manifest)
+    size = manifest_of(artifact)["files"][0]["size"]
+    for wrong in (size - 1, size + 1):
+        set_file(artifact, size=wrong)
         refused(artifact, dest, "declared")
-        manifest["files"][0]["size"] -= delta
-        write_manifest(artifact, manifest)
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["wrong", "upper case", "short", "long", "of nothing", "other algorithm", "None", "spaced"],
-)
-def test_a_digest_that_is_not_the_payloads_is_refused(artifact, dest, change):
-    manifest = manifest_of(artifact)
-    digest = manifest["files"][0]["blake3"]
-    manifest["files"][0]["blake3"] = {
-        "wrong": digest[:-1] + ("0" if digest[-1] != "0" else "1"),
-        "upper case": digest.upper() if digest.upper() != digest else "A" * 64,
-        "short": digest[:-1],
-        "long": digest + "0",
-        "of nothing": blake3(b"").hexdigest(),
-        "other algorithm": "sha256:" + digest,
-        "None": None,
-        "spaced": " " + digest[1:],
-    }[change]
-    write_manifest(artifact, manifest)
-    refused(artifact, dest, "blake3|BLAKE3")
+def test_a_digest_that_is_not_the_payloads_is_refused(artifact, dest):
+    digest = manifest_of(artifact)["files"][0]["blake3"]
+    for wrong in (
+        digest[:-1] + ("0" if digest[-1] != "0" else "1"),
+        digest.upper() if digest.upper() != digest else "A" * 64,
+        digest[:-1],
+        digest + "0",
+        blake3(b"").hexdigest(),
+        "sha256:" + digest,
+        None,
+        " " + digest[1:],
+    ):
+        set_file(artifact, blake3=wrong)
+        refused(artifact, dest, "blake3|BLAKE3")
 
 
 def test_no_files_or_too_many_are_refused(artifact, dest):
@@ -241,7 +235,7 @@ def test_no_files_or_too_many_are_refused(artifact, dest):
         [one, one | {"path": "data/FOLD.log"}],
         [one] * 5000,
     ):
-        write_manifest(artifact, manifest_of(artifact) | {"files": files})
+        set_fields(artifact, files=files)
         refused(artifact, dest, "files")
 
 
@@ -251,7 +245,7 @@ def test_no_files_or_too_many_are_refused(artifact, dest):
     ids=repr,
 )
 def test_a_declared_file_that_lacks_a_field_is_refused(artifact, dest, field):
-    write_manifest(artifact, manifest_of(artifact) | {"files": [field]})
+    set_fields(artifact, files=[field])
     refused(artifact, dest, r"files\[0\]")
 
 
@@ -405,11 +399,9 @@ def test_a_file_that_is_not_declared_is_refused(artifact, dest, name):
     (artifact / name).parent.mkdir(exist_ok=True)
     (artifact / name).write_bytes(b"")
     assert "not declared" in refused(artifact, dest).reason
-
-
-def test_an_empty_folder_that_is_not_declared_is_refused(artifact, dest):
-    (artifact / "data" / "sub").mkdir()
-    refused(artifact, dest, "not declared")
+    (artifact / name).unlink()  # a folder that was made for it is left, and is empty
+    if "sub" in name:
+        refused(artifact, dest, "not declared")
 
 
 # The payload.
@@ -479,38 +471,23 @@ def test_a_payload_with_batches_behind_its_base_is_refused(artifact, dest, tmp_p
     refused(artifact, dest, "not compact")
 
 
-@pytest.mark.parametrize(
-    "frames",
-    [
-        [(KIND_LEAF, leaf_of("b", "a")), base_end(1, 2)],
-        [(KIND_LEAF, leaf_of("a", "a")), base_end(1, 2)],
-        [(KIND_LEAF, leaf_of("a", "c")), (KIND_LEAF, leaf_of("b")), base_end(2, 3)],
-        [(KIND_LEAF, leaf_of("a")[:-1] + b"w"), base_end(1, 1)],
-        [(KIND_LEAF, leaf_of("a") + b"x"), base_end(1, 1)],
-        [(KIND_LEAF, encode_leaf(["a"], [b"v"], [b"x" * 11])), base_end(1, 1)],
-        [(KIND_LEAF, encode_leaf(["x" * 65_536], [b"v"], [b""])), base_end(1, 1)],
-        [(KIND_LEAF, leaf_of("a").replace(b"\xffa\xff", b"\xff\xc0\xff")), base_end(1, 1)],
-        [(KIND_LEAF, unseparated(leaf_of("a", "b"))), base_end(1, 2)],
-        [(KIND_LEAF, leaf_of("a")), base_end(1, 1, b"d" * 32)],
-        [(KIND_LEAF, leaf_of("a"))],
-        [base_end(0, 0), (KIND_LEAF, leaf_of("a"))],
-    ],
-    ids=[
-        *(
-            "descending",
-            "twice",
-            "leaves overlap",
-            "value",
-            "rest",
-            "version",
-            "key",
-            "not UTF-8",
-            "separators",
-            "digest",
-        ),
-        *("no end", "behind the end"),
-    ],
-)
+SENSELESS = {
+    "descending": [(KIND_LEAF, leaf_of("b", "a")), base_end(1, 2)],
+    "twice": [(KIND_LEAF, leaf_of("a", "a")), base_end(1, 2)],
+    "overlap": [(KIND_LEAF, leaf_of("a", "c")), (KIND_LEAF, leaf_of("b")), base_end(2, 3)],
+    "value": [(KIND_LEAF, leaf_of("a")[:-1] + b"w"), base_end(1, 1)],
+    "rest": [(KIND_LEAF, leaf_of("a") + b"x"), base_end(1, 1)],
+    "version": [(KIND_LEAF, encode_leaf(["a"], [b"v"], [b"x" * 11])), base_end(1, 1)],
+    "key": [(KIND_LEAF, encode_leaf(["x" * 65_536], [b"v"], [b""])), base_end(1, 1)],
+    "UTF-8": [(KIND_LEAF, leaf_of("a").replace(b"\xffa\xff", b"\xff\xc0\xff")), base_end(1, 1)],
+    "separators": [(KIND_LEAF, unseparated(leaf_of("a", "b"))), base_end(1, 2)],
+    "digest": [(KIND_LEAF, leaf_of("a")), base_end(1, 1, b"d" * 32)],
+    "no end": [(KIND_LEAF, leaf_of("a"))],
+    "after the end": [base_end(0, 0), (KIND_LEAF, leaf_of("a"))],
+}
+
+
+@pytest.mark.parametrize("frames", SENSELESS.values(), ids=SENSELESS)
 def test_a_payload_that_verifies_and_makes_no_sense_is_refused(artifact, dest, frames):
     put_payload(artifact, forged(frames), cursor_hex="")
     refused(artifact, dest)
