@@ -82,13 +82,8 @@ def test_a_fold_has_the_reading_face_of_a_snapshot(engine: RocksDbEngine) -> Non
     assert list(fold.items("a")) == [("a/1", b"1"), ("a/2", b"2")]
     assert [entry.key for entry in fold.entries_after("a/", "a/1")] == ["a/2"]
     assert [[entry.key for entry in block] for block in fold.blocks("", "a/1")] == [["a/2", "b"]]
-    assert ("b" in fold, "c" in fold, 7 in fold, len(fold), bool(fold)) == (
-        True,
-        False,
-        False,
-        3,
-        True,
-    )
+    assert [key in fold for key in ("b", "c", 7)] == [True, False, False]
+    assert (len(fold), bool(fold)) == (3, True)
     assert (fold.seq, fold.cursor()) == (1, cursor(1))
     with pytest.raises(TypeError, match="pickled"):
         pickle.dumps(fold)
@@ -347,15 +342,13 @@ def test_a_difference_leads_from_any_state_to_any_other(
             assert under == [change for change in changes if change.key == "k3"]
 
 
-def test_what_is_staged_on_top_of_a_stage_holds_both(path: Path) -> None:
-    engine = RocksDbEngine(path, cache_bytes=CACHE)
+def test_what_is_staged_on_top_of_a_stage_holds_both(engine: RocksDbEngine) -> None:
     commit(engine, [Put("a", b"0")], 1)
     first = engine.stage([encode_batch([Put("b", b"1")], cursor(2))])
     second = engine.stage([encode_batch([Put("c", b"2")], cursor(3))], first)
     assert (list(second), second.seq, second.cursor()) == (["a", "b", "c"], 3, cursor(3))
     assert second.get("b") is not None
     assert list(engine.snapshot) == ["a"]
-    engine.close()
 
 
 def batches_since(
@@ -387,17 +380,15 @@ def test_batches_since_a_cursor_are_those_that_this_process_wrote(
     engine.close()
 
 
-def test_a_past_with_a_gap_is_not_told(path: Path) -> None:
+def test_a_past_with_a_gap_is_not_told(engine: RocksDbEngine) -> None:
     """An exception between a commit and the note of its batch left a gap: a watch that resumed
     from before it missed that batch."""
-    engine = RocksDbEngine(path, cache_bytes=CACHE)
     commit(engine, [Put("a", b"1")], 1)
     engine._commit([], 1, cursor(2))  # published, and never noted
     assert batches_since(engine, cursor(1)) is None
     commit(engine, [Put("a", b"3")], 3)
     assert batches_since(engine, cursor(1)) is None
     assert [seq for seq, _ in batches_since(engine, cursor(2)) or ()] == [3]
-    engine.close()
 
 
 def test_a_past_that_is_trimmed_while_it_is_read_is_told_whole_or_not_at_all(
@@ -456,12 +447,21 @@ class Interposed:
         return getattr(self._db, name)
 
 
+def fail_a_sync(engine: RocksDbEngine) -> None:
+    def flush_wal(sync: bool) -> None:
+        raise Exception("IO error: While fsync: 000004.log: Input/output error")
+
+    engine._source.db = Interposed(engine._source.db, flush_wal=flush_wal)
+    with pytest.raises(OSError, match="While fsync") as caught:
+        engine.sync()
+    assert caught.value.errno == 5
+
+
 @pytest.mark.parametrize("written", [True, False])
 def test_a_commit_that_an_exception_cut_short_is_settled_by_what_the_database_holds(
-    path: Path, written: bool
+    engine: RocksDbEngine, written: bool
 ) -> None:
     """A KeyboardInterrupt can come between the write and the publishing of what was written."""
-    engine = RocksDbEngine(path, cache_bytes=CACHE)
     commit(engine, [Put("a", b"1")])
     db = engine._source.db
 
@@ -479,7 +479,6 @@ def test_a_commit_that_an_exception_cut_short_is_settled_by_what_the_database_ho
     settled = {"a": b"2", "b": b"2"} if written else {"a": b"1"}
     assert state(fold) == {**settled, "c": b"3"}
     assert fold.seq == (3 if written else 2)
-    engine.close()
 
 
 @pytest.mark.parametrize("sync_each", [True, False])
@@ -515,10 +514,9 @@ def test_what_a_writer_that_died_had_written_is_on_disk_before_it_is_answered(
 
 @pytest.mark.parametrize("error", [MemoryError, TimeoutError, LookupError])
 def test_an_exception_that_only_struck_the_thread_is_passed_on_and_the_store_goes_on(
-    path: Path, error: type[Exception]
+    engine: RocksDbEngine, path: Path, error: type[Exception]
 ) -> None:
     """Want of memory was called damage, and the exception of a handler an error of RocksDB."""
-    engine = RocksDbEngine(path, cache_bytes=CACHE)
     fold = commit(engine, [Put("a", b"1")])
     db, view = engine._source.db, fold.view
 
@@ -546,7 +544,6 @@ def test_an_exception_that_only_struck_the_thread_is_passed_on_and_the_store_goe
     assert engine.failure is None
     assert commit(engine, [Put("a", b"2")], 2).seq == 2
     assert engine.verify().ok
-    engine.close()
 
 
 def test_folds_that_nobody_holds_are_not_kept_and_the_others_are() -> None:
@@ -629,36 +626,16 @@ def test_a_write_that_stalls_for_too_long_is_refused_and_nothing_of_it_is_writte
     engine.close()
 
 
-def test_a_failed_sync_is_final_until_the_database_is_opened_anew(path: Path) -> None:
-    engine = RocksDbEngine(path, cache_bytes=CACHE)
+def test_a_failed_sync_is_final_until_the_database_is_opened_anew(engine: RocksDbEngine) -> None:
     commit(engine, [Put("a", b"1")])
-    db = engine._source.db
-
-    def flush_wal(sync: bool) -> None:
-        raise Exception("IO error: While fsync: 000004.log: Input/output error")
-
-    engine._source.db = Interposed(db, flush_wal=flush_wal)
-    with pytest.raises(OSError, match="While fsync") as caught:
-        engine.sync()
-    assert caught.value.errno == 5
+    fail_a_sync(engine)
     assert engine.failure
-    del db
     with pytest.raises(LogPoisonedError, match="While fsync"):
         commit(engine, [Put("a", b"2")])
     assert state(engine.snapshot) == {"a": b"1"}
     fold = engine.heal()
     assert (engine.failure, state(fold), engine.synced) == (None, {"a": b"1"}, (1, cursor(1)))
     commit(engine, [Put("a", b"2")])
-    engine.close()
-
-
-def fail_a_sync(engine: RocksDbEngine) -> None:
-    def flush_wal(sync: bool) -> None:
-        raise Exception("IO error: While fsync: 000004.log: Input/output error")
-
-    engine._source.db = Interposed(engine._source.db, flush_wal=flush_wal)
-    with pytest.raises(OSError, match="While fsync"):
-        engine.sync()
 
 
 @pytest.mark.parametrize("reopens", [True, False])
@@ -778,16 +755,22 @@ snap.close()
 """
 
 
-def test_a_disk_that_takes_no_more_loses_nothing_and_heals(path: Path) -> None:
+def output_of(script: str, path: Path) -> str:
+    """What a process prints that runs `script` on `path`; it must end well."""
     done = subprocess.run(
-        [sys.executable, "-c", FILE_LIMIT, str(path)],
+        # From 3.12 on, Python warns of every fork of a process with threads.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script, str(path)],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
     )
     assert (done.stderr, done.returncode) == ("", 0)
-    assert done.stdout.splitlines() == [
+    return done.stdout
+
+
+def test_a_disk_that_takes_no_more_loses_nothing_and_heals(path: Path) -> None:
+    assert output_of(FILE_LIMIT, path).splitlines() == [
         "OSError True b'1' 1",
         "LogPoisonedError True b'1' 1",
         "b'1' WatchCursor.from_u64(1) 2",
@@ -858,15 +841,7 @@ def test_a_forked_child_refuses_and_ends(path: Path) -> None:
     """RocksDB's threads are not in the child, and freeing the database waited for them: the child
     never ended.
     """
-    done = subprocess.run(
-        # From 3.12 on, Python warns of every fork of a process with threads.
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED, str(path)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert (done.stdout, done.stderr, done.returncode) == ("3 b'1' b'2'\n", "", 0)
+    assert output_of(FORKED, path) == "3 b'1' b'2'\n"
     assert ForkedStore("x").args == ("x",)
 
 

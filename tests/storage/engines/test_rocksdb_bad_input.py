@@ -4,17 +4,19 @@ changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import rocksdict
+from crc32c import crc32c
 
 from foldlog import (
     AppendLogSnapshot,
@@ -28,6 +30,7 @@ from foldlog import (
     VersionToken,
     WatchCursor,
 )
+from foldlog.protocol.store import FormatName
 from foldlog.storage.engines.rocksdb.database import opening
 from foldlog.storage.engines.rocksdb.database.record import (
     STATE_KEY,
@@ -78,6 +81,11 @@ def unflushed_log(died: Path, path: Path) -> Path:
     return max(path.glob("*.log"), key=lambda file: file.stat().st_size)
 
 
+def raw_database(path: Path, raw_mode: bool = True) -> rocksdict.Rdict:
+    """The database as another program opens it."""
+    return rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=raw_mode))
+
+
 def content(root: Path) -> dict[str, bytes]:
     return {
         str(file.relative_to(root)): file.read_bytes()
@@ -115,19 +123,14 @@ def test_an_empty_directory_becomes_a_store(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_log_is_refused_where_a_directory_is_expected(path: Path) -> None:
-    AppendLogSnapshot.open(path)[1].close()
+@pytest.mark.parametrize("format", ["foldlog", "slipstream-v2"])
+def test_a_log_is_refused_where_a_directory_is_expected(path: Path, format: FormatName) -> None:
+    AppendLogSnapshot.open(path, format=format)[1].close()
     before = path.read_bytes()
     for use in (opened, describe, verify_database):
         with pytest.raises(InvalidFormatError, match="is a log, which the append-log engine opens"):
             use(path)
     assert path.read_bytes() == before
-
-
-def test_a_log_of_the_rust_crate_is_refused_where_a_directory_is_expected(path: Path) -> None:
-    AppendLogSnapshot.open(path, format="slipstream-v2")[1].close()
-    with pytest.raises(InvalidFormatError, match="is a log"):
-        opened(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"text"])
@@ -167,13 +170,13 @@ def test_reading_what_is_not_there_makes_nothing(path: Path) -> None:
 
 @pytest.mark.parametrize("raw_mode", [True, False])
 def test_a_database_of_another_program_is_refused(path: Path, raw_mode: bool) -> None:
-    db = rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=raw_mode))
+    db = raw_database(path, raw_mode)
     db[b"theirs"] = b"value"
     db.close()
     for use in (opened, describe):
         with pytest.raises(InvalidFormatError):
             use(path)
-    db = rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=raw_mode))
+    db = raw_database(path, raw_mode)
     assert dict(db.items()) == {b"theirs": b"value"}
     db.close()
 
@@ -188,7 +191,7 @@ def test_what_a_creation_that_was_killed_left_is_no_obstacle(path: Path, left: l
 
 
 def test_a_database_without_entries_that_a_killed_creation_left_becomes_a_store(path: Path) -> None:
-    rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=True)).close()
+    raw_database(path).close()
     with opened(path) as snap:
         assert (len(snap), snap.cursor()) == (0, WatchCursor.none())
 
@@ -235,11 +238,9 @@ def test_a_table_of_a_newer_format_is_refused_with_the_words_of_rocksdb(path: Pa
 
 def test_a_store_of_a_newer_generation_is_refused(path: Path) -> None:
     filled(path)
-    db = rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=True))
+    db = raw_database(path)
     raw = bytearray(db[STATE_KEY])
     raw[0] = 2
-    from crc32c import crc32c
-
     db[STATE_KEY] = bytes(raw[:-4]) + crc32c(bytes(raw[:-4])).to_bytes(4, "little")
     db.close()
     with pytest.raises(InvalidFormatError, match="generation 2, this foldlog reads 1"):
@@ -393,7 +394,7 @@ def test_a_torn_tail_of_the_write_ahead_log_is_dropped(path: Path, unflushed_log
 
 def test_a_damaged_record_of_the_state_is_refused(path: Path) -> None:
     filled(path)
-    db = rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=True))
+    db = raw_database(path)
     db[STATE_KEY] = b"short"
     db.close()
     with pytest.raises(CorruptLogError, match="state record has 5 bytes"):
@@ -402,7 +403,7 @@ def test_a_damaged_record_of_the_state_is_refused(path: Path) -> None:
 
 def test_an_entry_that_does_not_decode_is_refused_when_it_is_read(path: Path) -> None:
     filled(path)
-    db = rocksdict.Rdict(os.fspath(path), rocksdict.Options(raw_mode=True))
+    db = raw_database(path)
     db[b"k0001"] = b""
     db[b"k0002"] = b"\x0bversion"
     db[b"\xc3\x28"] = b"\0not UTF-8"
@@ -456,30 +457,30 @@ def test_a_removed_key_leaves_no_version_behind(path: Path) -> None:
         assert (snap.get("a"), snap.range("")) == (None, [])
 
 
-def test_the_files_of_a_store_are_as_private_as_the_umask_asks(path: Path) -> None:
+@contextlib.contextmanager
+def private() -> Iterator[None]:
     before = os.umask(0o077)
     try:
-        filled(path)
-        with opened(path) as snap:
-            snap.export_to(path.with_name("artifact"))
-        RocksDbSnapshot.import_artifact(path.with_name("artifact"), path.with_name("copy.db"))[
-            1
-        ].close()
+        yield
     finally:
         os.umask(before)
-    files = [file for root in ("state.db", "artifact", "copy.db") for file in
-             [path.with_name(root), *path.with_name(root).rglob("*")]]  # fmt: skip
+
+
+def test_the_files_of_a_store_are_as_private_as_the_umask_asks(path: Path) -> None:
+    artifact, copy = path.with_name("artifact"), path.with_name("copy.db")
+    with private():
+        filled(path)
+        with opened(path) as snap:
+            snap.export_to(artifact)
+        RocksDbSnapshot.import_artifact(artifact, copy)[1].close()
+    files = [file for root in (path, artifact, copy) for file in (root, *root.rglob("*"))]
     assert len(files) > 20
     assert [file for file in files if file.stat().st_mode & 0o077] == []
 
 
 def test_an_artifact_of_a_private_store_is_private_under_a_wider_umask(path: Path) -> None:
-    before = os.umask(0o077)
-    try:
+    with private():
         filled(path)
-    finally:
-        os.umask(before)
     with opened(path) as snap:
         snap.export_to(path.with_name("artifact"))
     assert path.with_name("artifact").stat().st_mode & 0o077 == 0
-    shutil.rmtree(path.with_name("artifact"))

@@ -70,6 +70,10 @@ def held_by(base: Base) -> int:
     return real_bytes([cache.recent, cache.older, [i for i in cache.indexes if i is not None]])
 
 
+def entries_of(cache: Cache) -> list[Change]:
+    return [change for shard in (*cache.recent, *cache.older) for change in shard.values()]
+
+
 @contextlib.contextmanager
 def opened(
     path: Path, files: FaultyFiles | None = None, limit: int = LIMIT
@@ -242,9 +246,8 @@ def test_a_cache_counts_what_it_holds_through_every_operation() -> None:
             number = chance.randrange(len(indexes))
             if cache.use_index(number) is None:
                 cache.keep_index(number, indexes[number])
-        held = [c for shard in (*cache.recent, *cache.older) for c in shard.values()]
         kept = [index.kept_bytes for index in cache.indexes if index is not None]
-        assert cache.held_bytes == sum(map(cached_size, held)) + sum(kept) <= 300_000
+        assert cache.held_bytes == sum(map(cached_size, entries_of(cache))) + sum(kept) <= 300_000
 
 
 def test_values_that_grew_before_a_compaction_stay_within_the_bound() -> None:
@@ -256,8 +259,7 @@ def test_values_that_grew_before_a_compaction_stay_within_the_bound() -> None:
     assert LIMIT * 3 // 4 < old.held_bytes <= LIMIT
     new = Cache()
     new.inherit(old, {}, [{k: (k, b"v" * 600, b"") for k, _, _ in small[:900]}])
-    held = [c for shard in (*new.recent, *new.older) for c in shard.values()]
-    assert new.held_bytes == sum(map(cached_size, held)) <= LIMIT
+    assert new.held_bytes == sum(map(cached_size, entries_of(new))) <= LIMIT
 
 
 def test_two_threads_may_drop_the_last_index_at_once() -> None:
@@ -293,6 +295,5 @@ def test_an_exception_at_any_point_of_a_get_does_not_break_the_bound_for_long(lo
         for number in range(0, ENTRIES, 10):
             snap.get(key(number))
         kept = sum(index.kept_bytes for index in cache.indexes if index is not None)
-        held = [c for shard in (*cache.recent, *cache.older) for c in shard.values()]
         assert 0 < kept <= limit * 3 // 4
-        assert kept + sum(map(cached_size, held)) <= limit
+        assert kept + sum(map(cached_size, entries_of(cache))) <= limit

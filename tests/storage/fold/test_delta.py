@@ -35,6 +35,10 @@ def flat(runs):
     return result
 
 
+def between(state: dict, low: str, high: str | None) -> dict:
+    return {k: v for k, v in state.items() if low <= k and (high is None or k < high)}
+
+
 @given(st.lists(changes, max_size=12))
 def test_pushed_runs_hold_the_newest_change_of_each_key(batches):
     runs: tuple[Run, ...] = ()
@@ -87,11 +91,7 @@ def check_delta(current: Delta, expected: dict, low: str, high: str | None) -> N
     found: dict = {}
     assert current.copy_into(found, low, high) <= (list(found) == sorted(found))
     if high is None or low < high:
-        assert found == {
-            key: value
-            for key, value in expected.items()
-            if key >= low and (high is None or key < high)
-        }
+        assert found == between(expected, low, high)
 
 
 @given(changes, keys, keys | st.none())
@@ -99,9 +99,7 @@ def test_a_part_of_a_run_is_what_lies_between_its_bounds(made, low, high):
     run = Run(made)
     found: dict = {}
     run.copy_into(found, low, high)
-    assert found == {
-        key: value for key, value in made.items() if key >= low and (high is None or key < high)
-    }
+    assert found == between(made, low, high)
     assert list(found) == sorted(found)
     assert run.order() is run.order()
 
@@ -205,14 +203,8 @@ def test_what_settles_bit_by_bit_reads_the_same_at_every_step(batches, low, high
             for run in reversed(newer):
                 run.copy_into(found, low, high)
             if high is None or low < high:
-                assert found == {
-                    key: value
-                    for key, value in state.items()
-                    if key >= low and (high is None or key < high)
-                }
-            assert {
-                key: value for run in (*settled, *reversed(newer)) for key, value in run.items()
-            } == state
+                assert found == between(state, low, high)
+            assert flat((*newer, *reversed([*settled]))) == state
 
 
 @pytest.mark.parametrize("size", [1, 100, 1000])
@@ -265,9 +257,7 @@ def test_what_replay_collects_settles_to_what_a_dict_would_hold(monkeypatch, lim
         settled, runs = collected.settled()
         found = {}
         settled.copy_into(found, "", None)
-        for run in reversed(runs):
-            found.update(run)
-        assert found == model
+        assert found | flat(runs) == model
         assert not settled.firsts or all(
             settled.get(key) == change for key, change in model.items()
         )

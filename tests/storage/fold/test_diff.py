@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +102,25 @@ def test_a_difference_applied_to_the_old_state_gives_the_new_one(tmp_path_factor
         snap.close()
 
 
+def compacted(
+    snap: AppendLogSnapshot, updates: Iterable[Put | Delete], number: int
+) -> FoldSnapshot:
+    """The state after one more batch and a compaction."""
+    snap.apply(updates, WatchCursor.from_u64(number))
+    snap.compact()
+    return snap.snapshot()
+
+
 def test_equal_states_have_no_difference_whatever_file_they_stand_in(path: Path, tmp_path: Path):
     updates = [Put(f"k{number:05}", b"v" * 50) for number in range(3000)]
-    first, second = (
-        AppendLogSnapshot.open(path)[1],
-        AppendLogSnapshot.open(tmp_path / "other.log")[1],
-    )
+    first = AppendLogSnapshot.open(path)[1]
+    second = AppendLogSnapshot.open(tmp_path / "other.log")[1]
     first.apply(updates, WatchCursor.from_u64(1))
     for start in range(0, 3000, 100):
         second.apply(updates[start : start + 100], WatchCursor.from_u64(1))
-    assert list(diff(first.snapshot(), second.snapshot())) == []
-    first.compact()
-    assert list(diff(first.snapshot(), second.snapshot())) == []
-    second.compact()
-    assert list(diff(first.snapshot(), second.snapshot())) == []
+    for step in (lambda: None, first.compact, second.compact):
+        step()
+        assert list(diff(first.snapshot(), second.snapshot())) == []
     assert list(diff(first.snapshot(), first.snapshot())) == []
     first.close()
     second.close()
@@ -176,11 +182,7 @@ def test_what_did_not_change_is_not_looked_at(path: Path, monkeypatch, how):
     Only their neighbours in a leaf are read.
     """
     with AppendLogSnapshot.open(path)[1] as snap:
-        snap.apply(
-            [Put(f"k{number:05}", b"v" * 20) for number in range(20_000)], WatchCursor.from_u64(1)
-        )
-        snap.compact()
-        old = snap.snapshot()
+        old = compacted(snap, [Put(f"k{number:05}", b"v" * 20) for number in range(20_000)], 1)
         snap.apply(
             [Put(f"k{number:05}", b"new") for number in range(0, 20_000, 2_000)],
             WatchCursor.from_u64(2),
@@ -202,18 +204,9 @@ def test_what_did_not_change_is_not_looked_at(path: Path, monkeypatch, how):
 
 def test_a_prefix_reads_only_the_leaves_under_it(path: Path, monkeypatch):
     with AppendLogSnapshot.open(path)[1] as snap:
-        snap.apply(
-            [Put(f"{part}/{number:05}", b"v") for part in "abcd" for number in range(2_000)],
-            WatchCursor.from_u64(1),
-        )
-        snap.compact()
-        old = snap.snapshot()
-        snap.apply(
-            [Put(f"{part}/{number:05}", b"w") for part in "abcd" for number in range(2_000)],
-            WatchCursor.from_u64(2),
-        )
-        snap.compact()
-        new = snap.snapshot()
+        keys = [f"{part}/{number:05}" for part in "abcd" for number in range(2_000)]
+        old = compacted(snap, [Put(key, b"v") for key in keys], 1)
+        new = compacted(snap, [Put(key, b"w") for key in keys], 2)
         looks = Looks(monkeypatch)
         assert len(list(diff(old, new, "c/"))) == 2_000
         under = sum(
@@ -231,9 +224,7 @@ def test_a_snapshot_whose_file_was_overwritten_is_refused_and_not_guessed_at(
 ):
     """A follower's old snapshot may use an overwritten file: its difference would be a lie."""
     with AppendLogSnapshot.open(path)[1] as snap:
-        snap.apply([Put(f"k{number}", b"old") for number in range(1000)], WatchCursor.from_u64(1))
-        snap.compact()
-        old = snap.snapshot()
+        old = compacted(snap, [Put(f"k{number}", b"old") for number in range(1000)], 1)
     with AppendLogSnapshot.open(tmp_path / "other.log")[1] as other:
         other.apply([Put(f"k{number}", b"new") for number in range(1000)], WatchCursor.from_u64(1))
         path.write_bytes(b"\xff" * path.stat().st_size)
@@ -244,11 +235,8 @@ def test_a_snapshot_whose_file_was_overwritten_is_refused_and_not_guessed_at(
 def test_merging_never_tells_a_key_twice(path: Path):
     """A key that changed in the leaves and again behind them is a suspect for two reasons."""
     with AppendLogSnapshot.open(path)[1] as snap:
-        snap.apply([Put("a", b"1"), Put("b", b"1")], WatchCursor.from_u64(1))
-        snap.compact()
-        old = snap.snapshot()
-        snap.apply([Put("a", b"2"), Delete("b")], WatchCursor.from_u64(2))
-        snap.compact()
+        old = compacted(snap, [Put("a", b"1"), Put("b", b"1")], 1)
+        compacted(snap, [Put("a", b"2"), Delete("b")], 2)
         snap.apply([Put("a", b"3"), Put("b", b"1")], WatchCursor.from_u64(3))
         assert list(diff(old, snap.snapshot())) == [Put("a", b"3")]
 
@@ -285,11 +273,8 @@ def test_values_with_one_checksum_are_told_apart(path: Path, reopened: bool):
     assert crc32c(new) == crc32c(old)
     snap = AppendLogSnapshot.open(path)[1]
     snap.apply([Put(f"u{n:03}", b"x" * 10) for n in range(300)], WatchCursor.from_u64(1))
-    snap.apply([Put("user/7", old)], WatchCursor.from_u64(2))
-    snap.compact()
-    before = snap.snapshot()
-    snap.apply([Put("user/7", new)], WatchCursor.from_u64(3))
-    snap.compact()
+    before = compacted(snap, [Put("user/7", old)], 2)
+    compacted(snap, [Put("user/7", new)], 3)
     if reopened:
         snap.close()
         snap = AppendLogSnapshot.open(path)[1]
@@ -300,12 +285,9 @@ def test_values_with_one_checksum_are_told_apart(path: Path, reopened: bool):
 def test_leaves_that_a_compaction_copied_are_not_read(path: Path):
     files = CountedFiles()
     snap = AppendLogSnapshot.open(path, files=files)[1]
-    snap.apply([Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], WatchCursor.from_u64(1))
-    snap.compact()
-    before = snap.snapshot()
+    before = compacted(snap, [Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], 1)
     for number in range(2, 5):
-        snap.apply([Put("k00500", b"%d" % number)], WatchCursor.from_u64(number))
-        snap.compact()
+        compacted(snap, [Put("k00500", b"%d" % number)], number)
     files.forget()
     assert list(diff(before, snap.snapshot())) == [Put("k00500", b"4")]
     assert files.bytes_read < 8 * 512 * 100, "the leaf that changed, in both files"
@@ -315,9 +297,7 @@ def test_leaves_that_a_compaction_copied_are_not_read(path: Path):
 def test_leaves_of_two_files_are_compared_once_and_only_under_the_prefix(path: Path):
     files = CountedFiles()
     snap = AppendLogSnapshot.open(path, files=files)[1]
-    snap.apply([Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], WatchCursor.from_u64(1))
-    snap.compact()
-    before = snap.snapshot()
+    before = compacted(snap, [Put(f"k{n:05}", b"v" * 50) for n in range(20_000)], 1)
     snap.close()
     snap = AppendLogSnapshot.open(path, files=files)[1]
     files.forget()

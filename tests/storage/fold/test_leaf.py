@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logfiles import commit_all, frames_of
 
-import foldlog.storage.fold.leaf
 from foldlog import Delete, Put, VersionToken
 from foldlog.protocol.frames import KIND_BASE_END, KIND_LEAF
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
-from foldlog.storage.fold import leaf
+from foldlog.storage.fold import delta, leaf
 
 texts = st.text(max_size=6) | st.sampled_from(
     ["", "\n", "a\nb", "\0", "\ud7ff", "\ue000", "\U0010ffff", "x" * 300]
@@ -46,16 +45,7 @@ def test_a_leaf_decodes_to_what_was_encoded(entries):
     body = encode(entries)
     columns = leaf.decode_leaf(body)
     assert columns.keys == sorted(entries)
-    assert (
-        dict(
-            zip(
-                columns.keys,
-                zip(columns.values, map(bytes, columns.versions), strict=True),
-                strict=True,
-            )
-        )
-        == entries
-    )
+    assert dict(zip(columns.keys, zip(*columns[1:], strict=True), strict=True)) == entries
     assert leaf.range_bounds(body) == (min(entries), max(entries))
     assert leaf.decode_keys(body) == leaf.decode_keys(index_of(body)) == columns.keys
     assert leaf.decode_leaf(memoryview(body)) == columns
@@ -130,6 +120,13 @@ def test_values_and_versions_over_their_limits_fail_the_check():
 # Where leaves end.
 
 
+def limit_leaves(patch, least, most, size):
+    patch.setattr(leaf, "MIN_ENTRIES", least)
+    patch.setattr(leaf, "MAX_ENTRIES", most)
+    patch.setattr(leaf, "_BOUNDARY_MASK", 3)
+    patch.setattr(leaf, "MAX_LEAF_BYTES", size)
+
+
 def ends_of(keys, values):
     ends = []
     start = 0
@@ -157,10 +154,7 @@ def test_large_values_end_a_leaf_early():
 @given(st.sets(st.text(max_size=3), min_size=1), st.integers(0, 30), st.integers(1, 9))
 def test_an_end_once_decided_holds_whatever_follows(keys, cut, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leaf, "MIN_ENTRIES", 2)
-        patch.setattr(leaf, "MAX_ENTRIES", 7)
-        patch.setattr(leaf, "_BOUNDARY_MASK", 3)
-        patch.setattr(leaf, "MAX_LEAF_BYTES", 40)
+        limit_leaves(patch, 2, 7, 40)
         order = sorted(keys)
         values = [bytes(size)] * len(order)
         end = leaf.leaf_end(order[:cut], values[:cut], 0)
@@ -174,21 +168,17 @@ def test_an_end_once_decided_holds_whatever_follows(keys, cut, size):
 def compacted_bodies(engine):
     engine.compact()
     raw = engine.path.read_bytes()
-    frames = [frame for frame in frames_of(raw) if frame.header.kind in (KIND_LEAF, KIND_BASE_END)]
-    return [(frame.header.kind, frame.body) for frame in frames], msgpack.unpackb(frames[-1].body)[
-        "digest"
-    ]
+    frames = [(frame.header.kind, frame.body) for frame in frames_of(raw)]
+    frames = [frame for frame in frames if frame[0] in (KIND_LEAF, KIND_BASE_END)]
+    return frames, msgpack.unpackb(frames[-1][1])["digest"]
 
 
 @pytest.fixture
 def leaves_small(monkeypatch):
-    monkeypatch.setattr(foldlog.storage.fold.leaf, "MIN_ENTRIES", 3)
-    monkeypatch.setattr(foldlog.storage.fold.leaf, "MAX_ENTRIES", 9)
-    monkeypatch.setattr(foldlog.storage.fold.leaf, "_BOUNDARY_MASK", 3)
-    monkeypatch.setattr(foldlog.storage.fold.leaf, "MAX_LEAF_BYTES", 200)
-    monkeypatch.setattr(foldlog.storage.fold.delta, "PIECE_ENTRIES", 6)
-    monkeypatch.setattr(foldlog.storage.fold.delta, "SETTLE_ENTRIES", 10)
-    monkeypatch.setattr(foldlog.storage.fold.delta.EMPTY_DELTA, "settle_entries", 10)
+    limit_leaves(monkeypatch, 3, 9, 200)
+    monkeypatch.setattr(delta, "PIECE_ENTRIES", 6)
+    monkeypatch.setattr(delta, "SETTLE_ENTRIES", 10)
+    monkeypatch.setattr(delta.EMPTY_DELTA, "settle_entries", 10)
 
 
 def random_batches(rng, count, keys, most):
@@ -198,13 +188,8 @@ def random_batches(rng, count, keys, most):
         for _ in range(rng.randrange(1, most)):
             key = f"{rng.randrange(keys):05}"
             if rng.random() < 0.6:
-                updates.append(
-                    Put(
-                        key,
-                        rng.randbytes(rng.choice([0, 5, 30])),
-                        VersionToken.from_u64(rng.randrange(5)),
-                    )
-                )
+                value, version = rng.randbytes(rng.choice([0, 5, 30])), rng.randrange(5)
+                updates.append(Put(key, value, VersionToken.from_u64(version)))
             else:
                 updates.append(Delete(key))
         batches.append(updates)
