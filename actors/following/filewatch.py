@@ -126,7 +126,12 @@ class FileWatch(FileSystemEventHandler):
 
     def stop(self) -> None:
         """Stop, and wait for watchdog's threads."""
-        _stop(self._observer)
+        observer = self._observer
+        if observer is not None:
+            with contextlib.suppress(Exception):
+                insist(observer.stop)
+            if observer.is_alive() and observer is not threading.current_thread():
+                observer.join(5.0)
         self._observer = None
 
 
@@ -134,11 +139,3 @@ def _is_alive(observer: Any) -> bool:
     """True if its threads run: its own, and those that read the events."""
     emitters = getattr(observer, "emitters", ())
     return bool(observer.is_alive()) and all(emitter.is_alive() for emitter in emitters)
-
-
-def _stop(observer: Any) -> None:
-    if observer is not None:
-        with contextlib.suppress(Exception):
-            insist(observer.stop)
-        if observer.is_alive() and observer is not threading.current_thread():
-            observer.join(5.0)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from math import inf
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent
 
@@ -83,9 +83,9 @@ class FollowerThread:
         self.path = path
         self._files, self._cache_bytes = files, cache_bytes
         self._poll_interval_s = poll_interval_s
-        # Written by this thread alone, replaced whole.
+        # Written by this thread alone, replaced whole. A FoldSnapshot, `_Asleep` or ClosedFold.
         # Invariant: its sequence falls only with the state REPLACED.
-        self.snapshot: FoldSnapshot | ClosedFold = FoldSnapshot.empty()
+        self.snapshot: Any = FoldSnapshot.empty()
         self.published_at = time.monotonic()
         self.state = FollowerState.WAITING
         self.reason = ""
@@ -167,7 +167,7 @@ class FollowerThread:
         self._prepare()
         if self._asleep is None:  # else the parent was such a child itself
             self._asleep = _Asleep(self, self.snapshot)
-            self.snapshot = cast(FoldSnapshot, self._asleep)
+            self.snapshot = self._asleep
 
     def wake(self) -> None:
         """Resume following in a forked child, if that is not done yet. RuntimeError or MemoryError
@@ -181,7 +181,7 @@ class FollowerThread:
             self._catch_up()
             fold, before = self.snapshot, asleep.before
             # There is nothing to read, and the state says why.
-            if fold is cast(FoldSnapshot, asleep):
+            if fold is asleep:
                 self.snapshot = before
             elif fold.seq < before.seq:
                 self._rewound = f"the log is at batch {fold.seq}, and was at {before.seq} before"
@@ -189,7 +189,7 @@ class FollowerThread:
             try:
                 self._start()
             except (RuntimeError, MemoryError):
-                self.snapshot = cast(FoldSnapshot, asleep)
+                self.snapshot = asleep
                 raise
             self._asleep = None
 
@@ -304,7 +304,7 @@ class FollowerThread:
                     batches = self._tail.batches_again()  # the first came during this poll
                 self.feeds.publish(step.fold, step.first_seq, batches or (), step.size)
             else:
-                self.feeds.jump(cast(FoldSnapshot, self.snapshot), self._untold)
+                self.feeds.jump(self.snapshot, self._untold)
             self._untold = None
         finally:
             self.advanced.ring()
@@ -363,7 +363,7 @@ class _Asleep:
     """The snapshot of a follower in a forked child until its first use, which resumes the
     follower."""
 
-    def __init__(self, thread: FollowerThread, before: FoldSnapshot | ClosedFold) -> None:
+    def __init__(self, thread: FollowerThread, before: Any) -> None:
         self.thread, self.before = thread, before
 
     def __getattr__(self, name: str) -> Any:
