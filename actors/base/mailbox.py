@@ -111,6 +111,15 @@ class Inbox:
         if refusal is not None and self._drained:
             answer_error(mail, refusal())  # it may have come too late to be drained
 
+    def tell(self, message: Any) -> bool:
+        """Add a message of another of the store's actors. False if it is refused: the store has
+        failed, or is closing."""
+        try:
+            self.offer(Mail(message))
+        except FoldlogError:
+            return False
+        return True
+
     def _post(self, mail: Mail) -> None:
         mails = self.mails
         try:

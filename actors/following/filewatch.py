@@ -65,7 +65,7 @@ class FileWatch(FileSystemEventHandler):
         *,
         observer: Callable[[], Any] = Observer,
     ) -> None:
-        self._file, self._path = path, os.fspath(path)
+        self._path, self._directory = os.fspath(path), os.fspath(path.parent)
         self._events = list(events)
         self._wake = wake
         self._make_observer = observer
@@ -88,9 +88,7 @@ class FileWatch(FileSystemEventHandler):
                 raise RuntimeError(f"the threads are those of {green}")
             self._observer = observer = self._make_observer()
             self._folder = self._folder_now()
-            observer.schedule(
-                self, os.fspath(self._file.parent), recursive=False, event_filter=self._events
-            )
+            observer.schedule(self, self._directory, recursive=False, event_filter=self._events)
             observer.start()
         # No watches or instances left, no such directory, or no more threads or memory.
         except (OSError, RuntimeError, MemoryError) as error:
@@ -115,7 +113,7 @@ class FileWatch(FileSystemEventHandler):
             self.start()
 
     def _folder_now(self) -> tuple[int, int]:
-        stat = os.stat(self._file.parent)
+        stat = os.stat(self._directory)
         return stat.st_dev, stat.st_ino
 
     def dispatch(self, event: FileSystemEvent) -> None:

@@ -6,7 +6,6 @@ Maintenance runs the long passes. All else happens here, in the writer's turns.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -132,8 +131,7 @@ class Compactor:
         )
         self._step("compact.finished")
         self.answer_wanted(None, rewrite.seq)
-        with contextlib.suppress(FoldlogError):  # maintenance may have been told to stop
-            self._maintenance.offer(Mail(old))
+        self._maintenance.tell(old)
         check_failure(engine)  # the directory could not be synced
         core.note_synced(fold)
         self.begin_if_due()

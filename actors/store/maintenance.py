@@ -94,9 +94,7 @@ class Maintenance(SupervisedActor):
     def _tell_writer(self, message: Rewritten) -> None:
         message.rewrite.outcome = message  # for a writer that waits for exactly this
         self._handed_over = message.rewrite
-        try:
-            self._writer_inbox.offer(Mail(message))
-        except FoldlogError:  # the store failed or is closing: nobody finishes it
+        if not self._writer_inbox.tell(message):  # nobody finishes it
             message.rewrite.cancelled = True
             message.rewrite.discard()
 

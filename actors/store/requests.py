@@ -56,11 +56,8 @@ class Request:
     def fail(self, error: Exception | None) -> None:
         """End it with an error. One that was cancelled stays cancelled."""
         error = error or FoldlogError("was not served")
-        if not self.future.finish(None, error) or self.asker is None:
-            return
-        if self.asker.reply_to is None:
-            log.error("%s was told to the writer and failed: %s", self.asker.message, error)
-        reply(self.asker, error=error)
+        if self.future.finish(None, error) and self.asker is not None:
+            _tell_failure(self.asker, error)
 
     def tell(self) -> None:
         """Pass the answer on again: whoever gave it may have been interrupted before that."""
@@ -68,6 +65,13 @@ class Request:
         if self.asker is not None and self.future.done():
             error = self.future.exception()
             reply(self.asker, None if error else self.future.result(), error)
+
+
+def _tell_failure(asker: Mail, error: Exception) -> None:
+    """Tell it to who sent the message; the log, if nobody waits."""
+    if asker.reply_to is None:
+        log.error("%s was told to the writer and failed: %s", asker.message, error)
+    reply(asker, error=error)
 
 
 class WriteRequest(Request):
@@ -195,15 +199,13 @@ class WriterInbox(Inbox):
         if isinstance(message, _ActorStop):
             super().put(envelope)
             return
-        kind = type(message).__name__
+        asker = Mail(type(message).__name__, reply_to)
         try:
             request = as_request(message)
         except Exception as error:
-            if reply_to is None:
-                log.error("%s was told to the writer and failed: %s", kind, error)
-            reply(Mail(None, reply_to), error=error)
+            _tell_failure(asker, error)
             return
-        request.asker = Mail(kind, reply_to)
+        request.asker = asker
         super().put(Mail(request, reply_to))
 
 

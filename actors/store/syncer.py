@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileMovedEvent
 
 from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
@@ -36,9 +34,7 @@ class Syncer(SupervisedActor):
         self.taken[:] = stop_only(self.taken)
         if self._watch is None:
             kinds = (FileDeletedEvent, FileMovedEvent, FileCreatedEvent)
-            self._watch = FileWatch(
-                self._core.config.path, kinds, lambda: self.inbox.offer(Mail(Look()))
-            )
+            self._watch = FileWatch(self._core.config.path, kinds, lambda: self.inbox.tell(Look()))
             self._look()  # for changes before the watch began
 
     def handle(self, mails: list[Mail]) -> None:
@@ -60,13 +56,9 @@ class Syncer(SupervisedActor):
         try:
             engine.check_file()
         except LogChangedError:
-            self._tell_writer(CheckFile())
+            self._writer_inbox.tell(CheckFile())
         except OSError as error:
             self._warn_once(f"{engine.path}: {error}")
-
-    def _tell_writer(self, message: Heal | CheckFile) -> None:
-        with contextlib.suppress(FoldlogError):  # the store failed or is closing
-            self._writer_inbox.offer(Mail(message))
 
     def _warn_once(self, text: str) -> None:
         """Log once what each tick may meet again."""
@@ -85,7 +77,7 @@ class Syncer(SupervisedActor):
             if engine.failure is None:
                 raise
             self._warn_once(str(error))
-            self._tell_writer(Heal())
+            self._writer_inbox.tell(Heal())
         except FoldlogError:
             return  # closed meanwhile: its successor is synced on the next tick
         else:
