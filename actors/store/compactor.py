@@ -71,7 +71,8 @@ class Compactor:
 
     def begin_if_due(self) -> None:
         """Begin a compaction if one is wanted or worthwhile, and none is running."""
-        engine = self._engine
+        engine = self._core.engine  # not by the property: each write comes here
+        assert engine is not None
         if self.running is not None:
             if not self.running.cancelled:
                 return
