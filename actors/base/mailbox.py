@@ -239,14 +239,16 @@ class Inbox:
         self._tokens.put(None)
 
     def return_taken(self, taken: list[Mail]) -> None:
-        """Put messages back at the front, in order, regardless of the bounds."""
-        for mail in reversed(taken):
+        """Put messages back at the front, in order, regardless of the bounds. If there is no memory
+        for it, the rest stays in `taken`, and perhaps one that is back."""
+        while taken:
+            mail = taken[-1]
             with contextlib.suppress(IndexError):
                 first = self.mails[0]
                 mail.total = first.total - first.weight
             self.mails.appendleft(mail)
+            taken.pop()
             self._tokens.put(None)
-        taken.clear()
 
     # Refusing.
 

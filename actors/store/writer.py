@@ -194,8 +194,8 @@ class Writer(SharedActor):
             if isinstance(request, WriteRequest):
                 request.seq = None
         self._in_hand = []
-        self.taken.clear()
-        self.inbox.return_taken(again)
+        self.taken[:] = again
+        self.inbox.return_taken(self.taken)
 
     # Serving.
 

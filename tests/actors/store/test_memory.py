@@ -128,3 +128,21 @@ def test_a_rewrite_that_the_writer_has_is_not_discarded_by_who_wrote_it(
     store.apply(batch(2), cursor(2))
     assert store.stats().compactions == 1
     assert store.verify().ok
+
+
+def test_a_restarted_writer_that_has_no_memory_to_return_its_requests_keeps_them(
+    open_store, steps, monkeypatch
+):
+    """They were in its mailbox no more, and not yet in its hands: their callers waited in vain."""
+    return_taken, strikes = Inbox.return_taken, iter([MemoryError("injected")])
+
+    def struck(self: Inbox, taken: list[Mail]) -> None:
+        if taken and (error := next(strikes, None)):
+            raise error
+        return_taken(self, taken)
+
+    monkeypatch.setattr(Inbox, "return_taken", struck)
+    store = open_store()
+    steps.crash("writer.before_write")
+    assert store.apply(batch(1), cursor(1), timeout_s=DEADLINE_S) == 1
+    assert next(strikes, None) is None
