@@ -92,6 +92,21 @@ class StoreConformance:
         yield store
         store.close()
 
+    @pytest.fixture
+    def reopen(
+        self, kind: Kind, path: Path, store: SnapshotStore
+    ) -> Iterator[Callable[[], SnapshotStore]]:
+        """Closes the store, and opens it again."""
+        opened = [store]
+
+        def reopen() -> SnapshotStore:
+            opened[-1].close()
+            opened.append(kind.open(path))
+            return opened[-1]
+
+        yield reopen
+        opened[-1].close()
+
     # A new store.
 
     def test_a_new_store_keeps_the_protocol(self, store):
@@ -104,12 +119,10 @@ class StoreConformance:
         assert store.get("") is None
         assert store.get("absent") is None
 
-    def test_an_empty_store_reopens_empty_with_the_none_cursor(self, kind, path):
-        kind.open(path).close()
-        store = kind.open(path)
+    def test_an_empty_store_reopens_empty_with_the_none_cursor(self, reopen):
+        store = reopen()
         assert store.cursor().is_none
         assert store.range("") == []
-        store.close()
 
     # Folding.
 
@@ -156,19 +169,17 @@ class StoreConformance:
         assert entries(store) == {"b": b"2"}
 
     @pytest.mark.parametrize("removal", [Delete, Purge])
-    def test_a_removed_key_stays_gone_after_reopening_and_can_come_back(self, kind, path, removal):
-        store = kind.open(path)
+    def test_a_removed_key_stays_gone_after_reopening_and_can_come_back(
+        self, store, reopen, removal
+    ):
         store.apply([Put("a", b"1"), Put("b", b"2")], cursor(1))
         store.apply([removal("a")], cursor(2))
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert entries(store) == {"b": b"2"}
         store.apply([Put("a", b"3")], cursor(3))
         assert entries(store) == {"a": b"3", "b": b"2"}
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert entries(store) == {"a": b"3", "b": b"2"}
-        store.close()
 
     def test_any_iterable_of_updates_is_taken_once(self, store):
         store.apply((Put(key, b"v") for key in "cab"), cursor(1))
@@ -189,18 +200,14 @@ class StoreConformance:
 
     # Keys and values.
 
-    def test_an_empty_value_is_an_entry(self, kind, path):
-        store = kind.open(path)
+    def test_an_empty_value_is_an_entry(self, store, reopen):
         store.apply([Put("k", b"")], cursor(1))
         assert store.get("k") == KvEntry("k", b"", VersionToken.unknown())
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert store.get("k") == KvEntry("k", b"", VersionToken.unknown())
         assert store.range("k") == [KvEntry("k", b"", VersionToken.unknown())]
-        store.close()
 
-    def test_strange_keys_round_trip_and_range_in_code_point_order(self, kind, path):
-        store = kind.open(path)
+    def test_strange_keys_round_trip_and_range_in_code_point_order(self, store, reopen):
         shuffled = STRANGE_KEYS[:]
         random.Random(7).shuffle(shuffled)
         store.apply([Put(key, b"%d" % len(key)) for key in shuffled], cursor(1))
@@ -214,9 +221,7 @@ class StoreConformance:
                 assert under == [
                     other for other in sorted(STRANGE_KEYS) if other.startswith(key)
                 ], ascii(key[:20])
-            store.close()
-            store = kind.open(path)
-        store.close()
+            store = reopen()
 
     @pytest.mark.parametrize(
         "edge",
@@ -243,26 +248,22 @@ class StoreConformance:
         assert store.get("\ud800") is None
         assert store.range("\udfff") == []
 
-    def test_values_of_every_small_byte_and_of_a_mebibyte_round_trip(self, kind, path):
+    def test_values_of_every_small_byte_and_of_a_mebibyte_round_trip(self, store, reopen):
         large = random.Random(3).randbytes(1024 * 1024)
         values = {f"k{n}": bytes([n]) for n in range(256)} | {
             "large": large,
             "zeros": bytes(1024 * 1024),
             "log": b"\x89FLG\r\n\x1a\n",
         }
-        store = kind.open(path)
         store.apply([Put(key, value) for key, value in values.items()], cursor(1))
         assert entries(store) == values
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert entries(store) == values
         assert store.get("large").value == large
-        store.close()
 
     # Tokens.
 
-    def test_versions_of_every_length_round_trip(self, kind, path):
-        store = kind.open(path)
+    def test_versions_of_every_length_round_trip(self, store, reopen):
         store.apply(
             [Put(f"k{n:02}", b"v", VersionToken(token)) for n, token in enumerate(TOKENS)],
             cursor(1),
@@ -270,70 +271,53 @@ class StoreConformance:
         for _ in range(2):
             assert [bytes(entry.version) for entry in store.range("k")] == TOKENS
             assert [bytes(store.get(f"k{n:02}").version) for n in range(len(TOKENS))] == TOKENS
-            store.close()
-            store = kind.open(path)
-        store.close()
+            store = reopen()
 
-    def test_a_cursor_of_any_length_resumes(self, kind, path):
-        store = kind.open(path)
+    def test_a_cursor_of_any_length_resumes(self, store, reopen):
         for token in TOKENS:
             store.apply([Put("k", b"v")], WatchCursor(token))
             assert store.cursor() == WatchCursor(token)
-            store.close()
-            store = kind.open(path)
+            store = reopen()
             assert bytes(store.cursor()) == token
             assert type(store.cursor()) is WatchCursor
-        store.close()
 
-    def test_a_stream_revision_and_a_versionstamp_come_back_unchanged(self, kind, path):
-        store = kind.open(path)
+    def test_a_stream_revision_and_a_versionstamp_come_back_unchanged(self, store, reopen):
         for number in (0, 1, 255, 2**32, 2**63, U64_MAX):
             stamp = VersionToken(number.to_bytes(10, "big"))
             updates = [Put("u64", b"", version(number)), Put("stamp", b"", stamp)]
             store.apply(updates, cursor(number))
-            store.close()
-            store = kind.open(path)
+            store = reopen()
             assert store.cursor().as_u64() == number
             assert store.get("u64").version.as_u64() == number
             assert store.get("stamp").version == stamp
             assert store.get("stamp").version.as_u64() is None
-        store.close()
 
-    def test_a_cursor_may_stand_still_go_back_or_return_to_none(self, kind, path):
-        store = kind.open(path)
+    def test_a_cursor_may_stand_still_go_back_or_return_to_none(self, store, reopen):
         for number in (5, 5, 3):
             store.apply([Put("k", b"%d" % number)], cursor(number))
             assert store.cursor() == cursor(number)
         store.apply([Put("k", b"none")], WatchCursor.none())
         assert store.cursor().is_none
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert store.cursor().is_none
         assert store.get("k").value == b"none"
-        store.close()
 
     # The cursor and the data move as one.
 
-    def test_a_batch_without_updates_moves_the_cursor_durably(self, kind, path):
-        store = kind.open(path)
+    def test_a_batch_without_updates_moves_the_cursor_durably(self, store, reopen):
         store.apply([Put("k", b"v")], cursor(1))
         store.apply([], cursor(2))
         assert store.cursor() == cursor(2)
         assert entries(store) == {"k": b"v"}
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert store.cursor() == cursor(2)
         assert entries(store) == {"k": b"v"}
-        store.close()
 
-    def test_a_cursor_alone_makes_a_store(self, kind, path):
-        store = kind.open(path)
+    def test_a_cursor_alone_makes_a_store(self, store, reopen):
         store.apply([], cursor(7))
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert store.cursor() == cursor(7)
         assert store.range("") == []
-        store.close()
 
     @pytest.mark.parametrize(
         ("bad", "error"),
@@ -350,19 +334,16 @@ class StoreConformance:
             (None, TypeError),
         ],
     )
-    def test_a_bad_update_amid_a_batch_leaves_nothing_of_the_batch(self, kind, path, bad, error):
-        store = kind.open(path)
+    def test_a_bad_update_amid_a_batch_leaves_nothing_of_the_batch(self, store, reopen, bad, error):
         store.apply([Put("a", b"1")], cursor(1))
         with pytest.raises(error):
             store.apply([Put("a", b"2"), Put("b", b"2"), bad, Put("c", b"2")], cursor(2))
         assert entries(store) == {"a": b"1"}
         assert store.cursor() == cursor(1)
         store.apply([Put("c", b"3")], cursor(3))
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert entries(store) == {"a": b"1", "c": b"3"}
         assert store.cursor() == cursor(3)
-        store.close()
 
     @pytest.mark.parametrize(
         "bad", [None, b"\0\0\0\0\0\0\0\1", True, 1.0, "1", VersionToken.from_u64(1)]
@@ -405,8 +386,7 @@ class StoreConformance:
         assert seen == store.range("k1")
         assert len(seen) == 500
 
-    def test_an_error_of_the_callback_stops_the_scan_and_propagates(self, kind, path):
-        store = kind.open(path)
+    def test_an_error_of_the_callback_stops_the_scan_and_propagates(self, store, reopen):
         store.apply([Put(f"k{n:04}", b"v") for n in range(1500)], cursor(1))
         for _ in range(2):
             seen: list[str] = []
@@ -420,9 +400,7 @@ class StoreConformance:
                 store.for_each_in_range("k0", stop_at_the_fourth)
             assert seen == ["k0000", "k0001", "k0002", "k0003"]
             assert len(store.range("")) == 1500
-            store.close()
-            store = kind.open(path)
-        store.close()
+            store = reopen()
 
     def test_a_scan_sees_one_state_though_its_callback_writes(self, store):
         store.apply([Put(f"k{n:03}", b"old") for n in range(600)], cursor(1))
@@ -451,8 +429,7 @@ class StoreConformance:
 
     # Much at once, and for long.
 
-    def test_a_batch_of_9_000_updates_is_folded_as_one(self, kind, path):
-        store = kind.open(path)
+    def test_a_batch_of_9_000_updates_is_folded_as_one(self, store, reopen):
         store.apply([Put(f"k{n:05}", b"%d" % n, version(n)) for n in range(9_000)], cursor(1))
         mixed = [
             Delete(f"k{n:05}") if n % 3 else Put(f"k{n:05}", b"again") for n in range(0, 9_000, 2)
@@ -469,9 +446,7 @@ class StoreConformance:
             assert store.get("k08999") == KvEntry("k08999", b"8999", version(8_999))
             assert store.get("k00002") is None
             assert store.cursor() == cursor(2)
-            store.close()
-            store = kind.open(path)
-        store.close()
+            store = reopen()
 
     @pytest.mark.parametrize("eager", [False, True], ids=["default threshold", "always compacting"])
     def test_a_random_history_folds_as_a_dict_does(self, kind, path, eager):
@@ -508,10 +483,8 @@ class StoreConformance:
             assert list(found) == sorted(found)
         store.close()
 
-    def test_compaction_changes_nothing_that_a_reader_can_see(self, kind, path):
-        store = kind.open(path)
+    def test_compaction_changes_nothing_that_a_reader_can_see(self, store, reopen):
         if not hasattr(store, "compact"):
-            store.close()
             pytest.skip("this kind does not compact on demand")
         store.apply([Put(f"k{n:04}", b"%d" % n, version(n)) for n in range(2000)], cursor(1))
         store.apply([Delete(f"k{n:04}") for n in range(0, 2000, 3)], cursor(2))
@@ -523,11 +496,9 @@ class StoreConformance:
         assert store.get("k0001") == KvEntry("k0001", b"1", version(1))
         store.compact()
         store.apply([Put("k0000", b"back")], cursor(3))
-        store.close()
-        store = kind.open(path)
+        store = reopen()
         assert store.range("") == [KvEntry("k0000", b"back", VersionToken.unknown()), *before]
         assert store.cursor() == cursor(3)
-        store.close()
 
     # Artifacts.
 
@@ -646,10 +617,9 @@ class StoreConformance:
         with kind.open(path) as store:
             assert entries(store) == {"k": b"v"}
 
-    def test_many_openings_in_a_row_give_the_same(self, kind, path):
+    def test_many_openings_in_a_row_give_the_same(self, reopen):
         for number in range(1, 8):
-            store = kind.open(path)
+            store = reopen()
             assert entries(store) == {f"k{n}": b"v" for n in range(1, number)}
             assert store.cursor() == (cursor(number - 1) if number > 1 else WatchCursor.none())
             store.apply([Put(f"k{number}", b"v")], cursor(number))
-            store.close()
