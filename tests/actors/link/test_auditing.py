@@ -12,8 +12,9 @@ from scripted_upstream import InPieces, Marked, Plain, Scripted, at, filled
 from virtual_link import ORIGIN, Fed, MemorySink, drive, failed, holding, live, reached
 
 from foldlog import Delete, KvEntry, LinkState, Purge, Put, VersionToken
-from foldlog.actors.link import auditing
+from foldlog.actors.link import attachment, auditing
 from foldlog.actors.link.auditing import _versions, version_and_value
+from foldlog.actors.link.tail import Tail
 from foldlog.protocol.updates import UpdateColumns, fold_versions
 from foldlog.protocol.upstream import Revisions
 
@@ -49,10 +50,14 @@ def test_only_an_upstream_with_a_state_and_revisions_can_be_audited():
 def test_an_audit_corrects_what_is_missing_wrong_or_too_much_as_one_batch():
     upstream, sink = upstream_and_sink(b"a", b"b", b"c")
     spoil(sink, Delete("k.0"), Put("k.1", b"x", version(1)), Put("extra", b"", version(3)))
-    link = drive(sink, upstream, live)
+
+    async def corrected(link):
+        await live(link)
+        assert asyncio.get_running_loop().time() < 1, "what is corrected is checked at once"
+
+    link = drive(sink, upstream, corrected)
     assert sink.fed == [Fed({"k.0": b"a", "k.1": b"b"}, {"extra"}, 3, ORIGIN, "")]
-    assert (link.stats().mended, link.stats().resets) == (3, 0)
-    assert link.stats().audits == 2, "what is corrected is checked at once"
+    assert (link.stats().mended, link.stats().resets, link.stats().audits) == (3, 0, 2)
 
 
 def test_a_mirror_is_live_only_once_an_audit_finds_nothing_to_correct():
@@ -109,7 +114,7 @@ def test_only_an_older_entry_than_the_one_that_is_held_is_told_as_a_rewind(held,
 @pytest.mark.parametrize(("cost_s", "audits"), [(0.0, 2), (1.0, 1)])
 def test_audits_go_on_at_their_interval_and_within_their_budget(monkeypatch, cost_s, audits):
     upstream, sink = upstream_and_sink(b"a")
-    spent_s = itertools.count(step=cost_s)
+    spent_s = itertools.count(5.0, cost_s)
     clock = SimpleNamespace(monotonic=auditing.time.monotonic, thread_time=lambda: next(spent_s))
     monkeypatch.setattr(auditing, "time", clock)
 
@@ -325,6 +330,25 @@ def test_a_position_that_no_change_leads_to_is_reached_once_the_tail_has_run_dry
     assert sink.entries == {"k.0": b"a"}
 
 
+def test_an_audit_needs_no_heartbeat_after_the_one_that_told_that_nothing_waits():
+    class Quiet(Scripted):
+        async def changes(self, after, prefixes):
+            async for piece in super().changes(after, prefixes):
+                yield piece
+                await asyncio.Event().wait()
+
+    upstream, sink = upstream_and_sink(b"a", kind=Quiet)
+    drive(sink, upstream, live)
+
+
+def test_between_audits_no_keys_are_noted(monkeypatch):
+    tails = []
+    monkeypatch.setattr(attachment, "Tail", lambda *parts: tails.append(Tail(*parts)) or tails[-1])
+    upstream, sink = upstream_and_sink(b"a")
+    drive(sink, upstream, live)
+    assert tails[0].touched is None
+
+
 def test_suspects_that_turn_out_right_are_not_written():
     class Wrong(Scripted):
         async def revisions(self, prefixes):
@@ -338,10 +362,20 @@ def test_suspects_that_turn_out_right_are_not_written():
 
 def test_a_large_fold_is_compared_whole_and_lets_the_loop_run(monkeypatch):
     monkeypatch.setattr(auditing, "BLOCKS", 2)
+    slept = []
+
+    async def sleep(delay_s):
+        slept.append(delay_s)
+        await asyncio.sleep(delay_s)
+
+    monkeypatch.setattr(auditing, "asyncio", SimpleNamespace(sleep=sleep))
     upstream, sink = upstream_and_sink(*[b"a"] * 3000)
     spoil(sink, Delete("k.0"), Delete("k.2999"), Put("zz", b""))
+    pauses = len(list(sink.fold.blocks())) // 2
     link = drive(sink, upstream, live)
-    assert link.stats().mended == 3
+    assert (link.stats().mended, link.stats().audits) == (3, 2)
+    assert pauses > 1
+    assert slept.count(0.0) == 2 * (1 + pauses)
 
 
 def test_an_upstream_that_no_longer_knows_its_mark_at_an_audit_is_let_go_of():
@@ -381,9 +415,10 @@ def test_a_log_that_keeps_no_marks_is_audited_by_values_and_gets_none():
     upstream, sink = upstream_and_sink(b"a", kind=Marked)
     spoil(sink, Put("k.0", b"x", version(1)))
     sink.keeps_marks = False
-    link = drive(sink, upstream, live)
+    link = drive(sink, upstream, lambda link: asyncio.sleep(12), audit_interval_s=5.0)
     assert sink.fed == [Fed({"k.0": b"a"}, set(), 1, ORIGIN, "")]
     assert not link._intake.in_doubt
+    assert (link.stats().audits, link.stats().attaches) == (4, 1)
 
 
 def test_an_upstream_that_marks_what_it_sends_need_not_recall_it():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from concurrent.futures import Future
@@ -10,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import virtual_time
-from scripted_upstream import Marked, Plain, Scripted, at
-from upstream_kit import mirrored, until
+from scripted_upstream import Marked, Plain, Scripted, at, filled
+from upstream_kit import DEADLINE_S, mirrored, until
 from virtual_link import MemorySink, drive, failed, live, reached
 
 import foldlog
@@ -576,3 +577,73 @@ def test_a_batch_that_the_writer_dies_of_in_the_links_turn_is_answered_once():
         answer = sink_of(writer).feed(batch_of(1), "")
         assert not answer.done()
         assert len(writer.inbox) == 0
+
+
+# Its thread.
+
+
+def link_to(upstream, **config) -> Link:
+    return Link("threaded", MemorySink(), upstream, LinkConfig(**config))
+
+
+def test_a_thread_that_cannot_be_started_is_told(monkeypatch):
+    refused = RuntimeError("can't start new thread")
+    monkeypatch.setattr(link_module, "start_aside", lambda thread, failed: failed(refused))
+    with pytest.raises(RuntimeError, match="new thread"):
+        link_to(Plain()).start()
+
+
+def test_a_link_that_a_hook_of_its_own_stops_does_not_wait_for_itself():
+    upstream = filled(Plain, b"a")
+    link = link_to(upstream, on_applied=lambda updates, cursor: link.stop())
+    assert repr(link) == "<foldlog link attaching>"
+    link.start()
+    link.thread.join(DEADLINE_S)
+    assert (link.state, link.updates, link.error) == (LinkState.CLOSED, 1, None)
+
+
+def test_stopping_asks_again_and_waits_no_longer_than_it_may():
+    """A client library swallowed the cancellation."""
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Clings(Plain):
+        async def changes(self, after, prefixes):
+            while not go_on.is_set():
+                reading.set()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+            await asyncio.Event().wait()
+            yield
+
+    link = link_to(Clings())
+    link.start()
+    assert reading.wait(DEADLINE_S)
+    link.stop(0.0)
+    assert link.thread.is_alive()
+    go_on.set()
+    link.stop(DEADLINE_S)
+    assert not link.thread.is_alive()
+    assert link.state is LinkState.CLOSED
+    link.stop()  # its loop is closed
+
+
+def test_in_a_forked_child_a_link_is_not_waited_for_and_its_loop_is_left_alone():
+    link = link_to(Plain())
+    link._pid, link._loop, link.thread = -1, object(), object()
+    link.stop()
+    assert link._stopping
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ValueError("a bug"), "a bug"), (SystemExit(3), "SystemExit(3)")]
+)
+def test_a_link_that_dies_of_what_it_does_not_expect_has_failed(monkeypatch, error, reason):
+    link = link_to(Plain())
+
+    async def die():
+        raise error
+
+    monkeypatch.setattr(link, "_main", die)
+    link._run()
+    assert (link.state, link.reason) == (LinkState.FAILED, reason)
+    assert isinstance(link.error, ValueError | foldlog.FoldlogError)

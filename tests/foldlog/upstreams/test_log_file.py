@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -179,9 +181,11 @@ class Watched:
         self.events, self.ended = list(events), None
         self.state, self.reason = FollowerState.FOLLOWING, ""
         self.is_open = False
+        self.fold = foldlog.FoldSnapshot.empty()
+        self.waits_s = []
 
     def snapshot(self):
-        return foldlog.FoldSnapshot.empty()
+        return self.fold
 
     def stats(self):
         return SimpleNamespace(reason=self.reason)
@@ -197,6 +201,7 @@ class Watched:
         self.is_open = False
 
     def next(self, timeout_s):
+        self.waits_s.append(timeout_s)
         return self.events.pop(0) if self.events else None
 
 
@@ -226,6 +231,7 @@ def pieces_of(watched, count):
 def test_what_comes_together_is_one_piece_and_silence_is_a_heartbeat():
     watched = Watched(*changed(1, "a"), *changed(2, "b", "c"))
     assert pieces_of(watched, 3) == [(["a", "b", "c"], 2, 0), ([], 2, 0), ([], 2, 0)]
+    assert watched.waits_s == [0.0] * 4 + [log_file.LOOK_S, 0.0, log_file.LOOK_S]
 
 
 @pytest.mark.parametrize(("limit", "size"), [("PIECE_UPDATES", 3), ("PIECE_BYTES", 30)])
@@ -311,3 +317,72 @@ def test_a_source_that_is_not_identified_is_not_followed():
     with pytest.raises(foldlog.UpstreamLost, match="is not followed"):
         source._following()
     asyncio.run(source.close())
+
+
+def test_a_follower_that_is_opened_as_the_link_is_cancelled_is_closed(tmp_path, monkeypatch):
+    async def cancelled(call):
+        call()
+        raise asyncio.CancelledError
+
+    opened = []
+    monkeypatch.setattr(log_file, "follow", lambda path: opened.append(follow(path)) or opened[-1])
+    monkeypatch.setattr(log_file, "asyncio", SimpleNamespace(to_thread=cancelled))
+    foldlog.open(tmp_path / "a.log").close()
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(LogFile(tmp_path / "a.log").identify())
+    assert [follower.state for follower in opened] == [FollowerState.CLOSED]
+
+
+def test_a_log_is_known_by_its_path_and_id_and_a_follower_that_is_not_there_yet_is_lost(tmp_path):
+    path = tmp_path / "a.log"
+    with foldlog.open(path) as store:
+        store.put("k", b"")
+        store.compact()
+        fold = store.snapshot()
+    source, watched = LogFile(path), Watched()
+    with pytest.raises(foldlog.UpstreamLost, match="the follower is following"):
+        source._identify(watched)  # the header is newer
+    watched.fold = fold
+    found = source._identify(watched)
+    name = hashlib.blake2b(b"log\0" + os.fsencode(path), digest_size=16).digest()
+    assert (found.origin[:16], found.first.as_u64(), found.last.as_u64()) == (name, 1, 1)
+    watched.state = FollowerState.WAITING
+    with pytest.raises(foldlog.UpstreamLost, match="the follower is waiting"):
+        source._identify(watched)
+
+
+BROKEN = foldlog.CorruptLogError(Path("a.log"), 7, "broken")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (FileNotFoundError(2, "No such file"), foldlog.UpstreamMissing, "does not exist"),
+        (OSError(5, "Input/output error"), foldlog.UpstreamLost, r"a\.log: Input/output error$"),
+        (OSError("odd"), foldlog.UpstreamLost, r"a\.log: odd$"),
+        (BROKEN, foldlog.UpstreamLost, "broken"),
+    ],
+)
+def test_what_goes_wrong_is_told_as_the_link_expects_it(error, kind, reason):
+    with pytest.raises(foldlog.UpstreamError, match=reason) as caught, LogFile("a.log")._told():
+        raise error
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("error", [BROKEN, OSError(5, "broken")])
+@pytest.mark.parametrize("part", ["changes", "state"])
+def test_a_log_that_breaks_while_it_is_read_is_lost(monkeypatch, part, error):
+    def broken(*arguments):
+        raise error
+        yield
+
+    async def read():
+        source = LogFile("a.log")
+        source._follower = watched = Watched()
+        watched.fold = SimpleNamespace(seq=1, blocks=broken)
+        pieces = source.state(()) if part == "state" else source.changes(WatchCursor.none(), ())
+        return [piece async for piece in pieces]
+
+    monkeypatch.setattr(log_file, "batches_after_seq", broken)
+    with pytest.raises(foldlog.UpstreamLost, match="broken"):
+        asyncio.run(read())

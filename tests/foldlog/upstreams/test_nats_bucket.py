@@ -114,17 +114,22 @@ def test_a_stream_whose_leader_may_be_deposed_is_not_asked(case):
             identified(info(cluster=cluster))
 
 
+def lost() -> None:
+    raise UpstreamLost("just now")
+
+
 def test_a_lost_connection_is_made_anew_by_identify_alone(monkeypatch):
     from foldlog.upstreams import nats_kv
 
-    made = bucket(info())
+    options = {"user": "u", "password": "p", "token": "t", "tls": object()}
+    made = bucket(info(), credentials="file", **options)
     old = made._connection
     old.is_lost, opened = True, []
 
     class New(Server):
         def __init__(self, who, servers, options, api):
             super().__init__(info())
-            opened.append((servers, api))
+            opened.append((servers, {name: each for name, each in options.items() if each}, api))
 
         async def open(self):
             pass
@@ -132,8 +137,11 @@ def test_a_lost_connection_is_made_anew_by_identify_alone(monkeypatch):
     monkeypatch.setattr(nats_kv, "Connection", New)
     asyncio.run(made.identify())
     asyncio.run(made.identify())
-    assert opened == [(["nats://h"], "$JS.API")]
+    assert opened == [(["nats://h"], options | {"user_credentials": "file"}, "$JS.API")]
     assert old.closed == 1
+    monkeypatch.setattr(made._connection, "check", lost)
+    with pytest.raises(UpstreamLost, match="just now"):
+        asyncio.run(made.identify())
     asyncio.run(made.close())
     with pytest.raises(UpstreamLost, match="is not connected"):
         asyncio.run(made.recalls(at(1), b""))

@@ -85,6 +85,7 @@ async def test_it_never_reconnects_by_itself_and_gives_no_option_that_is_none():
     assert client.options["allow_reconnect"] is False
     assert client.options["max_reconnect_attempts"] == 1
     assert client.options["reconnect_time_wait"] == nats_connection.RETRY_S
+    assert (client.options["ping_interval"], client.options["max_outstanding_pings"]) == (5, 2)
     assert (client.options["user"], "token" in client.options) == ("u", False)
 
 
@@ -252,9 +253,16 @@ async def test_what_a_mirror_can_do_without_is_not_refused(said):
 
 
 @in_virtual_time
-async def test_a_permission_that_is_denied_as_a_request_fails_is_the_reason():
+async def test_a_permission_that_is_denied_as_a_request_fails_is_the_reason(monkeypatch):
     connection, client = connected()
-    await connection._on_error(Exception(DENIED + "x"))
+
+    async def denied(*arguments, timeout):
+        await connection._on_error(Exception(DENIED + "x"))
+        raise TimeoutError
+
+    monkeypatch.setattr(client, "request", denied)
+    with pytest.raises(UpstreamRefused, match="Permissions"):
+        await connection.request("INFO", {})
     client.is_connected = False
     with pytest.raises(UpstreamRefused):
         connection.check()

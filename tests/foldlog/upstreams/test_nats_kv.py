@@ -272,7 +272,7 @@ def test_what_is_no_address_is_refused_at_once(url):
         NatsKv(url, bucket="b")
 
 
-@pytest.mark.parametrize("bucket", ["", "a.b", "a b", "$", "ü"])
+@pytest.mark.parametrize("bucket", ["", "a.b", "a b", "$", "ü", None])
 def test_what_is_no_bucket_is_refused_at_once(bucket):
     with pytest.raises(ValueError, match="a bucket's name"):
         NatsKv("nats://127.0.0.1:4222", bucket=bucket)
