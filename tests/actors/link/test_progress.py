@@ -21,6 +21,7 @@ def test_each_state_is_told_once_and_a_failure_that_comes_again_is_logged_once(c
         (LinkState.LOST, "away"),
         (LinkState.LOST, "gone"),
     ]
+    assert progress.error is None
     with caplog.at_level(logging.INFO):
         progress.set(LinkState.ATTACHING)  # as it begins
         for state, reason in states:
