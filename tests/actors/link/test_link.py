@@ -586,13 +586,6 @@ def link_to(upstream, **config) -> Link:
     return Link("threaded", MemorySink(), upstream, LinkConfig(**config))
 
 
-def test_a_thread_that_cannot_be_started_is_told(monkeypatch):
-    refused = RuntimeError("can't start new thread")
-    monkeypatch.setattr(link_module, "start_aside", lambda thread, failed: failed(refused))
-    with pytest.raises(RuntimeError, match="new thread"):
-        link_to(Plain()).start()
-
-
 def test_a_link_that_a_hook_of_its_own_stops_does_not_wait_for_itself():
     upstream = filled(Plain, b"a")
     link = link_to(upstream, on_applied=lambda updates, cursor: link.stop())
@@ -644,6 +637,7 @@ def test_a_link_that_dies_of_what_it_does_not_expect_has_failed(monkeypatch, err
         raise error
 
     monkeypatch.setattr(link, "_main", die)
-    link._run()
+    link.start()
+    link.thread.join(DEADLINE_S)
     assert (link.state, link.reason) == (LinkState.FAILED, reason)
     assert isinstance(link.error, ValueError | foldlog.FoldlogError)
