@@ -361,7 +361,7 @@ def test_suspects_that_turn_out_right_are_not_written():
 
 
 def test_a_large_fold_is_compared_whole_and_lets_the_loop_run(monkeypatch):
-    monkeypatch.setattr(auditing, "BLOCKS", 2)
+    monkeypatch.setattr(auditing, "BLOCKS", 3)
     slept = []
 
     async def sleep(delay_s):
@@ -371,7 +371,7 @@ def test_a_large_fold_is_compared_whole_and_lets_the_loop_run(monkeypatch):
     monkeypatch.setattr(auditing, "asyncio", SimpleNamespace(sleep=sleep))
     upstream, sink = upstream_and_sink(*[b"a"] * 3000)
     spoil(sink, Delete("k.0"), Delete("k.2999"), Put("zz", b""))
-    pauses = len(list(sink.fold.blocks())) // 2
+    pauses = len(list(sink.fold.blocks())) // 3
     link = drive(sink, upstream, live)
     assert (link.stats().mended, link.stats().audits) == (3, 2)
     assert pauses > 1
