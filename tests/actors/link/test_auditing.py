@@ -168,6 +168,46 @@ def test_a_state_whose_later_pieces_delete_is_compared_as_it_is_at_its_end():
     assert (sink.entries, link.stats().mended) == ({"k.1": b"b"}, 1)
 
 
+def test_a_state_of_no_pieces_is_that_of_an_upstream_without_keys():
+    class Empty(Scripted):
+        async def state(self, prefixes):
+            for piece in ():
+                yield piece
+
+    upstream = filled(Empty, b"a")
+    upstream.delete("k.0")
+    sink = holding(upstream)
+    spoil(sink, Put("gone", b""))
+    drive(sink, upstream, live, parse=lambda update: update)
+    assert sink.entries == {}
+
+
+def test_a_state_that_an_audit_gives_up_is_closed_before_the_upstream_is_asked_again():
+    events = []
+
+    class Closes(InPieces):
+        async def identify(self):
+            events.append("identify")
+            return await super().identify()
+
+        async def state(self, prefixes):
+            try:
+                async for piece in super().state(prefixes):
+                    yield piece
+            finally:
+                await asyncio.sleep(1)
+                events.append("closed")
+
+    def parse(update):
+        if events == ["identify"]:
+            raise RuntimeError("a hook fails while the state is read")
+        return update
+
+    upstream, sink = upstream_and_sink(b"a", b"b", kind=Closes)
+    drive(sink, upstream, live, parse=parse)
+    assert events[:3] == ["identify", "closed", "identify"]
+
+
 def test_a_parse_that_is_not_pure_does_not_make_audits_spin():
     counted = iter(range(5, 100))
 
