@@ -24,7 +24,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import workload
-from harness import private_kb
+from harness import each, private_kb, timed
 from subjects import (
     ENGINES,
     NEVER,
@@ -92,10 +92,7 @@ def private_mb() -> float:
 
 def mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
     """The mean time of a call over all arguments, in seconds."""
-    start = perf_counter()
-    for argument in arguments:
-        call(argument)
-    return (perf_counter() - start) / len(arguments)
+    return timed(partial(each, call, arguments)) / len(arguments)
 
 
 def limited_mean_s(call: Callable[[Any], Any], arguments: list[Any]) -> float:
@@ -198,13 +195,9 @@ def hot_gets_with_changes(trial: Trial) -> dict[str, float]:
     """Gets of hot keys with changes on top of the base: one settled batch and a few runs."""
     store = trial.subject(trial.copy())
     hot = random_keys(trial)[:1000]
-    for batch, cursor in batches(trial, workload.shuffled(trial.entries, "hot")[:11_111], 1000):
-        store.apply(batch, cursor)
-    for number, (batch, cursor) in enumerate(
-        batches(trial, workload.shuffled(trial.entries, "hotter")[:60], 1)
-    ):
-        if number % 3:
-            store.apply(batch, cursor)
+    apply_all(store, batches(trial, workload.shuffled(trial.entries, "hot")[:11_111], 1000))
+    newer = batches(trial, workload.shuffled(trial.entries, "hotter")[:60], 1)
+    apply_all(store, (update for number, update in enumerate(newer) if number % 3))
     settle()
     mean_s(store.get, hot)
     return {"get_hot_changed": mean_s(store.get, hot * 200)}
@@ -298,6 +291,11 @@ def applies(trial: Trial) -> dict[str, float]:
     return figures
 
 
+def apply_all(store: Any, work: Iterable[tuple[list[Any], Any]]) -> None:
+    for batch, cursor in work:
+        store.apply(batch, cursor)
+
+
 def load(trial: Trial) -> dict[str, float]:
     """Load all entries into an empty store in batches of 1000, in random order; foldlog compacts
     when due."""
@@ -305,21 +303,14 @@ def load(trial: Trial) -> dict[str, float]:
     path = trial.scratch / "loaded"
     store = trial.subject(path)
     settle()
-    start = perf_counter()
-    for batch, cursor in work:
-        store.apply(batch, cursor)
-    took = perf_counter() - start
+    figures = {"load": timed(partial(apply_all, store, work)) / trial.entries}
     store.close()
-    figures = {"load": took / trial.entries}
     if trial.subject is Foldlog:
         from foldlog import AppendLogSnapshot
 
         _, snap = AppendLogSnapshot.load(trial.scratch / "default")
         settle()
-        start = perf_counter()
-        for batch, cursor in work:
-            snap.apply(batch, cursor)
-        figures["load_compacting"] = (perf_counter() - start) / trial.entries
+        figures["load_compacting"] = timed(partial(apply_all, snap, work)) / trial.entries
         snap.close()
     return figures
 
@@ -339,12 +330,9 @@ def compactions(trial: Trial) -> dict[str, float]:
     for name, numbers in touched.items():
         path = trial.copy()
         store = trial.subject(path)
-        for batch, cursor in batches(trial, numbers, workload.BATCH):
-            store.apply(batch, cursor)
+        apply_all(store, batches(trial, numbers, workload.BATCH))
         gc.collect()
-        start = perf_counter()
-        store.opened.compact()  # type: ignore[attr-defined]
-        figures[f"compact_{name}"] = perf_counter() - start
+        figures[f"compact_{name}"] = timed(store.opened.compact)  # type: ignore[attr-defined]
         store.close()
         size = path.stat().st_size
         shutil.rmtree(path.parent)
@@ -371,9 +359,7 @@ def artifacts(trial: Trial) -> dict[str, float]:
     store = trial.subject(trial.copy())
     artifact, landed = trial.scratch / "artifact", trial.scratch / "landed"
     settle()
-    start = perf_counter()
-    store.opened.export_to(artifact)  # type: ignore[attr-defined]
-    exported = perf_counter() - start
+    exported = timed(lambda: store.opened.export_to(artifact))  # type: ignore[attr-defined]
     store.close()
     start = perf_counter()
     _, snap = AppendLogSnapshot.import_artifact(artifact, landed, NEVER)
@@ -524,8 +510,7 @@ def prepare(subject: type[Subject], entries: int, folder: Path) -> None:
     for suffix in ("", "-batches") if subject is Foldlog and not large else ("",):
         store = subject(path.with_name(path.name + suffix))
         numbers = range(entries) if large else workload.shuffled(entries, "load")
-        for batch, cursor in each_batch(trial, numbers, workload.BATCH):
-            store.apply(batch, cursor)
+        apply_all(store, each_batch(trial, numbers, workload.BATCH))
         if not suffix:
             store.load_done()
         store.close()

@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from harness import each, timed
+
 from foldlog import AppendLogSnapshot, Put, RocksDbSnapshot, WatchCursor
 
 LOAD_BATCH = 1000
@@ -100,12 +102,6 @@ def batches(numbers: Sequence[int], size: int) -> Iterator[list[Put]]:
         yield [Put(key(n), VALUES[n % 997]) for n in numbers[start : start + size]]
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def measure(subject: str, entries: int, folder: Path) -> dict[str, Any]:
     """All figures of one subject at one size. Call it in a new process."""
     path = folder / "store"
@@ -149,11 +145,6 @@ def measure(subject: str, entries: int, folder: Path) -> dict[str, Any]:
         "export_s": export_s,
         "disk_mb": size / 1e6,
     }
-
-
-def each(call: Callable[[Any], object], values: list[Any]) -> None:
-    for value in values:
-        call(value)
 
 
 def overhead(entries: int, folder: Path, rounds: int = 40) -> dict[str, float]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
@@ -24,6 +27,18 @@ def rollup_kb(*fields: str, pid: int | str = "self") -> int:
 def private_kb(pid: int | str = "self") -> int:
     """The private memory of a process, in units of 1024 bytes."""
     return rollup_kb("Private_Clean", "Private_Dirty", pid=pid)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """The time that it takes, in seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def each(call: Callable[[Any], object], values: Iterable[Any]) -> None:
+    for value in values:
+        call(value)
 
 
 class Table:
