@@ -38,6 +38,13 @@ def update(value: Pairs, updates: Sequence[Update]) -> Pairs:
     return changed
 
 
+def until_its_thread_ended() -> None:
+    def is_there() -> bool:
+        return any(thread.name == "foldlog-derive" for thread in threading.enumerate())
+
+    until(lambda: not is_there(), "its thread ended")
+
+
 def test_derived_state_follows_batch_by_batch(path: Path):
     batches: list[list[str]] = []
 
@@ -198,10 +205,7 @@ def test_one_that_is_dropped_costs_the_store_nothing_more(path: Path):
         del derived
         gc.collect()
         assert not store._core.feeds.wanted
-    until(
-        lambda: not [each for each in threading.enumerate() if each.name == "foldlog-derive"],
-        "its thread ended",
-    )
+    until_its_thread_ended()
 
 
 def test_a_writer_that_crashes_leaves_it_in_step(path: Path):
@@ -226,10 +230,7 @@ def test_a_start_that_is_interrupted_leaves_no_thread(path: Path, monkeypatch: p
             patch.setattr(Answer, "result", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 foldlog.derive(store, build, update)
-        until(
-            lambda: not any("derive" in each.name for each in threading.enumerate()),
-            "its thread has ended",
-        )
+        until_its_thread_ended()
         assert not store._core.feeds.wanted
 
 
@@ -263,7 +264,4 @@ def test_a_start_that_is_interrupted_anywhere_leaves_nothing_behind(path: Path):
             if not at.fired:
                 break
         assert number > 50
-        until(
-            lambda: not any("derive" in each.name for each in threading.enumerate()),
-            "its threads have ended",
-        )
+        until_its_thread_ended()
