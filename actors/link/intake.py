@@ -230,7 +230,7 @@ class Intake:
 
 def _parse(parse: Parse, update: Update, wanted: list[Update]) -> None:
     """Add to `wanted` what `parse` makes of the update: perhaps a generator, which runs here."""
-    parsed = parse(update)
+    parsed = _plain(parse, parse(update))
     if isinstance(parsed, (Put, Delete)) or hasattr(parsed, "version"):
         wanted.append(parsed)  # type: ignore[arg-type]
     elif parsed is not None:
@@ -246,12 +246,16 @@ class HookFailed(Exception):
         self.error = error
 
 
-def _called(hook: Callable[..., _T], *arguments: object) -> _T:
+def _called(hook: Callable[..., object], *arguments: object) -> None:
     try:
-        answer = hook(*arguments)
+        _plain(hook, hook(*arguments))
     except BaseException as error:  # an exit, too: it would end the event loop
         raise HookFailed(error) from error
-    if inspect.iscoroutine(answer):  # nobody would run it
+
+
+def _plain(hook: Callable[..., object], answer: _T) -> _T:
+    """What a hook answers. TypeError if that is a coroutine, which nobody would run."""
+    if inspect.iscoroutine(answer):
         answer.close()
-        raise HookFailed(TypeError(f"{hook!r} is asynchronous: a hook is a plain function"))
+        raise TypeError(f"{hook!r} is asynchronous: a hook is a plain function")
     return answer
