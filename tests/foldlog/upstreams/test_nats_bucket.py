@@ -122,7 +122,12 @@ def lost() -> None:
 def test_a_lost_connection_is_made_anew_by_identify_alone(monkeypatch):
     from foldlog.upstreams import nats_kv
 
-    options = {"user": "u", "password": "p", "token": "t", "tls": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)}
+    options = {
+        "user": "u",
+        "password": "p",
+        "token": "t",
+        "tls": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+    }
     made = bucket(info(), credentials="file", **options)
     old = made._connection
     old.is_lost, opened = True, []
