@@ -117,7 +117,7 @@ class LogEngine(LogPast):
             since = since.with_group(batches)
         if staged is None:
             fold = self.fold
-            if len(batches) == 1:
+            if len(batches) == 1:  # as `with_group` does, a call sooner
                 only = batches[0]
                 staged = fold.with_batch(only.changes, fold.seq + 1, only.cursor, only.origin)
             else:
