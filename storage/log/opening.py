@@ -51,8 +51,7 @@ def open_log(
     FORMAT.check(format)
     ON_DAMAGE.check(on_damage)
     if files.exists(path):
-        # OSError for a device or a directory, before a lock file is created beside it.
-        files.close(files.open_read(path))
+        _check_regular(files, path)
     given_lock, lock = lock, lock or WriterLock(files, path)
     try:
         log, loaded, report = _open_locked(
@@ -71,6 +70,18 @@ def open_log(
         log.discard(keep_lock=given_lock is not None)
         raise
     return log, loaded.fold, report
+
+
+def _check_regular(files: Files, path: Path) -> None:
+    """InvalidFormatError for a directory, OSError for a device, before a lock file is created
+    beside it."""
+    try:
+        files.close(files.open_read(path))
+    except OSError:
+        if path.is_dir():
+            reason = "is a directory; a RocksDB store is opened with backend='rocksdb'"
+            raise InvalidFormatError(path, 0, reason) from None
+        raise
 
 
 def _open_locked(
