@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import ssl
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, unquote, urlsplit
 
@@ -52,6 +53,9 @@ class Connection:
         # nats-py has no public way to read messages as they come: see `nats_wire`.
         client = cast(Any, self.client)
         self.wire = client._ps = Wire(client._ps)
+        schemes = {urlsplit(server).scheme for server in servers}
+        if "tls" in schemes or (options.get("tls") and "nats" in schemes):
+            client._connect_command = self._over_tls(client, client._connect_command)
 
     async def open(self) -> None:
         """UpstreamRefused if the server refuses the credentials or its certificate is not trusted;
@@ -90,6 +94,17 @@ class Connection:
         except BaseException:
             await self.close()
             raise
+
+    def _over_tls(self, client: Any, connect_command: Callable[[], bytes]) -> Callable[[], bytes]:
+        """`connect_command`, which has the credentials, but UpstreamRefused if it would be sent in
+        the clear. nats-py leaves it to the server whether there is TLS."""
+
+        def command() -> bytes:
+            if not client._server_info.get("tls_required"):
+                raise UpstreamRefused(f"{self.who}: TLS is asked for, and the server has none")
+            return connect_command()
+
+        return command
 
     def _connect_error(self, error: Exception) -> Exception:
         told = self._error if isinstance(error, self._errors.NoServersError) else ""

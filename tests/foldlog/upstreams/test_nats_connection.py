@@ -12,7 +12,7 @@ import pytest
 from virtual_time import in_virtual_time
 
 from foldlog.protocol.upstream import UpstreamLost, UpstreamMissing, UpstreamRefused
-from foldlog.upstreams import nats_connection
+from foldlog.upstreams import NatsKv, nats_connection
 from foldlog.upstreams.nats_connection import Connection, NoMessage, bare, checked_url, secrets_of
 
 errors = pytest.importorskip("nats.errors", reason="nats-py is not installed: the extra `nats`")
@@ -115,6 +115,39 @@ async def test_a_connection_that_cannot_be_made_says_why_and_is_closed(error, sa
         await connection.open()
     assert client.transport_closed
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"), [("tls", {}), ("nats", {"tls": ssl.create_default_context()})]
+)
+def test_credentials_are_not_sent_in_the_clear_where_tls_is_asked_for(scheme, options):
+    """nats-py leaves it to the server whether there is TLS: one that said nothing of it got them,
+    also at tls://."""
+    received = []
+
+    async def main():
+        ended = asyncio.Event()
+
+        async def serve(reader, writer):
+            writer.write(b'INFO {"server_id": "a", "version": "2.10.0", "max_payload": 1024}\r\n')
+            received.append(await reader.read())
+            writer.close()
+            ended.set()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            upstream = NatsKv(f"{scheme}://u:s3cret@127.0.0.1:{port}", bucket="b", **options)
+            try:
+                with pytest.raises(UpstreamRefused, match="the server has none"):
+                    await upstream.identify()
+            finally:
+                await upstream.close()
+            async with asyncio.timeout(60):
+                await ended.wait()
+
+    asyncio.run(main())
+    assert received == [b""]
 
 
 @in_virtual_time

@@ -385,6 +385,8 @@ def test_what_is_used_of_nats_py_beyond_its_public_names_is_there():
     client = Client()
     assert isinstance(client._ps, Parser)
     assert client._transport is None
+    assert client._server_info == {}
+    assert inspect.getsource(Client).count("self._connect_command()") == 1
     assert inspect.iscoroutinefunction(client._ps.parse)
     assert Subscription(client, 7)._id == 7
     (extra,) = [each for each in requires("foldlog") or () if each.startswith("nats-py")]
