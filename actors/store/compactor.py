@@ -208,14 +208,14 @@ class Compactor:
     def answer_wanted(self, error: Exception | None, seq: int | None = None) -> None:
         """Answer requests waiting for a compaction: of the log as of batch `seq`, or all of
         them."""
-        wanted, self.wanted = self.wanted, []
-        for request in wanted:
+        for request in tuple(self.wanted):
             if seq is not None and request.seq is not None and request.seq > seq:
-                self.wanted.append(request)  # the rewrite does not cover its batches
-            elif error is not None:
+                continue  # the rewrite does not cover its batches
+            if error is not None:
                 request.fail(copy.copy(error))
             elif request.start():
                 request.succeed(None)
+            self.wanted.remove(request)  # last: memory may run out on the way
 
     def drop(self) -> None:
         """Give up the running compaction, if there is one."""

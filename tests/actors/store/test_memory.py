@@ -19,6 +19,7 @@ from foldlog import Get, State, WriterCrashed
 from foldlog.actors.base.adapter import Inbox, Mail, NoThread, SupervisedActor
 from foldlog.actors.store.internal import Rewritten
 from foldlog.actors.store.maintenance import Maintenance
+from foldlog.actors.store.requests import CompactRequest, Request
 from foldlog.actors.store.supervisor import Supervisor
 
 ON_EACH_ENGINE = True
@@ -145,4 +146,22 @@ def test_a_restarted_writer_that_has_no_memory_to_return_its_requests_keeps_them
     store = open_store()
     steps.crash("writer.before_write")
     assert store.apply(batch(1), cursor(1), timeout_s=DEADLINE_S) == 1
+    assert next(strikes, None) is None
+
+
+def test_who_asked_for_a_compaction_is_answered_though_memory_ran_out_on_the_way(
+    open_store, monkeypatch
+):
+    """Those still to be answered were forgotten, and waited in vain."""
+    start, strikes = Request.start, iter([MemoryError("injected")])
+
+    def struck(self: Request) -> bool:
+        if isinstance(self, CompactRequest) and (error := next(strikes, None)):
+            raise error
+        return start(self)
+
+    monkeypatch.setattr(Request, "start", struck)
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    store.compact(DEADLINE_S)
     assert next(strikes, None) is None
