@@ -282,7 +282,7 @@ def test_a_follower_that_misses_something_or_ends_is_lost(change, reason):
 def test_the_backlog_comes_in_pieces_of_whole_batches_that_say_how_many_are_left(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(log_file, "PIECE_UPDATES", 3)
+    monkeypatch.setattr(log_file, "PIECE_UPDATES", 4)
     with foldlog.open(tmp_path / "a.log") as store:
         for number in range(1, 6):
             store.apply([Put(f"k.{number}", b""), Put("k", b"")], WatchCursor.from_u64(number))
