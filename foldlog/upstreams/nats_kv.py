@@ -50,8 +50,9 @@ class NatsKv:
 
     `user` and `password`, `token`, `credentials` (a file) and `tls` (an ssl.SSLContext) are passed
     to nats-py; the user may also be part of the URL. With tls:// or `tls`, nothing is sent to a
-    server without TLS: UpstreamRefused. `credentials` need nkeys (`nats-py[nkeys]`). `domain`: the JetStream domain. Secrets never
-    appear in a repr, a reason or a log. ValueError for an invalid address or bucket name.
+    server without TLS: UpstreamRefused. `credentials` need nkeys (`nats-py[nkeys]`). `domain`: the
+    JetStream domain. Secrets never appear in a repr, a reason or a log. ValueError for an invalid
+    address or bucket name.
     """
 
     def __init__(
