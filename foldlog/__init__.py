@@ -1,6 +1,20 @@
 """foldlog: a local, always-hot, durable copy of shared state, fed by a stream of updates.
 
 protocol <- storage <- actors <- foldlog        imports never run the other way
+
+store.py       open, Store: a store for all threads of a process
+follow.py      follow, Follower: a reader of another process's log
+mirror.py      mirror, Mirror: a store that a link keeps in step with an upstream
+upstreams/     NATS buckets, etcd prefixes, other logs
+views.py       a mapping of decoded values; codecs.py decodes
+derive.py      a structure of the program's own, kept in step
+aio/           stores, followers and mirrors for asyncio
+health.py      ready, degraded or failed; metrics.py: OpenTelemetry
+watched.py     what stores and followers share; waiting.py waits for a position
+life_cycle.py  how stores end without a `with` block
+testing/       faults, for tests of programs that use foldlog
+cli/           the command `foldlog`
+version.py     the version
 """
 
 from typing import TYPE_CHECKING, Any

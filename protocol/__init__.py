@@ -10,6 +10,7 @@ The bottom of the ladder `protocol <- storage <- actors <- foldlog`: it imports 
     messages.py  what the actors of a store are asked
     events.py    what subscribers receive
     errors.py    one family of errors, grouped by what the caller does next
+    logger.py    the library's logger
     closing.py   what a `with` block closes
     options.py   options: declared, defaulted and checked once
     store.py     SnapshotStore: the contract that every store keeps

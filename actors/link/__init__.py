@@ -2,6 +2,7 @@
 
 attachment.py  one attachment to the upstream
 auditing.py    finds what no change told
+checking.py    what an upstream gives has the types of the seam
 intake.py      what the link gives to its store, one batch at a time
 link.py        the link's thread: attach, let go, try again
 progress.py    what the link reports

@@ -14,7 +14,8 @@
     top.py      top                            a live view, through a follower
     follow.py   tail, get --follow             print changes as they arrive, through a follower
     mirror.py   mirror                         keep a log in step with an upstream
-    demo.py     demo                           the whole life of a log, on real data
+    demo.py     demo                           the whole life of a log, on the data of unicode.py
+    keyboard.py single key presses, for live views
 
 An error prints one line on stderr. Exit codes: 0 success; 1 failure (damage, no such key, disk full
 or failing); 2 misuse (bad arguments or input, a file that is missing, already exists or is not

@@ -4,6 +4,12 @@ imported on first use.
 nats_kv.py    NatsKv(url, bucket=)     needs nats-py: the extra `nats`
 etcd.py       Etcd(url, prefix=)
 log_file.py   LogFile(path)
+checking.py   their arguments, checked
+
+nats_connection.py  a connection, and the API of JetStream
+nats_pull.py        pull requests, without loss
+nats_wire.py        messages on the wire; nats_bulk.py decodes many at a time
+http_json.py        JSON over HTTP, for etcd
 """
 
 from __future__ import annotations

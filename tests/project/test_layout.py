@@ -273,6 +273,17 @@ def test_each_test_is_in_the_directory_of_the_room_that_it_tests() -> None:
     assert [room for room in sorted(rooms - of_no_room) if not (ROOT / room).is_dir()] == []
 
 
+def test_each_package_lists_its_modules() -> None:
+    for package in sorted({file.parent for file in FILES}):
+        contents = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+        named = set(re.findall(r"\b(\w+)(?:\.py\b|/\s)", contents))
+        first = set(re.findall(r"(?m)^ *(\w+)(?:\.py\b|/\s)", contents))
+        modules = {file.stem for file in package.glob("*.py")} - {"__init__", "__main__"}
+        rooms = {room.parent.name for room in package.glob("*/__init__.py")}
+        assert modules - named == set(), package
+        assert first - modules - rooms == set(), package
+
+
 def test_importing_foldlog_imports_nothing_that_a_store_does_not_need() -> None:
     program = "import sys, foldlog; print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run(
