@@ -363,19 +363,24 @@ class ReadHandle(Closing):
             self._gone = None
 
     def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:  # an interrupt may come before `fd` is set
+        gone = getattr(self, "_gone", None)
+        if gone is not None and gone() is None:
+            # The garbage collector calls the callback first: another thread may be closing it.
+            close_left_open()
+        elif getattr(self, "fd", -1) >= 0:  # an interrupt may come before `fd` is set
             self.close()
 
 
 # What closes the descriptors of the handles that are open, by the id of the reference.
 _unclosed: dict[int, tuple[weakref.ref[ReadHandle], Retiring]] = {}
-# Handles that are gone, though their finalizers were interrupted.
+# Handles that are gone, and whose finalizers were interrupted, or are still to come.
 _gone: deque[weakref.ref[ReadHandle]] = deque()
 _closers: deque[object] = deque()
 
 
 def close_left_open() -> None:
-    """Close what handles left open whose finalizers were interrupted. The next opening does it."""
+    """Close what handles that are gone left open. One call at a time does it: two would close the
+    number twice, and by then it may be another file's. What it misses, the next opening closes."""
     try:
         enter_alone(_closers, _getframe())
         while _gone:

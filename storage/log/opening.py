@@ -73,13 +73,13 @@ def open_log(
 
 
 def _check_regular(files: Files, path: Path) -> None:
-    """InvalidFormatError for a directory, OSError for a device, before a lock file is created
-    beside it."""
+    """InvalidFormatError for a RocksDB database, OSError for any other directory or a device,
+    before a lock file is created beside it."""
     try:
         files.close(files.open_read(path))
     except OSError:
-        if path.is_dir():
-            reason = "is a directory; a RocksDB store is opened with backend='rocksdb'"
+        if (path / "CURRENT").is_file():
+            reason = "is a RocksDB database: open it with backend='rocksdb'"
             raise InvalidFormatError(path, 0, reason) from None
         raise
 

@@ -150,7 +150,7 @@ def test_a_store_is_refused_where_a_log_is_expected(path: Path) -> None:
     """It was an OSError that said "not a regular file"."""
     filled(path)
     before = content(path)
-    with pytest.raises(InvalidFormatError, match="opened with backend='rocksdb'"):
+    with pytest.raises(InvalidFormatError, match="open it with backend='rocksdb'"):
         AppendLogSnapshot.open(path)
     assert content(path) == before
 

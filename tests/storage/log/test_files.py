@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -127,4 +128,33 @@ def test_two_openings_do_not_close_the_same_descriptor(path: Path):
     thread.join(DEADLINE_S)
     assert other.read(7, 0) == b"content"
     other.close()
+    assert descriptors(path.parent) == []
+
+
+def test_a_handle_that_is_collected_as_garbage_is_closed_once(path: Path):
+    """The collector tells of it first and calls its finalizer later. An opening in between, on
+    another thread, closed it, too, and got its number: then the finalizer closed that file."""
+    opened: list[ReadHandle] = []
+
+    class Interrupted(Files):
+        def close(self, fd: int) -> None:
+            if not opened:
+                opened.append(ReadHandle(OS_FILES, path.parent / "b.log"))
+                thread = threading.Thread(target=open_another)
+                thread.start()
+                thread.join(DEADLINE_S)
+            super().close(fd)
+
+    def open_another() -> None:
+        opened.append(ReadHandle(OS_FILES, another))
+
+    another = path.with_name("b.log")
+    another.write_bytes(b"another")
+    knot: list[object] = [ReadHandle(Interrupted(), path)]
+    knot.append(knot)
+    del knot
+    gc.collect()
+    assert [handle.read(7, 0) for handle in opened] == [b"another"] * 2
+    for handle in opened:
+        handle.close()
     assert descriptors(path.parent) == []
