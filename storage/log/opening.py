@@ -114,6 +114,21 @@ def _open_locked(
         kept_at, cut_bytes = None, 0
         if loaded.bad is not None:
             kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)
+        report = OpenReport(
+            path,
+            created,
+            loaded.position.offset,
+            loaded.parts,
+            loaded.base_entries,
+            loaded.position.seq - loaded.header.base_seq,
+            loaded.position.seq,
+            loaded.fold.cursor(),
+            loaded.sealed,
+            cut_bytes,
+            cut_reason,
+            kept_at,
+            missing_batches=missing,
+        )
         file = LogFile(
             loaded.format, loaded.header, fd, handle, loaded.position, loaded.base_end, False
         )
@@ -127,21 +142,6 @@ def _open_locked(
         if fd >= 0:
             files.close(fd)
         raise
-    report = OpenReport(
-        path,
-        created,
-        loaded.position.offset,
-        loaded.parts,
-        loaded.base_entries,
-        loaded.position.seq - loaded.header.base_seq,
-        loaded.position.seq,
-        loaded.fold.cursor(),
-        loaded.sealed,
-        cut_bytes,
-        cut_reason,
-        kept_at,
-        missing_batches=missing,
-    )
     return log, loaded, report
 
 
