@@ -81,7 +81,11 @@ class LogEngine(LogPast):
             lock=lock,
             crashed=crashed,
         )
-        self.fold.limit_cache(cache_bytes)
+        try:
+            self.fold.limit_cache(cache_bytes)
+        except BaseException:  # memory ran out: nobody else has the log yet
+            self.log.discard(keep_lock=lock is not None)
+            raise
         self._cache_bytes = cache_bytes
         # Invariant: fold.seq == log.position.seq, or the log is poisoned. A KeyboardInterrupt may
         # come between the write and the assignment after it; then `_next` is what the log holds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foldlog.protocol.errors import FoldlogError, LogChangedError, LogRegressedError
+from foldlog.protocol.errors import LogChangedError, LogRegressedError
 from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.engines.options import EngineOptions
 from foldlog.storage.log.sidecars.lock import WriterLock
@@ -35,7 +35,7 @@ class LogSeat:
         if crashed is not None:
             try:
                 _check_successor(engine, crashed)
-            except FoldlogError:
+            except BaseException:
                 engine.log.discard(keep_lock=True)
                 raise
         return engine
