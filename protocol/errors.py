@@ -13,6 +13,18 @@ from typing import Literal
 from foldlog.protocol.tokens import VersionToken, WatchCursor, has_reached
 
 
+def is_from_system(error: object) -> bool:
+    """True for an OSError that the system reports. One that a signal handler raises, a TimeoutError
+    say, has no errno."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def is_own_fault(error: object) -> bool:
+    """True for errors that foldlog raises or the system reports; False for an exception that struck
+    the thread from outside."""
+    return isinstance(error, FoldlogError) or is_from_system(error)
+
+
 class FoldlogError(Exception):
     """The base class of foldlog's errors."""
 

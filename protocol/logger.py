@@ -6,6 +6,8 @@ import logging
 import threading
 from typing import Any
 
+from foldlog.protocol.errors import is_from_system
+
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
@@ -14,9 +16,7 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
         try:
             super().log(level, msg, *args, stacklevel=2, **kwargs)
         except BaseException as error:
-            if threading.current_thread() is threading.main_thread() and not (
-                isinstance(error, OSError) and error.errno is not None
-            ):
+            if threading.current_thread() is threading.main_thread() and not is_from_system(error):
                 raise
 
 

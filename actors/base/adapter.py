@@ -38,8 +38,7 @@ from foldlog.actors.base.mailbox import Mail as Mail
 from foldlog.actors.base.mailbox import answer_error as answer_error
 from foldlog.actors.base.mailbox import reply as reply
 from foldlog.actors.base.mailbox import stop_only as stop_only
-from foldlog.protocol.errors import FoldlogError
-from foldlog.protocol.logger import log as log
+from foldlog.protocol.errors import is_own_fault
 from foldlog.storage.handover import RECHECK_S, discard, is_below, is_over
 
 _getframe = sys._getframe
@@ -220,17 +219,6 @@ class SupervisedActor(pykka.ThreadingActor):
 class DiedInTurn(Exception):
     """An actor died in a turn that a caller's thread had taken, of an exception that struck that
     thread (`__cause__`)."""
-
-
-def is_own_fault(error: BaseException) -> bool:
-    """True for errors that the store raises or the system reports; False for an exception that
-    struck the thread from outside.
-
-    A TimeoutError raised by a SIGALRM handler is an OSError too, but has no errno.
-    """
-    return isinstance(error, FoldlogError) or (
-        isinstance(error, OSError) and error.errno is not None
-    )
 
 
 class SharedActor(SupervisedActor):

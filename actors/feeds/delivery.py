@@ -10,12 +10,12 @@ from typing import Any
 import pykka
 from pykka._envelope import Envelope
 
-from foldlog.actors.base.adapter import log
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.subscription import Since, Subscription
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.events import Ended, Event
+from foldlog.protocol.logger import log
 from foldlog.storage.handover import Latch
 
 IN_FLIGHT = 64

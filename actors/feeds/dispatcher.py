@@ -14,11 +14,12 @@ import time
 from collections import deque
 from typing import Protocol
 
-from foldlog.actors.base.adapter import call_aside, log
+from foldlog.actors.base.adapter import call_aside
 from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.prefixes import PrefixIndex, listed
 from foldlog.actors.feeds.ring import Cell, Group, Place, Ring
+from foldlog.protocol.logger import log
 
 CHECK_S = 1.0
 """How long it may take to notice, while no events come, that an actor is dead."""

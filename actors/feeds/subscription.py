@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import TypeAlias
 
-from foldlog.actors.base.adapter import is_own_fault
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.feeds.prefixes import PrefixIndex
 from foldlog.actors.feeds.ring import Group, Lost, Place
 from foldlog.protocol.engine import Past, Snapshot
-from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall
+from foldlog.protocol.errors import CursorExpired, FoldlogError, ReentrantCall, is_own_fault
 from foldlog.protocol.events import Changed, Event, Lagged, Rewound, Synced
 from foldlog.protocol.options import check_timeout
 from foldlog.protocol.tokens import CursorLike, WatchCursor, as_cursor

@@ -20,12 +20,12 @@ from typing import Any
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileModifiedEvent, FileMovedEvent
 
-from foldlog.actors.base.adapter import log
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.following.filewatch import FileWatch
 from foldlog.protocol.errors import FoldlogError, RequestTimeout
+from foldlog.protocol.logger import log
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.handover import Bell, Latch, Wakeup

@@ -16,12 +16,12 @@ from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
-from foldlog.actors.base.adapter import log
 from foldlog.actors.link.checking import check_changes, check_revisions
 from foldlog.actors.link.intake import Intake, LinkConfig, Sink
 from foldlog.actors.link.progress import Progress
 from foldlog.actors.link.resuming import Audit, audit_delay_s, next_audit_s
 from foldlog.actors.link.tail import Tail
+from foldlog.protocol.logger import log
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Delete, KvEntry, Put, Update, fold_versions
 from foldlog.protocol.upstream import (

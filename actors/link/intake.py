@@ -13,11 +13,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
-from foldlog.actors.base.adapter import log
 from foldlog.actors.link.progress import Progress
 from foldlog.actors.link.resuming import may_delete
 from foldlog.actors.store.core import Restart
 from foldlog.protocol.errors import Backpressure
+from foldlog.protocol.logger import log
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import (
     MAX_KEY_BYTES,

@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from foldlog.actors.base.adapter import log
 from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.link.attachment import Attachment
 from foldlog.actors.link.intake import HookFailed, Intake, LinkConfig, Sink
@@ -34,6 +33,7 @@ from foldlog.actors.link.progress import LinkState, LinkStats, Progress
 from foldlog.actors.link.resuming import retry_delay_s
 from foldlog.actors.store.core import Restart
 from foldlog.protocol.errors import FoldlogError, StoreClosed
+from foldlog.protocol.logger import log
 from foldlog.protocol.upstream import (
     Closable,
     ResetHeld,

@@ -7,7 +7,7 @@ import enum
 import time
 from dataclasses import dataclass
 
-from foldlog.actors.base.adapter import log
+from foldlog.protocol.logger import log
 from foldlog.storage.handover import Bell
 
 

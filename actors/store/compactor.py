@@ -10,12 +10,13 @@ import copy
 import time
 from collections.abc import Callable
 
-from foldlog.actors.base.adapter import Inbox, Mail, log
+from foldlog.actors.base.adapter import Inbox, Mail
 from foldlog.actors.store.core import Core, State
 from foldlog.actors.store.internal import CompactJob, LetGo, Rewritten
 from foldlog.actors.store.requests import CompactRequest
 from foldlog.protocol.engine import Compaction, Engine, check_failure
 from foldlog.protocol.errors import FoldlogError
+from foldlog.protocol.logger import log
 from foldlog.protocol.options import COMPACT_THRESHOLD
 
 DEFAULT_COMPACT_THRESHOLD = COMPACT_THRESHOLD.default

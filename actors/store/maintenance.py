@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, stop_only
 from foldlog.actors.store.core import Core
 from foldlog.actors.store.internal import CompactJob, ExportJob, LetGo, Rewritten
 from foldlog.protocol.engine import Cancelled, Compaction, Snapshot
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
+from foldlog.protocol.logger import log
 
 
 def _let_others_run(done: int, total: int) -> None:

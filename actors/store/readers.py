@@ -16,9 +16,10 @@ from typing import Any
 
 from pykka._envelope import Envelope
 
-from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor, log, reply, stop_only
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor, reply, stop_only
 from foldlog.actors.store.core import Core, no_step
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
+from foldlog.protocol.logger import log
 from foldlog.protocol.messages import Get, Page, Range, RangePage, plain
 from foldlog.protocol.updates import KvEntry
 

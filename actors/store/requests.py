@@ -14,10 +14,11 @@ from typing import Any
 from pykka._envelope import Envelope
 from pykka.messages import _ActorStop
 
-from foldlog.actors.base.adapter import Inbox, Mail, log, reply
+from foldlog.actors.base.adapter import Inbox, Mail, reply
 from foldlog.actors.base.answers import Answer
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch, check_forward
+from foldlog.protocol.logger import log
 from foldlog.protocol.messages import Apply, Compact, Export, plain
 from foldlog.protocol.options import FORMAT, UNSET, Unset
 from foldlog.protocol.store import FormatName

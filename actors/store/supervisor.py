@@ -75,7 +75,6 @@ from foldlog.actors.base.adapter import (
     Notice,
     Started,
     SupervisedActor,
-    log,
 )
 from foldlog.actors.base.answers import Answer, look_after_callbacks
 from foldlog.actors.base.memory import insist, pause
@@ -87,6 +86,7 @@ from foldlog.actors.store.requests import WriterInbox
 from foldlog.actors.store.syncer import Syncer
 from foldlog.actors.store.writer import Writer
 from foldlog.protocol.errors import ForkedStore, StoreClosed, StoreFailed
+from foldlog.protocol.logger import log
 from foldlog.storage.fold.snapshot import ClosedFold
 
 HEALTH_CHECK_S = 1.0

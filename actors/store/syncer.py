@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from watchdog.events import FileCreatedEvent, FileDeletedEvent, FileMovedEvent
 
-from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, log, stop_only
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SupervisedActor, stop_only
 from foldlog.actors.following.filewatch import FileWatch
 from foldlog.actors.store.core import Core
 from foldlog.actors.store.internal import CheckFile, Heal, Look
 from foldlog.protocol.errors import FoldlogError, LogChangedError, LogPoisonedError
+from foldlog.protocol.logger import log
 from foldlog.storage.fold.snapshot import ClosedFold
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import time
 
-from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor, is_own_fault, log
+from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor
 from foldlog.actors.store.compactor import Compactor
 from foldlog.actors.store.core import Core, no_step
 from foldlog.actors.store.internal import CheckFile, ExportJob, Heal, Rewritten
@@ -36,8 +36,10 @@ from foldlog.protocol.errors import (
     StoreClosed,
     VersionMismatch,
     WriterCrashed,
+    is_own_fault,
 )
 from foldlog.protocol.frames import MAX_GROUP
+from foldlog.protocol.logger import log
 from foldlog.protocol.updates import Batch
 from foldlog.storage.engines.options import EngineOptions
 from foldlog.storage.engines.registry import SEATS

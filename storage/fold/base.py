@@ -23,7 +23,7 @@ from blake3 import blake3
 from crc32c import crc32c
 
 from foldlog.protocol.decoding import Undecodable
-from foldlog.protocol.errors import CorruptLogError
+from foldlog.protocol.errors import CorruptLogError, is_own_fault
 from foldlog.protocol.updates import Change
 from foldlog.storage.fold import leaf
 from foldlog.storage.fold.cache import ENTRY_OVERHEAD, Cache
@@ -206,8 +206,8 @@ class Base:
         try:
             columns = self.columns(number)
         except (CorruptLogError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is None:
-                raise  # not from the disk: a signal handler's TimeoutError, say
+            if not is_own_fault(error):
+                raise
             return  # a read of the damaged entry reports it; the others can still be read singly
         # The keys of the index are equal to those in the columns, and already in memory.
         self.cache.add_leaf_entries(columns._replace(keys=index.keys))

@@ -19,7 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from foldlog.protocol.engine import Cancelled
-from foldlog.protocol.errors import FoldlogError, LogChangedError, StoreClosed, StoreLocked
+from foldlog.protocol.errors import (
+    FoldlogError,
+    LogChangedError,
+    StoreClosed,
+    StoreLocked,
+    is_own_fault,
+)
 from foldlog.storage.fold.reading import Writable
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.format import PRIVATE, LogFile, LogFormat, NewFile, Progress
@@ -239,7 +245,7 @@ class Rewrite:
             try:
                 log.put_in_place(out.path, free=free)  # the last step that can fail
             except (OSError, LogChangedError) as error:
-                if not isinstance(error, OSError) or error.errno is not None:
+                if is_own_fault(error):
                     log.announce(None)  # the system says that it was not done
                     self._landing = None
                 raise  # else a signal handler's TimeoutError, say: `settle` looks

@@ -24,6 +24,7 @@ from foldlog.protocol.errors import (
     LogChangedError,
     LogPoisonedError,
     StoreClosed,
+    is_from_system,
 )
 from foldlog.protocol.frames import MAX_GROUP
 from foldlog.protocol.tokens import U64_MAX
@@ -243,7 +244,7 @@ class Log:
             self.position = end
         except BaseException as error:
             if self.position is position:
-                if isinstance(error, OSError) and error.errno is not None:
+                if is_from_system(error):
                     self.unsettled = position  # what the system failed to write is not trusted
                 self.settle_write(error)
             raise
@@ -277,8 +278,8 @@ class Log:
             self.files.truncate(self.file.fd, self.position.offset)
             self.files.sync(self.file.fd)
         except OSError as second:
-            if second.errno is None:
-                raise  # not from the system: a signal handler's TimeoutError, say; undone later
+            if not is_from_system(second):
+                raise  # undone later
             self.poison_with(f"a write failed ({error}), and undoing it failed ({second})")
         else:
             self._leftover_bytes = 0
@@ -302,8 +303,8 @@ class Log:
         try:
             self.files.sync(self.file.fd)
         except OSError as error:
-            if error.errno is None:
-                raise  # not from the system
+            if not is_from_system(error):
+                raise
             self.poison_with(f"fsync failed: {error}")
             raise LogPoisonedError(self.path, f"fsync failed: {error}") from error
         self._note_synced(position)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -10,7 +9,8 @@ from dataclasses import replace
 from typing import Literal, Self
 
 from foldlog.protocol.engine import OpenReport
-from foldlog.protocol.errors import FoldlogError, LogAccessError, check_forward
+from foldlog.protocol.errors import FoldlogError, LogAccessError, check_forward, is_own_fault
+from foldlog.protocol.logger import log
 from foldlog.protocol.options import CACHE_BYTES, COMPACT_THRESHOLD, ENGINE_SYNC, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
@@ -23,7 +23,6 @@ from foldlog.storage.handover import discard, enter_alone
 from foldlog.storage.log.files import OS_FILES, Files, resolve
 from foldlog.storage.readable import Readable
 
-log = logging.getLogger("foldlog")
 _getframe = sys._getframe
 
 
@@ -177,8 +176,8 @@ class AppendLogSnapshot(Readable):
             try:
                 self._compact()
             except (OSError, FoldlogError) as error:
-                if isinstance(error, OSError) and error.errno is None:
-                    raise  # not from the system: a signal handler's TimeoutError, say
+                if not is_own_fault(error):
+                    raise
                 # The batch is in the log: the caller must not see an error.
                 self._failed_to_compact()
         return seq
