@@ -35,6 +35,7 @@ def open_log(
     format: FormatName | None = None,
     on_damage: OnDamage = "refuse",
     sync_each: bool = False,
+    cache_bytes: int,
     progress: Progress | None = None,
     lock: WriterLock | None = None,
     crashed: Log | None = None,
@@ -66,6 +67,7 @@ def open_log(
             log.sync()  # what a killed writer left may be in the page cache only
         if not loaded.format.keeps_origin:
             loaded.fold.origin = read_origin(files, path)
+        loaded.fold.limit_cache(cache_bytes)
     except BaseException:
         log.discard(keep_lock=given_lock is not None)
         raise

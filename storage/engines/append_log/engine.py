@@ -77,15 +77,11 @@ class LogEngine(LogPast):
             format=format,
             on_damage=on_damage,
             sync_each=sync_each,
+            cache_bytes=cache_bytes,
             progress=progress,
             lock=lock,
             crashed=crashed,
         )
-        try:
-            self.fold.limit_cache(cache_bytes)
-        except BaseException:  # memory ran out: nobody else has the log yet
-            self.log.discard(keep_lock=lock is not None)
-            raise
         self._cache_bytes = cache_bytes
         # Invariant: fold.seq == log.position.seq, or the log is poisoned. A KeyboardInterrupt may
         # come between the write and the assignment after it; then `_next` is what the log holds.
