@@ -15,6 +15,7 @@ import copy
 import time
 
 from foldlog.actors.base.adapter import Inbox, Mail, Post, SharedActor
+from foldlog.actors.base.memory import insist
 from foldlog.actors.store.compactor import Compactor
 from foldlog.actors.store.core import Core, no_step
 from foldlog.actors.store.internal import CheckFile, ExportJob, Heal, Rewritten
@@ -474,7 +475,7 @@ class Writer(SharedActor):
         if engine.failure is None:
             engine.sync()  # if this fails, the restart heals while the lock is still held
         try:
-            engine.close()
+            insist(engine.close)
         except (OSError, FoldlogError) as error:
             # Only the seal is missing, and the lock is released: nothing may be retried.
             log.warning("%s: closed without a seal: %s", engine.path, error)

@@ -99,6 +99,25 @@ def test_a_store_outlives_a_memory_error_at_any_point_of_its_own_threads(
     until(lambda: not of_stores(threads()), "the store's threads have ended")
 
 
+def test_a_close_that_runs_out_of_memory_as_it_ends_is_finished(open_store, monkeypatch, path):
+    """The writer was restarted, and replayed the log with a lock that it had released."""
+    store = open_store()
+    store.apply(batch(1), cursor(1))
+    engine, strikes = type(store._engine), iter([MemoryError("injected")])
+    close = engine.close
+
+    def struck(self):
+        close(self)
+        if error := next(strikes, None):
+            raise error
+
+    monkeypatch.setattr(engine, "close", struck)
+    store.close(DEADLINE_S)
+    assert next(strikes, None) is None
+    with foldlog.open(path) as again:
+        assert again.snapshot().seq == 1
+
+
 def test_a_rewrite_that_the_writer_has_is_not_discarded_by_who_wrote_it(
     open_store, steps, monkeypatch
 ):
