@@ -276,7 +276,7 @@ class Supervisor:
             self._tell_to_stop()
         elif core.state is State.FAILED:
             self._abandon(core.reason)
-        else:
+        elif core.state is not State.CLOSED:  # else the notice in hand was the last
             self._resume_the_dead()
             if core.state is State.RUNNING:
                 self._answer_opened(None)

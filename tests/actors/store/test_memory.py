@@ -16,7 +16,7 @@ from interrupts import RunsOut, points
 
 import foldlog
 from foldlog import Get, State, WriterCrashed
-from foldlog.actors.base.adapter import Inbox, Mail, NoThread, SupervisedActor
+from foldlog.actors.base.adapter import Ended, Inbox, Mail, NoThread, SupervisedActor
 from foldlog.actors.store.internal import Rewritten
 from foldlog.actors.store.maintenance import Maintenance
 from foldlog.actors.store.requests import CompactRequest, Request
@@ -116,6 +116,25 @@ def test_a_close_that_runs_out_of_memory_as_it_ends_is_finished(open_store, monk
     assert next(strikes, None) is None
     with foldlog.open(path) as again:
         assert again.snapshot().seq == 1
+
+
+def test_nobody_is_resumed_once_the_store_has_closed(open_store, monkeypatch, path):
+    """The supervisor ran out of memory with the last notice in hand, closed the store as it caught
+    up, and then resumed its actors: the log stayed locked."""
+    receive, strikes = Supervisor._receive, iter([MemoryError("injected")])
+
+    def received(self: Supervisor, timeout_s: float) -> bool:
+        has_one, notice = receive(self, timeout_s), self._notice
+        is_last = isinstance(notice, Ended) and self._running == {notice.actor}
+        if is_last and (error := next(strikes, None)):
+            raise error
+        return has_one
+
+    monkeypatch.setattr(Supervisor, "_receive", received)
+    open_store().close(DEADLINE_S)
+    assert next(strikes, None) is None
+    until(lambda: not of_stores(threads()), "the store's threads have ended")
+    foldlog.open(path).close()
 
 
 def test_a_rewrite_that_the_writer_has_is_not_discarded_by_who_wrote_it(
