@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 from crc32c import crc32c
@@ -40,10 +41,6 @@ _MAX_BIT_SEARCH = 1024 * 1024
 """Bodies up to this size are tested for a single wrong byte, or a single wrong bit. At this size a
 body with a lost sector passes by chance for one with a wrong byte in 1 of 1,000 cases, and for one
 with a wrong bit in 1 of 500."""
-
-CRC32C_TABLE = [crc32c(bytes((byte,)), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
-CRC32C_BY_TOP = {entry >> 24: byte for byte, entry in enumerate(CRC32C_TABLE)}
-"""For running the checksum backwards: which byte's entry in the table has this top byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,10 +284,18 @@ def _single_errors(wrong_by: int, length: int) -> Iterator[int]:
     if length > _MAX_BIT_SEARCH:
         return
     errors = range(1, 256) if length <= _MAX_BYTE_SEARCH else [1 << bit for bit in range(8)]
-    effects = {CRC32C_TABLE[error] for error in errors}
+    table, by_top = crc32c_tables()
+    effects = {table[error] for error in errors}
     state = wrong_by
     for after in range(length):
         if state in effects:
             yield after
-        byte = CRC32C_BY_TOP[state >> 24]
-        state = (state ^ CRC32C_TABLE[byte]) << 8 & 0xFFFFFFFF | byte
+        byte = by_top[state >> 24]
+        state = (state ^ table[byte]) << 8 & 0xFFFFFFFF | byte
+
+
+@cache
+def crc32c_tables() -> tuple[list[int], dict[int, int]]:
+    """The checksum's table; and, for running it backwards, which byte's entry has a top byte."""
+    table = [crc32c(bytes((byte,)), 0xFFFFFFFF) ^ 0xFFFFFFFF for byte in range(256)]
+    return table, {entry >> 24: byte for byte, entry in enumerate(table)}

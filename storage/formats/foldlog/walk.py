@@ -22,7 +22,7 @@ from foldlog.protocol.frames import (
 )
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
-from foldlog.storage.log.recovery import CRC32C_BY_TOP, CRC32C_TABLE
+from foldlog.storage.log.recovery import crc32c_tables
 from foldlog.storage.log.scan import NO_HEADER, body_fault, header_fault
 
 _FIRST_CHUNK_BYTES = 512  # usually the next frame is near; doubled each time, up to:
@@ -213,8 +213,9 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
 
 def _crc32c_before(data: bytes, crc: int) -> int:
     """The value such that crc32c(data, value) == crc: the checksum, run backwards."""
+    table, by_top = crc32c_tables()
     state = crc ^ 0xFFFFFFFF
     for byte in reversed(data):
-        index = CRC32C_BY_TOP[state >> 24]
-        state = ((state ^ CRC32C_TABLE[index]) << 8 | index ^ byte) & 0xFFFFFFFF
+        index = by_top[state >> 24]
+        state = ((state ^ table[index]) << 8 | index ^ byte) & 0xFFFFFFFF
     return state ^ 0xFFFFFFFF
