@@ -73,6 +73,8 @@ class Log:
         `position`. See `settle_write`."""
         self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
         self._retiring: list[Retiring] | None = None
+        self._sealed: Position | None = None
+        """Where the file ends with the session's SEAL frame."""
         self._forked = False
         tell_after_fork(self, Rank.ENGINE)
 
@@ -399,12 +401,15 @@ class Log:
         self.settle_write()
         if self._synced_offset != self.position.offset:
             self.sync()
+        if self.position is self._sealed:
+            return  # by a call that was interrupted then
         try:
             self.check_unchanged()
         except LogChangedError:
             return  # this is no longer the file at the path: nothing to seal
         seal = self._codec.seal(self.position, self.synced_seq)
         if seal is not None:
+            self._sealed = seal[1]
             self._write(*seal)
             self.sync()
 

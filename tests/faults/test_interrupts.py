@@ -291,6 +291,7 @@ def test_a_close_that_was_interrupted_can_be_called_again(tmp_path: Path, stride
             store.close(DEADLINE_S)
         with foldlog.open(tmp_path / "a.log") as store:
             assert store.get("k").value == b"%d" % at.number
+            assert store.verify().ok
 
 
 def test_an_open_that_was_interrupted_leaves_nothing_open(tmp_path: Path, stride: int):
@@ -361,6 +362,7 @@ def test_an_engine_whose_close_was_interrupted_lets_go_of_its_lock(
             snap.close()
         at_end, snap = ENGINES[backend].open(tmp_path / "a.log")
         assert at_end == cursor(at.number)
+        assert snap.verify().ok  # it was sealed once
         snap.close()
 
 

@@ -14,6 +14,7 @@ from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.log import Log
+from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Fault, FaultyFiles
 from foldlog.testing.faults import Call
 
@@ -116,6 +117,28 @@ def test_a_group_that_finds_no_memory_beside_a_compaction_is_not_written(
     assert [(e.key, e.value) for e in fold.range()] == [("k", b"11")]
     assert fold.seq == 11
     engine.close()
+
+
+def test_a_close_that_is_repeated_seals_the_log_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was interrupted after it had sealed the log wrote a second SEAL frame, out of any
+    session: verify took it for damage."""
+    path = tmp_path / "log"
+    engine = LogEngine(path)
+    engine.commit([encode_batch([Put("k", b"1")], WatchCursor.from_u64(1))])
+
+    def no_memory(log: Log) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "abandon", no_memory)
+        with pytest.raises(MemoryError):
+            engine.close()
+    size = path.stat().st_size
+    engine.close()
+    assert path.stat().st_size == size
+    assert verify_log(path).ok
 
 
 def test_forward_only_knows_the_cursor_of_a_call_that_was_interrupted_once_it_had_written(
