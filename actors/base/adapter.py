@@ -115,6 +115,8 @@ class SupervisedActor(pykka.ThreadingActor):
         self.thread: threading.Thread | None = None
         self._permit: list[None] = [None]
         """Holds one item until its thread runs, or is kept from it."""
+        self.has_stopped = False
+        """True once it was stopped in order: whatever fails after that, it is not restarted."""
         self.busy_since: float | None = None
         """When it began its current work (time.monotonic()); None while it waits."""
 
@@ -179,7 +181,8 @@ class SupervisedActor(pykka.ThreadingActor):
                 self.busy_since = time.monotonic()
                 self._serve()
         except BaseException as raised:
-            error = raised  # first: without an error, the actor was stopped
+            if not self.has_stopped:
+                error = raised  # first: without an error, the actor was stopped
             if isinstance(raised, MemoryError):
                 raised.with_traceback(None)
         finally:
@@ -195,6 +198,7 @@ class SupervisedActor(pykka.ThreadingActor):
         elif self.taken[0].message is STOP:
             mail = self.taken[0]
             self.on_stop()
+            self.has_stopped = True
             self.retire()
             self.taken.clear()
             reply(mail)

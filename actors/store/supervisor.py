@@ -287,8 +287,8 @@ class Supervisor:
         """An actor tells its end last, so one that is dead and has told nothing could not."""
         for actor in tuple(self._running):
             if actor.has_died and self._notices.empty():
-                was_stopped = actor.actor_stopped.is_set()
-                error = None if was_stopped else MemoryError("it ended without a notice")
+                silent = MemoryError("it ended without a notice")
+                error = None if actor.has_stopped else silent
                 self._on_ended(actor, error)
 
     def _receive(self, timeout_s: float) -> bool:
@@ -338,8 +338,9 @@ class Supervisor:
         self._running.discard(actor)
         core = self.core
         if error is None:
-            if actor is self.writer:
-                self._stop_error = self._stop_error or self.writer.stop_error
+            if actor is self.writer and (stop_error := self.writer.stop_error) is not None:
+                self._stop_error = self._stop_error or stop_error
+                log.warning("%s: closed without a seal: %s", core.config.path, stop_error)
             self._begin_close()
             return
         if actor is self.writer and self._stuck_since is not None:

@@ -478,7 +478,6 @@ class Writer(SharedActor):
             insist(engine.close)
         except (OSError, FoldlogError) as error:
             # Only the seal is missing, and the lock is released: nothing may be retried.
-            log.warning("%s: closed without a seal: %s", engine.path, error)
             self.stop_error = error
 
     def let_go(self) -> None:

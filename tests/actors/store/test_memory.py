@@ -68,7 +68,7 @@ def live(path: Path) -> int:
         assert store.reader.ask(Get("shared/0"), timeout=DEADLINE_S).value == b"%d" % number
         store.reopen(DEADLINE_S)
         seq = store.apply(batch(number + 1), cursor(number + 1), timeout_s=DEADLINE_S)
-        assert store.state is State.RUNNING
+        until(lambda: store.state is State.RUNNING, "what was struck last has restarted")
     return seq
 
 
@@ -114,6 +114,28 @@ def test_a_close_that_runs_out_of_memory_as_it_ends_is_finished(open_store, monk
     monkeypatch.setattr(engine, "close", struck)
     store.close(DEADLINE_S)
     assert next(strikes, None) is None
+    with foldlog.open(path) as again:
+        assert again.snapshot().seq == 1
+
+
+@pytest.mark.parametrize("name", ["writer", "maintenance", "syncer", "reader-0"])
+def test_an_actor_that_runs_out_of_memory_once_it_has_stopped_is_not_restarted(
+    open_store, monkeypatch, path, name
+):
+    """The writer replayed the log, with a lock that it had released."""
+    store = open_store(readers=1)
+    retire, strikes = SupervisedActor.retire, iter([MemoryError("injected")])
+
+    def struck(self: SupervisedActor) -> None:
+        if self.name == name and (error := next(strikes, None)):
+            raise error
+        retire(self)
+
+    monkeypatch.setattr(SupervisedActor, "retire", struck)
+    store.apply(batch(1), cursor(1))
+    store.close(DEADLINE_S)
+    assert next(strikes, None) is None
+    assert not store._core.statistics.restarts_by_cause
     with foldlog.open(path) as again:
         assert again.snapshot().seq == 1
 
