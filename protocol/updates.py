@@ -345,8 +345,7 @@ def encode_batch(updates: Iterable[Update], cursor: CursorLike, origin: bytes = 
         cursor = as_cursor(cursor)
     if origin:
         check_origin(origin)
-    if type(updates) is not list:
-        updates = _in_order(updates)
+    updates = tuple(updates) if type(updates) is list else _in_order(updates)
     if len(updates) == 1 and type(only := updates[0]) is Put:
         key, value, version = only
         if (
@@ -417,8 +416,12 @@ def _packed(item: tuple[Any, ...]) -> bytes:
 
 
 def _in_order(updates: Iterable[Update]) -> Sequence[Update]:
-    if type(updates) is list or type(updates) is tuple or type(updates) is UpdateColumns:
+    """The updates, in a sequence of our own: what is checked and what is encoded must be the same,
+    and another thread may change the caller's."""
+    if type(updates) is tuple:
         return updates
+    if type(updates) is UpdateColumns:
+        return updates[:]
     if isinstance(updates, (Put, Delete, Purge)) or not isinstance(updates, Iterable):
         raise TypeError(
             f"updates is an iterable of Put, Delete or Purge, not {type(updates).__name__}"
@@ -472,7 +475,6 @@ def _columns(updates: Sequence[Update]) -> tuple[Sequence[str], Sequence[Any], S
         if len(updates) <= _ZIP_BATCH:
             keys, values, versions = zip(*updates, strict=True)
         else:
-            updates = tuple(updates)  # another thread may change the list
             keys, values, versions = (list(map(field, updates)) for field in _FIELDS)
         sound = set(map(type, values)) == {bytes} and max(map(len, values)) <= MAX_VALUE_BYTES
     else:

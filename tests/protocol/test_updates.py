@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import pytest
 from counting import functions_of
+from interrupts import strikes
 
 from foldlog import Delete, Purge, Put, VersionToken, WatchCursor
+from foldlog.protocol.decoding import Undecodable, decode_batches
+from foldlog.protocol.tokens import MAX_TOKEN_BYTES
 from foldlog.protocol.updates import (
     MAX_KEY_BYTES,
     MAX_VALUE_BYTES,
     UpdateColumns,
+    batches_body,
     encode_batch,
     keys_of,
+    raw_updates,
 )
 
 CURSOR = WatchCursor.from_u64(7)
@@ -117,3 +122,56 @@ def test_a_long_key_of_few_bytes_and_a_token_are_held():
     batch = encode_batch(columns, CURSOR)
     assert batch == encode_batch(updates, CURSOR)
     assert {type(change[2]) for change in batch.changes[0].values()} == {bytes}
+
+
+BAD = [
+    Put("k.9", "text"),
+    Put("k.9", True),
+    Put("k" * (MAX_KEY_BYTES + 1), b"v"),
+    Put("k.9", b"v", b"no token"),
+    Delete("k.9", None),
+]
+
+
+def _columns_of_a_batch(updates) -> tuple:
+    (batch,) = decode_batches(batches_body([encode_batch(updates, CURSOR).item]), 1)
+    return batch.values, batch.versions
+
+
+def _columns_for_rocksdb(updates) -> tuple:
+    _, values, versions = raw_updates(updates)
+    return values, map(bytes, versions)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=["text", "true", "long key", "bytes", "none"])
+@pytest.mark.parametrize("updates", [PUTS, MIXED, PUTS[:1]], ids=["puts", "mixed", "one"])
+@pytest.mark.parametrize("encoded", [_columns_of_a_batch, _columns_for_rocksdb])
+def test_a_list_that_another_thread_changes_is_encoded_as_it_was_checked(encoded, updates, bad):
+    """A thread replaced an element of the list that another one applied. The batch was answered,
+    and the log did not open any more: what had been checked was not what was encoded."""
+    at = len(updates) // 2
+    outcomes = set()
+    for before, after in ((bad, updates[at]), (updates[at], bad)):
+        for strike in strikes(act=lambda: given.__setitem__(at, after)):  # noqa: B023
+            given = [*updates]
+            given[at] = before
+            try:
+                values, versions = strike.run(lambda: encoded(given))  # noqa: B023
+            except (TypeError, ValueError) as error:
+                assert not isinstance(error, Undecodable)
+                outcomes.add("refused")
+            else:
+                assert {type(value) for value in values} <= {bytes, bool, type(None)}
+                assert max(map(len, versions)) <= MAX_TOKEN_BYTES
+                outcomes.add("encoded")
+    assert outcomes == {"refused", "encoded"}
+
+
+def test_columns_are_encoded_as_they_were_when_they_were_given():
+    for strike in strikes(act=lambda: columns.values.__setitem__(1, "text")):  # noqa: B023
+        columns = in_columns(MIXED)
+        try:
+            batch = strike.run(lambda: encode_batch(columns, CURSOR))  # noqa: B023
+        except TypeError:
+            continue
+        decode_batches(batches_body([batch.item]), 1)
