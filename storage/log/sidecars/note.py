@@ -151,10 +151,17 @@ def this_process() -> Holder:
     return Holder(os.getpid(), namespace, boot, os.uname().nodename)
 
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_boot = ""  # once it was read: a process does not outlive its boot
+
+
 def boot_id() -> str:
-    """The id of the machine's current boot; "" if unknown, which counts as restarted since."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return ""
-    return text.strip()[:_MAX_BOOT_CHARS]
+    """The id of the machine's current boot; "" if the system has none, which counts as restarted
+    since. OSError if it cannot be read just now, for want of a descriptor, say."""
+    global _boot
+    if not _boot:
+        try:
+            _boot = _BOOT_ID.read_text(encoding="ascii").strip()[:_MAX_BOOT_CHARS]
+        except (FileNotFoundError, NotADirectoryError, PermissionError, UnicodeDecodeError):
+            return ""
+    return _boot
