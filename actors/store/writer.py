@@ -31,11 +31,9 @@ from foldlog.protocol.engine import Engine, Seat, Snapshot, check_failure
 from foldlog.protocol.errors import (
     Backpressure,
     FoldlogError,
-    KeyExists,
     LogChangedError,
     LogPoisonedError,
     StoreClosed,
-    VersionMismatch,
     WriterCrashed,
     is_own_fault,
 )
@@ -364,7 +362,7 @@ class Writer(SharedActor):
             except Exception as error:
                 if not is_refusal(error):
                     raise
-                if batches and isinstance(error, (KeyExists, VersionMismatch)):
+                if batches:
                     undecided = requests[number:]
                     self._in_hand = [*requests[:number]]
                     break

@@ -25,6 +25,7 @@ from actor_kit import (
 )
 
 from foldlog import (
+    CursorRegressed,
     Get,
     KeyExists,
     Put,
@@ -269,6 +270,32 @@ def test_a_refusal_rests_on_what_is_written_and_not_on_what_is_about_to_be(
         assert isinstance(outcome, KeyExists)
         assert outcome.version == bytes(creations[winner].result().as_u64().to_bytes(8, "big"))
     assert store.get("lock").value == (b"B" if fails else b"A")
+
+
+@pytest.mark.append_log("its file fails")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_cursor_is_refused_because_of_what_is_written_and_not_about_to_be(
+    open_store, steps, files, fails
+):
+    """A `forward_only` batch was refused because of a cursor of its own group, whose write failed.
+
+    The store had never been at that cursor.
+    """
+    store = open_store(files=files)
+    gate, (first,) = commit_group(store, steps, [1])  # on the writer's thread
+    ahead = store.apply_async([], cursor(9))
+    between = store.apply_async([], cursor(5), forward_only=True)
+    group = steps.park("writer.before_write")
+    gate.open()
+    first.result(DEADLINE_S)
+    group.wait_until_reached()
+    assert not between.done(), "refused before anything is written"
+    if fails:
+        files.fail("write", errno.ENOSPC, times=1, part="state.log")
+    group.open()
+    assert isinstance(between.exception(DEADLINE_S), type(None) if fails else CursorRegressed)
+    assert isinstance(ahead.exception(DEADLINE_S), OSError if fails else type(None))
+    assert store.cursor() == cursor(5 if fails else 9)
 
 
 def test_what_is_known_to_be_synced_never_steps_back_between_two_threads():
