@@ -41,7 +41,13 @@ from foldlog.life_cycle import (
     would_wait_for_itself,
 )
 from foldlog.protocol.engine import CacheUse, Engine, Held, OpenReport, Sizes
-from foldlog.protocol.errors import ForkedStore, ReentrantCall, RequestTimeout, StoreClosed
+from foldlog.protocol.errors import (
+    ForkedStore,
+    ReentrantCall,
+    RequestTimeout,
+    StoreClosed,
+    StoreFailed,
+)
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CACHE_BYTES,
@@ -354,17 +360,21 @@ class Store(Watched):
         "slipstream-v2".
 
         FileExistsError if `dest_dir` exists. The artifact appears complete or not at all. A FAILED
-        store exports what its readers see, on the caller's thread and without a deadline.
+        store, or one that fails meanwhile, exports what its readers see, on the caller's thread and
+        without a deadline.
         """
         FORMAT.check(format)
         timeout_s = check_timeout(timeout_s)
         dest = os.path.abspath(os.fspath(dest_dir))
         manifest: ExportManifest
-        if self._core.state is State.FAILED:
-            self.snapshot()
-            manifest = self._engine.begin_export(format)(dest)
-        else:
-            manifest = self._send(ExportRequest(dest, format), timeout_s)
+        if self._core.state is not State.FAILED:
+            try:
+                manifest = self._send(ExportRequest(dest, format), timeout_s)
+                return manifest
+            except StoreFailed:
+                pass  # whoever meets the error that fails the store may call before it has failed
+        self.snapshot()
+        manifest = self._engine.begin_export(format)(dest)
         return manifest
 
     @property

@@ -20,9 +20,9 @@ from foldlog.actors.store.requests import (
     WriteRequest,
 )
 from foldlog.aio.answers import answer, note_outcome, withdraw
-from foldlog.aio.face import Face
+from foldlog.aio.face import Face, R
 from foldlog.health import Health
-from foldlog.protocol.errors import Backpressure, RequestTimeout
+from foldlog.protocol.errors import Backpressure, RequestTimeout, StoreFailed
 from foldlog.protocol.options import (
     APPLY_TIMEOUT_S,
     CLOSE_TIMEOUT_S,
@@ -182,17 +182,28 @@ class AsyncStore(Face[Store]):
     ) -> ExportManifest:
         """`Store.export_to`, awaited."""
         FORMAT.check(format)
-        request = ExportRequest(os.path.abspath(os.fspath(dest_dir)), format)
-        manifest: ExportManifest = await self._ask(request, timeout_s)
+        dest = os.path.abspath(os.fspath(dest_dir))
+        manifest: ExportManifest
+        try:
+            manifest = await self._ask(ExportRequest(dest, format), timeout_s)
+        except StoreFailed:
+            manifest = await self._finish_off_loop(
+                lambda: self._opened.export_to(dest, timeout_s, format=format)
+            )
         return manifest
 
     async def reopen(self, timeout_s: float | None = JOB_TIMEOUT_S) -> None:
         """`Store.reopen`, off the loop."""
-        reopening = self._submit_off_loop(lambda: self._opened.reopen(timeout_s))
+        await self._finish_off_loop(lambda: self._opened.reopen(timeout_s))
+
+    async def _finish_off_loop(self, run: Callable[[], R]) -> R:
+        """Run it off the loop, to its end: a cancellation withdraws it only before it has
+        started."""
+        running = self._submit_off_loop(run)
         try:
-            await asyncio.shield(asyncio.wrap_future(reopening))
+            return await asyncio.shield(asyncio.wrap_future(running))
         except asyncio.CancelledError as error:
-            withdraw(reopening, error)
+            withdraw(running, error)
             raise
 
     async def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:

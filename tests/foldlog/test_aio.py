@@ -27,6 +27,7 @@ from foldlog import (
     Put,
     RequestTimeout,
     StoreClosed,
+    StoreFailed,
     StoreLocked,
     Synced,
     VersionMismatch,
@@ -385,6 +386,23 @@ async def test_a_full_mailbox_is_waited_for_in_order_and_no_longer_than_asked(
         assert await outcome_of_cancelling(late) == "withdrawn"
         gate.open()
         assert await asyncio.gather(*tasks) == list(range(1, 30))
+
+
+@on_its_loop
+async def test_a_failed_store_exports_what_its_readers_see(
+    run: Any, path: Path, steps: Steps, tmp_path: Path
+):
+    """The plain store did, but the one for event loops raised StoreFailed."""
+    async with aio.open(path, step=steps, max_restarts=0) as store:
+        await store.apply([Put("a", b"1")], 7)
+        steps.crash("writer.before_write", times=None)
+        with pytest.raises(StoreFailed):
+            await store.apply([Put("a", b"2")], 8)
+        manifest = await store.export_to(tmp_path / "artifact")
+        assert int(manifest.cursor) == 7
+        with pytest.raises(FileExistsError):
+            await store.export_to(tmp_path / "artifact")
+        steps.mend()
 
 
 # The ends of loops.

@@ -22,7 +22,15 @@ from actor_kit import (
 )
 from logfiles import companions
 
-from foldlog import AppendLogSnapshot, FoldlogError, State, StoreClosed, StoreFailed, WriterCrashed
+from foldlog import (
+    AppendLogSnapshot,
+    FoldlogError,
+    LogChangedError,
+    State,
+    StoreClosed,
+    StoreFailed,
+    WriterCrashed,
+)
 
 
 def fill(store, first, last):
@@ -173,7 +181,8 @@ def test_exports_in_hand_and_in_line_are_answered_when_the_store_gives_up(
 ):
     """The last crash left the job with the dead actor.
 
-    Jobs queued after it were in a mailbox that nobody read.
+    Jobs queued after it were in a mailbox that nobody read. Then all raised StoreFailed, though
+    what a failed store holds can be exported.
     """
     store = open_store(max_restarts=0)
     fill(store, 1, 2)
@@ -186,9 +195,8 @@ def test_exports_in_hand_and_in_line_are_answered_when_the_store_gives_up(
     exports = [first, export("two"), export("three")]
     until(lambda: len(store._supervisor.maintenance.inbox) == 2, "two wait in line")
     gate.open()
-    for export in exports:
-        with pytest.raises(StoreFailed):
-            export.result(DEADLINE_S)
+    for each in exports:
+        assert each.result(DEADLINE_S).cursor == cursor(2)
     assert store.state is State.FAILED
 
 
@@ -282,3 +290,24 @@ def test_a_store_whose_log_was_replaced_exports_what_its_readers_see(open_store,
         assert imported.range("") == store.range("")
     with pytest.raises(FileExistsError):
         store.export_to(tmp_path / "artifact", DEADLINE_S)
+
+
+def test_an_export_that_waits_while_the_log_is_found_replaced_is_made(
+    open_store, steps, path, tmp_path
+):
+    """`except LogChangedError: store.export_to(...)` raised StoreFailed, each time.
+
+    The store had not failed yet, and the writer no longer served what it was asked.
+    """
+    store = open_store()
+    fill(store, 1, 5)
+    gate, write = steps.parked("writer.before_write", store.apply_async, batch(6), cursor(6))
+    (tmp_path / "other").write_bytes(b"somebody else's")
+    (tmp_path / "other").replace(path)
+    export = in_thread(store.export_to, tmp_path / "artifact", DEADLINE_S)
+    until(lambda: waiting(store), "it waits for the writer")
+    gate.open()
+    with pytest.raises(LogChangedError):
+        write.result(DEADLINE_S)
+    assert export.result(DEADLINE_S).cursor == cursor(5)
+    assert store.state is State.FAILED
