@@ -59,6 +59,7 @@ class Maintenance(SupervisedActor):
         job = mails[0].message
         if isinstance(job, CompactJob):
             self._compact(job.rewrite)
+            del mails[:]  # first: a restart would discard what is the writer's
             self._handed_over = None  # or it would keep a replaced file open
         elif isinstance(job, ExportJob):
             self._export(job)

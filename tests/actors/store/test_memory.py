@@ -159,24 +159,34 @@ def test_nobody_is_resumed_once_the_store_has_closed(open_store, monkeypatch, pa
     foldlog.open(path).close()
 
 
+@pytest.mark.parametrize("struck", ["tell", "clear"])
 def test_a_rewrite_that_the_writer_has_is_not_discarded_by_who_wrote_it(
-    open_store, steps, monkeypatch
+    open_store, steps, monkeypatch, struck
 ):
     """Maintenance ran out of memory after the message had arrived, and closed the file of which
-    the writer was making its log."""
+    the writer was making its log, or removed it."""
     post, start = Inbox._post, Maintenance.on_start
     strikes, restarted = iter([MemoryError("injected")]), threading.Event()
 
-    def posted(self: Inbox, mail: Mail) -> None:
-        post(self, mail)
-        if isinstance(mail.message, Rewritten) and (error := next(strikes, None)):
+    def strike(where: str) -> None:
+        if where == struck and (error := next(strikes, None)):
             raise error
 
+    def posted(self: Inbox, mail: Mail) -> None:
+        post(self, mail)
+        if isinstance(mail.message, Rewritten):
+            strike("tell")
+
+    class Taken(list[Mail]):
+        def clear(self) -> None:
+            strike("clear")
+            super().clear()
+
     def started(self: Maintenance) -> None:
-        has_job = bool(self.taken)
         start(self)
-        if has_job:
+        if isinstance(self.taken, Taken):
             restarted.set()
+        self.taken = Taken(self.taken)
 
     monkeypatch.setattr(Inbox, "_post", posted)
     monkeypatch.setattr(Maintenance, "on_start", started)
