@@ -25,6 +25,17 @@ def is_own_fault(error: object) -> bool:
     return isinstance(error, FoldlogError) or is_from_system(error)
 
 
+class drop_system_errors:
+    """A with block in which an OSError of the system does not matter, and is dropped. Whatever else
+    strikes the thread passes, also an OSError that a signal handler raises."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        return is_from_system(error)
+
+
 class FoldlogError(Exception):
     """The base class of foldlog's errors."""
 

@@ -24,6 +24,7 @@ from foldlog.protocol.errors import (
     LogChangedError,
     StoreClosed,
     StoreLocked,
+    drop_system_errors,
     is_own_fault,
 )
 from foldlog.storage.fold.reading import Writable
@@ -251,7 +252,7 @@ class Rewrite:
                 raise  # else a signal handler's TimeoutError, say: `settle` looks
             self._land(file, inode, directory)
         finally:
-            with contextlib.suppress(OSError):  # nothing was written through it
+            with drop_system_errors():  # nothing was written through it
                 log.files.close(directory)
         return fold
 

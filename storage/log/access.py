@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from foldlog.protocol.errors import LogAccessError
+from foldlog.protocol.errors import LogAccessError, drop_system_errors
 from foldlog.storage.log.files import ACL, Access, Files
 
 
@@ -91,13 +91,13 @@ def _first_possible(files: Files, fd: int, own: Access, wanted: list[Access]) ->
 
 def process_umask() -> int:
     """The umask of this process. Linux reports it; elsewhere a stricter one is set for a moment."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("Umask:"):
-                    return int(line.split()[1], 8)
-    except OSError:
-        pass
+    with (
+        drop_system_errors(),
+        open("/proc/self/status", encoding="ascii", errors="replace") as status,
+    ):
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     umask = os.umask(0o077)
     os.umask(umask)
     return umask

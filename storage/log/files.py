@@ -6,7 +6,6 @@ that fail, count and crash.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from foldlog.protocol.closing import Closing
-from foldlog.protocol.errors import ReentrantCall
+from foldlog.protocol.errors import ReentrantCall, drop_system_errors, is_from_system
 from foldlog.storage.handover import discard, enter_alone
 
 _getframe = sys._getframe
@@ -28,6 +27,8 @@ ACL = "system.posix_acl_access"
 # The kernel's `struct flock` on 64-bit Linux: type, whence, start, length, pid. Only there can
 # `marked` see a mark.
 _FLOCK = struct.Struct("@hhqqi4x")
+_NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES)
+"""How a system, or a file system, says that it has no such attributes."""
 _MARKS = sys.platform == "linux" and sys.maxsize > 2**32 and hasattr(fcntl, "F_OFD_SETLK")
 
 
@@ -131,6 +132,17 @@ class Files:
                 return offset  # a file system without holes
             raise
 
+    def hole_after(self, fd: int, offset: int) -> int:
+        """The first offset from `offset` on in a hole; the end of the file counts as one."""
+        try:
+            return os.lseek(fd, offset, os.SEEK_HOLE)
+        except AttributeError:
+            return sys.maxsize
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENXIO):
+                return sys.maxsize
+            raise
+
     def write(self, fd: int, data: bytes | memoryview, offset: int) -> int:
         """Write at `offset`. Returns the number of bytes written, which may be fewer than given."""
         return os.pwrite(fd, data, offset)
@@ -147,7 +159,7 @@ class Files:
 
     def rename_new(self, source: Path, dest: Path) -> None:
         """Rename a directory to a free name. FileExistsError if the name is taken."""
-        if os.path.lexists(dest):
+        if self.exists(dest):
             raise FileExistsError(errno.EEXIST, "exists", str(dest))
         os.rename(source, dest)  # replaces a directory created meanwhile only if that is empty
 
@@ -210,7 +222,7 @@ class Files:
         """
         if _MARKS:
             wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
-            with contextlib.suppress(OSError):  # a reader has locked it
+            with drop_system_errors():  # a reader has locked it
                 fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
 
     def marked(self, fd: int) -> bool | None:
@@ -229,8 +241,11 @@ class Files:
         info = os.fstat(fd)
         names: list[str] = []
         if hasattr(os, "listxattr"):
-            with contextlib.suppress(OSError):  # a file system without such attributes
+            try:
                 names = sorted(os.listxattr(fd))
+            except OSError as error:
+                if error.errno not in _NO_ATTRIBUTES:
+                    raise
         kept = tuple(
             (name, os.getxattr(fd, name))
             for name in names
@@ -258,7 +273,11 @@ class Files:
 
     def exists(self, path: Path) -> bool:
         """True if anything has this name, even a dangling link."""
-        return os.path.lexists(path)
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 OS_FILES = Files()
@@ -276,7 +295,7 @@ def write_all(files: Files, fd: int, data: bytes | bytearray | memoryview, offse
 
 def remove_quietly(files: Files, path: Path) -> None:
     """Remove a file that may be gone already, where a failure is harmless."""
-    with contextlib.suppress(OSError):
+    with drop_system_errors():
         files.unlink(path)
 
 
@@ -300,8 +319,8 @@ class Retiring:
         self._begun = True
         try:
             self._files.close(self._fd)
-        except OSError:
-            if self._is_open():
+        except OSError as error:
+            if not is_from_system(error) or self._is_open():
                 raise
         finally:
             if not self._is_open():
@@ -310,7 +329,9 @@ class Retiring:
     def _is_open(self) -> bool:
         try:
             stat = os.fstat(self._fd)
-        except OSError:
+        except OSError as error:
+            if not is_from_system(error):
+                raise
             return False
         return (stat.st_dev, stat.st_ino) == self._identity
 
@@ -357,7 +378,7 @@ class ReadHandle(Closing):
             self._retiring = Retiring(self.files, self.fd)
         self.fd = -1
         if self._retiring is not None:
-            with contextlib.suppress(OSError):
+            with drop_system_errors():
                 self._retiring.close()
             _unclosed.pop(id(self._gone), None)
             self._gone = None
@@ -386,7 +407,7 @@ def close_left_open() -> None:
         while _gone:
             known = _unclosed.get(id(_gone[0]))
             if known is not None:
-                with contextlib.suppress(OSError):
+                with drop_system_errors():
                     known[1].close()
                 _unclosed.pop(id(known[0]), None)
                 del known

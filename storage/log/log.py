@@ -24,6 +24,7 @@ from foldlog.protocol.errors import (
     LogChangedError,
     LogPoisonedError,
     StoreClosed,
+    drop_system_errors,
     is_from_system,
 )
 from foldlog.protocol.frames import MAX_GROUP
@@ -270,7 +271,7 @@ class Log:
 
     def _is_complete(self, end: Position) -> bool:
         """True if the file ends there: everything was written."""
-        with contextlib.suppress(OSError):
+        with drop_system_errors():
             return self.files.fstat(self.file.fd).st_size == end.offset
         return False
 
@@ -314,13 +315,13 @@ class Log:
     def _note_synced(self, position: Position) -> None:
         self._synced_offset = position.offset
         self.synced_seq = max(self.synced_seq, position.seq)
-        with contextlib.suppress(OSError):
+        with drop_system_errors():
             self._lock.write(Watermark(self.file.header.log_id, position.seq, position.offset))
 
     def poison_with(self, reason: str) -> None:
         """Acknowledge nothing more through this file. A rewrite into a new file clears that."""
         self.poison = reason
-        with contextlib.suppress(OSError):  # for the next process only
+        with drop_system_errors():  # for the next process only
             self._lock.write_poison(self._inode[1])
 
     def announce(self, file: LogFile | None) -> None:
@@ -367,12 +368,14 @@ class Log:
         self.synced_seq = file.position.seq
         if self.poison is not None:
             self.poison = None
-            with contextlib.suppress(OSError):  # the note names the old file
+            with drop_system_errors():  # the note names the old file
                 self._lock.write_poison(None)
         self._synced_offset = -1
         try:
             self.files.sync_dir(self.path.parent, directory)
         except OSError as error:
+            if not is_from_system(error):
+                raise  # done again by whoever settles this
             # After a power loss the old file may be back, without what is acknowledged from now on.
             self.poison_with(f"syncing the directory failed after a rewrite: {error}")
         else:
@@ -381,7 +384,7 @@ class Log:
         if self._replaced is not None:
             retiring = Retiring(self.files, self._replaced.fd)
             self._replaced = None
-            with contextlib.suppress(OSError):  # the file no longer has a name
+            with drop_system_errors():  # the file no longer has a name
                 retiring.close()
 
     def close(self) -> None:
@@ -432,10 +435,9 @@ class Log:
         if self._successor is None:
             return set()
         inode, successor = self._successor
-        try:
+        is_open = False
+        with drop_system_errors():
             is_open = self.identity(successor.fd) == inode
-        except OSError:
-            is_open = False
         return {successor.fd} if is_open else set()
 
     def after_fork(self) -> None:
@@ -443,7 +445,7 @@ class Log:
         if not self.closed:
             self._turns = Turns()
             self._forked = True
-            with contextlib.suppress(OSError):
+            with drop_system_errors():
                 self._close_file()
 
     def discard(self, *, keep_lock: bool = False) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 import weakref
 from collections.abc import Sequence
 
 from foldlog.protocol.engine import CacheUse, Export, Held, Sizes
-from foldlog.protocol.errors import LogChangedError, LogPoisonedError
+from foldlog.protocol.errors import LogChangedError, LogPoisonedError, drop_system_errors
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
@@ -128,7 +127,7 @@ class LogEngine(LogPast):
             write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
         log.append((batches[0].item,) if len(batches) == 1 else [batch.item for batch in batches])
         if beside_log:
-            with contextlib.suppress(OSError):  # the name alone is safe: nobody resumes from it
+            with drop_system_errors():  # the name alone is safe: nobody resumes from it
                 write_origin(log.files, log.path, staged.origin)
         if log.sync_each:
             log.sync()

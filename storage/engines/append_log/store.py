@@ -268,8 +268,8 @@ def _compacted_at_open(
     try:
         snap.compact(progress)
     except (OSError, LogAccessError) as error:
-        if poisoned:
-            raise  # nothing can be written to this log
+        if poisoned or not is_own_fault(error):
+            raise  # nothing can be written to this log, or the thread was struck
         reason = str(error)  # a record of the error itself would keep the old file open
         log.warning("%s: opened, but not compacted: %s", report.path, reason)
         snap._failed_to_compact()

@@ -341,7 +341,7 @@ class Commits:
         """See `Engine`. Cost: 2 us."""
         try:
             found = _identity(self._name)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise LogChangedError(self.path, f"is gone: {error.strerror}") from None
         if found != self._directory:
             raise LogChangedError(self.path, "was replaced by another directory")

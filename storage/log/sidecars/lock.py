@@ -26,7 +26,13 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from foldlog.protocol.errors import ForeignFileError, LogChangedError, StoreLocked
+from foldlog.protocol.errors import (
+    ForeignFileError,
+    LogChangedError,
+    StoreLocked,
+    drop_system_errors,
+    is_from_system,
+)
 from foldlog.storage.forks import Rank, tell_after_fork
 from foldlog.storage.log.access import share
 from foldlog.storage.log.files import Access, Files, Retiring, write_all
@@ -52,6 +58,15 @@ _NOT_REGULAR = {
     errno.ENXIO: "is a socket, or a device without a driver",
     errno.EINVAL: "is not a regular file",
 }
+_NO_NOTE = (
+    *_NOT_REGULAR,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EPERM,
+)
+"""Errors of opening a note that will not go away: for this reader, there is none."""
 _READER_WAIT_S = 0.25
 _PRIVATE = 0o600
 
@@ -89,7 +104,7 @@ def sweep_temporaries(files: Files, path: Path, beginnings: tuple[bytes, ...]) -
     finally:
         files.close(fd)
     for name in filter(pattern.fullmatch, names):
-        with contextlib.suppress(OSError):
+        with drop_system_errors():
             if _begins_with(files, path.with_name(name), beginnings):
                 files.unlink(path.with_name(name))
 
@@ -104,20 +119,21 @@ def _begins_with(files: Files, path: Path, beginnings: tuple[bytes, ...]) -> boo
 
 
 def read_note(files: Files, path: Path) -> Note | None:
-    """The note of the log at `path`, for readers. None if there is none, or it is not valid.
+    """The note of the log at `path`, for readers. None if there is none that may be read, or it is
+    not valid. OSError if it cannot be read just now.
 
     None also for a note that was copied with its directory: it describes the original log.
     """
     try:
         files.stat(note_path(path))  # most logs that are only read have none
         fd = files.open_read(note_path(path))
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NO_NOTE:
+            return None
+        raise
     try:
         note = parse_note(files.read(fd, NOTE_BYTES, 0))
         return note if note is not None and note.inode == files.fstat(fd).st_ino else None
-    except OSError:
-        return None
     finally:
         files.close(fd)
 
@@ -143,7 +159,9 @@ def writer_of(files: Files, path: Path) -> Writing:
         fd = files.open_side(note_path(path))
     except FileNotFoundError:
         return Writing(False, None, "")  # no writer has ever been here
-    except OSError:
+    except OSError as error:
+        if not is_from_system(error):
+            raise
         return Writing(None, None, "")
     try:
         held = files.marked(fd)
@@ -153,7 +171,9 @@ def writer_of(files: Files, path: Path) -> Writing:
             return Writing(held, None, "")
         note = parse_note(files.read(fd, NOTE_BYTES, 0))
         return Writing(True, *describe_holder(note and note.holder, this_process()))
-    except OSError:
+    except OSError as error:
+        if not is_from_system(error):
+            raise
         return Writing(None, None, "")
     finally:
         files.close(fd)
@@ -162,7 +182,9 @@ def writer_of(files: Files, path: Path) -> Writing:
 def _is_locked(files: Files, path: Path) -> bool | None:
     try:
         fd = files.open_side(path)
-    except OSError:
+    except OSError as error:
+        if not is_from_system(error):
+            raise
         return None
     try:
         return not files.lock(fd, shared=True)
@@ -293,7 +315,7 @@ class WriterLock:
         Call it again if it was interrupted.
         """
         for path, fd in self._made:
-            with contextlib.suppress(OSError):
+            with drop_system_errors():
                 if self._leads_to(path, _identity(self._files.fstat(fd))):
                     self._files.unlink(path)
         self._close()

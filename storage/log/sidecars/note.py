@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from crc32c import crc32c
 
+from foldlog.protocol.errors import drop_system_errors
+
 NOTE_MAGIC = b"foldlog note 1\r\n"
 SLOT_BYTES = 512
 NOTE_BYTES = 2 * SLOT_BYTES
@@ -146,7 +148,7 @@ def this_process() -> Holder:
     boot, namespace = bytes(16), 0
     with contextlib.suppress(ValueError):
         boot = uuid.UUID(boot_id()).bytes
-    with contextlib.suppress(OSError):
+    with drop_system_errors():
         namespace = os.stat("/proc/self/ns/pid").st_ino
     return Holder(os.getpid(), namespace, boot, os.uname().nodename)
 

@@ -28,7 +28,7 @@ def lost_since(handle: ReadHandle, log_id: bytes, seq: int, size: int) -> Waterm
     here = handle.files.fstat(handle.fd)
     try:
         there = handle.files.stat(handle.path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return mark if os.path.samestat(here, there) and here.st_size == size else None
 

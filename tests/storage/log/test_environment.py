@@ -7,16 +7,26 @@ import errno
 from typing import Any
 
 import pytest
-from logfiles import UNSYNCED, some_batches, write_log
+from interrupts import strikes
+from logfiles import (
+    UNSYNCED,
+    commit_all,
+    forget_the_watermark,
+    frames_of,
+    some_batches,
+    write_log,
+)
 
-from foldlog import AppendLogSnapshot, Put, WatchCursor
+from foldlog import AppendLogSnapshot, LogRegressedError, Put, WatchCursor
 from foldlog.protocol import decoding, updates
 from foldlog.protocol.decoding import Undecodable, decode_batches
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold import leaf
-from foldlog.storage.formats.registry import load_intact
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.formats.registry import load_intact, read_own_header
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.log.sidecars import note
+from foldlog.storage.log.sidecars.regression import lost_since
 from foldlog.storage.log.tail import Tail
 from foldlog.storage.repair.salvage import salvage_log
 from foldlog.storage.repair.verify import verify_log
@@ -126,6 +136,146 @@ def test_a_read_that_fails_is_an_error_of_the_disk_wherever_it_comes(path, raw, 
         else:
             pytest.fail("no end of reads")
         path.write_bytes(raw)
+
+
+@pytest.fixture
+def regressed(path):
+    """A log whose last batch is lost, though it was synced: only the note tells."""
+    engine = Engine(path)
+    commit_all(engine, some_batches(3))
+    engine.sync()
+    engine.log.abandon()
+    raw = path.read_bytes()
+    path.write_bytes(raw[: frames_of(raw)[-1].start])
+    return path
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE, errno.ENOMEM])
+def test_a_note_that_cannot_be_read_just_now_hides_no_regression(regressed, error):
+    """The last synced batch was lost. A reader that had no descriptor left for the note served what
+    remained."""
+    path = regressed
+    for reader in (
+        lambda files: load_intact(ReadHandle(files, path)),
+        lambda files: Tail(files, path).poll(),
+        lambda files: verify_log(path, files=files),
+    ):
+        for nth in range(1, 100):
+            files = FaultyFiles(Fault(nth=nth, error=error))
+            try:
+                report = reader(files)
+            except LogRegressedError:
+                pass
+            except OSError as raised:
+                assert raised.errno == error  # noqa: PT017
+            else:
+                assert not report.ok
+            if not files.fired:
+                break
+        else:
+            pytest.fail("no end of calls")
+
+
+def test_a_soft_time_limit_hides_no_regression(regressed):
+    """A signal handler raised TimeoutError, which is an OSError, while the note was read: as if
+    there were none."""
+
+    def limit() -> None:
+        raise TimeoutError
+
+    with ReadHandle(OS_FILES, regressed) as handle:
+        size = regressed.stat().st_size
+        log_id = read_own_header(handle).log_id
+        for strike in strikes(act=limit):
+            try:
+                lost = strike.run(lambda: lost_since(handle, log_id, 2, size))
+            except TimeoutError:
+                continue
+            assert lost.seq == 3
+
+
+def test_a_boot_id_that_cannot_be_read_just_now_is_not_that_of_another_boot(path, raw, monkeypatch):
+    """A process without a free descriptor took a damaged frame for one that a power loss had torn,
+    and cut it."""
+    frame = frames_of(raw)[-2]
+    raw = raw[: frame.start] + frame.raw[:-100] + bytes(100)
+    path.write_bytes(raw)
+    forget_the_watermark(path)
+
+    class Descriptors:
+        def read_text(self, encoding: str) -> str:
+            raise OSError(errno.EMFILE, "none left")
+
+    monkeypatch.setattr(note, "_boot", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(note, "_BOOT_ID", Descriptors())
+        for reader in (lambda: load_intact(ReadHandle(OS_FILES, path)), lambda: Engine(path)):
+            with pytest.raises(OSError, match="none left"):
+                reader()
+    assert path.read_bytes() == raw
+    monkeypatch.setattr(note, "_BOOT_ID", path / "no such file")
+    assert note.boot_id() == ""
+
+
+class StruckFiles(Files):
+    """Files whose call of one kind is struck, once, by a signal handler's TimeoutError."""
+
+    def __init__(self, operation: str, nth: int = 1) -> None:
+        self._left, real = nth, getattr(super(), operation)
+
+        def struck(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left == 0:
+                raise TimeoutError
+            return real(*arguments, **options)
+
+        setattr(self, operation, struck)
+
+
+@pytest.mark.parametrize("operation", ["create", "sync", "write", "access", "replace"])
+def test_a_soft_time_limit_ends_an_open_that_compacts(path, operation):
+    """It was taken for a failure of the compaction, and the program never learned of it."""
+    write_log(path, some_batches(3), sealed=False)
+    for nth in range(1, 50):
+        try:
+            _, snap = AppendLogSnapshot.open(path, files=StruckFiles(operation, nth))
+        except TimeoutError:
+            continue
+        assert not snap.report.compaction_error
+        snap.close()
+        break
+
+
+def test_a_soft_time_limit_after_a_rename_poisons_nothing(path):
+    snap = AppendLogSnapshot.open(path, files=StruckFiles("sync_dir", 2))[1]
+    snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+    with pytest.raises(TimeoutError):
+        snap.compact()
+    snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
+    snap.close()
+    with AppendLogSnapshot.open(path)[1] as snap:
+        assert list(snap) == ["a", "b"]
+
+
+def test_a_soft_time_limit_while_a_write_is_settled_undoes_nothing(path):
+    """A write was complete when it was struck; struck again, it was cut off, though a follower may
+    have read it."""
+
+    class Files(StruckFiles):
+        def write(self, fd: int, data: bytes, offset: int) -> int:
+            taken = super().write(fd, data, offset)
+            if data.count(b"struck"):
+                self._left = 1
+                raise TimeoutError
+            return taken
+
+    files = Files("fstat", -1)
+    snap = AppendLogSnapshot.open(path, files=files)[1]
+    with pytest.raises(TimeoutError):
+        snap.apply([Put("struck", b"1")], WatchCursor.from_u64(1))
+    snap.apply([Put("b", b"2")], WatchCursor.from_u64(2))
+    assert list(snap) == ["b", "struck"]
+    snap.close()
 
 
 # Memory that holds what failed.

@@ -21,7 +21,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from foldlog.protocol.errors import CorruptLogError, FoldlogError, InvalidFormatError
+from foldlog.protocol.errors import (
+    CorruptLogError,
+    FoldlogError,
+    InvalidFormatError,
+    drop_system_errors,
+)
 from foldlog.protocol.frames import FILE_MAGIC
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.storage.engines.rocksdb.database.errors import is_rocksdbs, translated, typed
@@ -189,7 +194,7 @@ def look_at(path: Path, *, create: bool) -> bool:
 
 def _what_file(path: Path) -> str:
     first = b""
-    with contextlib.suppress(OSError):
+    with drop_system_errors():
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             first = os.read(fd, len(FILE_MAGIC))
@@ -232,13 +237,13 @@ def _read_options(file: Path) -> str:
     try:
         with open(file, encoding="utf-8", errors="replace") as opened:
             return opened.read(_OPTIONS_CHARS)
-    except OSError:
+    except FileNotFoundError:  # a writer has replaced it meanwhile
         return ""
 
 
 def version_in(options: str) -> tuple[int, int] | None:
     """RocksDB's version (major, minor) in the text of an options file; None if it has none."""
-    found = re.search(r"^\s*rocksdb_version=(\d+)\.(\d+)", options, re.MULTILINE)
+    found = re.search(r"^\s*rocksdb_version=(\d{1,9})\.(\d{1,9})", options, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 

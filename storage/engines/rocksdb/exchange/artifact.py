@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 BACKEND = "foldlog-rocksdb"
 DATA = "data"
 _COPY_BYTES = 1024 * 1024
+_UNFIT = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
+"""Errors of opening a part of an artifact that tell of the artifact itself."""
 _NO_PAYLOAD = ("rocksdict-config.json", "LOCK", "LOG")
 """Files of an open database and of the binding that hold none of its state."""
 
@@ -164,6 +166,8 @@ def _copy_payload(
         try:
             data_fd = OS_FILES.open_dir(DATA, root_fd)
         except OSError as error:
+            if error.errno not in _UNFIT:
+                raise
             raise ArtifactInvalidError(root / DATA, f"is no directory: {error.strerror}") from None
         with closing_fd(OS_FILES, data_fd):
             names = {file.path.removeprefix(f"{DATA}/") for file in manifest.files}
@@ -181,6 +185,8 @@ def _copy_file(root: Path, data_fd: int, staged: Path, declared: ArtifactFile) -
     try:
         source = OS_FILES.open_at(name, data_fd)
     except OSError as error:
+        if error.errno not in _UNFIT:
+            raise
         raise ArtifactInvalidError(source_path, f"cannot be opened: {error.strerror}") from None
     with closing_fd(OS_FILES, source):
         info = OS_FILES.fstat(source)
