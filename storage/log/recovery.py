@@ -127,16 +127,18 @@ class Rest:
     def pieces(self, start: int, stop: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
         """All from `start` to `stop` but the holes, in pieces, each with `overlap` bytes of the
         next."""
+        files, fd = self._handle.files, self._handle.fd
         at, stop = start, min(stop, self.size)
         while at < stop:
-            data = self._handle.files.data_after(self._handle.fd, self.offset + at)
+            data = files.data_after(fd, self.offset + at)
             if data is None:
                 return
+            hole = files.hole_after(fd, data) - self.offset
             at = max(at, data - self.offset - overlap)
             if at >= stop:
                 return
             end = at + _CHUNK_BYTES
-            end = min(max(end - (self.offset + end) % SECTOR, at + 1), stop)
+            end = min(max(end - (self.offset + end) % SECTOR, at + 1), max(hole, at + 1), stop)
             yield at, self.read(at, min(end + overlap, stop))
             at = end
 

@@ -123,9 +123,22 @@ def _damaged_length(handle: ReadHandle, bad: BadRecord, size: int) -> str:
 
 def _end_of_data(handle: ReadHandle, start: int, size: int) -> int:
     """The offset after the last nonzero byte from `start` to `size`; `start` if there is none."""
-    while size > start:
+    while (size := _end_before_hole(handle, start, size)) > start:
         low = max(start, size - _REPORT_BYTES)
         if data := read_part(handle, low, size).rstrip(b"\0"):
             return low + len(data)
         size = low
     return start
+
+
+def _end_before_hole(handle: ReadHandle, start: int, size: int) -> int:
+    """The least offset from `start` on after which there is only a hole up to `size`."""
+    end = size
+    while start < end:
+        middle = (start + end) // 2
+        data = handle.files.data_after(handle.fd, middle)
+        if data is None or data >= size:
+            end = middle
+        else:
+            start = data + 1
+    return end

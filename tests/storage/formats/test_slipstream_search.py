@@ -17,7 +17,8 @@ from foldlog import CorruptLogError
 from foldlog.storage.formats.slipstream import search as slipstream_search
 from foldlog.storage.formats.slipstream.records import record_end
 from foldlog.storage.formats.slipstream.search import find_cursor_record, find_record, one_bit_fixes
-from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.files import OS_FILES, Files, ReadHandle
+from foldlog.storage.repair.verify import verify_log
 
 MIB = 1024 * 1024
 FIRST = slipref.HEADER + slipref.put("first", b"1") + slipref.cursor(slipref.u64(1))
@@ -266,3 +267,29 @@ def test_one_bit_is_recognised_wherever_the_record_then_ends() -> None:
                 flipped = bytearray(record + rest)
                 flipped[at] ^= 1 << bit
                 assert one_bit_fixes(bytes(flipped)), (at, bit)
+
+
+@pytest.mark.parametrize("junk", [b"", b"\xff" * 100], ids=["nothing", "junk"])
+@pytest.mark.parametrize("after", [b"", b"\1\1\1", LATER], ids=["no data", "junk", "records"])
+def test_a_hole_as_long_as_a_disk_is_not_read(path: Path, junk: bytes, after: bytes) -> None:
+    """Its zeros were read, and searched: hours for a terabyte."""
+    hole = 1 << 40
+    path.write_bytes(FIRST + junk)
+    with open(path, "r+b") as file:
+        file.seek(hole)
+        file.write(after)
+        file.truncate(2 * hole)
+
+    class Counted(Files):
+        taken = 0
+
+        def read(self, fd: int, size: int, offset: int) -> bytes:
+            Counted.taken += size
+            assert Counted.taken < 256 * MIB
+            return super().read(fd, size, offset)
+
+    report = verify_log(path, files=Counted())
+    assert report.ok is not bool(after or junk)
+    with ReadHandle(Counted(), path) as handle:
+        found = find_record(handle, len(FIRST), 2 * hole)
+    assert found == (hole if after == LATER else None)

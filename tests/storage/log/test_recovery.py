@@ -439,6 +439,35 @@ def test_a_tail_as_long_as_a_disk_is_judged_in_little_memory_and_its_holes_are_k
         report.kept_at.unlink()
 
 
+def test_little_of_a_tail_with_bytes_all_over_it_is_read_and_its_copy_is_as_sparse(path):
+    """Around each of the bytes a MiB of the hole was read, again and again, and copied as zeros."""
+    raw = write_log(path, some_batches(2))
+    length, count = 4 * 1024**3, 16
+    with open(path, "r+b") as file:
+        for number in range(1, count + 1):
+            file.seek(len(raw) + number * length // count)
+            file.write(b"\1")
+
+    class Counted(Files):
+        taken = 0
+
+        def read(self, fd: int, size: int, offset: int) -> bytes:
+            Counted.taken += size
+            return super().read(fd, size, offset)
+
+    engine = Engine(path, on_damage="cut", files=Counted())
+    report = engine.report
+    engine.log.abandon()
+    assert path.read_bytes() == raw
+    assert report.kept_at.stat().st_size == report.cut_bytes == length + 1
+    assert report.kept_at.stat().st_blocks * 512 <= count * 64 * 1024
+    with open(report.kept_at, "rb") as kept:
+        for number in range(1, count + 1):
+            kept.seek(number * length // count - 1)
+            assert kept.read(2).strip(b"\0") == b"\1"
+    assert Counted.taken < count * 512 * 1024
+
+
 def test_a_long_tail_that_is_no_hole_is_judged_in_little_memory(path):
     raw = write_log(path, some_batches(2))
     path.write_bytes(raw + bytes(40_000_000) + b"\1" * 1_000_000)

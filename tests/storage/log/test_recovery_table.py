@@ -169,6 +169,9 @@ class Held:
     def data_after(self, _fd: int, offset: int) -> int:
         return offset
 
+    def hole_after(self, _fd: int, _offset: int) -> int:
+        return self.offset + len(self.data)
+
 
 def rest_of(data: bytes, offset: int = 1000) -> Rest:
     return Rest(Held(data, offset), offset, len(data))
