@@ -17,7 +17,6 @@ import hmac
 import json
 import os
 import re
-import shutil
 import stat
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from foldlog.protocol.errors import ArtifactInvalidError, FoldlogError
 from foldlog.protocol.options import FORMAT
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import MAX_TOKEN_BYTES, WatchCursor
-from foldlog.storage.artifacts.staging import staging
+from foldlog.storage.artifacts.staging import make_dir, staging
 from foldlog.storage.artifacts.strict_json import parse_object
 from foldlog.storage.fold.reading import Writable
 from foldlog.storage.formats.format import PRIVATE, Loaded, LogFormat, Progress
@@ -113,9 +112,9 @@ def export_fold(
     FORMAT.check(format)
     kind = format_named(format)
     mode = 0o666 if source is None else PRIVATE
-    with staging(files, dest_dir, lambda stage: _make_dir(files, stage, source)) as stage:
+    with staging(files, dest_dir, lambda stage: make_dir(files, stage, source)) as stage:
         payload = stage / kind.payload_path
-        _make_dir(files, payload.parent, source)
+        make_dir(files, payload.parent, source)
         out = kind.new_file(files, payload, seq=fold.seq, mode=mode)
         try:
             if source is not None:
@@ -148,21 +147,6 @@ def _declare(files: Files, path: Path, name: str) -> ArtifactFile:
         for at in range(0, size, _COPY_BYTES):
             digest.update(handle.read(min(_COPY_BYTES, size - at), at))
     return ArtifactFile(name, size, digest.hexdigest())
-
-
-def _make_dir(files: Files, path: Path, source: Access | None) -> None:
-    files.make_dir(path, 0o777 if source is None else 0o700)
-    if source is None:
-        return
-    try:
-        fd = files.open_dir(path)
-        try:
-            narrow(files, fd, source, directory=True)
-        finally:
-            files.close(fd)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
 
 
 def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:

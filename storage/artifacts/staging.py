@@ -9,7 +9,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from foldlog.storage.log.files import Files, unused_path
+from foldlog.storage.log.access import narrow
+from foldlog.storage.log.files import Access, Files, unused_path
+
+
+def make_dir(files: Files, path: Path, source: Access | None) -> None:
+    """Create a directory that admits nobody whom `source` keeps out; None: the default of any new
+    directory. An error leaves nothing."""
+    files.make_dir(path, 0o777 if source is None else 0o700)
+    if source is None:
+        return
+    try:
+        narrow_dir(files, path, source)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def narrow_dir(files: Files, path: Path, source: Access) -> None:
+    """Let the new directory `path` admit nobody whom `source` keeps out."""
+    fd = files.open_dir(path)
+    try:
+        narrow(files, fd, source, directory=True)
+    finally:
+        files.close(fd)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -482,5 +483,28 @@ def test_an_artifact_of_a_private_store_is_private_under_a_wider_umask(path: Pat
     with private():
         filled(path)
     with opened(path) as snap:
-        snap.export_to(path.with_name("artifact"))
-    assert path.with_name("artifact").stat().st_mode & 0o077 == 0
+        snap.export_to(artifact)
+    RocksDbSnapshot.import_artifact(artifact, copy)[1].close()
+    for directory in (artifact, artifact / "data", copy):
+        info = directory.stat()
+        assert (info.st_gid, stat.S_IMODE(info.st_mode)) == (2345, 0o750), directory
+    assert stat.S_IMODE((artifact / "MANIFEST.json").stat().st_mode) == 0o640
+    artifact, copy = path.with_name("artifact"), path.with_name("copy.db")
+    with opened(path) as snap:
+        snap.export_to(artifact)
+    assert artifact.stat().st_mode & 0o077 == 0
+    RocksDbSnapshot.import_artifact(artifact, copy)[1].close()
+    assert copy.stat().st_mode & 0o077 == 0
+    (artifact / "data").chmod(0o755)  # as RocksDB makes it: the directory above is what protects it
+    RocksDbSnapshot.import_artifact(artifact, path.with_name("other.db"))[1].close()
+    assert path.with_name("other.db").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="changes owners")
+def test_an_artifact_admits_the_group_of_its_store_and_no_other(path: Path) -> None:
+    """A store of 0750 and another group than the exporter's had an artifact of 0750 and the
+    exporter's group."""
+    filled(path)
+    os.chown(path, 1234, 2345)
+    path.chmod(0o750)
+    artifact, copy = path.with_name("artifact"), path.with_name("copy.db")

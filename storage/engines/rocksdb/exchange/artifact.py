@@ -34,12 +34,14 @@ from foldlog.storage.artifacts.artifact import (
     import_destination,
     read_manifest,
 )
-from foldlog.storage.artifacts.staging import staging
+from foldlog.storage.artifacts.staging import make_dir, narrow_dir, staging
 from foldlog.storage.engines.rocksdb.database.opening import binding
 from foldlog.storage.engines.rocksdb.database.record import GENERATION
+from foldlog.storage.engines.rocksdb.exchange.reading import access_of
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
-from foldlog.storage.formats.format import Progress
-from foldlog.storage.log.files import OS_FILES, Files, write_all
+from foldlog.storage.formats.format import PRIVATE, Progress
+from foldlog.storage.log.access import narrow, side_mode
+from foldlog.storage.log.files import OS_FILES, Access, Files, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,17 +66,16 @@ def export(
     FileExistsError if `dest_dir` exists. Cost: a read of all files for the digests, and the space
     of those that are not linked: hardly any within one file system.
     """
-    with staging(OS_FILES, dest_dir, OS_FILES.make_dir) as stage:
-        os.chmod(stage, stat.S_IMODE(os.stat(path).st_mode))  # no more permissive than the store
+    source = access_of(path)
+    with staging(OS_FILES, dest_dir, lambda stage: make_dir(OS_FILES, stage, source)) as stage:
         checkpoint(stage / DATA)
+        narrow_dir(OS_FILES, stage / DATA, source)
         _drop_what_is_no_payload(stage / DATA)
         cursor = describe(stage / DATA).cursor
         _drop_what_is_no_payload(stage / DATA)
         declared = _digests(stage / DATA, progress)
         manifest = ExportManifest(BACKEND, str(GENERATION), cursor, int(time.time()), declared)
-        _write_manifest(
-            stage / MANIFEST_NAME, manifest, stat.S_IMODE(os.stat(stage).st_mode) & 0o666
-        )
+        _write_manifest(stage / MANIFEST_NAME, manifest, source)
         OS_FILES.sync_dir(stage / DATA)
     return manifest
 
@@ -105,9 +106,9 @@ def _digests(data: Path, progress: Progress | None) -> tuple[ArtifactFile, ...]:
     return tuple(declared)
 
 
-def _write_manifest(path: Path, manifest: ExportManifest, mode: int) -> None:
-    with closing_fd(OS_FILES, OS_FILES.create(path, exclusive=True)) as fd:
-        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & mode)
+def _write_manifest(path: Path, manifest: ExportManifest, source: Access) -> None:
+    with closing_fd(OS_FILES, OS_FILES.create(path, exclusive=True, mode=PRIVATE)) as fd:
+        narrow(OS_FILES, fd, source)
         write_all(OS_FILES, fd, manifest.to_json(), 0)
         OS_FILES.sync(fd)
 
@@ -129,13 +130,20 @@ def import_artifact(
         os.mkdir(staged, 0o700)
         _copy_payload(root, staged, manifest, progress)
         _check_copy(root, staged, manifest)
-        os.chmod(staged, stat.S_IMODE(os.stat(root / DATA).st_mode))
+        narrow_dir(OS_FILES, staged, _access_within(access_of(root), access_of(root / DATA)))
         OS_FILES.sync_dir(staged)
         OS_FILES.rename_new(staged, dest)
         OS_FILES.sync_dir(dest.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return manifest
+
+
+def _access_within(outer: Access, inner: Access) -> Access:
+    """Who may use what is in the directory `inner`, in the directory `outer`: nobody whom either
+    keeps out."""
+    passed = side_mode(inner, same_group=inner.gid == outer.gid, umask=0)
+    return outer._replace(mode=outer.mode & passed)
 
 
 def _identify(root: Path, manifest: ExportManifest) -> None:
@@ -198,7 +206,7 @@ def _copy_file(root: Path, data_fd: int, staged: Path, declared: ArtifactFile) -
             )
         digest = blake3(max_threads=blake3.AUTO)
         with closing_fd(OS_FILES, OS_FILES.create(staged / name, exclusive=True)) as out:
-            os.fchmod(out, stat.S_IMODE(info.st_mode) & 0o666)
+            os.fchmod(out, OS_FILES.fstat(out).st_mode & info.st_mode & 0o666)
             done = 0
             while chunk := OS_FILES.read(source, _COPY_BYTES, done):
                 digest.update(chunk)

@@ -15,8 +15,8 @@ from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import KvEntry
+from foldlog.storage.artifacts.staging import narrow_dir
 from foldlog.storage.engines.rocksdb.engine import RocksDbEngine
-from foldlog.storage.engines.rocksdb.exchange.artifact import closing_fd
 from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_fold
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 from foldlog.storage.fold.leaf import Columns
@@ -24,7 +24,6 @@ from foldlog.storage.fold.reading import Segment
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
-from foldlog.storage.log.access import narrow
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve, unused_path
 from foldlog.storage.log.sidecars.lock import WriterLock
 
@@ -48,8 +47,7 @@ def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = No
                 engine.load(fold.blocks(), fold.seq, fold.cursor(), progress)
             finally:
                 engine.close()
-            with closing_fd(OS_FILES, OS_FILES.open_dir(staged)) as directory:
-                narrow(OS_FILES, directory, OS_FILES.access(source.fd), directory=True)
+            narrow_dir(OS_FILES, staged, OS_FILES.access(source.fd))
             OS_FILES.rename_new(staged, target)
             OS_FILES.sync_dir(target.parent)
         finally:
