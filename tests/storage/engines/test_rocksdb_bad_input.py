@@ -5,11 +5,12 @@ changed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
-import subprocess
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from foldlog import (
 )
 from foldlog.protocol.store import FormatName
 from foldlog.storage.engines.rocksdb.database import opening
+from foldlog.storage.engines.rocksdb.database.errors import typed
 from foldlog.storage.engines.rocksdb.database.record import (
     STATE_KEY,
     NewerGeneration,
@@ -458,6 +460,18 @@ def test_a_removed_key_leaves_no_version_behind(path: Path) -> None:
         assert (snap.get("a"), snap.range("")) == (None, [])
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_an_error_of_the_system_within_another_of_rocksdb_is_no_damage(number: int) -> None:
+    """A file in the database that only root could read was reported as damage to the database."""
+    words = (
+        "Invalid argument: Found options incompatible with filesystem: IO error: While open a file"
+        f" for random read: /data/routes.db/CURRENT: {os.strerror(number)}"
+    )
+    error = typed(Exception(words), Path("/data/routes.db"), opening=True)
+    assert isinstance(error, OSError)
+    assert error.errno == number
+
+
 @contextlib.contextmanager
 def private() -> Iterator[None]:
     before = os.umask(0o077)
@@ -482,13 +496,6 @@ def test_the_files_of_a_store_are_as_private_as_the_umask_asks(path: Path) -> No
 def test_an_artifact_of_a_private_store_is_private_under_a_wider_umask(path: Path) -> None:
     with private():
         filled(path)
-    with opened(path) as snap:
-        snap.export_to(artifact)
-    RocksDbSnapshot.import_artifact(artifact, copy)[1].close()
-    for directory in (artifact, artifact / "data", copy):
-        info = directory.stat()
-        assert (info.st_gid, stat.S_IMODE(info.st_mode)) == (2345, 0o750), directory
-    assert stat.S_IMODE((artifact / "MANIFEST.json").stat().st_mode) == 0o640
     artifact, copy = path.with_name("artifact"), path.with_name("copy.db")
     with opened(path) as snap:
         snap.export_to(artifact)
@@ -508,3 +515,10 @@ def test_an_artifact_admits_the_group_of_its_store_and_no_other(path: Path) -> N
     os.chown(path, 1234, 2345)
     path.chmod(0o750)
     artifact, copy = path.with_name("artifact"), path.with_name("copy.db")
+    with opened(path) as snap:
+        snap.export_to(artifact)
+    RocksDbSnapshot.import_artifact(artifact, copy)[1].close()
+    for directory in (artifact, artifact / "data", copy):
+        info = directory.stat()
+        assert (info.st_gid, stat.S_IMODE(info.st_mode)) == (2345, 0o750), directory
+    assert stat.S_IMODE((artifact / "MANIFEST.json").stat().st_mode) == 0o640

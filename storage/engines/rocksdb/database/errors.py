@@ -65,7 +65,7 @@ def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
         return StoreLocked(path, lock_holder(path))
     if _UNSUPPORTED.search(words):
         return InvalidFormatError(*_place(words, path), words)
-    if words.startswith("IO error"):
+    if "IO error: " in words and "Corruption" not in words:  # perhaps within another error
         return _io_error(words, path, opening)
     if "Corruption" in words or opening:
         return CorruptLogError(*_place(words, path), words)
