@@ -65,10 +65,12 @@ class Commits:
         sync_each: bool = False,
         on_damage: OnDamage = "refuse",
         cache_bytes: int = CACHE_BYTES.default,
+        create: bool = True,
     ) -> None:
-        """Open or create the database at `path`.
+        """Open the database at `path`, or create it if nothing is there.
 
-        StoreLocked, CorruptLogError, InvalidFormatError or OSError.
+        Without `create`, LogChangedError if nothing is there. StoreLocked, CorruptLogError,
+        InvalidFormatError or OSError.
         """
         self.path = resolve(path)
         self._name = os.fspath(self.path)  # a stat of a Path takes 1 us longer
@@ -77,6 +79,8 @@ class Commits:
         """RocksDB's message once it has refused to write, else None; `heal` recovers."""
         self._rocksdict = binding()
         self._on_damage, self._cache_bytes = on_damage, cache_bytes
+        self._create = create
+        """False once it is open: when it is opened again, it must still be there."""
         self._compacted_seq = -1
         # Whose turn it is with the database: any thread may sync it, and none closes it meanwhile.
         self._turns = Turns()
@@ -115,6 +119,7 @@ class Commits:
             self._source.db = self._opened()  # in no variable: a traceback would keep it open
             self._writes = Writes(self._source)
             self._directory = _identity(self._name)
+            self._create = False
             self._trail = Trail()
             self._in_doubt: State | None = None  # what the current commit writes
             state = state_of(self._db, self.path) or self._begin()
@@ -139,8 +144,17 @@ class Commits:
         while True:
             try:
                 return open_database(
-                    self.path, create=True, cache_bytes=self._cache_bytes, on_damage=self._on_damage
+                    self.path,
+                    create=self._create,
+                    cache_bytes=self._cache_bytes,
+                    on_damage=self._on_damage,
                 )
+            except FileNotFoundError:
+                if self._create:
+                    raise
+                raise LogChangedError(
+                    self.path, "was deleted, moved or unmounted while its writer was down"
+                ) from None
             except StoreLocked as error:
                 now = time.monotonic()
                 stop_s = stop_s or now + LINGER_S

@@ -30,6 +30,7 @@ class RocksDbSeat:
             sync_each=options.sync_each,
             on_damage=options.on_damage,
             cache_bytes=options.cache_bytes,
+            create=crashed is None,
         )
         if crashed is not None:
             before, now = crashed.state, engine.state

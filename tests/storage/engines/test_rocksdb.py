@@ -34,6 +34,7 @@ from foldlog import (
 )
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.updates import DecodedBatch, encode_batch
+from foldlog.storage.engines.options import EngineOptions
 from foldlog.storage.engines.rocksdb import RocksDbEngine, commits, writes
 from foldlog.storage.engines.rocksdb import engine as engine_module
 from foldlog.storage.engines.rocksdb import past as past_module
@@ -41,6 +42,8 @@ from foldlog.storage.engines.rocksdb.database import opening
 from foldlog.storage.engines.rocksdb.fold import difference, snapshot
 from foldlog.storage.engines.rocksdb.fold.held import HeldFolds
 from foldlog.storage.engines.rocksdb.fold.trail import Trail
+from foldlog.storage.engines.rocksdb.seat import RocksDbSeat
+from foldlog.storage.log.files import OS_FILES
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 120
@@ -893,3 +896,31 @@ def test_a_range_with_bounds_is_that_part_of_the_whole_in_either_direction(
                 assert backwards == expected[::-1][:3]
     assert fold.get("k01", "none") == "none"
     assert list(fold.get_many(["k04", "k01", "k02"])) == ["k04", "k02"]
+
+
+@pytest.mark.parametrize("how", ["heal", "restart"])
+def test_a_database_whose_directory_went_meanwhile_is_not_created_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Unmounted or moved while a store was about to open it again, it was replaced by an empty
+    one, which then stood in the way of whoever put it back."""
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("a", b"1")])
+    away = path.with_name("away")
+
+    def go_and_open(*args: Any, **options: Any) -> Any:
+        path.rename(away)
+        return opening.open_database(*args, **options)
+
+    monkeypatch.setattr(commits, "open_database", go_and_open)
+    seat = RocksDbSeat(EngineOptions(path, None, "refuse", False, CACHE, OS_FILES))
+    fail_a_sync(engine) if how == "heal" else engine.abandon()
+    with pytest.raises(LogChangedError, match="unmounted"):
+        engine.heal() if how == "heal" else seat.open(engine)
+    assert not path.exists()
+    monkeypatch.undo()
+    engine.abandon()
+    away.rename(path)
+    again = RocksDbEngine(path, cache_bytes=CACHE)
+    assert state(again.snapshot) == {"a": b"1"}
+    again.close()
