@@ -195,7 +195,8 @@ def import_artifact(
             loaded = _check_payload(reader, Path(artifact_dir), kind, manifest.cursor)
             lock.write(None)  # the watermark of an earlier log at this path is not this one's
             if landing is kind:
-                drop_stale_origin(files, dest)
+                if not kind.keeps_origin:
+                    drop_stale_origin(files, dest)
                 files.link_new(staged, dest)
                 files.sync_dir(dest.parent)
             else:

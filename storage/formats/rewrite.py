@@ -320,7 +320,8 @@ def write_new(
             narrow(files, out.fd, source)
         out.write_fold(fold, progress)
         out.sync()
-        drop_stale_origin(files, path)
+        if not format.keeps_origin:
+            drop_stale_origin(files, path)
         files.link_new(out.path, path)
         files.sync_dir(path.parent)
     finally:

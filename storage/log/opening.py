@@ -24,7 +24,7 @@ from foldlog.storage.log.files import Access, Files, ReadHandle, remove_quietly,
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.recovery import Rest
 from foldlog.storage.log.sidecars.lock import WriterLock, beside, lock_log, sweep_temporaries
-from foldlog.storage.log.sidecars.origins import read_origin
+from foldlog.storage.log.sidecars.origins import ORIGIN_MAGIC, read_origin
 from foldlog.storage.log.sidecars.regression import regression_error
 
 
@@ -65,8 +65,6 @@ def open_log(
     try:
         if log.poison is None and not loaded.sealed and loaded.format.may_be_unsynced(loaded):
             log.sync()  # what a killed writer left may be in the page cache only
-        if not loaded.format.keeps_origin:
-            loaded.fold.origin = read_origin(files, path)
         loaded.fold.limit_cache(cache_bytes)
     except BaseException:
         log.discard(keep_lock=given_lock is not None)
@@ -111,8 +109,10 @@ def _open_locked(
         stat = files.fstat(fd)
         known = None if crashed is None else crashed.known((stat.st_dev, stat.st_ino))
         loaded, cut_reason = _load(handle, format, on_damage, known, progress)
+        if not loaded.format.keeps_origin:
+            loaded.fold.origin = read_origin(files, path, files.access(fd))
         missing = _missing_batches(lock, loaded, refuse=on_damage == "refuse")
-        sweep_temporaries(files, path, MAGICS)
+        sweep_temporaries(files, path, (*MAGICS, ORIGIN_MAGIC))
         kept_at, cut_bytes = None, 0
         if loaded.bad is not None:
             kept_at, cut_bytes = _set_aside(files, path, fd, handle, loaded)

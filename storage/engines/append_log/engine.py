@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
 from collections.abc import Sequence
 
 from foldlog.protocol.engine import CacheUse, Export, Held, Sizes
-from foldlog.protocol.errors import LogChangedError, LogPoisonedError, drop_system_errors
+from foldlog.protocol.errors import (
+    ForeignFileError,
+    LogChangedError,
+    LogPoisonedError,
+    drop_system_errors,
+)
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import NAME_BYTES, WatchCursor
@@ -124,11 +130,12 @@ class LogEngine(LogPast):
         self._next = staged
         beside_log = staged.origin != self.fold.origin and not log.file.format.keeps_origin
         if beside_log:
-            write_origin(log.files, log.path, staged.origin[:NAME_BYTES])
+            write_origin(log.files, log.path, staged.origin[:NAME_BYTES], log.access())
         log.append((batches[0].item,) if len(batches) == 1 else [batch.item for batch in batches])
         if beside_log:
-            with drop_system_errors():  # the name alone is safe: nobody resumes from it
-                write_origin(log.files, log.path, staged.origin)
+            # The name alone is safe: nobody resumes from it.
+            with contextlib.suppress(ForeignFileError), drop_system_errors():
+                write_origin(log.files, log.path, staged.origin, log.access())
         if log.sync_each:
             log.sync()
         self._since = since

@@ -384,23 +384,8 @@ class WriterLock:
         while True:
             with contextlib.suppress(FileExistsError):
                 return self._files.create(path, exclusive=True, mode=_PRIVATE), True
-            try:
-                fd = self._files.open_side(path, write=True)
-            except FileNotFoundError:
-                continue  # removed meanwhile
-            except OSError as error:
-                if error.errno in _NOT_REGULAR:
-                    raise ForeignFileError(path, _foreign(_NOT_REGULAR[error.errno])) from None
-                raise
-            try:
-                if self._files.fstat(fd).st_nlink > 1:
-                    raise ForeignFileError(path, _foreign("has another name, a hard link"))
-                if not is_own(self._files.read(fd, size + 1, 0), magic, size):
-                    raise ForeignFileError(path, _foreign("was not written by foldlog"))
-            except BaseException:
-                self._files.close(fd)
-                raise
-            return fd, False
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                return open_own(self._files, path, magic, size, write=True), False
 
     # The note.
 
@@ -441,6 +426,28 @@ class WriterLock:
             write_all(self._files, self._note_fd, slot, counter % 2 * SLOT_BYTES)
             if self._note is note:  # else another thread changed it, and may have written first
                 return
+
+
+def open_own(files: Files, path: Path, magic: bytes, size: int, *, write: bool = False) -> int:
+    """Open a side file that foldlog wrote, with `magic` and at most `size` bytes.
+
+    ForeignFileError if anything else has its name; FileNotFoundError or another OSError.
+    """
+    try:
+        fd = files.open_side(path, write=write)
+    except OSError as error:
+        if error.errno in _NOT_REGULAR:
+            raise ForeignFileError(path, _foreign(_NOT_REGULAR[error.errno])) from None
+        raise
+    try:
+        if files.fstat(fd).st_nlink > 1:
+            raise ForeignFileError(path, _foreign("has another name, a hard link"))
+        if not is_own(files.read(fd, size + 1, 0), magic, size):
+            raise ForeignFileError(path, _foreign("was not written by foldlog"))
+    except BaseException:
+        files.close(fd)
+        raise
+    return fd
 
 
 def _foreign(what: str) -> str:

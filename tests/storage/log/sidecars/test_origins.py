@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 import msgpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import foldlog
-from foldlog import AppendLogSnapshot, Delete, InvalidFormatError, Put, WatchCursor
+from foldlog import (
+    AppendLogSnapshot,
+    Delete,
+    ForeignFileError,
+    InvalidFormatError,
+    Put,
+    WatchCursor,
+)
 from foldlog.protocol import frames
 from foldlog.protocol.decoding import decode_batches
-from foldlog.protocol.tokens import NAME_BYTES
+from foldlog.protocol.tokens import MAX_ORIGIN_BYTES, NAME_BYTES
 from foldlog.protocol.updates import batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.formats.slipstream.log import SLIPSTREAM
 from foldlog.storage.log import scan
+from foldlog.storage.log.sidecars.note import is_own
+from foldlog.storage.log.sidecars.origins import (
+    ORIGIN_BYTES,
+    ORIGIN_MAGIC,
+    origin_path,
+    pack_origin,
+    parse_origin,
+)
 
 ORIGIN = b"n" * NAME_BYTES + b"incarnation one."
 OTHER = b"n" * NAME_BYTES + b"incarnation two."
+
+
+STRANGERS = {
+    "a link": lambda path: path.symlink_to(path.parent / "elsewhere"),
+    "a directory": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a file": lambda path: path.write_text("the origin of the species"),
+}
+
+
+def tree(folder):
+    """All that is in a directory: by name the inode, the mode and the size."""
+    return {file.name: (*file.lstat()[:2], file.lstat().st_size) for file in folder.iterdir()}
 
 
 def at(number: int) -> WatchCursor:
@@ -144,6 +178,58 @@ def test_a_log_that_takes_the_name_of_a_deleted_one_does_not_take_its_origin(pat
     if create == "import":
         AppendLogSnapshot.import_artifact(artifact, path, format="slipstream-v2")[1].close()
     assert read(path, format="slipstream-v2")[0] == b""
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_strangers_file_of_its_name_is_refused_and_left_as_it_is(path, stranger):
+    """The origin was kept in LOG.origin: what had that name was overwritten, and removed when any
+    log was created beside it."""
+    taken = origin_path(path)
+    STRANGERS[stranger](taken)
+    path.with_name(f"{path.name}.origin").write_text("the origin of the species")
+    before = tree(path.parent)
+    with pytest.raises(ForeignFileError) as caught:
+        Engine(path, format="slipstream-v2")
+    assert caught.value.path == taken
+    assert tree(path.parent) == before
+    fed(path, ORIGIN).close()  # a log that needs no such name
+    assert before.items() <= tree(path.parent).items()
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_strangers_file_that_comes_later_is_not_replaced(path, stranger):
+    engine = Engine(path, format="slipstream-v2")
+    STRANGERS[stranger](origin_path(path))
+    before = tree(path.parent)
+    with pytest.raises(ForeignFileError):
+        engine.commit([encode_batch([Put("k", b"v")], at(1), ORIGIN)])
+    assert tree(path.parent) == before
+    assert engine.fold.seq == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_it_is_no_more_accessible_than_the_log(path, mode):
+    fed(path, format="slipstream-v2").close()
+    path.chmod(mode)
+    fed(path, ORIGIN).close()
+    noted = origin_path(path)
+    assert stat.S_IMODE(noted.stat().st_mode) == mode
+    path.chmod(0o600)
+    assert read(path)[0] == ORIGIN
+    assert stat.S_IMODE(noted.stat().st_mode) == 0o600
+
+
+@given(st.binary(max_size=MAX_ORIGIN_BYTES), st.data())
+def test_damage_to_it_leaves_no_origin_and_never_another(origin, data):
+    packed = pack_origin(origin)
+    assert (len(packed), parse_origin(packed)) == (ORIGIN_BYTES, origin)
+    at, bit = data.draw(st.integers(0, ORIGIN_BYTES - 1)), data.draw(st.integers(0, 7))
+    flipped = bytearray(packed)
+    flipped[at] ^= 1 << bit
+    assert parse_origin(bytes(flipped)) == b""
+    assert is_own(bytes(flipped), ORIGIN_MAGIC, ORIGIN_BYTES), "it is damaged, and still ours"
+    assert parse_origin(packed[:at]) == b""
 
 
 def crash(*_: object) -> None:
