@@ -153,7 +153,11 @@ class Log:
         only.
         """
         self._own_stat()  # if the log was replaced, the lock file may be its writer's
-        self._lock.confirm()
+        try:
+            self._turns.enter(_getframe())  # a sync writes the note
+            self._lock.confirm()
+        finally:
+            self._turns.leave(_getframe())
 
     def _own_stat(self) -> os.stat_result | None:
         """The status of the log's own file under its name; None if nothing has the name.
@@ -168,8 +172,8 @@ class Log:
             raise LogChangedError(self.path, "was replaced by another file while it was open")
         return there
 
-    def has_its_lock_file(self) -> bool:
-        """True if the lock file still has its name. Any thread may call it."""
+    def has_its_side_files(self) -> bool:
+        """True if the lock file and the note are in place. Any thread may call it."""
         return self._lock.is_in_place()
 
     def check_place(self, fd: int) -> bool:

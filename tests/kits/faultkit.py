@@ -26,7 +26,7 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.sidecars.lock import note_path, read_note
+from foldlog.storage.log.sidecars.lock import inode_of, note_path, read_note
 from foldlog.storage.log.sidecars.note import NOTE_BYTES, SLOT_BYTES, pack_slot, parse_note
 from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Call, CrashFiles, Fault, FaultyFiles, UnsyncedFiles
@@ -220,7 +220,9 @@ def keep_inodes(path: Path) -> None:
     those of the image.
     """
     with contextlib.suppress(FileNotFoundError):
-        raw, inode = note_path(path).read_bytes(), note_path(path).stat().st_ino
+        raw = note_path(path).read_bytes()
+        with open(note_path(path), "rb") as opened:
+            inode = inode_of(Files(), opened.fileno())
         for turn in range(2):
             note = parse_note(raw[turn * SLOT_BYTES :][:SLOT_BYTES].ljust(NOTE_BYTES, b"\0"))
             if note is None:

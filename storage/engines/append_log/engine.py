@@ -176,10 +176,10 @@ class LogEngine(LogPast):
         self.log.sync()
 
     def check_file(self) -> None:
-        """See `Engine`. Cost: three system calls."""
+        """See `Engine`. Cost: four system calls."""
         self.log.check_unchanged()
-        if not self.log.has_its_lock_file():
-            raise LogChangedError(self.path, "its lock file was removed or replaced")
+        if not self.log.has_its_side_files():
+            raise LogChangedError(self.path, "its lock file or its note was removed or replaced")
 
     def confirm_file(self) -> None:
         """See `Engine`."""

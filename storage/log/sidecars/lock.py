@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import random
 import re
 import secrets
+import struct
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +71,8 @@ _NO_NOTE = (
 )
 """Errors of opening a note that will not go away: for this reader, there is none."""
 _READER_WAIT_S = 0.25
+_LONG = struct.Struct("@l")
+_FS_IOC_GETVERSION = 0x80007601 | _LONG.size << 16  # the kernel fills in 32 bits
 _PRIVATE = 0o600
 
 
@@ -133,7 +138,7 @@ def read_note(files: Files, path: Path) -> Note | None:
         raise
     try:
         note = parse_note(files.read(fd, NOTE_BYTES, 0))
-        return note if note is not None and note.inode == files.fstat(fd).st_ino else None
+        return note if note is not None and note.inode == inode_of(files, fd) else None
     finally:
         files.close(fd)
 
@@ -157,8 +162,9 @@ def writer_of(files: Files, path: Path) -> Writing:
     """
     try:
         fd = files.open_side(note_path(path))
-    except FileNotFoundError:
-        return Writing(False, None, "")  # no writer has ever been here
+    except FileNotFoundError:  # no writer has ever been here, or the note was deleted
+        lock = lock_path(path)
+        return Writing(files.exists(lock) and _is_locked(files, lock), None, "")
     except OSError as error:
         if not is_from_system(error):
             raise
@@ -271,14 +277,20 @@ class WriterLock:
         self._made = []
 
     def confirm(self) -> None:
-        """Make sure that nobody else can take this log's lock; recreate a deleted lock file.
+        """Make sure that nobody else can take this log's lock; recreate a deleted lock file or
+        note.
 
-        LogChangedError if another writer was faster, or if the directory was replaced. Cost: three
-        `stat` calls, 5 us.
+        LogChangedError if another writer was faster, or if the directory was replaced. No other
+        thread may write the note meanwhile. Cost: four `stat` calls, 7 us.
         """
         self.check_directory()
         if self.is_in_place():
             return
+        if not self._leads_to(lock_path(self.path), self._identity):
+            self._retake()
+        self._restore_note()
+
+    def _retake(self) -> None:
         lost, self._fd = self._fd, -1
         try:
             self._take()
@@ -292,11 +304,14 @@ class WriterLock:
             else:
                 self._files.close(lost)
         self._made = []
-        self._restore_note()
 
     def is_in_place(self) -> bool:
-        """True if the lock file still has its name. Any thread may call it. Cost: one `stat`."""
-        return self._leads_to(lock_path(self.path), self._identity)
+        """True if the lock file still has its name, and something that of the note.
+
+        Any thread may call it. Cost: two `stat` calls.
+        """
+        lock, note = lock_path(self.path), note_path(self.path)
+        return self._leads_to(lock, self._identity) and self._files.exists(note)
 
     def check_directory(self) -> None:
         """LogChangedError if the log's directory was moved, deleted, unmounted or mounted over."""
@@ -395,12 +410,12 @@ class WriterLock:
         self._note_fd = fd
         if made:
             self._made.append((path, fd))
-        self._note_inode = self._files.fstat(fd).st_ino
+        self._note_inode = inode_of(self._files, fd)
         self._files.mark(fd)
         return parse_note(self._files.read(fd, NOTE_BYTES, 0))
 
     def _restore_note(self) -> None:
-        """Create the note anew if it was deleted with the lock file. Best effort."""
+        """Create the note anew if it was deleted. Best effort."""
         lost = self._note_fd
         if self._leads_to(note_path(self.path), _identity(self._files.fstat(lost))):
             return
@@ -467,6 +482,27 @@ def _lock_alone(files: Files, fd: int) -> bool:
             return False
         files.unlock(fd)
         time.sleep(random.uniform(0.001, 0.005))
+
+
+def inode_of(files: Files, fd: int) -> int:
+    """What tells the open file `fd` from a copy: the number of its inode, xor its generation << 32.
+
+    A file that is restored from a backup may get the number of the one that was removed; it does
+    not get its generation, where the file system has one.
+    """
+    return files.fstat(fd).st_ino ^ _generation(fd) << 32
+
+
+def _generation(fd: int) -> int:
+    if sys.platform != "linux":
+        return 0
+    try:
+        raw = fcntl.ioctl(fd, _FS_IOC_GETVERSION, bytes(_LONG.size))
+    except OSError as error:
+        if not is_from_system(error):
+            raise
+        return 0  # tmpfs and others
+    return int.from_bytes(raw[:4], sys.byteorder)
 
 
 def _identity(info: os.stat_result) -> tuple[int, int]:

@@ -90,13 +90,14 @@ def test_a_log_deleted_with_all_beside_it_comes_back_locked(open_store: OpenStor
     assert read_back(path).seq == 2
 
 
-def test_a_lock_file_that_was_deleted_is_back_within_an_interval(
-    open_store: OpenStore, path
+@pytest.mark.parametrize("side", [lock_path, note_path])
+def test_a_lock_file_or_note_that_was_deleted_is_back_within_an_interval(
+    open_store: OpenStore, path, side
 ) -> None:
     store = open_store(sync_interval_s=0.02)
     store.apply(batch(1), cursor(1))
-    lock_path(path).unlink()
-    until(lock_path(path).exists, "the lock file is made anew")
+    side(path).unlink()
+    until(side(path).exists, "it is made anew")
     assert store.apply(batch(2), cursor(2)) == 2
     assert store.state == "running"
 

@@ -26,7 +26,15 @@ from foldlog import (
     WatchCursor,
 )
 from foldlog.storage.log.files import Files
-from foldlog.storage.log.sidecars.lock import WriterLock, lock_path, note_path, read_note, writer_of
+from foldlog.storage.log.sidecars import lock as lock_module
+from foldlog.storage.log.sidecars.lock import (
+    WriterLock,
+    inode_of,
+    lock_path,
+    note_path,
+    read_note,
+    writer_of,
+)
 from foldlog.storage.log.sidecars.note import SLOT_BYTES, pack_slot, parse_note
 
 SIDE_PATHS = [lock_path, note_path]
@@ -280,7 +288,7 @@ def test_one_slot_that_is_lost_hides_no_regression_older_than_the_other(path, sl
             found = parse_note(bytes(note[turn * SLOT_BYTES :][:SLOT_BYTES]).ljust(1024, b"\0"))
             if found is not None:
                 found = found._replace(
-                    inode=note_path(path).stat().st_ino,
+                    inode=inode_of(Files(), file.fileno()),
                     watermark=found.watermark._replace(
                         log_id=read_note(Files(), path).watermark[0]
                     ),
@@ -317,6 +325,32 @@ def test_a_directory_copied_while_the_log_is_written_opens_and_says_what_it_lack
     with AppendLogSnapshot.open(copied)[1] as snap:
         assert snap.report.missing_batches == 0
     assert read_note(Files(), copied).watermark.seq == 4
+
+
+def test_a_copy_that_was_put_back_is_a_copy_though_it_has_the_same_inode_number(path, monkeypatch):
+    """On ext4, 17 of 20 copies that were put back where they came from got the inode number of the
+    note that had been removed, and were refused as an older log."""
+    log_of(path, 1)
+    older = path.read_bytes()
+    monkeypatch.setattr(lock_module, "_generation", lambda fd: 7)
+    log_of(path, 3)
+    path.write_bytes(older)
+    with pytest.raises(LogRegressedError):
+        AppendLogSnapshot.open(path)
+    monkeypatch.setattr(lock_module, "_generation", lambda fd: 8)
+    assert read_note(Files(), path) is None
+    with AppendLogSnapshot.open(path)[1] as snap:
+        assert snap.report.missing_batches == 3
+
+
+def test_the_generation_is_that_of_the_inode_or_zero(path):
+    """Whatever the file system: it stays the same, for a reader as for a writer."""
+    log_of(path, 1)
+    path.chmod(0o644)
+    with open(path, "rb") as reader, open(path, "r+b") as writer:
+        found = {inode_of(Files(), file.fileno()) for file in (reader, writer)}
+    assert {number & 0xFFFFFFFF for number in found} == {path.stat().st_ino & 0xFFFFFFFF}
+    assert len(found) == 1
 
 
 def test_a_copy_that_was_refused_is_a_copy_still(path, tmp_path):
@@ -363,6 +397,36 @@ def test_a_lock_file_that_went_is_made_anew_before_anything_is_renamed(path, how
             AppendLogSnapshot.open(path)
         assert caught.value.pid == os.getpid()
     log_of(path, 1)
+
+
+def test_a_note_that_went_alone_is_made_anew(path):
+    """A cleaner of temporary files removed the note of a running store: `info` said that nobody
+    writes, and the next opening knew of no watermark."""
+    with AppendLogSnapshot.open(path, sync="always")[1] as snap:
+        apply(snap, 1)
+        note_path(path).unlink()
+        assert writer_of(Files(), path) == (True, None, ""), "the lock tells"
+        apply(snap, 2)
+        snap.compact()
+        assert writer_of(Files(), path) == (True, os.getpid(), "")
+        apply(snap, 3)
+        assert read_note(Files(), path).watermark.seq == 3
+    note_path(path).unlink()
+    assert writer_of(Files(), path) == (False, None, "")
+    lock_path(path).unlink()
+    assert writer_of(Files(), path) == (False, None, "")
+
+
+@pytest.mark.parametrize("stranger", ["a link", "a pipe", "a directory", "a stranger's file"])
+def test_a_strangers_file_in_the_place_of_the_note_is_left_as_it_is(path, stranger):
+    with AppendLogSnapshot.open(path)[1] as snap:
+        apply(snap, 1)
+        note_path(path).unlink()
+        STRANGERS[stranger](note_path(path))
+        before = tree(path.parent)[note_path(path).name]
+        snap.compact()
+        apply(snap, 2)
+    assert tree(path.parent)[note_path(path).name] == before
 
 
 @pytest.mark.parametrize("stranger", ["a link", "a pipe", "a directory", "a stranger's file"])
