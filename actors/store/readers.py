@@ -21,7 +21,11 @@ from foldlog.actors.store.core import Core, no_step
 from foldlog.protocol.errors import FoldlogError, WriterCrashed
 from foldlog.protocol.logger import log
 from foldlog.protocol.messages import Get, Page, Range, RangePage, plain
+from foldlog.protocol.options import Count
 from foldlog.protocol.updates import KvEntry
+from foldlog.storage.fold.reading import SnapshotReads
+
+_LIMIT = Count("limit", 1000, 1)
 
 
 class ReaderInbox(Inbox):
@@ -33,8 +37,13 @@ class ReaderInbox(Inbox):
 
     def put(self, envelope: Envelope[Any] | Mail) -> None:
         """Called by actor references. Serves it on this thread, if it is for one key and a reader
-        is idle."""
-        message, reply_to = _plain(envelope.message), envelope.reply_to
+        is idle. An invalid message is an error for an asker, and a log line for a tell."""
+        reply_to = envelope.reply_to
+        try:
+            message = _checked(envelope.message)
+        except Exception as error:
+            _answer_error(Mail(None, reply_to), error)
+            return
         if message is not envelope.message:
             envelope = Mail(message, reply_to)
         if reply_to is None or not self._is_served_here(Mail(message, reply_to)):
@@ -93,9 +102,7 @@ class Reader(SharedActor):
         try:
             value = self._answer(mail.message)
         except (FoldlogError, OSError, TypeError, ValueError) as error:
-            if mail.reply_to is None:
-                log.error("a message told to a reader failed: %s", error)
-            reply(mail, error=error)
+            _answer_error(mail, error)
         else:
             reply(mail, value)
 
@@ -110,31 +117,49 @@ class Reader(SharedActor):
                 time.sleep(0)  # yield the interpreter lock between leaves
             return entries
         if type(message) is RangePage:
-            return _page(message, message.snapshot or snapshot)
+            return _page(message, snapshot if message.snapshot is None else message.snapshot)
         raise TypeError(f"a reader takes Get, Range and RangePage, not {type(message).__name__}")
 
     def on_stop(self) -> None:
         self._step("reader.stop")
 
 
-def _plain(message: Any) -> Any:
-    """The message with plain strings. On its sender's thread: see `plain`."""
+def _answer_error(mail: Mail, error: Exception) -> None:
+    if mail.reply_to is None:
+        log.error("a message told to a reader failed: %s", error)
+    reply(mail, error=error)
+
+
+def _checked(message: Any) -> Any:
+    """The message with plain strings. TypeError or ValueError for what no reader could serve. On
+    its sender's thread: see `plain`."""
     if type(message) is Get:
         key = message.key
-        return message if type(key) is str or not isinstance(key, str) else Get(plain(key))
-    if type(message) is Range and isinstance(message.prefix, str):
-        return Range(plain(message.prefix))
-    if type(message) is RangePage and isinstance(message.prefix, str):
-        after = plain(message.after) if isinstance(message.after, str) else message.after
-        return message._replace(prefix=plain(message.prefix), after=after)
+        return message if type(key) is str else Get(_text("a key", key))
+    if type(message) is Range:
+        return Range(_text("a prefix", message.prefix))
+    if type(message) is RangePage:
+        prefix, limit, after, snapshot = message
+        if snapshot is not None and not isinstance(snapshot, SnapshotReads):
+            raise TypeError(f"snapshot is a FoldSnapshot, not {type(snapshot).__name__}")
+        return RangePage(
+            _text("a prefix", prefix),
+            _LIMIT.check(limit),
+            None if after is None else _text("after", after),
+            snapshot,
+        )
     return message
 
 
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a str, not {type(value).__name__}")
+    return plain(value)
+
+
 def _page(ask: RangePage, snapshot: Any) -> Page:
-    if ask.limit < 1:
-        raise ValueError(f"limit is at least 1, got {ask.limit}")
-    entries = list(islice(snapshot.entries_after(ask.prefix, ask.after), ask.limit + 1))
-    if len(entries) <= ask.limit:
+    rest = snapshot.entries_after(ask.prefix, ask.after)
+    entries = list(islice(rest, ask.limit))
+    if next(rest, None) is None:
         return Page(entries, None)
-    entries.pop()
     return Page(entries, ask._replace(after=entries[-1].key, snapshot=snapshot))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
 import errno
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from foldlog import (
     LogChangedError,
     Put,
     Range,
+    RangePage,
     State,
     StoreClosed,
     StoreFailed,
@@ -50,6 +52,52 @@ def test_bad_arguments_are_answered_and_the_actor_lives_on(open_store, steps):
     with pytest.raises(KeyExists):
         store.create("k", b"w")
     assert steps.seen["writer.start"] == starts
+    assert store.stats().restarts == ()
+
+
+class Odd:
+    """Says of itself whatever harms who asks."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+    def __hash__(self):
+        raise RuntimeError("hash")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Get(Odd()),
+        Get(["k"]),
+        Range(Odd()),
+        Range(b"k"),
+        RangePage(Odd()),
+        RangePage(limit=True),
+        RangePage(limit=0),
+        RangePage(limit="9"),
+        RangePage(limit=decimal.Decimal("nan")),
+        RangePage(limit=Odd()),
+        RangePage(after=7),
+        RangePage(snapshot=7),
+        RangePage(snapshot={}),
+        RangePage(snapshot=Odd()),
+    ],
+    ids=lambda message: f"{type(message).__name__}-{[type(field).__name__ for field in message]}",
+)
+def test_a_message_that_no_reader_can_serve_is_refused_on_its_senders_thread(
+    open_store, steps, message
+):
+    """Three pages of a snapshot that was none failed the whole store."""
+    store = open_store()
+    store.put("k", b"v")
+    starts = steps.seen["reader.start"]
+    for _ in range(10):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            store.reader.ask(message, timeout=DEADLINE_S)
+        store.reader.tell(message)
+    assert store.reader.ask(Get("k"), timeout=DEADLINE_S).value == b"v"
+    assert steps.seen["reader.start"] == starts
     assert store.stats().restarts == ()
 
 
