@@ -21,6 +21,7 @@ from foldlog.protocol.closing import Closing
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import StoreClosed
 from foldlog.protocol.logger import log
+from foldlog.protocol.options import check_callable, check_timeout
 from foldlog.protocol.tokens import CursorLike
 from foldlog.protocol.updates import Update
 from foldlog.storage.handover import Bell
@@ -173,13 +174,13 @@ class Derived(Closing, Generic[V]):
     def wait_for(
         self,
         cursor: CursorLike | None = None,
-        timeout_s: float = WAIT_TIMEOUT_S,
+        timeout_s: float | None = WAIT_TIMEOUT_S,
         *,
         seq: SeqLike | None = None,
     ) -> None:
         """Wait until the value includes everything up to `cursor` or batch `seq`: see
         `Follower.wait_for`."""
-        self._worker.wait_for(Position(cursor, seq), timeout_s)
+        self._worker.wait_for(Position(cursor, seq), check_timeout(timeout_s))
 
     def close(self) -> None:
         """Stop updating the value. Closing twice is fine."""
@@ -223,6 +224,8 @@ def derive(
         raise TypeError(
             f"state is derived from a store or a follower, not from a {type(store).__name__}"
         )
+    check_callable("build", build)
+    check_callable("update", update)
     store._enter()
     worker = _Worker(store._feeds, build, update, prefix)
     try:

@@ -17,7 +17,7 @@ from foldlog.protocol.options import CACHE_BYTES, JOB_TIMEOUT_S, POLL_INTERVAL_S
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.log.files import OS_FILES, Files, resolve
+from foldlog.storage.log.files import OS_FILES, Files, check_files, resolve
 from foldlog.watched import Watched
 
 
@@ -70,7 +70,8 @@ def follow(
     2
     """
     poll_interval_s = POLL_INTERVAL_S.check(poll_interval_s)
-    CACHE_BYTES.check(cache_bytes)
+    cache_bytes = CACHE_BYTES.check(cache_bytes)
+    check_files(files)
     timeout_s = check_timeout(timeout_s)
     log_path = resolve(path)
     thread = FollowerThread(log_path, files, poll_interval_s, cache_bytes)

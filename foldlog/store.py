@@ -29,6 +29,7 @@ from foldlog.actors.store.requests import (
     Request,
     SyncRequest,
     WriteRequest,
+    check_version,
 )
 from foldlog.actors.store.supervisor import CloseNow, Reopen, Supervisor
 from foldlog.health import Health, Status, store_health
@@ -66,14 +67,15 @@ from foldlog.protocol.options import (
     OnDamage,
     Sync,
     Unset,
+    check_flag,
     check_timeout,
 )
 from foldlog.protocol.store import Backend, FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
-from foldlog.protocol.updates import Update, encode_batch
+from foldlog.protocol.updates import Delete, Put, Update, encode_batch
 from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.formats.format import VerifyReport
-from foldlog.storage.log.files import OS_FILES, Files, resolve
+from foldlog.storage.log.files import OS_FILES, Files, path_text, resolve
 from foldlog.watched import Watched
 
 TURN_TIMEOUT_S = 20.0
@@ -163,7 +165,7 @@ def open(
         format=format,
         backend=backend,
         files=files,
-        step=step or no_step,
+        step=no_step if step is None else step,
     )
     await_dropped(config.path)
     core = Core(config)
@@ -180,6 +182,8 @@ def open(
 
 def write_of(updates: Iterable[Update], cursor: CursorLike, forward_only: bool) -> WriteRequest:
     """The request for a batch, checked and encoded."""
+    if forward_only is not False:
+        check_flag("forward_only", forward_only)
     batch = encode_batch(updates, cursor)
     return ForwardWrite(batch) if forward_only else WriteRequest(batch)
 
@@ -257,13 +261,13 @@ class Store(Watched):
 
         The cursor stays where it is.
         """
-        return self._write(LocalWrite(key, value), timeout_s)
+        return self._write(LocalWrite(Put(key, value)), timeout_s)
 
     def create(
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
     ) -> VersionToken:
         """`put`, for a key that must not exist. KeyExists if it does."""
-        return self._write(LocalWrite(key, value, must_be_new=True), timeout_s)
+        return self._write(LocalWrite(Put(key, value), must_be_new=True), timeout_s)
 
     def update(
         self,
@@ -275,7 +279,8 @@ class Store(Watched):
     ) -> VersionToken:
         """`put`, for an entry that must be at version `expected`, else VersionMismatch. Atomic: no
         write comes between check and write."""
-        return self._write(LocalWrite(key, value, expected=expected), timeout_s)
+        check_version(expected)
+        return self._write(LocalWrite(Put(key, value), expected=expected), timeout_s)
 
     def delete(
         self,
@@ -290,7 +295,7 @@ class Store(Watched):
         `expected=None` raises TypeError, here and in `update`: it usually comes from a missing
         entry.
         """
-        return self._write(LocalWrite(key, UNSET, expected=expected), timeout_s)
+        return self._write(LocalWrite(Delete(key), expected=expected), timeout_s)
 
     def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         return VersionToken.from_u64(self._send(request, check_timeout(timeout_s)))
@@ -365,7 +370,7 @@ class Store(Watched):
         """
         FORMAT.check(format)
         timeout_s = check_timeout(timeout_s)
-        dest = os.path.abspath(os.fspath(dest_dir))
+        dest = os.path.abspath(path_text(dest_dir))
         manifest: ExportManifest
         if self._core.state is not State.FAILED:
             try:

@@ -1,13 +1,14 @@
 """Options of stores, engines, followers, mirrors and commands: declared and checked here.
 
 Options are checked before anything is opened or sent. A wrong type raises TypeError, a value out of
-bounds ValueError; both name the option. A `bool` is not a number, and `nan` is refused. `None` or
-`math.inf` waits forever.
+bounds ValueError; both name the option. A `bool` is not a number, and nothing else is a `bool`.
+`nan` is refused. `None` or `math.inf` waits forever.
 """
 
 from __future__ import annotations
 
 import enum
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
@@ -60,6 +61,18 @@ def check_timeout(value: object, name: str = "timeout_s") -> float:
     return FOREVER_S if value is None else _real(name, value)
 
 
+def check_flag(name: str, value: object) -> None:
+    """TypeError unless `value` is True or False: None or nan would count as one of them."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is True or False, not {type(value).__name__}")
+
+
+def check_callable(name: str, value: object) -> None:
+    """TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} is a function, not {type(value).__name__}")
+
+
 def check_text(name: str, value: object) -> str:
     """`value`. TypeError unless it is a str; ValueError if it cannot be encoded as UTF-8."""
     if not isinstance(value, str):
@@ -101,14 +114,15 @@ class Count:
     most: int | None = None
 
     def check(self, value: object) -> int:
-        """`value`. TypeError unless it is an int; ValueError if it is out of bounds."""
+        """`value`, at most `sys.maxsize`. TypeError unless it is an int; ValueError if it is out of
+        bounds."""
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{self.name} is an int, not {type(value).__name__}")
         if value < self.least or (self.most is not None and value > self.most):
             least, most = self.least, self.most
             bounds = f"at least {least}" if most is None else f"{least} to {most}"
             raise ValueError(f"{self.name} is {bounds}, got {value}")
-        return value
+        return min(value, sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +177,15 @@ CACHE_BYTES = Count("cache_bytes", 512 * 1024 * 1024, 8 * 1024 * 1024)
 MAILBOX_BATCHES = Count("mailbox_batches", 10_000, 1)
 MAILBOX_BYTES = Count("mailbox_bytes", 64 * 1024 * 1024, 1)
 MAX_RESTARTS = Count("max_restarts", 5)
-SYNC_INTERVAL_S = Seconds("sync_interval_s", 1.0)
-RESTART_WINDOW_S = Seconds("restart_window_s", 60.0, may_be_infinite=True)
-STUCK_AFTER_S = Seconds("stuck_after_s", 120.0, may_be_infinite=True)
+LEAST_INTERVAL_S = 0.001
+"""What is done this often takes up to a tenth of a processor; more often, soon all of it."""
+SYNC_INTERVAL_S = Seconds("sync_interval_s", 1.0, least=LEAST_INTERVAL_S)
+RESTART_WINDOW_S = Seconds("restart_window_s", 60.0, may_be_infinite=True, least=0.05)
+"""Not shorter than the delay of a restart, or none would count."""
+STUCK_AFTER_S = Seconds("stuck_after_s", 120.0, may_be_infinite=True, least=0.05)
 MASS_DELETE = Share("mass_delete", 0.5)
-AUDIT_INTERVAL_S = Seconds("audit_interval_s", 60.0, may_be_infinite=True)
-POLL_INTERVAL_S = Seconds("poll_interval_s", 0.5)
+AUDIT_INTERVAL_S = Seconds("audit_interval_s", 60.0, may_be_infinite=True, least=LEAST_INTERVAL_S)
+POLL_INTERVAL_S = Seconds("poll_interval_s", 0.5, least=LEAST_INTERVAL_S)
 PICTURE_INTERVAL_S = Seconds("--interval", 1.0, least=0.05)
 """Seconds between two refreshes of `foldlog top`."""
 

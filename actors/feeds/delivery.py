@@ -16,6 +16,7 @@ from foldlog.actors.feeds.subscription import Since, Subscription
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.events import Ended, Event
 from foldlog.protocol.logger import log
+from foldlog.protocol.options import check_timeout
 from foldlog.storage.handover import Latch
 
 IN_FLIGHT = 64
@@ -41,6 +42,8 @@ class Delivery:
         since: Since,
     ) -> None:
         """Not public: use `store.subscribe` or `follower.subscribe`."""
+        if not all(hasattr(ref, name) for name in ("actor_inbox", "is_alive", "tell")):
+            raise TypeError(f"actor_ref is a pykka.ActorRef, not {type(ref).__name__}")
         self._sending = sending = _Sending(ref, feeds, prefix)
         self._subscription = sending.subscription = Subscription(
             feeds, current, prefix, since, sending.bookmark, feeds.dispatcher.index
@@ -62,7 +65,7 @@ class Delivery:
 
     def wait_ended(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing more is sent, `Ended` included. False after `timeout_s`."""
-        return self._sending.over.wait(timeout_s)
+        return self._sending.over.wait(check_timeout(timeout_s))
 
 
 class _Receipt(pykka.Future[Any]):

@@ -35,12 +35,13 @@ from foldlog.protocol.options import (
     OnDamage,
     Seconds,
     Sync,
+    check_callable,
 )
 from foldlog.protocol.store import Backend, FormatName
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.handover import Latch
-from foldlog.storage.log.files import OS_FILES, Files
+from foldlog.storage.log.files import OS_FILES, Files, check_files
 
 
 class State(enum.StrEnum):
@@ -113,6 +114,8 @@ class Config:
         FORMAT.check(self.format)
         SYNC.check(self.sync)
         ON_DAMAGE.check(self.on_damage)
+        check_files(self.files)
+        check_callable("step", self.step)
         for option in _NUMBERS:
             object.__setattr__(self, option.name, option.check(getattr(self, option.name)))
 

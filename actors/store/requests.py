@@ -7,7 +7,6 @@ carries what decides its fate after a crash: the sequence that it was written un
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -19,11 +18,12 @@ from foldlog.actors.base.answers import Answer
 from foldlog.protocol.engine import Snapshot
 from foldlog.protocol.errors import FoldlogError, KeyExists, VersionMismatch, check_forward
 from foldlog.protocol.logger import log
-from foldlog.protocol.messages import Apply, Compact, Export, plain
+from foldlog.protocol.messages import Apply, Compact, Export
 from foldlog.protocol.options import FORMAT, UNSET, Unset
 from foldlog.protocol.store import FormatName
 from foldlog.protocol.tokens import VersionToken
 from foldlog.protocol.updates import Batch, Delete, Put, checked_weight, encode_batch
+from foldlog.storage.log.files import path_text
 
 
 class Request:
@@ -115,6 +115,12 @@ class ForwardWrite(WriteRequest):
         return self._checked
 
 
+def check_version(expected: object) -> None:
+    """TypeError unless it is a VersionToken."""
+    if type(expected) is not VersionToken:
+        raise TypeError(f"expected is a VersionToken, not {type(expected).__name__}")
+
+
 class LocalWrite(WriteRequest):
     """A write by a program that is its own source: its version is its sequence, and the cursor does
     not move.
@@ -122,41 +128,31 @@ class LocalWrite(WriteRequest):
     Check and write are one step, since the writer decides, with everything before it folded.
     """
 
-    __slots__ = ("_expected", "_key", "_must_be_new", "_value")
+    __slots__ = ("_expected", "_must_be_new", "_update")
 
     def __init__(
         self,
-        key: str,
-        value: bytes | Unset,
+        update: Put | Delete,
         *,
         must_be_new: bool = False,
         expected: VersionToken | Unset = UNSET,
     ) -> None:
-        """Put `value`, or delete if it is UNSET; only if the key is new, or at version
-        `expected`."""
-        update = Delete(key) if value is UNSET else Put(key, value)
+        """Only if the key is new, or at version `expected`."""
         weight = checked_weight(update)  # raises in the caller's thread
-        if expected is not UNSET and type(expected) is not VersionToken:
-            raise TypeError(f"expected is a VersionToken, not {type(expected).__name__}")
+        if expected is not UNSET:
+            check_version(expected)
         super().__init__(None, weight=weight)
-        self._key, self._value = key, value
-        self._must_be_new, self._expected = must_be_new, expected
+        self._update, self._must_be_new, self._expected = update, must_be_new, expected
 
     def decide(self, fold: Snapshot) -> Batch:
         if self._must_be_new or self._expected is not UNSET:
-            entry = fold.get(self._key)
+            key = self._update.key
+            entry = fold.get(key)
             if self._must_be_new and entry is not None:
-                raise KeyExists(self._key, entry.version)
+                raise KeyExists(key, entry.version)
             if self._expected is not UNSET and (entry is None or entry.version != self._expected):
-                raise VersionMismatch(
-                    self._key, self._expected, None if entry is None else entry.version
-                )
-        version = VersionToken.from_u64(fold.seq + 1)
-        update = (
-            Delete(self._key, version)
-            if self._value is UNSET
-            else Put(self._key, self._value, version)
-        )
+                raise VersionMismatch(key, self._expected, None if entry is None else entry.version)
+        update = self._update._replace(version=VersionToken.from_u64(fold.seq + 1))
         return encode_batch((update,), fold.cursor(), fold.origin)
 
 
@@ -186,7 +182,7 @@ class ExportRequest(Request):
         """TypeError or ValueError for what is no path or format. Here, on the caller's thread."""
         super().__init__()
         FORMAT.check(format)
-        self.dest_dir, self.format = plain(os.fspath(dest_dir)), format
+        self.dest_dir, self.format = path_text(dest_dir), format
 
 
 class WriterInbox(Inbox):

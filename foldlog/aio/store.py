@@ -18,6 +18,7 @@ from foldlog.actors.store.requests import (
     Request,
     SyncRequest,
     WriteRequest,
+    check_version,
 )
 from foldlog.aio.answers import answer, note_outcome, withdraw
 from foldlog.aio.face import Face, R
@@ -34,8 +35,9 @@ from foldlog.protocol.options import (
 )
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, VersionToken, WatchCursor
-from foldlog.protocol.updates import Update
+from foldlog.protocol.updates import Delete, Put, Update
 from foldlog.storage.artifacts.artifact import ExportManifest
+from foldlog.storage.log.files import path_text
 from foldlog.store import Store, write_of
 
 ENCODE_ON_LOOP = 4096
@@ -136,13 +138,13 @@ class AsyncStore(Face[Store]):
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
     ) -> VersionToken:
         """`Store.put`, awaited."""
-        return await self._write(LocalWrite(key, value), timeout_s)
+        return await self._write(LocalWrite(Put(key, value)), timeout_s)
 
     async def create(
         self, key: str, value: bytes, timeout_s: float | None = APPLY_TIMEOUT_S
     ) -> VersionToken:
         """`Store.create`, awaited."""
-        return await self._write(LocalWrite(key, value, must_be_new=True), timeout_s)
+        return await self._write(LocalWrite(Put(key, value), must_be_new=True), timeout_s)
 
     async def update(
         self,
@@ -153,7 +155,8 @@ class AsyncStore(Face[Store]):
         timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> VersionToken:
         """`Store.update`, awaited."""
-        return await self._write(LocalWrite(key, value, expected=expected), timeout_s)
+        check_version(expected)
+        return await self._write(LocalWrite(Put(key, value), expected=expected), timeout_s)
 
     async def delete(
         self,
@@ -163,7 +166,7 @@ class AsyncStore(Face[Store]):
         timeout_s: float | None = APPLY_TIMEOUT_S,
     ) -> VersionToken:
         """`Store.delete`, awaited."""
-        return await self._write(LocalWrite(key, UNSET, expected=expected), timeout_s)
+        return await self._write(LocalWrite(Delete(key), expected=expected), timeout_s)
 
     async def sync(self, timeout_s: float | None = APPLY_TIMEOUT_S) -> None:
         """`Store.sync`, awaited."""
@@ -182,7 +185,7 @@ class AsyncStore(Face[Store]):
     ) -> ExportManifest:
         """`Store.export_to`, awaited."""
         FORMAT.check(format)
-        dest = os.path.abspath(os.fspath(dest_dir))
+        dest = os.path.abspath(path_text(dest_dir))
         manifest: ExportManifest
         try:
             manifest = await self._ask(ExportRequest(dest, format), timeout_s)

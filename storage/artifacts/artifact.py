@@ -40,6 +40,7 @@ from foldlog.storage.log.files import (
     Access,
     Files,
     ReadHandle,
+    path_text,
     remove_quietly,
     resolve,
     unused_path,
@@ -151,7 +152,7 @@ def _declare(files: Files, path: Path, name: str) -> ArtifactFile:
 
 def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:
     """The manifest of an artifact. ArtifactInvalidError names a field that is not valid."""
-    root = Path(os.path.abspath(artifact_dir))
+    root = Path(os.path.abspath(path_text(artifact_dir)))
     fd = _open_dir(files, root, root, None)
     try:
         return _read_manifest(files, root, fd)
@@ -192,7 +193,7 @@ def import_artifact(
         manifest, kind = stage_payload(files, artifact_dir, staged, progress)
         landing = format_named(format)
         with ReadHandle(files, staged) as reader:
-            loaded = _check_payload(reader, Path(artifact_dir), kind, manifest.cursor)
+            loaded = _check_payload(reader, Path(path_text(artifact_dir)), kind, manifest.cursor)
             lock.write(None)  # the watermark of an earlier log at this path is not this one's
             if landing is kind:
                 if not kind.keeps_origin:
@@ -248,7 +249,7 @@ def stage_payload(
 
     The copy is synced; on an error it is removed. Returns the manifest, and the format it names.
     """
-    root = Path(os.path.abspath(artifact_dir))
+    root = Path(os.path.abspath(path_text(artifact_dir)))
     root_fd = _open_dir(files, root, root, None)
     try:
         manifest = _read_manifest(files, root, root_fd)

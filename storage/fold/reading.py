@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol, TypeVar, overload
 
+from foldlog.protocol.options import Count, check_flag
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import Change, KvEntry
 from foldlog.storage.fold.collector import no_full_collections
 from foldlog.storage.fold.leaf import Columns
 
 _SMALL_RANGE_BLOCKS = 16  # a range of fewer blocks ends before a full garbage collection starts
+_LIMIT = Count("limit", 0)
 D = TypeVar("D")
 
 
@@ -72,7 +74,7 @@ class SnapshotReads(ABC):
         Cost: 0.3-0.5 us an entry, and up to 20 us for each end that cuts through a leaf; on
         RocksDB, 1-2 us an entry.
         """
-        if limit is not None or reverse or start is not None or stop is not None:
+        if limit is not None or reverse is not False or start is not None or stop is not None:
             return list(
                 self.iter_range(prefix, start=start, stop=stop, limit=limit, reverse=reverse)
             )
@@ -96,7 +98,9 @@ class SnapshotReads(ABC):
     ) -> Iterator[KvEntry]:
         """`range`, entry by entry: reads and holds one block at a time, only as needed."""
         low, high = range_bounds(prefix, start, stop)
-        check_limit(limit)
+        check_flag("reverse", reverse)
+        if limit is not None:
+            limit = _LIMIT.check(limit)
         entries = chain.from_iterable(self._entry_blocks(low, high, reverse))
         return entries if limit is None else islice(entries, limit)
 
@@ -194,16 +198,6 @@ class Writable(Protocol):
 
     def segments(self) -> Iterator[Segment]:
         """All of it, in key order."""
-
-
-def check_limit(limit: object) -> None:
-    """TypeError or ValueError unless `limit` is None or an int of at least 0."""
-    if limit is None:
-        return
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"limit is an int, not {type(limit).__name__}")
-    if limit < 0:
-        raise ValueError(f"limit is at least 0, got {limit}")
 
 
 def range_bounds(prefix: str, start: str | None, stop: str | None) -> tuple[str, str | None]:

@@ -418,9 +418,24 @@ def close_left_open() -> None:
         discard(_closers, _getframe())
 
 
+def check_files(files: object) -> None:
+    """TypeError unless it is a `Files`."""
+    if not isinstance(files, Files):
+        raise TypeError(f"files is a Files, not {type(files).__name__}")
+
+
+def path_text(path: str | bytes | os.PathLike[str]) -> str:
+    """`path` as a plain str. TypeError unless it is a path; ValueError if it is empty, which would
+    be the current directory."""
+    text = str.__str__(os.fsdecode(path))  # no method of a class of the program's runs later
+    if not text:
+        raise ValueError("a path is empty")
+    return text
+
+
 def unused_path(files: Files, path: str | os.PathLike[str], what: str) -> Path:
     """The absolute `path`. FileExistsError if it exists: `what` never overwrites."""
-    given = Path(os.path.abspath(path))
+    given = Path(os.path.abspath(path_text(path)))
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, f"{what} never overwrites", str(given))
     return given
@@ -428,7 +443,7 @@ def unused_path(files: Files, path: str | os.PathLike[str], what: str) -> Path:
 
 def resolve(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a log, with links followed. FileNotFoundError for a dangling link."""
-    given = Path(os.fsdecode(path) if isinstance(path, bytes) else path)
+    given = Path(path_text(path))
     real = Path(os.path.realpath(given))
     if given.is_symlink() and not real.exists():
         raise FileNotFoundError(errno.ENOENT, "a dangling link", str(given))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pykka
 import pytest
 
 import foldlog
@@ -75,17 +78,42 @@ CALLS: dict[str, Callable[[foldlog.Store, foldlog.Follower, foldlog.Watch, Any],
     "wait_for": lambda _, follower, __, t: follower.wait_for(follower.cursor(), t),
     "watch.next": lambda _, __, watch, t: watch.next(t),
     "close": lambda store, _, __, t: store.close(t),
+    "viewwatch.next": lambda store, _, __, t: view_watch_next(store, t),
+    "delivery.wait_ended": lambda store, _, __, t: wait_ended(store, t),
+    "derived.wait_for": lambda store, _, __, t: derived_wait_for(store, t),
 }
 
 
+def view_watch_next(store: foldlog.Store, timeout_s: Any) -> object:
+    with foldlog.view(store, "raw").watch() as watch:
+        return watch.next(timeout_s)
+
+
+def wait_ended(store: foldlog.Store, timeout_s: Any) -> object:
+    actor = pykka.ThreadingActor.start()
+    try:
+        delivery = store.subscribe(actor)
+        delivery.cancel()
+        return delivery.wait_ended(timeout_s)
+    finally:
+        actor.stop()
+
+
+def derived_wait_for(store: foldlog.Store, timeout_s: Any) -> object:
+    with foldlog.derive(store, len, lambda value, _: value) as derived:
+        return derived.wait_for(seq=0, timeout_s=timeout_s)
+
+
 def test_every_call_with_a_timeout_is_among_these() -> None:
+    """Two classes were left out, and their timeouts unchecked: nan waited forever."""
     found = {
-        name
-        for kind in (foldlog.Store, foldlog.Follower)
+        name if kind in (foldlog.Store, foldlog.Follower) else f"{kind.__name__.lower()}.{name}"
+        for kind in map(vars(foldlog).get, foldlog.__all__)
+        if inspect.isclass(kind) and kind is not foldlog.Mirror
         for name, method in inspect.getmembers(kind, inspect.isfunction)
         if not name.startswith("_") and "timeout_s" in inspect.signature(method).parameters
     }
-    assert found == set(CALLS) - {"watch.next"}
+    assert found == set(CALLS)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -136,6 +164,122 @@ def test_an_option_out_of_bounds_is_refused_before_anything_is_opened(
             with pytest.raises((TypeError, ValueError), match=name):
                 AppendLogSnapshot.import_artifact(path, path, value)
     assert not list(path.parent.iterdir()), "nothing was created"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, option in DECLARED.items() if isinstance(option, Seconds)]
+)
+def test_an_interval_too_short_to_sleep_is_refused(path: Path, name: str) -> None:
+    """An interval of 1e-9 s was accepted, and took a whole processor; a writer that may be busy for
+    no longer than that was given up at once."""
+    for value in (5e-324, 1e-9):
+        with pytest.raises(ValueError, match=f"{name} is at least 0"):
+            OPENERS.get(name, foldlog.open)(path, **{name: value})
+    assert not list(path.parent.iterdir())
+    OPENERS.get(name, foldlog.open)(path, **{name: DECLARED[name].least}).close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, option in DECLARED.items() if isinstance(option, Count) and not option.most],
+)
+@pytest.mark.parametrize("backend", ["append-log", "rocksdb"])
+def test_a_huge_count_is_no_bound(path: Path, name: str, backend: Any) -> None:
+    """RocksDB's binding refused a cache of 2**64 bytes with an OverflowError."""
+    for value in (2**63, 2**64, 10**400):
+        with foldlog.open(path, backend=backend, **{name: value}) as store:
+            store.put("a", b"1")
+            store.compact()
+            assert store.state is foldlog.State.RUNNING
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "", "false", math.nan, object()], ids=repr)
+def test_a_flag_is_true_or_false(path: Path, value: Any) -> None:
+    """`forward_only=None` checked nothing, and `forward_only="no"` did."""
+    with foldlog.open(path) as store, AppendLogSnapshot.open(path.with_name("engine"))[1] as snap:
+        for call in (
+            lambda: store.apply([], WatchCursor.from_u64(1), forward_only=value),
+            lambda: store.apply_async([], WatchCursor.from_u64(1), forward_only=value),
+            lambda: snap.apply([], WatchCursor.from_u64(1), forward_only=value),
+        ):
+            with pytest.raises(TypeError, match="forward_only is True or False"):
+                call()
+        for reads in (store, snap, store.snapshot()):
+            with pytest.raises(TypeError, match="reverse is True or False"):
+                reads.range(reverse=value)
+            with pytest.raises(TypeError, match="reverse is True or False"):
+                reads.iter_range(reverse=value)
+        assert store.snapshot().seq == snap.snapshot().seq == 0
+
+
+def test_a_limit_may_be_larger_than_any_range(path: Path) -> None:
+    """It was passed on to `islice`, which takes no more than `sys.maxsize`."""
+    with foldlog.open(path) as store:
+        store.apply([Put("a", b"1"), Put("b", b"2")], WatchCursor.from_u64(1))
+        for limit in (sys.maxsize, 2**63, 10**400):
+            assert [entry.key for entry in store.range(limit=limit)] == ["a", "b"]
+            page = store.reader.ask(foldlog.RangePage(limit=limit), timeout=60)
+            assert ([entry.key for entry in page.entries], page.next) == (["a", "b"], None)
+
+
+@pytest.mark.parametrize("backend", ["append-log", "rocksdb"])
+def test_an_empty_path_is_not_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Any
+) -> None:
+    """A RocksDB store was created in the current directory, when a variable was empty."""
+    monkeypatch.chdir(tmp_path)
+    engine = AppendLogSnapshot if backend == "append-log" else foldlog.RocksDbSnapshot
+    for empty in ("", b""):
+        for call in (
+            lambda: foldlog.open(empty, backend=backend),  # type: ignore[arg-type]  # noqa: B023
+            lambda: engine.open(empty),  # type: ignore[arg-type]  # noqa: B023
+            lambda: engine.import_artifact(empty, "new"),  # type: ignore[arg-type]  # noqa: B023
+            lambda: foldlog.follow(empty),  # type: ignore[arg-type]  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="path is empty"):
+                call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backend", ["append-log", "rocksdb"])
+def test_a_path_may_be_bytes_wherever_one_is_taken(tmp_path: Path, backend: Any) -> None:
+    """`open` took it, and `export_to` failed over it."""
+    log, artifact, copy = (os.fsencode(tmp_path / name) for name in ("log", "artifact", "copy"))
+    engine: Any = AppendLogSnapshot if backend == "append-log" else foldlog.RocksDbSnapshot
+    with foldlog.open(log, backend=backend) as store:  # type: ignore[arg-type]
+        store.put("a", b"1")
+        store.export_to(artifact)  # type: ignore[arg-type]
+    with engine.import_artifact(artifact, copy)[1] as snap:
+        assert snap.get("a").value == b"1"
+        snap.export_to(os.fsencode(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", ["files", "step"])
+def test_a_seam_of_the_tests_is_checked_too(path: Path, name: str) -> None:
+    wrong: list[Any] = [0, "", "x", object()] + ([None] if name == "files" else [])
+    for value in wrong:
+        with pytest.raises(TypeError, match=name):
+            foldlog.open(path, **{name: value})
+        if name == "files":
+            with pytest.raises(TypeError, match=name):
+                AppendLogSnapshot.open(path, files=value)
+            with pytest.raises(TypeError, match=name):
+                foldlog.follow(path, files=value)
+    assert not list(path.parent.iterdir())
+
+
+def test_what_is_called_later_is_checked_at_once(path: Path) -> None:
+    """The thread that called it found out, and only the log told."""
+    wrong: Any
+    with foldlog.open(path) as store:
+        for wrong in (None, 3, "update"):
+            with pytest.raises(TypeError, match="build is a function"):
+                foldlog.derive(store, wrong, lambda value, _: value)
+            with pytest.raises(TypeError, match="update is a function"):
+                foldlog.derive(store, len, wrong)
+            with pytest.raises(TypeError, match="actor_ref"):
+                store.subscribe(wrong)
+        assert not store.stats().subscriptions
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -211,13 +355,18 @@ def test_an_option_of_a_mirror_that_makes_no_sense_is_refused_before_anything_is
 def test_none_is_no_order(path: Path) -> None:
     """put(key, None) deleted, and update(expected=None) checked nothing.
 
-    None is what a missing entry turns into.
+    None is what a missing entry turns into. Then the same with UNSET, which took its place within.
     """
     with foldlog.open(path) as store:
         version = store.put("limit", b"100")
         before = store.snapshot()
         nothing: Any = None
+        unset: Any = UNSET
         for call in (
+            lambda: store.put("limit", unset),
+            lambda: store.create("new", unset),
+            lambda: store.update("limit", unset, expected=version),
+            lambda: store.update("limit", b"mine", expected=unset),
             lambda: store.put("limit", nothing),
             lambda: store.create("new", nothing),
             lambda: store.update("limit", nothing, expected=version),

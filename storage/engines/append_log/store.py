@@ -11,7 +11,13 @@ from typing import Literal, Self
 from foldlog.protocol.engine import OpenReport
 from foldlog.protocol.errors import FoldlogError, LogAccessError, check_forward, is_own_fault
 from foldlog.protocol.logger import log
-from foldlog.protocol.options import CACHE_BYTES, COMPACT_THRESHOLD, ENGINE_SYNC, OnDamage
+from foldlog.protocol.options import (
+    CACHE_BYTES,
+    COMPACT_THRESHOLD,
+    ENGINE_SYNC,
+    OnDamage,
+    check_flag,
+)
 from foldlog.protocol.store import FormatName, StrPath
 from foldlog.protocol.tokens import CursorLike, WatchCursor
 from foldlog.protocol.updates import Batch, Update, encode_batch
@@ -20,7 +26,7 @@ from foldlog.storage.artifacts.artifact import ExportManifest
 from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.formats.format import Progress, VerifyReport
 from foldlog.storage.handover import discard, enter_alone
-from foldlog.storage.log.files import OS_FILES, Files, resolve
+from foldlog.storage.log.files import OS_FILES, Files, check_files, resolve
 from foldlog.storage.readable import Readable
 
 _getframe = sys._getframe
@@ -91,7 +97,8 @@ class AppendLogSnapshot(Readable):
         """
         COMPACT_THRESHOLD.check(compact_threshold)
         ENGINE_SYNC.check(sync)
-        CACHE_BYTES.check(cache_bytes)
+        cache_bytes = CACHE_BYTES.check(cache_bytes)
+        check_files(files)
         engine = LogEngine(
             path,
             format=format,
@@ -137,6 +144,7 @@ class AppendLogSnapshot(Readable):
         the rename leaves a valid store.
         """
         COMPACT_THRESHOLD.check(compact_threshold)
+        check_files(files)
         artifact.import_artifact(
             artifact_dir, dest_path, format=format, files=files, progress=progress
         )
@@ -157,6 +165,8 @@ class AppendLogSnapshot(Readable):
         Cost: 3-6 us, and 1-2 us an update.
         """
         self._engine.snapshot.seq  # noqa: B018 - StoreClosed comes before bad arguments
+        if forward_only is not False:
+            check_flag("forward_only", forward_only)
         batch = encode_batch(updates, cursor)
         line = self._line
         try:

@@ -75,7 +75,7 @@ class RocksDbSnapshot(Readable):
         """
         ENGINE_SYNC.check(sync)
         ON_DAMAGE.check(on_damage)
-        CACHE_BYTES.check(cache_bytes)
+        cache_bytes = CACHE_BYTES.check(cache_bytes)
         engine = RocksDbEngine(
             path, sync_each=sync == "always", on_damage=on_damage, cache_bytes=cache_bytes
         )
