@@ -64,7 +64,7 @@ def dump(log: Path, as_json: bool, bodies: bool) -> None:
     """Print every frame of LOG: offset, size, kind, sequences and checksums. Bytes that belong to
     no frame are listed too.
 
-    Exit code 1 if anything does not verify.
+    Exit code 1 if anything does not verify, or a batch that was synced is missing.
     """
     database.refuse_directory(log, "a database has no frames")
     damaged = False

@@ -27,6 +27,7 @@ from foldlog.protocol.frames import (
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
+    FileHeader,
     FrameHeader,
 )
 from foldlog.protocol.tokens import WatchCursor
@@ -42,6 +43,7 @@ from foldlog.storage.formats.format import Progress
 from foldlog.storage.formats.registry import check_own_format
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve, unused_path
+from foldlog.storage.log.sidecars.regression import lost_since, regression_text
 
 
 class Loss(NamedTuple):
@@ -154,16 +156,18 @@ class _Salvage:
         self._last_key: str | None = None
         self._found: list[_Found] = []
         self._bad: list[Piece] = []
+        self._header: FileHeader | None = None
+        self._size = 0
         self._base_seq: int | None = None
         self._base_end: tuple[WatchCursor, int, int, bytes] | None = None
         self._base_end_offset: int | None = None
 
     def find(self, progress: Progress | None) -> None:
         """Read the file; note what is valid, and what is not."""
-        size = self._handle.files.fstat(self._handle.fd).st_size
-        header, seed, reason = header_and_seed(self._handle, size)
-        if header is not None:
-            self._base_seq = header.base_seq
+        self._size = size = self._handle.files.fstat(self._handle.fd).st_size
+        self._header, seed, reason = header_and_seed(self._handle, size)
+        if self._header is not None:
+            self._base_seq = self._header.base_seq
         if reason:
             self.losses.append(
                 Loss(0, FILE_HEADER.size, f"{reason}; reconstructed from the frames; no data lost")
@@ -251,6 +255,7 @@ class _Salvage:
             taken.append((found, self.last_cursor))
             kept.add(found[:2])
         self._report_lost_batches(base_seq, base_cursor, taken)
+        self._report_lost_end(fold.seq)
         return fold
 
     def _batches_at(self, found: _Found) -> list[DecodedBatch]:
@@ -314,6 +319,19 @@ class _Salvage:
                 )
             last_seq, cursor, position = found.last_seq, cursor_after, found.offset
         self.losses += [Loss(piece.offset, piece.size, piece.reason) for piece in bad]
+
+    def _report_lost_end(self, last_seq: int) -> None:
+        """Report batches that were synced according to the note, and left nothing in the file."""
+        for loss in self.losses:
+            if loss.first_seq is not None:
+                if loss.last_seq is None:
+                    return  # all up to the end are reported
+                last_seq = max(last_seq, loss.last_seq)
+        header, size = self._header, self._size
+        if header is not None and (mark := lost_since(self._handle, header.log_id, last_seq, size)):
+            reason = f"the log {regression_text(last_seq, mark)}"
+            lost = last_seq + 1, mark.seq
+            self.losses.append(Loss(size, 0, reason, *lost, self.last_cursor))
 
 
 def _lost_ranges(

@@ -29,6 +29,7 @@ from foldlog.storage.formats.format import (
 from foldlog.storage.log.files import Files, ReadHandle
 from foldlog.storage.log.recovery import Rest, judge_rest
 from foldlog.storage.log.scan import BadFrame, Chain, read_frames
+from foldlog.storage.log.sidecars.regression import lost_since, regression_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,13 @@ class FrameFormat(LogFormat):
     def walk(self, handle: ReadHandle, size: int) -> Iterator[HeaderPiece | Piece]:
         header, seed, reason = header_and_seed(handle, size)
         yield HeaderPiece(header, reason)
-        yield from Walker(handle, seed, size).pieces()
+        seq = 0 if header is None else header.base_seq
+        for piece in Walker(handle, seed, size).pieces():
+            if piece.header is not None and not piece.reason:
+                seq = max(seq, piece.header.seq)
+            yield piece
+        if header is not None and (mark := lost_since(handle, header.log_id, seq, size)):
+            yield Piece(size, 0, None, b"", f"the log {regression_text(seq, mark)}")
 
     def facts(self, loaded: Loaded) -> FileFacts:
         assert isinstance(loaded, LoadedFrames)

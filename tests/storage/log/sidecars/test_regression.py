@@ -14,6 +14,7 @@ from foldlog.storage.formats.registry import load_intact
 from foldlog.storage.log.files import OS_FILES, ReadHandle
 from foldlog.storage.log.sidecars.lock import note_path
 from foldlog.storage.log.tail import Tail
+from foldlog.storage.repair.salvage import salvage_log
 from foldlog.storage.repair.verify import verify_log
 
 
@@ -44,6 +45,42 @@ def test_no_reader_serves_a_log_that_lost_what_was_synced(regressed: Path):
         result = run(command[0], regressed, *command[1:])
         assert result.exit_code == 1
         assert "batch 2 was synced" in result.output
+
+
+def test_dump_and_salvage_report_what_was_synced_and_is_gone(regressed: Path):
+    """`dump` ended with exit code 0, and `salvage` listed no loss."""
+    result = run("dump", regressed)
+    assert result.exit_code == 1
+    assert "batch 2 was synced" in result.output.splitlines()[-1]
+    report = salvage_log(regressed, regressed.with_name("saved.log"))
+    assert [loss[1:] for loss in report.losses] == [
+        (
+            0,
+            "the log ends with batch 1, but batch 2 was synced to it",
+            2,
+            2,
+            WatchCursor.from_u64(1),
+            None,
+            None,
+            (),
+        )
+    ]
+    assert report.cursor == WatchCursor.from_u64(1)
+
+
+@pytest.mark.parametrize("kept", [60, 10])
+def test_salvage_reports_a_batch_that_was_synced_once(path: Path, kept: int):
+    """The torn frame's header may show which batches are lost, or not."""
+    with AppendLogSnapshot.open(path, sync="always")[1] as snap:
+        snap.apply([Put("a", b"1")], WatchCursor.from_u64(1))
+        size = path.stat().st_size
+        snap.apply([Put("a", b"2")], WatchCursor.from_u64(2))
+        snap.apply([Put("a", b"3")], WatchCursor.from_u64(3))
+    path.write_bytes(path.read_bytes()[: size + kept])
+    losses = salvage_log(path, path.with_name("saved.log")).losses
+    assert [(loss.offset, loss.first_seq, loss.last_seq) for loss in losses] == (
+        [(size, 2, 2), (size + kept, 3, 3)] if kept == 60 else [(size, 2, None)]
+    )
 
 
 def test_a_torn_tail_that_was_synced_is_a_regression_to_a_follower_too(path: Path):
