@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pykka
 
-from foldlog.actors.base.adapter import Mail, SharedActor
+from foldlog.actors.base.adapter import Mail, Place, SharedActor
 from foldlog.actors.link.progress import LinkState, LinkStats
 from foldlog.actors.store.core import Core, Restart, Stats
 from foldlog.actors.store.requests import LocalWrite, Request, WriteRequest
@@ -265,10 +265,12 @@ class Mirror(Store):
         """MirrorReadOnly: the upstream alone writes a mirror."""
         self._refuse()
 
-    def _submit(self, request: Request, timeout_s: float = 0.0) -> Future[Any]:
+    def _submit(
+        self, request: Request, timeout_s: float = 0.0, place: Place | None = None
+    ) -> Future[Any]:
         if isinstance(request, WriteRequest):
             self._refuse()
-        return super()._submit(request, timeout_s)
+        return super()._submit(request, timeout_s, place)
 
     def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         self._refuse()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pykka
 
-from foldlog.actors.base.adapter import Mail, start_aside
+from foldlog.actors.base.adapter import Mail, Place, start_aside
 from foldlog.actors.base.answers import Answer, callback_threads, runs_callbacks
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.store.core import Config, Core, State, Stats, no_step
@@ -300,10 +300,17 @@ class Store(Watched):
     def _write(self, request: LocalWrite, timeout_s: float | None) -> VersionToken:
         return VersionToken.from_u64(self._send(request, check_timeout(timeout_s)))
 
-    def _submit(self, request: Request, timeout_s: float = 0.0) -> Future[Any]:
-        """Put a request into the writer's mailbox. The caller waits for its future."""
-        self._offer(Mail(request), timeout_s)
+    def _submit(
+        self, request: Request, timeout_s: float = 0.0, place: Place | None = None
+    ) -> Future[Any]:
+        """Put a request into the writer's mailbox: see `Inbox.offer`. The caller waits for its
+        future."""
+        self._offer(Mail(request), timeout_s, place)
         return request.future
+
+    def _leave(self, place: Place) -> None:
+        """Give up a place in the line for room in the mailbox."""
+        self._supervisor.writer.inbox.leave(place)
 
     def _send(self, request: Request, timeout_s: float) -> Any:
         """Have the writer carry out `request`, and wait for the answer. `timeout_s` is checked."""

@@ -35,6 +35,7 @@ from foldlog.actors.base.answers import Reply
 from foldlog.actors.base.mailbox import STOP as STOP
 from foldlog.actors.base.mailbox import Inbox as Inbox
 from foldlog.actors.base.mailbox import Mail as Mail
+from foldlog.actors.base.mailbox import Place as Place
 from foldlog.actors.base.mailbox import answer_error as answer_error
 from foldlog.actors.base.mailbox import reply as reply
 from foldlog.actors.base.mailbox import stop_only as stop_only

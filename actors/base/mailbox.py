@@ -10,8 +10,9 @@ mail inside. A sender first appends, then checks for a refusal, and if there is 
 mail. An answer is claimed in one step, so each mail is answered once.
 
 Senders that find no room queue up, and the first in the queue gets in next, so small requests
-cannot starve a large one. The bounds are checked before appending, so each of several racing
-senders may add one request beyond them.
+cannot starve a large one. A sender that must not sleep holds a `Place` in the queue instead of its
+frame. The bounds are checked before appending, so each of several racing senders may add one
+request beyond them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from foldlog.storage.handover import RECHECK_S, Bell, Latch, is_below, is_over
 STOP = _ActorStop()
 """The message that ends an actor: only this object, which its owner holds, and no equal one."""
 Refusal = Callable[[], Exception]
+PLACE_S = 1.0
+"""How long a place in line lasts without another attempt: an event loop may never run again."""
 _getframe = sys._getframe
 _popleft = deque.popleft
 
@@ -52,6 +55,15 @@ class Mail:
         """The weights of all mail up to this one, counted since the mailbox was last empty."""
 
 
+class Place:
+    """A place in the line for room, held by one that does not sleep there but tries again soon."""
+
+    __slots__ = ("lasts_until",)
+
+    def __init__(self) -> None:
+        self.lasts_until = 0.0
+
+
 class Inbox:
     """See the module. Any number of actors may take from it."""
 
@@ -61,7 +73,7 @@ class Inbox:
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._max_messages, self._max_bytes = max_messages, max_bytes
         self._line: deque[object] = deque()
-        """The frames of `offer` that wait for room, first come, first served."""
+        """Who waits for room, first come, first served: frames of `offer`, and places."""
         self._room = Bell()
         self.refusal: Refusal | None = None
         """Makes the error with which every message is answered now; None if they are accepted."""
@@ -88,8 +100,11 @@ class Inbox:
                 raise
             reply(mail, error=error)
 
-    def offer(self, mail: Mail, timeout_s: float = 0.0) -> None:
+    def offer(self, mail: Mail, timeout_s: float = 0.0, place: Place | None = None) -> None:
         """Add a message, waiting for room up to `timeout_s`. Raises the refusal, or Backpressure.
+
+        With `place`, does not wait: Backpressure, and the place in line is kept for the next
+        attempt. `leave` it in the end.
 
         Stop messages get past both, and messages between the store's own actors get into a full
         mailbox.
@@ -105,6 +120,8 @@ class Inbox:
             raise self.refusal()
         if getattr(message, "urgent", False) or (not self._line and not self._full(mail.weight)):
             self._post(mail)
+        elif place is not None:
+            self._post_in_line(mail, place)
         else:
             self._wait_and_post(mail, timeout_s)
         refusal = self.refusal
@@ -137,18 +154,15 @@ class Inbox:
             line.append(_getframe())
             while True:
                 first = line[0]
-                if is_over(first):
-                    self._leave(first)
+                if _is_gone(first):
+                    self.leave(first)
                     continue
                 if (first is _getframe() or is_below(first)) and not self._full(mail.weight):
                     self._post(mail)
                     return
                 rest = deadline - time.monotonic()
                 if rest <= 0:
-                    raise Backpressure(
-                        f"{len(self.mails)} requests ({self.waiting_bytes} bytes) "
-                        "wait for the writer already"
-                    )
+                    raise self._no_room()
                 seen = len(self.mails)
                 self._room.wait_for(
                     lambda: (
@@ -161,11 +175,31 @@ class Inbox:
                 if self.refusal is not None:
                     raise self.refusal()
         finally:
-            self._leave(_getframe())
+            self.leave(_getframe())
 
-    def _leave(self, frame: object) -> None:
+    def _post_in_line(self, mail: Mail, place: Place) -> None:
+        line = self._line
+        place.lasts_until = time.monotonic() + PLACE_S
+        if place not in line:
+            line.append(place)
+        for first in tuple(line):
+            if first is place and not self._full(mail.weight):
+                self._post(mail)
+                return
+            if not _is_gone(first):
+                break
+            self.leave(first)
+        raise self._no_room()
+
+    def _no_room(self) -> Backpressure:
+        return Backpressure(
+            f"{len(self.mails)} requests ({self.waiting_bytes} bytes) wait for the writer already"
+        )
+
+    def leave(self, who: object) -> None:
+        """Give up a place in line. Leaving twice is fine."""
         with contextlib.suppress(ValueError):
-            self._line.remove(frame)
+            self._line.remove(who)
         if self._line:
             self._room.ring()
 
@@ -300,6 +334,13 @@ class Inbox:
         self.__init__()  # type: ignore[misc]
         self._drained = True
         self.refusal = refusal
+
+
+def _is_gone(who: object) -> bool:
+    """True if it does not wait for room any more."""
+    if isinstance(who, Place):
+        return time.monotonic() > who.lasts_until
+    return is_over(who)
 
 
 def answer_error(mail: Mail, error: Exception | None) -> None:

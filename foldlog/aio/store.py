@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from foldlog.actors.base.adapter import Place
 from foldlog.actors.store.core import State, Stats
 from foldlog.actors.store.requests import (
     CompactRequest,
@@ -232,15 +233,16 @@ class AsyncStore(Face[Store]):
         return await answer(request.future, max(deadline - loop.time(), 0.0))
 
     async def _wait_for_room(self, request: Request, line: _Line, deadline: float) -> None:
-        """Submit the request as soon as the mailbox has room. Backpressure if it has none by the
-        deadline."""
+        """Submit the request in its turn, once the mailbox has room. Backpressure if it has none by
+        the deadline."""
         full: Backpressure | None = None
+        place = Place()
         line.length += 1
         try:
             async with asyncio.timeout_at(deadline) as waiting, line.first:
                 while True:
                     try:
-                        self._opened._submit(request)
+                        self._opened._submit(request, place=place)
                         return
                     except Backpressure as error:
                         full = error
@@ -256,3 +258,4 @@ class AsyncStore(Face[Store]):
             ) from None
         finally:
             line.length -= 1
+            self._opened._leave(place)

@@ -33,6 +33,7 @@ from foldlog import (
     VersionMismatch,
     aio,
 )
+from foldlog.actors.base import mailbox
 from foldlog.aio.bridge import Wake, bridge_here
 
 ON_EACH_ENGINE = True
@@ -403,6 +404,30 @@ async def test_a_failed_store_exports_what_its_readers_see(
         with pytest.raises(FileExistsError):
             await store.export_to(tmp_path / "artifact")
         steps.mend()
+
+
+@on_its_loop
+async def test_a_large_batch_gets_in_before_small_ones_of_other_threads(
+    run: Any, path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch
+):
+    """Tasks had no place in the mailbox's line: small batches of threads took each room."""
+    monkeypatch.setattr(mailbox, "PLACE_S", DEADLINE_S)  # the machine may be slow
+    async with aio.open(path, step=steps, mailbox_bytes=10_000) as store:
+        inbox = store.store._supervisor.writer.inbox
+        gate = steps.park("writer.before_write")
+        first = asyncio.create_task(store.apply([], 1))
+        await asyncio.to_thread(gate.wait_until_reached)
+        second = store.store.apply_async([Put("a", bytes(6_000))], 2)
+        large = asyncio.create_task(store.apply([Put("large", bytes(50_000))], 3))
+        while len(inbox._line) < 1:
+            await asyncio.sleep(0.001)
+        small = asyncio.create_task(asyncio.to_thread(store.store.put, "small", b""))
+        while len(inbox._line) < 2:
+            await asyncio.sleep(0.001)
+        gate.open()
+        assert [await first, await asyncio.wrap_future(second), await large] == [1, 2, 3]
+        assert int(await small) == 4
+        assert not inbox._line
 
 
 # The ends of loops.

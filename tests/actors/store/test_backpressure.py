@@ -20,10 +20,19 @@ from actor_kit import (
 )
 
 from foldlog import Apply, Backpressure, Put, RequestTimeout, State
+from foldlog.actors.base import mailbox
+from foldlog.actors.base.adapter import Inbox, Mail, Place
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.store import writer as writer_module
 
 ON_EACH_ENGINE = True
+
+
+class Weighty:
+    """A message of so many bytes."""
+
+    def __init__(self, weight: int) -> None:
+        self.weight = weight
 
 
 @pytest.fixture
@@ -258,3 +267,29 @@ def test_a_large_request_gets_in_before_small_ones_that_came_later(open_store, s
     gate.open()
     assert results(futures) == [1, 2]
     assert (large.result(DEADLINE_S), small.result(DEADLINE_S)) == (3, 4)
+
+
+def test_a_place_in_line_lets_nobody_pass_and_is_not_kept_for_one_that_never_comes_back(
+    monkeypatch,
+):
+    """Tasks of an event loop had none: other threads took each room that came up."""
+    monkeypatch.setattr(mailbox, "PLACE_S", 60.0)
+    inbox, place, small = Inbox(max_bytes=10), Place(), Mail(Weighty(0))
+    large = Mail(Weighty(8))
+    inbox.offer(Mail(Weighty(5)))
+    for _ in range(2):
+        with pytest.raises(Backpressure):
+            inbox.offer(large, place=place)
+        with pytest.raises(Backpressure):
+            inbox.offer(small)
+    inbox.move([])
+    with pytest.raises(Backpressure):
+        inbox.offer(small)
+    inbox.offer(large, place=place)
+    inbox.leave(place)
+    assert list(inbox.mails) == [large]
+    monkeypatch.setattr(mailbox, "PLACE_S", -1.0)
+    with pytest.raises(Backpressure):
+        inbox.offer(large, place=place)  # its loop never runs again
+    inbox.offer(small)
+    assert list(inbox.mails) == [large, small]
