@@ -126,7 +126,7 @@ class Commits:
             self._publish(state)
         except BaseException:
             db = self._source.db
-            self._release(StoreClosed(f"{self.path} was not opened"))
+            self._release(StoreClosed(f"{self.path} was not opened"), read_beside=True)
             if db is not None:
                 with contextlib.suppress(Exception):
                     db.close()  # a frame of the traceback may hold it
@@ -444,16 +444,17 @@ class Commits:
         self._release(StoreClosed(reason))
         self._bridge.close()
 
-    def _release(self, ended: FoldlogError, kept: RocksDbFold | None = None) -> None:
-        """Release the database and all its snapshots but `kept`, so that it can be opened again."""
+    def _release(self, ended: FoldlogError, *, read_beside: bool = False) -> None:
+        """Release the database and all its snapshots, so that it can be opened again. With
+        `read_beside`, a fold stays that is read through another opening."""
         self._source.ended = ended
         self._source.db = None
-        for fold in self._held.all():
-            if fold is not kept:
+        held = self._held.all()
+        kept = [fold for fold in held if read_beside and fold.reads_from is not self._source]
+        for fold in held:
+            if fold not in kept:
                 fold.end()
-        self._held.clear()
-        if kept is not None:
-            self._held.add(kept)
+        self._held.keep(kept)
 
     def after_fork(self) -> None:
         """In a forked child, keep the database from being freed.

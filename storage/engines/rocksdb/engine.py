@@ -59,7 +59,7 @@ class RocksDbEngine(Commits):
         self._stop_writing()
         kept = self._read_beside(fold)  # before the release: reads never stop
         reason = f"{self.path} was opened anew after an error: {self.failure}"
-        self._release(FoldlogError(reason), fold if kept else None)
+        self._release(FoldlogError(reason), read_beside=True)
         self._open_source()
         del ended
         if self._state == before:
@@ -211,16 +211,21 @@ class RocksDbEngine(Commits):
         The base is RocksDB's tables; what was appended since is in its write-ahead log and
         memtables. 0 bytes in all if the directory is no longer there.
         """
-        db = self._db
         try:
             held_bytes = directory_bytes(self.path)
         except OSError:  # moved away, or removed: what is read goes on
             held_bytes = 0
         return Sizes(
             held_bytes,
-            property_of(db, "live-sst-files-size"),
-            property_of(db, "cur-size-all-mem-tables"),
+            self._property("live-sst-files-size"),
+            self._property("cur-size-all-mem-tables"),
         )
+
+    def _property(self, name: str) -> int:
+        """One of RocksDB's counters; 0 while the database is not open, after a `heal` that
+        failed."""
+        db = self._source.db
+        return 0 if db is None else property_of(db, name)
 
     def held(self) -> Held:
         """See `Engine`. RocksDB keeps what the oldest needs on disk, and the trail in memory."""
@@ -237,7 +242,4 @@ class RocksDbEngine(Commits):
 
     def cache(self) -> CacheUse:
         """See `Engine`. RocksDB's block cache, indexes and filters included; no memtables."""
-        db = self._db
-        return CacheUse(
-            property_of(db, "block-cache-usage"), property_of(db, "block-cache-capacity")
-        )
+        return CacheUse(self._property("block-cache-usage"), self._property("block-cache-capacity"))

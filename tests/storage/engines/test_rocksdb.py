@@ -560,7 +560,9 @@ def test_folds_that_nobody_holds_are_not_kept_and_the_others_are() -> None:
         held.add(snapshot.RocksDbFold(None, None, None, seq, cursor(seq)))  # type: ignore[arg-type]
     assert held.all() == folds
     assert len(held._folds) < 50
-    held.clear()
+    held.keep(folds[1:3])
+    assert held.all() == folds[1:3]
+    held.keep([])
     assert held.all() == []
 
 
@@ -645,7 +647,10 @@ def test_a_failed_sync_is_final_until_the_database_is_opened_anew(engine: RocksD
 def test_reads_continue_while_the_database_is_healed(
     path: Path, monkeypatch: pytest.MonkeyPatch, reopens: bool
 ) -> None:
-    """Every read raised FoldlogError from the failed sync's `heal` until the database was open."""
+    """Every read raised FoldlogError from the failed sync's `heal` until the database was open.
+
+    And if it could not be opened, on a full disk, every get and the statistics raised StoreClosed.
+    """
     engine = RocksDbEngine(path, cache_bytes=CACHE)
     older = commit(engine, [Put("a", b"1")])
     newest = commit(engine, [Put("b", b"2")], 2)
@@ -657,9 +662,10 @@ def test_reads_continue_while_the_database_is_healed(
     def reading_meanwhile(opening: RocksDbEngine) -> None:
         folds = (newest, opening.snapshot)
         seen.extend((state(fold), fold.get("b"), len(fold)) for fold in folds)
-        if not reopens:
-            raise OSError(28, "no space left")
         open_source(opening)
+
+    def no_space(*args: Any, **options: Any) -> Any:
+        raise OSError(28, "no space left")
 
     def refuse(path: Path) -> Any:
         raise OSError(24, "too many open files")
@@ -669,6 +675,7 @@ def test_reads_continue_while_the_database_is_healed(
         if reopens:
             engine.heal()
         else:
+            patch.setattr(commits, "open_database", no_space)
             for _ in range(3):  # the last time, it is read through what the one before opened
                 with pytest.raises(OSError, match="no space"):
                     engine.heal()
@@ -676,9 +683,11 @@ def test_reads_continue_while_the_database_is_healed(
                     patch.setattr(engine_module, "stored_fold", refuse)
     assert len(seen) == (2 if reopens else 6)
     assert seen == [(expected, KvEntry("b", b"2", VersionToken.unknown()), 2)] * len(seen)
-    assert state(newest) == expected
+    assert (state(newest), newest.get("b").value) == (expected, b"2")
     with pytest.raises(FoldlogError, match="opened anew"):
         older.get("a")
+    assert engine.sizes().log_bytes
+    assert bool(engine.cache().limit_bytes) == reopens
     if reopens:
         commit(engine, [Put("b", b"3"), Put("c", b"3")], 3)
         assert state(newest) == expected, "it is still the state that it was"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 
@@ -34,6 +35,6 @@ class HeldFolds:
         """Those that are not freed, oldest first."""
         return [fold for held in tuple(self._folds) if (fold := held()) is not None]
 
-    def clear(self) -> None:
-        """Forget them all."""
-        self._folds, self._limit = [], _SPARE
+    def keep(self, folds: Sequence[RocksDbFold]) -> None:
+        """Forget all but these."""
+        self._folds, self._limit = [weakref.ref(fold) for fold in folds], 2 * len(folds) + _SPARE
