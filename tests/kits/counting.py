@@ -109,9 +109,9 @@ class SentMail:
         self.mails: list[tuple[Inbox, str]] = []
         offer = Inbox.offer
 
-        def counted(inbox: Inbox, mail: Mail, timeout_s: float = 0.0) -> None:
+        def counted(inbox: Inbox, mail: Mail, *waiting: Any) -> None:
             self.mails.append((inbox, type(mail.message).__name__))
-            offer(inbox, mail, timeout_s)
+            offer(inbox, mail, *waiting)
 
         patch.setattr(Inbox, "offer", counted)
 
