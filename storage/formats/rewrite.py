@@ -8,13 +8,14 @@ A compaction runs beside the writer. `Rewrite.write` works from an immutable fol
 carries over what was appended meanwhile. If that is more than all live data, most of it has been
 overwritten, and the newest fold is written instead. The writer pauses only for `finish`: the last
 few batches, an fsync, the rename. `allowance` bounds what the writer may append meanwhile, so that
-the rewrite finishes.
+the rewrite finishes, and has the room that it needs on the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,16 @@ def allowance_bytes(limit: int, stage: int, lag: int, made: int, expected: int) 
     return min(limit, stage + SLACK_BYTES + room)
 
 
+def room_bytes(free: int | None, needed: int) -> int:
+    """How much the writer may append during a pass that writes `needed` bytes, on a disk with room
+    for `free` bytes (None: unknown).
+
+    What it appends is carried over later, and so needs its room twice. No limit if the pass cannot
+    succeed anyway.
+    """
+    return sys.maxsize if free is None or free < needed else (free - needed) // 2
+
+
 class Rewrite:
     """A compaction under way: the log's fold is written to a new file of the same format."""
 
@@ -98,6 +109,8 @@ class Rewrite:
         """The size of a compacted log, as far as it is known."""
         self._lag = self._stage_out = 0
         self._expected = self._began  # bytes that this pass writes, at most
+        self._free = self._free_bytes()
+        """Room on the disk for this pass, when it began; None if unknown."""
         self._out: NewFile | None = None
         self._outdated: NewFile | None = None
         self._adopted = False
@@ -122,8 +135,19 @@ class Rewrite:
         """
         out = self._out
         made = 0 if out is None else out.position.offset - self._stage_out
-        live = max(self.live_bytes, made) if self._fold is not None else self.live_bytes
-        return allowance_bytes(limit(live), self._stage, self._lag, made, self._expected)
+        live, needed = self.live_bytes, self._expected
+        if self._fold is not None:
+            live = needed = max(live, made)
+        most = min(limit(live), self._stage + room_bytes(self._free, needed))
+        return allowance_bytes(most, self._stage, self._lag, made, self._expected)
+
+    def _free_bytes(self) -> int | None:
+        try:
+            return self._log.files.free_bytes(self._log.path.parent)
+        except OSError as error:
+            if not is_own_fault(error):
+                raise
+            return None
 
     def write(self, progress: Progress | None = None) -> None:
         """Write the fold, and sync it. Cancelled if `cancelled` was set; OSError.
@@ -193,12 +217,15 @@ class Rewrite:
         Writer's thread only, between passes.
         """
         self._begin_pass(expected=self.live_bytes)
+        if self._free is not None and self._out is not None:
+            self._free += self._out.position.offset  # removed before the pass writes anything
         self._outdated, self._out, self._stage_out = self._out, None, 0
         self._fold, self.seq, self._carried = fold, fold.seq, self._log.position
 
     def _begin_pass(self, expected: int) -> None:
         self.passes += 1
         self._stage, self._lag, self._expected = self._log.position.offset, self.lag_bytes, expected
+        self._free = self._free_bytes()
 
     def catch_up(self) -> None:
         """Carry over what had been appended when `begin_carry` was called, and sync it.

@@ -198,6 +198,11 @@ class Files:
     def fstat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 
+    def free_bytes(self, path: Path) -> int | None:
+        """How much more the file system of `path` can hold; None if it does not tell."""
+        space = os.statvfs(path)
+        return space.f_bavail * space.f_frsize if space.f_blocks else None
+
     def lock(self, fd: int, *, shared: bool = False) -> bool:
         """Take the exclusive (or a shared) lock of an open file, without waiting.
 

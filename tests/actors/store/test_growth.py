@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from actor_kit import DEADLINE_S, Gate, cursor, in_thread, read_back, until
@@ -17,6 +18,7 @@ from foldlog.actors.store import compactor as compactor_module
 from foldlog.actors.store.supervisor import Supervisor
 from foldlog.actors.store.writer import Writer
 from foldlog.storage.engines.append_log.engine import log_limit
+from foldlog.storage.log.files import Files
 from foldlog.testing import Fault, FaultyFiles
 
 MIB = 1024 * 1024
@@ -107,6 +109,46 @@ def parked_compaction(store, steps, monkeypatch) -> Gate:
     monkeypatch.setattr(compactor_module, "PATIENCE_S", DEADLINE_S)
     due = [Put("k", b"v" * (2 * MIB))]
     return steps.parked("compact.write", store.apply, due, cursor(1))[0]
+
+
+class SmallDisk(Files):
+    """A disk that says how much room it has, or None; or fails to."""
+
+    def __init__(self, free: int | str | None) -> None:
+        self.free = free
+
+    def free_bytes(self, path: Path) -> int | None:
+        if isinstance(self.free, str):
+            raise OSError(errno.ENOSYS, self.free)
+        return self.free
+
+
+@pytest.mark.parametrize(
+    ("free", "is_small"),
+    [
+        (MIB, True),
+        (8 * MIB, False),
+        (0, False),  # the compaction fails in any case
+        (None, False),
+        ("cannot tell", False),
+    ],
+)
+def test_writes_leave_a_compaction_the_room_that_it_needs_on_the_disk(
+    open_store, steps, monkeypatch, free, is_small
+):
+    """The log filled a small disk while it was compacted, and could never be compacted again.
+
+    1 MB of live data on a disk of 32 MB was overwritten for a second; then each write failed.
+    """
+    store = open_store(compact_threshold=MIB, files=SmallDisk(8 * MIB))
+    store.apply([Put("live", b"v" * (MIB // 2))], cursor(1))
+    store.compact()
+    store._core.config.files.free = free
+    gate = parked_compaction(store, steps, monkeypatch)
+    compactor = store._supervisor.writer._compactor
+    assert not compactor.holds_back(MIB // 8)
+    assert compactor.holds_back(MIB // 2) == is_small
+    gate.open()
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from foldlog.storage.formats.rewrite import (
@@ -11,6 +13,7 @@ from foldlog.storage.formats.rewrite import (
     Next,
     allowance_bytes,
     next_pass,
+    room_bytes,
 )
 
 MIB = 1024 * 1024
@@ -45,6 +48,20 @@ def test_the_first_pass_leaves_a_third_of_the_room_for_those_after_it():
 def test_nothing_is_allowed_beyond_the_limit(lag, stage, made):
     assert allowance_bytes(91 * MIB, stage, lag, made, 2) <= 91 * MIB
     assert allowance_bytes(91 * MIB, stage, lag, made, 0) <= 91 * MIB
+
+
+@pytest.mark.parametrize(
+    ("free", "needed", "room"),
+    [
+        (None, 5, sys.maxsize),
+        (4, 5, sys.maxsize),
+        (5, 5, 0),
+        (6, 5, 0),
+        (15, 5, 5),
+    ],
+)
+def test_half_of_the_room_that_a_pass_leaves_is_for_what_is_appended_meanwhile(free, needed, room):
+    assert room_bytes(free, needed) == room
 
 
 def test_passes_become_short_though_the_writer_takes_all_that_it_may():
