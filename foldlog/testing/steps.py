@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from foldlog.protocol.options import Count
+
 STEPS: dict[str, str] = {
     "writer.start": "the writer starts or restarts; nothing is open yet",
     "writer.heal": "the fold is about to be written to a new file, after a failed fsync",
@@ -65,6 +67,4 @@ def crash_at(
     """
     if step not in STEPS:
         raise ValueError(f"{step!r} is not a step; the steps are {', '.join(STEPS)}")
-    if nth < 1:
-        raise ValueError(f"nth is at least 1, got {nth}")
-    return CrashAt(step, nth, error, lasting)
+    return CrashAt(step, Count("nth", 1, 1).check(nth), error, lasting)
