@@ -198,10 +198,9 @@ class RocksDbEngine(Commits):
 
     def _checkpoint(self, path: Path) -> None:
         """Copy the newest state to the directory `path`; its tables are hard links."""
-        db = self._db
         with translated(partial(typed, path=self.path)):
-            db.flush()  # without the interpreter lock, which the checkpoint holds
-            self._rocksdict.Checkpoint(db).create_checkpoint(os.fspath(path))
+            self._db.flush()  # without the interpreter lock, which the checkpoint holds
+            self._rocksdict.Checkpoint(self._db).create_checkpoint(os.fspath(path))
 
     # Statistics.
 

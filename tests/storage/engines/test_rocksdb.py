@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import pickle
 import random
@@ -11,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -629,6 +632,38 @@ def test_a_write_that_stalls_for_too_long_is_refused_and_nothing_of_it_is_writte
     assert engine.snapshot.seq == expected
     assert engine.snapshot.get("n").value == b"%d" % (expected - 1)
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["export", "range"])
+def test_an_error_that_a_caller_keeps_does_not_keep_the_database_open(
+    engine: RocksDbEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """An export failed for lack of descriptors, and its error was still in memory.
+
+    A frame of its traceback held the database, so that the writer could not heal for 10 s, and then
+    gave up: StoreLocked, by its own process.
+    """
+    commit(engine, [Put("a", b"1")])
+
+    def fails(db: Any, *_: Any) -> Any:
+        raise Exception("IO error: While open a file: /db/000009.sst: Too many open files")
+
+    with monkeypatch.context() as patch:
+        if kind == "export":
+            patch.setattr(engine, "_rocksdict", SimpleNamespace(Checkpoint=fails))
+        else:
+            patch.setattr(snapshot, "scan", fails)
+        export, read = engine.begin_export(None), engine.snapshot.range
+        with pytest.raises(OSError, match="Too many open files") as kept:
+            export(tmp_path / "artifact") if kind == "export" else read("")
+    monkeypatch.setattr(commits, "LINGER_S", 0.0)
+    gc.disable()
+    try:
+        engine.heal()
+    finally:
+        gc.enable()
+    assert state(engine.snapshot) == {"a": b"1"}
+    assert kept.value.errno == errno.EMFILE
 
 
 def test_a_failed_sync_is_final_until_the_database_is_opened_anew(engine: RocksDbEngine) -> None:

@@ -75,8 +75,10 @@ def typed(error: Exception, path: Path, *, opening: bool = False) -> Exception:
 class translated:
     """Raises RocksDB's errors in its block as what `translate` makes of them; others pass.
 
-    It never raises the error that it was given: its frame and the error would hold each other, and
-    the caller's frame with the open database.
+    Whoever keeps the error that it raises must not keep the database open, or a writer could not
+    heal. So it never raises the error that it was given: its frame and the error would hold each
+    other. It drops that error's traceback, whose frames have the database as an argument. Blocks
+    for which a writer may heal have the database in no variable.
     """
 
     def __init__(self, translate: Callable[[Exception], Exception]) -> None:
@@ -86,7 +88,9 @@ class translated:
         """Nothing to prepare."""
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        del traceback
         if isinstance(error, Exception) and is_rocksdbs(error):
+            error.__traceback__ = None
             raise self._translate(error) from error
 
 

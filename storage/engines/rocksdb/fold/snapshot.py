@@ -254,12 +254,11 @@ class RocksDbFold(SnapshotReads):
         The bound is None if nothing remains.
         """
         source = self._source
-        db = source.opened()
         block: list[tuple[bytes, bytes]] = []
         room = BLOCK_BYTES
         edge = None
         with translated(partial(typed, path=source.path)):
-            for item in scan(db, low, high, source.read_options, reverse):
+            for item in scan(source.opened(), low, high, source.read_options, reverse):
                 block.append(item)
                 room -= len(item[1])
                 if room <= 0 or len(block) == BLOCK_ENTRIES:
