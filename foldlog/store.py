@@ -17,7 +17,7 @@ from typing import Any
 
 import pykka
 
-from foldlog.actors.base.adapter import Mail, Place, start_aside
+from foldlog.actors.base.adapter import Mail, Place
 from foldlog.actors.base.answers import Answer, callback_threads, runs_callbacks
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.store.core import Config, Core, State, Stats, no_step
@@ -171,8 +171,7 @@ def open(
     core = Core(config)
     supervisor = Supervisor(core)
     try:
-        start_aside(supervisor.thread, supervisor.not_started)
-        supervisor.await_opening()
+        supervisor.open()
         return Store(core, supervisor)
     except BaseException:
         supervisor.post(CloseNow(Answer()))  # also after a KeyboardInterrupt

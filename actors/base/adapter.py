@@ -20,9 +20,7 @@ What pykka does, and how this module changes it:
 
 from __future__ import annotations
 
-import _thread
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from foldlog.actors.base.mailbox import Place as Place
 from foldlog.actors.base.mailbox import answer_error as answer_error
 from foldlog.actors.base.mailbox import reply as reply
 from foldlog.actors.base.mailbox import stop_only as stop_only
+from foldlog.actors.base.threads import OwnThread
 from foldlog.protocol.errors import is_own_fault
 from foldlog.storage.handover import RECHECK_S, discard, is_below, is_over
 
@@ -52,35 +51,12 @@ class Started(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An actor's thread is about to end: stopped if `error` is None, else crashed."""
+    """An actor's thread is about to end: stopped if `error` is None, else crashed. May come twice
+    from one thread."""
 
     actor: SupervisedActor
     error: BaseException | None
-
-
-def start_aside(thread: threading.Thread, failed: Callable[[BaseException], object]) -> None:
-    """Start `thread` from a thread of its own: an interrupt within `Thread.start` can leave locks
-    of `threading` held.
-
-    If no thread can be started, calls `failed` with the RuntimeError.
-    """
-
-    def start() -> None:
-        try:
-            thread.start()
-        except BaseException as error:
-            failed(error)
-
-    call_aside(start, failed)
-
-
-def call_aside(call: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
-    """Call `call`, which must not raise, on a thread of its own, where no interrupt comes. If none
-    can be started, calls `failed` with the RuntimeError."""
-    try:
-        _thread.start_new_thread(call, ())
-    except RuntimeError as error:
-        failed(error)
+    thread: OwnThread | None
 
 
 Notice = Started | Ended
@@ -113,9 +89,10 @@ class SupervisedActor(pykka.ThreadingActor):
         self.inbox: Inbox = self.actor_inbox  # type: ignore[assignment]
         # Taken from the mailbox and not done. Owned by the thread that has the turn.
         self.taken: list[Mail] = []
-        self.thread: threading.Thread | None = None
-        self._permit: list[None] = [None]
-        """Holds one item until its thread runs, or is kept from it."""
+        self.thread: OwnThread | None = None
+        """The one that runs it, until the supervisor has seen it end."""
+        self._death: BaseException | None = None
+        """What ended it, if anything but a stop did."""
         self.has_stopped = False
         """True once it was stopped in order: whatever fails after that, it is not restarted."""
         self.busy_since: float | None = None
@@ -132,46 +109,33 @@ class SupervisedActor(pykka.ThreadingActor):
     def resume(self) -> None:
         """Start, or continue after a crash, in a new thread. NoThread if none can be started; the
         call can be repeated."""
-        self._permit = permit = [None]
-        self.thread = threading.Thread(
-            target=self._run_permitted, args=(permit,), name=f"foldlog-{self.name}", daemon=True
-        )
+        self.thread = OwnThread(f"foldlog-{self.name}", self._actor_loop, self._tell_end)
         try:
-            self.thread.start()
+            self.thread.begin()
         except (RuntimeError, MemoryError) as error:
             if self.withdraw():
                 raise NoThread(str(error)) from error
 
     def withdraw(self) -> bool:
-        """Keep a thread that has not begun from running. False if it has begun.
+        """Keep its thread from running. False if that has begun.
 
         For when `resume` ended with a MemoryError, so that nobody knows.
         """
-        try:
-            self._permit.pop()
-        except IndexError:
-            return False
-        return True
+        return self.thread is None or self.thread.withdraw()
 
-    def _run_permitted(self, permit: list[None]) -> None:
-        try:
-            permit.pop()  # before anyone withdraws it
-        except IndexError:
-            return
-        self._actor_loop()
-
-    @property
-    def has_died(self) -> bool:
-        """True if its thread has ended, even if it had no memory left to tell."""
-        thread = self.thread
-        return thread is not None and thread.ident is not None and not thread.is_alive()
+    def await_end(self) -> None:
+        """Wait for a thread that has told its end: none of its code may run beside its
+        successor."""
+        if self.thread is not None and not self.thread.withdraw():
+            self.thread.join()
+        self.thread = self._death = None
 
     def retire(self) -> None:
         """Mark as stopped for pykka."""
         self.actor_stopped.set()
 
     def _actor_loop(self) -> None:
-        error: BaseException | None = None
+        self._death = None
         try:
             self.busy_since = time.monotonic()
             self.on_start()
@@ -181,13 +145,16 @@ class SupervisedActor(pykka.ThreadingActor):
                     self._await_mail()
                 self.busy_since = time.monotonic()
                 self._serve()
-        except BaseException as raised:
-            if not self.has_stopped:
-                error = raised  # first: without an error, the actor was stopped
-            if isinstance(raised, MemoryError):
-                raised.with_traceback(None)
-        finally:
-            self._post(Ended(self, error))
+        # No handler calls anything: it may have no memory for that.
+        except MemoryError as error:
+            error.__traceback__ = None  # let go of what the thread had in hand
+            self._death = error
+        except BaseException as error:
+            self._death = error
+
+    def _tell_end(self) -> None:
+        error = None if self.has_stopped else self._death
+        self._post(Ended(self, error, self.thread))
 
     def _await_mail(self) -> None:
         self.busy_since = None

@@ -7,12 +7,13 @@ MemoryError does not end it.
 
 from __future__ import annotations
 
+import _thread
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from math import inf
 
-from foldlog.actors.base.adapter import start_aside
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.base.memory import pause
 from foldlog.storage.handover import RECHECK_S
@@ -20,6 +21,19 @@ from foldlog.storage.handover import RECHECK_S
 LOOKS = 50
 """Looks for a thread that was started, `RECHECK_S` apart, before it is given up. They are counted,
 not timed, so that a pause of the process counts as one."""
+
+
+def call_aside(call: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
+    """Call `call`, which must not raise, on a thread of its own, where no interrupt comes. If none
+    can be started, calls `failed` with the RuntimeError."""
+    try:
+        _thread.start_new_thread(call, ())
+    except RuntimeError as error:
+        failed(error)
+
+
+def _nothing() -> None:
+    pass
 
 
 class OwnThread(threading.Thread):
@@ -31,6 +45,9 @@ class OwnThread(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._work, self._at_end = work, at_end
         self._begun: Answer[None] = Answer()
+        """Cancelled if it is never to run."""
+        self._refusal: BaseException | None = None
+        """Why it could not be started."""
 
     def begin(self, timeout_s: float | None = None) -> None:
         """Start it, and return once it runs.
@@ -39,19 +56,33 @@ class OwnThread(threading.Thread):
         TimeoutError after `timeout_s`. Then it never runs.
         """
         begun = self._begun
-        start_aside(self, lambda error: begun.finish(None, error))
+        call_aside(self._start_aside, self._refuse)
         deadline = inf if timeout_s is None else time.monotonic() + timeout_s
         for _ in range(LOOKS):
             rest = max(deadline - time.monotonic(), 0.0)
             try:
                 begun.result(min(rest, RECHECK_S))
                 return
+            except CancelledError:
+                break
             except TimeoutError:
-                if rest == 0.0 and begun.cancel():
+                if rest == 0.0 and self.withdraw():
                     raise
-        if begun.cancel():
-            raise MemoryError(f"the thread {self.name} did not begin")
+        if self.withdraw():
+            raise self._refusal or MemoryError(f"the thread {self.name} did not begin")
         begun.result()
+
+    def _start_aside(self) -> None:
+        """An interrupt within `Thread.start` can leave locks of `threading` held, and it waits for
+        ever if the thread dies before its first line: no thread that is needed calls it."""
+        try:
+            self.start()
+        except BaseException as error:
+            self._refuse(error)
+
+    def _refuse(self, error: BaseException) -> None:
+        self._refusal = error
+        self.withdraw()
 
     @property
     def has_begun(self) -> bool:
@@ -60,7 +91,11 @@ class OwnThread(threading.Thread):
 
     def withdraw(self) -> bool:
         """Keep it from running. False if it has begun."""
-        return self._begun.cancel()
+        if not self._begun.cancel():
+            return False
+        # Who waits in `Thread.start` for a thread that died holds it for ever.
+        self._work = self._at_end = _nothing
+        return True
 
     def run(self) -> None:
         """Called on the thread. No handler calls anything: it may have no memory for that."""
@@ -84,6 +119,6 @@ class OwnThread(threading.Thread):
                 if is_over:
                     raise
                 struck, is_over = error, True
-        del self._work, self._at_end  # they hold whoever holds this thread
+        self._work = self._at_end = _nothing  # they hold whoever holds this thread
         if struck is not None:
             raise struck

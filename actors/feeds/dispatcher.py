@@ -14,8 +14,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from foldlog.actors.base.adapter import call_aside
-from foldlog.actors.base.threads import OwnThread
+from foldlog.actors.base.threads import OwnThread, call_aside
 from foldlog.actors.feeds.bookmark import Bookmark
 from foldlog.actors.feeds.prefixes import PrefixIndex, listed
 from foldlog.actors.feeds.ring import Cell, Group, Place, Ring

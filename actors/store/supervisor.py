@@ -78,6 +78,7 @@ from foldlog.actors.base.adapter import (
 )
 from foldlog.actors.base.answers import Answer, look_after_callbacks
 from foldlog.actors.base.memory import insist, pause
+from foldlog.actors.base.threads import OwnThread
 from foldlog.actors.store.core import Core, Restart, State
 from foldlog.actors.store.maintenance import Maintenance
 from foldlog.actors.store.policy import StuckClock, next_restart_delay_s
@@ -141,7 +142,7 @@ class Supervisor:
         """The `busy_since` of a writer that was given up as stuck. The writer has come back when
         its `busy_since` differs."""
         self._clock = StuckClock()
-        self.thread = threading.Thread(target=self._run, name="foldlog-supervisor", daemon=True)
+        self.thread = OwnThread("foldlog-supervisor", self._run, self._end)
 
     def post(self, notice: Notice | CloseNow | Reopen) -> None:
         """Notify the supervisor. Any thread; never blocks. If the supervisor has ended, the notice
@@ -161,20 +162,16 @@ class Supervisor:
                     failed = self.core.state is State.FAILED
                     notice.future.finish(None, self._failed() if failed else self._closed())
 
-    def not_started(self, error: BaseException) -> None:
-        """No thread could be started."""
-        self.core.state = State.CLOSED
-        self.opened.finish(None, error)
-        self.core.ended.set()
-
-    def await_opening(self) -> None:
-        """Wait until the store has opened. Raises what it failed with. Any thread."""
-        while not self.opened.done():
-            with contextlib.suppress(TimeoutError):
-                self.opened.exception(HEALTH_CHECK_S)
-                break
-            if self.thread.ident is not None and not self.thread.is_alive():
-                self.not_started(MemoryError("the supervisor's thread did not begin"))
+    def open(self) -> None:
+        """Start, and wait until the store has opened. Raises what it failed with. The caller's
+        thread."""
+        try:
+            self.thread.begin()
+        except BaseException:
+            if self.thread.withdraw():
+                self.core.state = State.CLOSED
+                self.core.ended.set()
+            raise
         self.opened.result()
 
     def owns(self, thread: threading.Thread) -> bool:
@@ -207,10 +204,11 @@ class Supervisor:
         except BaseException as error:
             self._stop_error = self._stop_error or error
             insist(self._die)
-        finally:
-            insist(self._answer_closed)
-            insist(self.core.ended.set)
-            insist(self._answer_late)
+
+    def _end(self) -> None:
+        self._answer_closed()
+        self.core.ended.set()
+        self._answer_late()
 
     def _die(self) -> None:
         """After an error of its own: the store only reads from now on."""
@@ -237,7 +235,6 @@ class Supervisor:
         if self._receive(timeout_s):
             self._heed()
             return
-        self._find_the_dead()
         self.core.feeds.look_after()
         look_after_callbacks()
         if self.core.state is State.CLOSING:
@@ -250,7 +247,8 @@ class Supervisor:
         if isinstance(notice, Started):
             self._on_started(notice.actor)
         elif isinstance(notice, Ended):
-            self._on_ended(notice.actor, notice.error)
+            if notice.thread is notice.actor.thread:  # else it has told its end twice
+                self._on_ended(notice.actor, notice.error)
         elif isinstance(notice, CloseNow):
             if notice not in self._closing:
                 self._closing.append(notice)
@@ -282,14 +280,6 @@ class Supervisor:
                 self._answer_opened(None)
         if self._closing and core.state is not State.CLOSING:
             self._begin_close()
-
-    def _find_the_dead(self) -> None:
-        """An actor tells its end last, so one that is dead and has told nothing could not."""
-        for actor in tuple(self._running):
-            if actor.has_died and self._notices.empty():
-                silent = MemoryError("it ended without a notice")
-                error = None if actor.has_stopped else silent
-                self._on_ended(actor, error)
 
     def _receive(self, timeout_s: float) -> bool:
         """Take the next notice in hand. False if none comes within `timeout_s`."""
@@ -332,9 +322,7 @@ class Supervisor:
     def _on_ended(self, actor: SupervisedActor, error: BaseException | None) -> None:
         if actor not in self._running:
             return  # heeded before
-        if actor.thread is not None and actor.thread.ident is not None:
-            # It has posted its last notice; none of its code may run beside its successor.
-            actor.thread.join()
+        actor.await_end()
         self._running.discard(actor)
         core = self.core
         if error is None:
@@ -470,7 +458,7 @@ class Supervisor:
     def _has_stopped(self, actor: SupervisedActor) -> bool:
         """Wait for a thread that was told to stop. False if it does not end."""
         thread = actor.thread
-        if actor not in self._running or thread is None or thread.ident is None:
+        if actor not in self._running or thread is None or thread.withdraw():
             return True
         thread.join(self.core.config.stuck_after_s)
         return not thread.is_alive()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from interrupts import RunsOut
 
 import foldlog
 from foldlog import Put
-from foldlog.actors.base import adapter
 from foldlog.actors.base import answers as answers_module
 from foldlog.actors.base import threads as threads_module
+from foldlog.actors.base.adapter import NoThread
 from foldlog.actors.base.answers import Answer
 from foldlog.actors.base.threads import OwnThread
 
@@ -35,6 +35,60 @@ def dies_before_its_first_line(self: threading.Thread) -> None:
     """In the place of `run`."""
 
 
+class Bootstrap:
+    """Lets foldlog's threads die in the interpreter's own first lines: `Thread.start` waits for
+    ever."""
+
+    def __init__(self) -> None:
+        self._begin = threading.Thread._bootstrap_inner
+        self._start = threading.Thread.start
+        self._dead: dict[threading.Thread, threading.Event] = {}
+        self._dying, self._looks = "", threads_module.LOOKS
+        self._lock = threading.Lock()
+
+    @property
+    def dying(self) -> str:
+        """The beginning of the names of those that die; none, if empty. Meanwhile, a thread is
+        given up soon."""
+        return self._dying
+
+    @dying.setter
+    def dying(self, name: str) -> None:
+        self._dying = name
+        threads_module.LOOKS = 1 if name else self._looks
+
+    def start(self, thread: threading.Thread) -> None:
+        with self._lock:
+            if self.dying and thread.name.startswith(self.dying):
+                self._dead[thread] = threading.Event()
+        self._start(thread)
+
+    def begin(self, thread: threading.Thread) -> None:
+        if thread in self._dead:
+            self._dead[thread].set()
+        else:
+            self._begin(thread)
+
+    def release(self) -> None:
+        """Let go of who waits in `Thread.start`."""
+        with self._lock:
+            self.dying = ""
+        for thread, is_dead in self._dead.items():
+            assert is_dead.wait(DEADLINE_S)
+            thread._started.set()
+            threading._limbo.pop(thread, None)
+
+
+@pytest.fixture
+def bootstrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bootstrap]:
+    bootstrap = Bootstrap()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: bootstrap.start(thread))
+        patch.setattr(threading.Thread, "_bootstrap_inner", lambda thread: bootstrap.begin(thread))
+        yield bootstrap
+        bootstrap.release()
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that cannot begin is given up at once."""
@@ -47,7 +101,7 @@ def dying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, impat
     if request.param == "as it begins":
         monkeypatch.setattr(OwnThread, "run", dies_before_its_first_line)
     else:
-        monkeypatch.setattr(adapter, "call_aside", lambda call, failed: None)
+        monkeypatch.setattr(threads_module, "call_aside", lambda call, failed: None)
 
 
 def test_who_starts_a_thread_that_dies_before_its_first_line_is_told(dying: None):
@@ -65,7 +119,7 @@ def test_a_thread_that_was_given_up_does_not_begin_later(
     monkeypatch: pytest.MonkeyPatch, impatient: None
 ):
     late: list[Callable[[], object]] = []
-    monkeypatch.setattr(adapter, "call_aside", lambda call, failed: late.append(call))
+    monkeypatch.setattr(threads_module, "call_aside", lambda call, failed: late.append(call))
     ran: list[str] = []
     thread = OwnThread("foldlog-test", lambda: ran.append("work"), lambda: ran.append("end"))
     with pytest.raises(MemoryError):
@@ -128,6 +182,37 @@ def test_whatever_ends_a_thread_its_end_is_told(error: type[BaseException]):
     thread.begin()
     thread.join(DEADLINE_S)
     assert ends == ["end"]
+
+
+@pytest.mark.parametrize("name", ["supervisor", "writer", "maintenance", "syncer", "reader-0"])
+def test_a_store_whose_thread_dies_in_the_interpreters_first_lines_is_not_opened(
+    nothing_left: None, bootstrap: Bootstrap, path: Path, name: str
+):
+    """The supervisor, which had started it, waited for ever; or `open` did, for the supervisor."""
+    bootstrap.dying = f"foldlog-{name}"
+    with pytest.raises((MemoryError, NoThread), match="did not begin"):
+        foldlog.open(path)
+    bootstrap.release()
+    foldlog.open(path).close()
+
+
+def test_a_writer_whose_new_thread_dies_in_the_interpreters_first_lines_is_started_again(
+    nothing_left: None, bootstrap: Bootstrap, path: Path
+):
+    """The supervisor waited for ever for the thread, and every request for the supervisor."""
+    crashes = iter(["foldlog-writer"])
+
+    def step(name: str) -> None:
+        if name == "writer.before_write":
+            bootstrap.dying = next(crashes, "")
+            if bootstrap.dying:
+                raise RuntimeError("injected")
+
+    with foldlog.open(path, step=step) as store:
+        future = store.apply_async([Put("k", b"1")], cursor(1))
+        until(lambda: len(store.stats().restarts) > 1, "its thread has died twice")
+        bootstrap.dying = ""
+        assert future.result(DEADLINE_S) == 1
 
 
 def opened(kind: str, path: Path, store: foldlog.Store) -> Any:
