@@ -11,6 +11,7 @@ reads it.
 
     bridge.py     from any thread to a loop
     answers.py    awaiting the writer, and what became of a cancelled call
+    off_loop.py   the thread for work off the loop
     opening.py    opening off the loop
     face.py       what stores and followers share
     store.py  mirror.py  follower.py  watch.py  view.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from math import inf
 from typing import Any, Literal, TypeAlias
 
 from foldlog.aio.bridge import bridge_here
@@ -11,6 +12,8 @@ from foldlog.protocol.errors import RequestTimeout
 from foldlog.protocol.options import check_timeout
 
 Outcome: TypeAlias = Literal["withdrawn", "done", "unknown"]
+LOOK_S = 1.0
+"""Between two looks for an answer: no memory may have been left to tell of it."""
 
 
 def outcome(error: BaseException) -> Outcome | None:
@@ -47,24 +50,40 @@ def withdraw(future: Future[Any], error: asyncio.CancelledError) -> None:
         note_outcome(error, "unknown", "the writer is processing the request and will carry it out")
 
 
-async def answer(future: Future[Any], timeout_s: float) -> Any:
-    """Await the writer's answer."""
+async def settled(future: Future[Any], timeout_s: float = inf) -> None:
+    """Wait until it is done, or `timeout_s` have passed."""
     loop, bridge = asyncio.get_running_loop(), bridge_here()
     waiter: asyncio.Future[None] = loop.create_future()
+    deadline = loop.time() + timeout_s
+    timer: asyncio.TimerHandle
 
     def settle() -> None:
         if not waiter.done():
             waiter.set_result(None)
 
+    def look() -> None:
+        nonlocal timer
+        rest = deadline - loop.time()
+        if rest <= 0 or future.done():
+            settle()
+        else:
+            timer = loop.call_later(min(rest, LOOK_S), look)
+
     future.add_done_callback(lambda _: bridge.post(settle))
-    timer = loop.call_later(check_timeout(timeout_s), settle)
+    timer = loop.call_later(min(timeout_s, LOOK_S), look)
     try:
         await waiter
+    finally:
+        timer.cancel()
+
+
+async def answer(future: Future[Any], timeout_s: float) -> Any:
+    """Await the writer's answer."""
+    try:
+        await settled(future, check_timeout(timeout_s))
     except asyncio.CancelledError as error:
         withdraw(future, error)
         raise
-    finally:
-        timer.cancel()
     if future.done():
         return future.result()
     if future.cancel():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, NoReturn, Self, TypeVar
 
+from foldlog.actors.base.answers import Answer
 from foldlog.actors.feeds.feeds import Feeds, Waiter
 from foldlog.actors.feeds.subscription import Since
+from foldlog.aio.answers import settled
 from foldlog.aio.bridge import Wake
+from foldlog.aio.off_loop import OffLoop
 from foldlog.aio.watch import AsyncWatch
 from foldlog.follow import Follower
 from foldlog.protocol.engine import Snapshot
@@ -29,11 +31,11 @@ R = TypeVar("R")
 class Face(Reads, Generic[S]):
     """What the asynchronous stores and followers share: reads, watches and waiting."""
 
-    def __init__(self, opened: S, executor: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, opened: S, thread: OffLoop | None = None) -> None:
         self._opened: S = opened
         self._published = opened._published
-        self._executor = executor or one_thread()
-        self._closing: Future[None] | None = None
+        self._thread = thread or OffLoop()
+        self._closing: Answer[None] | None = None
         tell_after_fork(self, Rank.STORE)
 
     @property
@@ -73,20 +75,21 @@ class Face(Reads, Generic[S]):
         await self._close(self._opened.close)
 
     async def _close(self, close: Callable[[], None]) -> None:
-        executor = self._executor
+        thread = self._thread
         if self._closing is None:
             try:
-                self._closing = executor.submit(close)
-            except RuntimeError:
+                self._closing = thread.submit(close)
+            except (RuntimeError, MemoryError):
                 if self._closing is None:  # else another loop's thread came first
                     close()  # no thread can be started: better on the loop than not at all
                     return
-            executor.shutdown(wait=False)
-        await asyncio.shield(asyncio.wrap_future(self._closing))
+            thread.end()
+        await settled(self._closing)
+        self._closing.result()
 
     def after_fork(self) -> None:
         """In a forked child, where the thread is not."""
-        self._executor, self._closing = one_thread(), None
+        self._thread, self._closing = OffLoop(), None
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,20 +108,21 @@ class Face(Reads, Generic[S]):
 
     async def _off_loop(self, run: Callable[[], R]) -> R:
         """Run it on the thread kept for work off the loop."""
-        return await asyncio.wrap_future(self._submit_off_loop(run))
-
-    def _submit_off_loop(self, run: Callable[[], R]) -> Future[R]:
+        answer = self._submit_off_loop(run)
         try:
-            return self._executor.submit(run)
+            await settled(answer)
+        except asyncio.CancelledError:
+            answer.cancel()
+            raise
+        return answer.result()
+
+    def _submit_off_loop(self, run: Callable[[], R]) -> Answer[R]:
+        try:
+            return self._thread.submit(run)
         except RuntimeError:
             if self._closing is None:
                 raise  # no thread can be started
             raise StoreClosed(f"{self.path} is closed") from None
-
-
-def one_thread() -> ThreadPoolExecutor:
-    """For work off the loop."""
-    return ThreadPoolExecutor(1, thread_name_prefix="foldlog-aio")
 
 
 async def reached(

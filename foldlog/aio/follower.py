@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from foldlog.actors.following.follower import FollowerState
 from foldlog.aio.face import Face
+from foldlog.aio.off_loop import OffLoop
 from foldlog.follow import Follower, FollowerStats
 from foldlog.health import Health
 
@@ -13,9 +12,9 @@ from foldlog.health import Health
 class AsyncFollower(Face[Follower]):
     """A follower for event loops. Reads are plain calls."""
 
-    def __init__(self, follower: Follower, executor: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, follower: Follower, thread: OffLoop | None = None) -> None:
         """Wrap an open follower; `close` closes it. To open one, use `aio.follow`."""
-        super().__init__(follower, executor)
+        super().__init__(follower, thread)
 
     @property
     def follower(self) -> Follower:

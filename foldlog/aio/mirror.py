@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 
+from foldlog.aio.off_loop import OffLoop
 from foldlog.aio.store import AsyncStore
 from foldlog.mirror import Mirror
 from foldlog.protocol.errors import RequestTimeout
@@ -19,9 +19,9 @@ class AsyncMirror(AsyncStore):
     """A mirror for event loops: an `AsyncStore` that only its upstream writes. Other writes raise
     MirrorReadOnly."""
 
-    def __init__(self, mirror: Mirror, executor: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, mirror: Mirror, thread: OffLoop | None = None) -> None:
         """Wrap an open mirror; `close` closes it. To open one, use `aio.mirror`."""
-        super().__init__(mirror, executor)
+        super().__init__(mirror, thread)
         self._mirror = mirror
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from foldlog.aio.face import Face, one_thread
+from foldlog.aio.answers import settled
+from foldlog.aio.face import Face
+from foldlog.aio.off_loop import OffLoop
 
 P = ParamSpec("P")
 F = TypeVar("F", bound=Face[Any])
@@ -16,24 +18,23 @@ F = TypeVar("F", bound=Face[Any])
 class Opening(Generic[F]):
     """What `open`, `follow` and `mirror` return: use it with `async with`, or await it."""
 
-    def __init__(
-        self, run: Callable[[], Any], face: Callable[[Any, ThreadPoolExecutor], F]
-    ) -> None:
+    def __init__(self, run: Callable[[], Any], face: Callable[[Any, OffLoop], F]) -> None:
         """Not for callers: use `aio.open` or `aio.follow`."""
         self._run, self._face = run, face
         self._opened: F | None = None
 
     async def _open(self) -> F:
-        executor = one_thread()
-        opening = executor.submit(self._run)
+        thread = OffLoop()
+        opening = thread.submit(self._run)
         try:
-            opened = await asyncio.shield(asyncio.wrap_future(opening))
+            await settled(opening)
+            opened = opening.result()
         except BaseException:
             if not opening.cancel():
-                opening.add_done_callback(_close_opened)
-            executor.shutdown(wait=False)
+                thread.submit(partial(_close_opened, opening))
+            thread.end()
             raise
-        return self._face(opened, executor)
+        return self._face(opened, thread)
 
     def __await__(self) -> Generator[Any, None, F]:
         return self._open().__await__()
@@ -54,7 +55,7 @@ def _close_opened(opening: Future[Any]) -> None:
 
 
 def opener(
-    run: Callable[P, Any], face: Callable[[Any, ThreadPoolExecutor], F], doc: str
+    run: Callable[P, Any], face: Callable[[Any, OffLoop], F], doc: str
 ) -> Callable[P, Opening[F]]:
     def call(*args: P.args, **kwargs: P.kwargs) -> Opening[F]:
         return Opening(lambda: run(*args, **kwargs), face)

@@ -7,7 +7,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sized
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from foldlog.actors.base.adapter import Place
@@ -21,8 +20,9 @@ from foldlog.actors.store.requests import (
     WriteRequest,
     check_version,
 )
-from foldlog.aio.answers import answer, note_outcome, withdraw
+from foldlog.aio.answers import answer, note_outcome, settled, withdraw
 from foldlog.aio.face import Face, R
+from foldlog.aio.off_loop import OffLoop
 from foldlog.health import Health
 from foldlog.protocol.errors import Backpressure, RequestTimeout, StoreFailed
 from foldlog.protocol.options import (
@@ -64,9 +64,9 @@ class AsyncStore(Face[Store]):
     request if it has not started; `aio.outcome(error)` says whether it was.
     """
 
-    def __init__(self, store: Store, executor: ThreadPoolExecutor | None = None) -> None:
+    def __init__(self, store: Store, thread: OffLoop | None = None) -> None:
         """Wrap an open store; `close` closes it. To open one, use `aio.open`."""
-        super().__init__(store, executor)
+        super().__init__(store, thread)
         self._lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Line] = (
             weakref.WeakKeyDictionary()
         )
@@ -205,10 +205,11 @@ class AsyncStore(Face[Store]):
         started."""
         running = self._submit_off_loop(run)
         try:
-            return await asyncio.shield(asyncio.wrap_future(running))
+            await settled(running)
         except asyncio.CancelledError as error:
             withdraw(running, error)
             raise
+        return running.result()
 
     async def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """`Store.close`, off the loop. Closing twice is fine. If cancelled, it still closes."""

@@ -785,7 +785,7 @@ async def test_a_store_is_closed_though_no_thread_can_be_started(
         raise RuntimeError("can't start new thread")
 
     store = aio.AsyncStore(foldlog.open(path))
-    monkeypatch.setattr(store._executor, "submit", refuse)
+    monkeypatch.setattr(store._thread, "submit", refuse)
     with pytest.raises(RuntimeError, match="can't start"):
         await store.watch().next()
     await store.close()
@@ -828,7 +828,7 @@ async def test_a_large_batch_that_is_cancelled_or_late_while_it_is_encoded_is_wi
     batch = [Put("a", b""), Put("b", b"")]
     async with aio.open(path) as store:
         go_on = threading.Event()
-        held = store._executor.submit(go_on.wait, DEADLINE_S)
+        held = store._thread.submit(lambda: go_on.wait(DEADLINE_S))
         with pytest.raises(RequestTimeout, match="withdrawn"):
             await store.apply(batch, 1, timeout_s=0.01)
         task = asyncio.create_task(store.apply(batch, 2))
