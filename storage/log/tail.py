@@ -33,16 +33,21 @@ from foldlog.protocol.frames import (
     FRAME_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
+    KIND_LEAF,
+    KIND_OPEN,
     TRAILER,
     FileHeader,
     FrameHeader,
     parse_base_end,
     parse_frame_header,
+    parse_open,
 )
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import SLICE, Change, DecodedBatch
+from foldlog.storage.fold.delta import EMPTY_DELTA
+from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
-from foldlog.storage.formats.foldlog.replay import Replay
+from foldlog.storage.formats.foldlog.replay import FRAME_AFTER_BASE, Replay
 from foldlog.storage.formats.registry import load_intact, read_own_header
 from foldlog.storage.log.backlog import decoded
 from foldlog.storage.log.files import Files, ReadHandle
@@ -215,6 +220,8 @@ class Tail:
                 if frame.kind == KIND_BATCHES:
                     gathered.add(decoded(frame, body))
                     last_batches = frame
+                else:
+                    _check_appended(frame, body)
                 last = frame
                 if frame.offset + frame.body_len - start >= STEP_BYTES:
                     break
@@ -314,7 +321,7 @@ class Tail:
         header = read_own_header(handle)
         chain = Chain.start(header)
         replay = Replay(handle, header)
-        joint = _Joint(self._place, self.fold, header)
+        joint = _Joint(self._place, self.fold, handle, inode, header)
         batches_chain, batches_size = None, 0
         whole = True
         try:
@@ -336,6 +343,9 @@ class Tail:
                 raise LogChangedError(self._path, "changed while it was read")
         elif self._place is None and lost_since(handle, header.log_id, chain.seq, size) is not None:
             load_intact(handle)  # raises LogRegressedError
+        if joint.is_to_be_compared:
+            base = FoldSnapshot(replay.base, EMPTY_DELTA, (), header.base_seq, self.fold.cursor())
+            joint.found = _are_equal(self.fold, base)
         place = _Place(handle, inode, header, chain, batches_chain, batches_size)
         return place, replay.fold(), joint
 
@@ -343,15 +353,25 @@ class Tail:
 class _Joint:
     """Finds, in a file read from its start, the place up to which the log was read before."""
 
-    def __init__(self, place: _Place | None, fold: FoldSnapshot, header: FileHeader) -> None:
+    def __init__(
+        self,
+        place: _Place | None,
+        fold: FoldSnapshot,
+        handle: ReadHandle,
+        inode: tuple[int, int],
+        header: FileHeader,
+    ) -> None:
         self._place, self._seq, self._cursor = place, fold.seq, bytes(fold.cursor())
-        self._same_file = place is not None and place.header == header
+        self._handle, self._inode = handle, inode
+        self._is_copy = place is not None and place.header == header
         self._possible = (
             place is not None
             and place.header.log_id == header.log_id
             and header.base_seq <= fold.seq
         )
         self.found = False
+        self.is_to_be_compared = False
+        """True if only a look at the new base can tell whether it is the state that was read."""
         self.news: list[DecodedBatch] | None = []
         """The batches after those read before; None if they are too many."""
         self.news_bytes = 0
@@ -363,18 +383,36 @@ class _Joint:
         if not self._possible:
             return
         assert self._place is not None
-        if self._same_file:
-            self.found = self.found or end in (self._place.chain, self._place.batches_chain)
+        if self._is_copy:
+            ends = self._place.chain, self._place.batches_chain
+            self.found = self.found or (end in ends and self._is_same_up_to(end.offset))
         elif frame.seq == self._seq and batches:
             self.found = self._place.ends_with(body)
         elif frame.seq == self._seq and frame.kind == KIND_BASE_END:
-            # The batches themselves are gone.
+            # The batches themselves are gone. Equal positions in a stream mean equal states; the
+            # none-cursor is no position.
             self.found = parse_base_end(body)[0] == self._cursor
+            self.is_to_be_compared = self.found and not self._cursor
         if batches and frame.seq > self._seq and self.news is not None:
             self.news += batches
             self.news_bytes += frame.size
             if self.news_bytes > NEWS_BYTES:
                 self.news = None
+
+    def _is_same_up_to(self, stop: int) -> bool:
+        """True if the file is the one that was read, or holds the same bytes. A chain of checksums
+        can be forged. Cost: reads both files, unless it is the same one."""
+        assert self._place is not None
+        if self._place.inode == self._inode:
+            return True
+        try:
+            return all(
+                self._place.handle.read(size, at) == self._handle.read(size, at)
+                for at in range(0, stop, STEP_BYTES)
+                for size in (min(STEP_BYTES, stop - at),)
+            )
+        except EOFError:
+            return False
 
 
 class _Gathered:
@@ -417,6 +455,24 @@ class _Gathered:
         return before.with_batch(
             tuple(self._pieces), before.seq + self.count, last.cursor, last.origin
         )
+
+
+def _check_appended(frame: FrameHeader, body: memoryview) -> None:
+    """BadFrame for a frame without batches that no writer appends, as when the log is opened."""
+    if frame.kind in (KIND_LEAF, KIND_BASE_END):
+        raise BadFrame(frame.offset, FRAME_AFTER_BASE, final=True)
+    if frame.kind == KIND_OPEN:
+        try:
+            parse_open(body)
+        except Undecodable as error:
+            raise BadFrame(frame.offset, str(error), final=True) from None
+
+
+def _are_equal(read: FoldSnapshot, there: FoldSnapshot) -> bool:
+    try:
+        return next(diff(read, there), None) is None
+    except CorruptLogError:  # what was read was overwritten, mostly
+        return False
 
 
 def _is_growing(place: _Place, size: int) -> bool:

@@ -134,6 +134,26 @@ def written(frames: list[Frame], header: FileHeader | None = None) -> bytes:
     return raw
 
 
+def with_the_checksum_of(value: bytes, other: bytes) -> bytes:
+    """`value` with its last 4 bytes chosen so that it has the CRC-32C of `other`, which is as
+    long."""
+    stem = value[:-4]
+    basis: list[tuple[int, int]] = []
+    zero = crc32c(stem + bytes(4))
+    for bit in range(32):
+        effect, mask = crc32c(stem + (1 << bit).to_bytes(4, "little")) ^ zero, 1 << bit
+        for known, known_mask in basis:
+            if effect ^ known < effect:
+                effect, mask = effect ^ known, mask ^ known_mask
+        basis.append((effect, mask))
+        basis.sort(reverse=True)
+    wanted, chosen = crc32c(other) ^ zero, 0
+    for known, known_mask in basis:
+        if wanted ^ known < wanted:
+            wanted, chosen = wanted ^ known, chosen ^ known_mask
+    return stem + chosen.to_bytes(4, "little")
+
+
 def with_checksums(body: bytes) -> bytes:
     """A leaf whose index, and where they can be found whose values, have right checksums."""
     raw = bytearray(body)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from counting import CountedFiles
 from crc32c import crc32c
+from forged import with_the_checksum_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -242,26 +243,6 @@ def test_merging_never_tells_a_key_twice(path: Path):
 
 
 # Leaves whose checksums agree.
-
-
-def with_the_checksum_of(value: bytes, other: bytes) -> bytes:
-    """`value` with its last 4 bytes chosen so that it has the CRC-32C of `other`, which is as
-    long."""
-    stem = value[:-4]
-    basis: list[tuple[int, int]] = []
-    zero = crc32c(stem + bytes(4))
-    for bit in range(32):
-        effect, mask = crc32c(stem + (1 << bit).to_bytes(4, "little")) ^ zero, 1 << bit
-        for known, known_mask in basis:
-            if effect ^ known < effect:
-                effect, mask = effect ^ known, mask ^ known_mask
-        basis.append((effect, mask))
-        basis.sort(reverse=True)
-    wanted, chosen = crc32c(other) ^ zero, 0
-    for known, known_mask in basis:
-        if wanted ^ known < wanted:
-            wanted, chosen = wanted ^ known, chosen ^ known_mask
-    return stem + chosen.to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("reopened", [False, True])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forged import with_the_checksum_of
 from interrupts import At, Struck, points, strike
 from logfiles import damage
 
@@ -23,7 +24,7 @@ from foldlog import (
     Put,
     WatchCursor,
 )
-from foldlog.protocol.frames import KIND_BATCHES, KIND_OPEN
+from foldlog.protocol.frames import KIND_BASE_END, KIND_BATCHES, KIND_LEAF, KIND_OPEN
 from foldlog.protocol.updates import batches_body, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.snapshot import FoldSnapshot
@@ -621,6 +622,75 @@ def test_other_frames_of_the_same_size_in_place_of_those_read_are_found_by_the_c
     followed.polls(STALLED_POLLS + 1)
     assert len(followed.rewinds) == 1
     assert followed.fold.cursor() == cursor(9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [(KIND_LEAF, b""), (KIND_BASE_END, b"\x80"), (KIND_OPEN, b"\x90")]
+)
+def test_a_frame_that_opening_refuses_is_refused_when_it_is_appended_too(path, kind, body):
+    """The follower read over it, until it was started again."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        apply(snap, 1)
+        followed = following(path)
+        place = followed.tail._place
+        assert place is not None
+        forged, _ = place.chain.next_frame(place.header.seed, kind, body, 0, 0)
+        snap._engine.log.abandon()
+    with open(path, "ab") as file:
+        file.write(forged)
+    with pytest.raises(CorruptLogError):
+        followed.polls(STALLED_POLLS)
+    with pytest.raises(CorruptLogError):
+        following(path)
+
+
+def in_place_of(path: Path, raw: bytes) -> None:
+    """Put another file with these bytes under the log's name."""
+    copy = path.with_name("copy")
+    copy.write_bytes(raw)
+    os.replace(copy, path)
+
+
+def test_a_copy_with_another_value_of_the_same_checksum_is_a_rewind(path):
+    """Its chain of checksums was that of the file before it: no subscriber was told, and each kept
+    the old value for ever."""
+    old = b"role=viewer;    sig=0000"
+    new = with_the_checksum_of(b"role=admin ;    sig=????", old)
+    with AppendLogSnapshot.open(path)[1] as snap:
+        snap.apply([Put("user/7", old)], cursor(1))
+        apply(snap, 2)
+        followed = following(path)
+        raw = path.read_bytes()
+        in_place_of(path, raw)
+        followed.poll()
+        assert not followed.rewinds, "the same bytes"
+        in_place_of(path, raw.replace(old, new))
+        followed.poll()
+        assert len(followed.rewinds) == 1
+        assert followed.fold.get("user/7").value == new
+
+
+def test_another_state_without_a_cursor_at_the_same_sequence_is_a_rewind(path):
+    """Both states had the none-cursor, which says nothing: they were taken for one state."""
+    nowhere = WatchCursor.none()
+    snap = AppendLogSnapshot.open(path)[1]
+    snap.apply([Put("a", b"1")], nowhere)
+    before = path.read_bytes()
+    snap.apply([Put("a", b"2")], nowhere)
+    followed = following(path)
+    snap._engine.log.abandon()
+    path.with_name("other").mkdir()
+    other = path.with_name("other") / "log"
+    for value in (b"2", b"3"):
+        other.write_bytes(before)
+        note_path(other).unlink(missing_ok=True)
+        with AppendLogSnapshot.open(other)[1] as snap:
+            snap.apply([Put("a", value)], nowhere)
+            snap.compact()
+        in_place_of(path, other.read_bytes())
+        followed.poll()
+        assert len(followed.rewinds) == (value != b"2")
+        assert followed.fold.get("a").value == value
 
 
 def test_a_batch_that_was_seen_and_then_denied_by_a_heal_is_a_rewind(path):
