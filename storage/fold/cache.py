@@ -240,7 +240,7 @@ class Cache:
 
     def parts(self) -> list[object]:
         """What it holds, in pieces of a leaf or a shard. With a limit of 0, it gives them away."""
-        parts: list[object] = [*self.recent, *self.older, *filter(None, self.indexes)]
+        parts: list[object] = [*filter(None, (*self.recent, *self.older, *self.indexes))]
         if not self.limit_bytes:
             self.recent[:] = [{} for _ in range(SHARDS)]
             self.older[:] = [{} for _ in range(SHARDS)]

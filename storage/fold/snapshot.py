@@ -172,9 +172,10 @@ class FoldSnapshot(SnapshotReads):
 
         Freeing a large fold at once holds the interpreter lock for 100 ms or more. Closing the last
         descriptor of a file without a name frees its pages, which takes as long. Parts shared with
-        other snapshots stay alive.
+        other snapshots stay alive. The descriptor comes last, and is the first to be released: the
+        disk may be short of the space.
         """
-        return [self.base.handle, *self.base.cache.parts(), *self.delta, *self.runs]
+        return [*self.base.cache.parts(), *self.delta, *self.runs, self.base.handle]
 
     @property
     def cached_bytes(self) -> int:

@@ -162,3 +162,18 @@ def test_forward_only_knows_the_cursor_of_a_call_that_was_interrupted_once_it_ha
             snap.apply([], WatchCursor.from_u64(15), forward_only=True)
         assert snap.get("k").value == b"20"
         assert snap.apply([], WatchCursor.from_u64(20), forward_only=True) == 12
+
+
+def test_a_fold_that_is_released_piece_by_piece_gives_up_its_file_first(path: Path):
+    """Beside a busy writer, each piece takes a turn of the interpreter lock: for 0.3 s and more, a
+    disk without room kept a file that a compaction had replaced.
+    """
+    _, snap = AppendLogSnapshot.open(path)
+    with snap:
+        snap.apply([Put("a", b"1")], 1)
+        snap.compact()
+        snap.get("a")
+        fold = snap.snapshot()
+        parts = fold.parts()
+        assert parts.pop() is fold.source
+        assert all(parts), "an empty piece takes a turn as well"
