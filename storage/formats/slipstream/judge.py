@@ -7,7 +7,6 @@ from foldlog.storage.formats.format import Known, Verdict
 from foldlog.storage.formats.slipstream.records import (
     CURSOR,
     HEADER,
-    MAX_CURSOR_BYTES,
     MAX_RECORD_BYTES,
     PUT,
     BadRecord,
@@ -94,7 +93,7 @@ def judge(handle: ReadHandle, bad: BadRecord, size: int) -> tuple[Verdict, str]:
         lost_sector, reason = True, "nothing but zeros"
     elif bad.cut_short:
         lost_sector, reason = False, f"the last record ends early ({bad.reason})"
-    elif zeros_from < bad.end and size - zeros_from >= MAX_CURSOR_BYTES:
+    elif zeros_from < bad.end:
         lost_sector, reason = True, f"a sector of the last record is missing ({bad.reason})"
     else:
         return Verdict.CORRUPT, bad.reason

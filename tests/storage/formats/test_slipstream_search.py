@@ -210,6 +210,34 @@ def test_slack_after_a_damaged_length_is_no_missing_sector(path: Path) -> None:
         refused(path, raw + bytes(zeros))
 
 
+def straddling(after: int) -> bytes:
+    """A log whose last cursor record ends in seven zeros, with `after` bytes after 512."""
+    cursor = slipref.cursor(b"\3" + bytes(7))
+    rest = 512 + after - len(FIRST) - len(cursor)
+    return FIRST + slipref.put("f", b"v" * (rest - len(slipref.put("f", b"")))) + cursor
+
+
+@pytest.mark.parametrize("after", range(1, 17))
+def test_a_last_sector_that_was_lost_is_torn_however_little_it_held(path: Path, after: int) -> None:
+    """If it held less than 16 bytes, the log was refused after a power loss."""
+    raw = straddling(after)
+    assert len(raw) == 512 + after
+    state = opened(path, raw[:512] + bytes(after))
+    assert set(state.entries) == ({"first", "f"} if after <= 15 else {"first"})
+
+
+@pytest.mark.parametrize("after", [1, 4, 7, 8])
+@pytest.mark.parametrize("zeros", [0, 7, 600])
+def test_a_flip_in_a_cursor_record_that_ends_in_zeros_is_refused(
+    path: Path, after: int, zeros: int
+) -> None:
+    """With slack after it, each flip in its checksum or its cursor read as a lost sector."""
+    raw = straddling(after)
+    for at in range(len(raw) - 14, len(raw)):
+        flipped = raw[:at] + bytes((raw[at] ^ 1 << at % 8,)) + raw[at + 1 :]
+        refused(path, flipped + bytes(zeros))
+
+
 def test_a_torn_batch_with_no_cursor_record_after_it_was_never_answered(path: Path) -> None:
     """Its whole records behind a damaged one are no loss: the batch itself was not complete."""
     half = bytearray(slipref.put("a", b"x" * 500) + slipref.put("b", b"y"))
