@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import pykka
 
+from foldlog.actors.base.memory import pause
 from foldlog.protocol.logger import log
 from foldlog.storage.forks import Rank, call_after_fork
 from foldlog.storage.handover import Bell
@@ -183,15 +184,15 @@ class Answer(Future[T]):
         return self._facts.setdefault("watchers", _Watchers(self))  # type: ignore[no-any-return]
 
     def _tell_watcher(self, watcher: Any) -> None:
-        mark = object()
-        if self._facts.setdefault(("told", id(watcher)), mark) is not mark:
-            return
         if self.cancelled():
-            watcher.add_cancelled(self)
+            tell = watcher.add_cancelled
         elif self._facts["outcome"][1] is not None:
-            watcher.add_exception(self)
+            tell = watcher.add_exception
         else:
-            watcher.add_result(self)
+            tell = watcher.add_result
+        mark = object()
+        if self._facts.setdefault(("told", id(watcher)), mark) is mark:
+            tell(self)
 
 
 class _Watchers(list[Any]):
@@ -288,33 +289,48 @@ def runs_callbacks() -> bool:
 
 
 def _run_calls() -> None:
+    hand: list[Callable[[], None] | None] = [None]
+    is_short = False
     while True:
         try:
-            _serve_calls(threading.get_ident())
+            if is_short:
+                pause()
+            _serve_calls(threading.get_ident(), hand)
             return
         except MemoryError:
-            continue  # call nothing here: there may be no memory for that
+            is_short = True  # call nothing here: there may be no memory for that
 
 
-def _serve_calls(this: int) -> None:
+def _serve_calls(this: int, hand: list[Callable[[], None] | None]) -> None:
+    """Call what there is, until it was idle for long enough. Called again if a MemoryError ends it,
+    with the call that it was at in `hand`."""
     try:
         while True:
-            callback_threads[this] = inf
-            call = _calls.get(timeout=IDLE_S)
+            if hand[0] is None:
+                callback_threads[this] = inf
+                hand[0] = _calls.get(timeout=IDLE_S)
             callback_threads[this] = time.monotonic()
-            try:
-                call()
-            except BaseException:
-                log.exception("a callback of an answer failed")
-            del call
-    except queue.Empty:  # idle for long enough
+            _call(hand)
+    except queue.Empty:
         pass
     finally:
         callback_threads.pop(this, None)
     with contextlib.suppress(queue.Empty):  # jobs added between the last look and leaving
         while True:
-            call = _calls.get_nowait()
-            call()
+            hand[0] = _calls.get_nowait()
+            _call(hand)
+
+
+def _call(hand: list[Callable[[], None] | None]) -> None:
+    call = hand[0]
+    assert call is not None
+    try:
+        call()
+    except MemoryError:  # not a callback's: those are caught where they are called
+        raise
+    except BaseException:
+        log.exception("a callback of an answer failed")
+    hand[0] = None
 
 
 def _after_fork_in_child() -> None:

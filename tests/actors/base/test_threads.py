@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
-from actor_kit import DEADLINE_S, cursor, until
+from actor_kit import DEADLINE_S, cursor, in_thread, until
 from interrupts import RunsOut
 
 import foldlog
@@ -236,6 +237,37 @@ def test_an_opener_whose_thread_dies_before_its_first_line_is_told_and_leaves_no
         store.apply([Put("k", b"1")], cursor(1))
         with opened(kind, path, store) as well:
             until(lambda: well.snapshot.seq if kind == "derive" else well.get("k"), "it is seen")
+
+
+def finish_three(strike: RunsOut) -> None:
+    """Answers with callbacks, for which someone waits, while memory runs out on the thread that
+    calls the callbacks."""
+    answers: list[Answer[int]] = [Answer() for _ in range(3)]
+    called: list[int] = []
+    answers[0].add_done_callback(lambda _: sys.setprofile(strike))
+    for answer in answers:
+        answer.add_done_callback(lambda _: called.append(1))
+    waiting = in_thread(wait, answers, DEADLINE_S)
+    until(lambda: all(answer._facts.get("watchers") for answer in answers), "it waits")
+    for answer in answers:
+        answer.finish(1)
+    assert not waiting.result(DEADLINE_S).not_done
+    until(lambda: len(called) == 3, "all callbacks are called")
+    last, is_over = Answer[None](), threading.Event()
+    last.add_done_callback(lambda _: sys.setprofile(None))
+    last.add_done_callback(lambda _: is_over.set())
+    last.finish(None)
+    assert is_over.wait(DEADLINE_S)
+
+
+def test_each_callback_is_called_though_memory_runs_out_at_any_point_of_their_thread():
+    """The call in hand was lost: `concurrent.futures.wait` and an event loop waited for ever."""
+    for number in range(1, 1000):
+        strike = RunsOut(number)
+        finish_three(strike)
+        if not strike.fired:
+            break
+    assert number > 5
 
 
 def test_callbacks_whose_thread_dies_before_its_first_line_are_called_by_another(
