@@ -22,7 +22,7 @@ from foldlog.protocol.errors import (
     StoreLocked,
 )
 from foldlog.protocol.options import CACHE_BYTES, OnDamage
-from foldlog.protocol.tokens import WatchCursor
+from foldlog.protocol.tokens import U64_MAX, WatchCursor
 from foldlog.protocol.updates import Batch, Change, KvEntry, RawUpdates
 from foldlog.storage.engines.rocksdb.database.errors import (
     is_rocksdbs,
@@ -236,6 +236,8 @@ class Commits:
         """Returns the state before. `origin`: of the cursor; empty for the same as before."""
         self._check_usable()
         before = self._state
+        if before.seq + batches > U64_MAX:
+            raise FoldlogError(f"{self.path}: the sequence is exhausted")
         state = State(before.store_id, before.seq + batches, cursor, origin or before.origin)
         # Before they are written: see `Trail`.
         self._trail.parts += tuple(group.keys for group in groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from foldlog.protocol.store import FormatName
 from foldlog.storage.artifacts.artifact import read_manifest
 from foldlog.storage.engines.rocksdb.exchange.convert import log_from_rocksdb, rocksdb_from_log
 from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_database
+from foldlog.storage.log.files import Files
 
 CACHE = 8 * 1024 * 1024
 CURSOR = WatchCursor(b"versionst!")
@@ -160,6 +162,25 @@ def test_a_link_in_an_artifact_is_not_followed(artifact: Path) -> None:
     table.rename(artifact.with_name("elsewhere"))
     table.symlink_to(artifact.with_name("elsewhere"))
     refused(artifact, "cannot be opened")
+
+
+def test_an_artifact_that_cannot_be_read_just_now_is_not_called_invalid(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process without free descriptors was told to fetch the artifact again."""
+    real = Files.open_at
+
+    def failing(files: Files, name: str, dir_fd: int) -> int:
+        if name.endswith(".sst"):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(files, name, dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "open_at", failing)
+        with pytest.raises(OSError, match="Too many") as raised:
+            RocksDbSnapshot.import_artifact(artifact, artifact.with_name("copy.db"))
+    assert raised.value.errno == errno.EMFILE
+    assert not artifact.with_name("copy.db").exists()
 
 
 def test_a_consistent_artifact_whose_entries_do_not_verify_is_refused(artifact: Path) -> None:

@@ -24,6 +24,7 @@ from foldlog import (
     AppendLogSnapshot,
     CorruptLogError,
     Delete,
+    FoldlogError,
     InvalidFormatError,
     Put,
     RocksDbSnapshot,
@@ -42,7 +43,7 @@ from foldlog.storage.engines.rocksdb.database.record import (
     encode_entry,
     parse_state,
 )
-from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_database
+from foldlog.storage.engines.rocksdb.exchange.verify import describe, verify_database, verify_open
 
 CACHE = 8 * 1024 * 1024
 TIMEOUT_S = 120
@@ -421,6 +422,81 @@ def test_an_entry_that_does_not_decode_is_refused_when_it_is_read(path: Path) ->
         with pytest.raises(CorruptLogError, match="not UTF-8"):
             snap.range(start="l")
         assert len(snap.verify().problems) == 4
+
+
+@pytest.mark.parametrize("where", ["items", "get"])
+def test_a_read_that_fails_is_no_problem_of_the_store_but_an_error_of_the_disk(
+    path: Path, where: str
+) -> None:
+    """`verify` called a store damaged because a disk, or the limit on descriptors, refused it."""
+
+    class Failing:
+        def live_files(self) -> list[Any]:
+            return []
+
+        def fail(self, *_arguments: Any) -> Any:
+            words = f"IO error: While open a file for random read: {path}/000008.sst: "
+            raise Exception(words + "Too many open files")
+
+        def items(self, *_arguments: Any) -> Any:
+            return self.fail() if where == "items" else iter(())
+
+        def iter(self, *_arguments: Any) -> Any:
+            return Nothing()
+
+        get = fail
+
+    class Nothing:
+        def seek(self, _key: bytes) -> None: ...
+
+        def valid(self) -> bool:
+            return False
+
+        status = valid
+
+    with pytest.raises(OSError, match="Too many open files") as raised:
+        verify_open(Failing(), path)
+    assert raised.value.errno == errno.EMFILE
+
+
+def test_a_sequence_at_its_end_takes_no_more_batches(path: Path) -> None:
+    """A record of the state with a right checksum: the next batch killed the writer with an error
+    of `struct`."""
+    filled(path)
+    db = raw_database(path)
+    state = parse_state(db[STATE_KEY])
+    db[STATE_KEY] = state._replace(seq=2**64 - 2).pack()
+    db.close()
+    with opened(path) as snap:
+        snap.apply([Put("last", b"1")], 2)
+        for _ in range(2):
+            with pytest.raises(FoldlogError, match="exhausted"):
+                snap.apply([Put("more", b"1")], 3)
+        assert snap.get("last") is not None
+        assert snap.get("more") is None
+
+
+def test_a_version_of_any_length_in_the_options_is_read_or_ignored() -> None:
+    """5,000 digits were a ValueError: Python does not convert so many."""
+    assert opening.version_in(f"  rocksdb_version={'9' * 5000}.1") is None
+    assert opening.version_in("  rocksdb_version=10.1") == (10, 1)
+
+
+def test_a_directory_that_cannot_be_looked_at_just_now_is_not_gone(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed `stat` made a store FAILED for good: "is gone"."""
+
+    def failing(_path: Any, **_options: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with opened(path) as snap:
+        with monkeypatch.context() as patch:
+            patch.setattr("foldlog.storage.engines.rocksdb.commits._identity", failing)
+            with pytest.raises(OSError, match="Input/output") as raised:
+                snap.apply([Put("a", b"1")], 1)
+            assert raised.value.errno == errno.EIO
+        snap.apply([Put("a", b"1")], 1)
 
 
 # The bytes of a record.

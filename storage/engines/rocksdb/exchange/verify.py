@@ -137,17 +137,25 @@ def verify_open(db: Rdict, path: Path, progress: Progress | None = None) -> Rock
         except Exception as error:
             if not is_rocksdbs(error):
                 raise
+            if _is_no_damage(error, path):
+                raise typed(error, path) from error
             if str(error) not in problems[-1:]:  # a table is tried twice if its first block is bad
                 problems.append(str(error))
             start = next((first for first in starts if first > at), None)  # the next table
     if state is None:  # after damage that stopped the scan
-        state = _state_alone(db, problems)
+        state = _state_alone(db, path, problems)
     if state is None and (entries or problems):
         problems.append("the record of the state is missing")
     state = state or NO_STATE
     return RocksDbReport(
         path, directory_bytes(path), len(tables), entries, state.seq, state.cursor, tuple(problems)
     )
+
+
+def _is_no_damage(error: Exception, path: Path) -> bool:
+    """True if RocksDB could not read a file, which says nothing of its bytes. A file that is
+    missing is damage."""
+    return isinstance(typed(error, path, opening=True), OSError)
 
 
 def _checking_options() -> ReadOptions:
@@ -164,12 +172,14 @@ def _checked_state(raw: bytes, problems: list[str]) -> State | None:
         return NO_STATE
 
 
-def _state_alone(db: Rdict, problems: list[str]) -> State | None:
+def _state_alone(db: Rdict, path: Path, problems: list[str]) -> State | None:
     try:
         raw = db.get(STATE_KEY)
     except Exception as error:
         if not is_rocksdbs(error):
             raise
+        if _is_no_damage(error, path):
+            raise typed(error, path) from error
         problems.append(str(error))
         return NO_STATE
     return None if raw is None else _checked_state(raw, problems)
