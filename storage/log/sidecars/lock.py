@@ -71,6 +71,7 @@ _NO_NOTE = (
 )
 """Errors of opening a note that will not go away: for this reader, there is none."""
 _READER_WAIT_S = 0.25
+_OPENER_WAIT_S = 1.0
 _LONG = struct.Struct("@l")
 _FS_IOC_GETVERSION = 0x80007601 | _LONG.size << 16  # the kernel fills in 32 bits
 _PRIVATE = 0o600
@@ -288,12 +289,13 @@ class WriterLock:
             return
         if not self._leads_to(lock_path(self.path), self._identity):
             self._retake()
+            self._share()
         self._restore_note()
 
     def _retake(self) -> None:
         lost, self._fd = self._fd, -1
         try:
-            self._take()
+            self._take_from_openers()
         except (StoreLocked, ForeignFileError) as error:
             raise LogChangedError(
                 self.path, f"its lock file was deleted or replaced while it was open ({error})"
@@ -304,6 +306,18 @@ class WriterLock:
             else:
                 self._files.close(lost)
         self._made = []
+
+    def _take_from_openers(self) -> None:
+        """Take the lock. Whoever opens the log meanwhile has it until the log itself, which is
+        locked, refuses them: wait for that."""
+        give_up = time.monotonic() + _OPENER_WAIT_S
+        while True:
+            try:
+                return self._take()
+            except StoreLocked:
+                if time.monotonic() > give_up:
+                    raise
+            time.sleep(random.uniform(0.001, 0.005))
 
     def is_in_place(self) -> bool:
         """True if the lock file still has its name, and something that of the note.

@@ -399,6 +399,46 @@ def test_a_lock_file_that_went_is_made_anew_before_anything_is_renamed(path, how
     log_of(path, 1)
 
 
+@pytest.mark.parametrize("gone", [SIDE_PATHS, [lock_path], [note_path]])
+def test_what_is_made_anew_admits_whom_the_log_admits(path, gone):
+    """Only with a new note was a new lock file opened to the log's group."""
+    log_of(path)
+    path.chmod(0o664)
+    with AppendLogSnapshot.open(path)[1] as snap:
+        apply(snap, 4)
+        before = {side: side(path).stat().st_mode for side in SIDE_PATHS}
+        for side in gone:
+            side(path).unlink()
+        snap.compact()
+        assert {side: side(path).stat().st_mode for side in SIDE_PATHS} == before
+
+
+def test_an_opener_that_will_be_refused_does_not_keep_the_writer_from_its_lock(path, monkeypatch):
+    """While a store made its deleted lock file anew, another process was just opening the log: it
+    had the lock until the log itself refused it, and the store was FAILED for that."""
+    with AppendLogSnapshot.open(path)[1] as snap:
+        apply(snap, 1)
+        lock_path(path).unlink()
+        opener = [WriterLock(Files(), path)]
+        monkeypatch.setattr(lock_module.time, "sleep", lambda _: opener and opener.pop().release())
+        snap.compact()
+        assert not opener
+        with pytest.raises(StoreLocked):
+            WriterLock(Files(), path)
+
+
+def test_a_writer_that_has_the_new_lock_file_for_good_stops_the_rewrite(path, monkeypatch):
+    monkeypatch.setattr(lock_module, "_OPENER_WAIT_S", 0.0)
+    with AppendLogSnapshot.open(path)[1] as snap:
+        apply(snap, 1)
+        lock_path(path).unlink()
+        other = WriterLock(Files(), path)
+        with pytest.raises(LogChangedError, match="lock file"):
+            snap.compact()
+        other.release()
+        snap.compact()
+
+
 def test_a_note_that_went_alone_is_made_anew(path):
     """A cleaner of temporary files removed the note of a running store: `info` said that nobody
     writes, and the next opening knew of no watermark."""
