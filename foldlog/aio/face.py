@@ -75,17 +75,20 @@ class Face(Reads, Generic[S]):
         await self._close(self._opened.close)
 
     async def _close(self, close: Callable[[], None]) -> None:
-        thread = self._thread
-        if self._closing is None:
+        closing, thread = self._closing, self._thread
+        if closing is None:
             try:
-                self._closing = thread.submit(close)
+                closing = self._closing = thread.submit(close)
             except (RuntimeError, MemoryError):
-                if self._closing is None:  # else another loop's thread came first
+                closing = self._closing
+                if closing is None:  # else another loop's thread came first
                     close()  # no thread can be started: better on the loop than not at all
                     return
             thread.end()
-        await settled(self._closing)
-        self._closing.result()
+        await settled(closing)
+        if closing.exception() is not None and self._closing is closing:
+            self._thread, self._closing = OffLoop(), None  # it can be called again
+        closing.result()
 
     def after_fork(self) -> None:
         """In a forked child, where the thread is not."""
