@@ -44,7 +44,6 @@ from foldlog.protocol.frames import (
 )
 from foldlog.protocol.options import CACHE_BYTES
 from foldlog.protocol.updates import SLICE, Change, DecodedBatch
-from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.diff import diff
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.formats.foldlog.replay import FRAME_AFTER_BASE, Replay
@@ -344,7 +343,7 @@ class Tail:
         elif self._place is None and lost_since(handle, header.log_id, chain.seq, size) is not None:
             load_intact(handle)  # raises LogRegressedError
         if joint.is_to_be_compared:
-            base = FoldSnapshot(replay.base, EMPTY_DELTA, (), header.base_seq, self.fold.cursor())
+            base = replay.fold_of_base(header.base_seq, self.fold.cursor())
             joint.found = _are_equal(self.fold, base)
         place = _Place(handle, inode, header, chain, batches_chain, batches_size)
         return place, replay.fold(), joint

@@ -158,6 +158,7 @@ def test_a_compaction_is_followed_without_a_reload(follow: Follow, open_store: O
     for number in range(1, 30):
         store.apply([Put("k", b"%d" % number)], cursor(number))
         if number % 7 == 0:
+            follower.wait_for(cursor(number), DEADLINE_S)  # else it may have to reload
             store.compact()
     events = [watch.next(DEADLINE_S) for _ in range(29)]
     assert [event.seq for event in events] == list(range(1, 30))

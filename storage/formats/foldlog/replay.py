@@ -22,7 +22,7 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import DecodedBatch
 from foldlog.storage.fold.base import Base
-from foldlog.storage.fold.delta import Collected
+from foldlog.storage.fold.delta import EMPTY_DELTA, Collected
 from foldlog.storage.fold.snapshot import FoldSnapshot
 from foldlog.storage.log.files import ReadHandle
 
@@ -81,6 +81,10 @@ class Replay:
         """The state after all frames so far. Cost: see `Collected.settled`."""
         collected = self._collected.settled()
         return FoldSnapshot(self.base, *collected, self._seq, self._cursor, self._origin)
+
+    def fold_of_base(self, seq: int, cursor: WatchCursor) -> FoldSnapshot:
+        """What the base alone holds, with the batch and cursor at its end."""
+        return FoldSnapshot(self.base, EMPTY_DELTA, (), seq, cursor)
 
 
 def _end_of_base(body: memoryview, base: Base) -> WatchCursor:
