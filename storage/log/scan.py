@@ -29,7 +29,11 @@ from foldlog.storage.formats.format import BadBytes
 from foldlog.storage.log.files import ReadHandle
 
 WINDOW_BYTES = 4 * 1024 * 1024
+LARGE_BYTES = 64 * 1024 * 1024
+"""A frame longer than this is checked in pieces before it is read: a torn one, mostly a hole, or a
+forged one may be a GiB long."""
 NO_HEADER = "no valid frame header"
+_BAD_BODY, _BAD_TRAILER = "the frame's body does not verify", "the frame's trailer is wrong"
 
 
 class Chain(NamedTuple):
@@ -121,8 +125,24 @@ def header_fault(frame: FrameHeader, offset: int, rest: int) -> BadFrame | None:
 def body_fault(frame: FrameHeader, body: bytes | memoryview, trailer: bytes | memoryview) -> str:
     """Why a frame's body or trailer is bad; "" if neither is."""
     if crc32c(body) != frame.body_crc:
-        return "the frame's body does not verify"
-    return "" if trailer == TRAILER else "the frame's trailer is wrong"
+        return _BAD_BODY
+    return "" if trailer == TRAILER else _BAD_TRAILER
+
+
+def large_fault(handle: ReadHandle, frame: FrameHeader, offset: int) -> str:
+    """`body_fault`, for the frame at `offset`, read in pieces; "" if it is not `LARGE_BYTES` long.
+
+    EOFError if the file ends within it.
+    """
+    if frame.size <= LARGE_BYTES:
+        return ""
+    start, crc = offset + FRAME_HEADER.size, 0
+    end = start + frame.body_len
+    for at in range(start, end, WINDOW_BYTES):
+        crc = crc32c(handle.read(min(WINDOW_BYTES, end - at), at), crc)
+    if crc != frame.body_crc:
+        return _BAD_BODY
+    return "" if handle.read(len(TRAILER), end) == TRAILER else _BAD_TRAILER
 
 
 def read_frames(
@@ -173,6 +193,12 @@ def read_frames(
                 raise bad
         if filled - at < frame_size:
             if len(window) < frame_size:
+                try:
+                    reason = large_fault(handle, frame, offset)
+                except EOFError as error:
+                    raise LogChangedError(handle.path, str(error)) from None
+                if reason:
+                    raise BadFrame(offset, reason, final=False)
                 window = memoryview(bytearray(frame_size))
             base, at = offset, 0
             read = _fill(handle, window, base, min(len(window), rest))

@@ -14,6 +14,7 @@ from foldlog.protocol.frames import (
     FRAME_HEADER,
     FRAME_MAGIC,
     KINDS,
+    TRAILER,
     FileHeader,
     FrameHeader,
     oversize,
@@ -23,7 +24,7 @@ from foldlog.protocol.frames import (
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.recovery import crc32c_tables
-from foldlog.storage.log.scan import NO_HEADER, body_fault, header_fault
+from foldlog.storage.log.scan import NO_HEADER, body_fault, header_fault, large_fault
 
 _FIRST_CHUNK_BYTES = 512  # usually the next frame is near; doubled each time, up to:
 _CHUNK_BYTES = 1024 * 1024
@@ -41,7 +42,8 @@ class Piece(NamedTuple):
     header: FrameHeader | None
     """None: no frame begins here."""
     body: bytes
-    """Of the frame. If its checksum is wrong, the bytes in its place; else empty for bad pieces."""
+    """Of the frame. If its checksum is wrong, the bytes in its place, unless it is a large frame;
+    else empty for bad pieces."""
     reason: str
     """Why it is not a valid frame; "" if it is one. What precedes the frame does not matter."""
     final: bool = False
@@ -113,9 +115,13 @@ class Walker:
         rest = self._size - at
         if (bad := header_fault(header, at, rest)) is not None:
             return Piece(at, header.size, header, b"", bad.reason, final=bad.final)
-        raw = self._handle.read(header.size - FRAME_HEADER.size, at + FRAME_HEADER.size)
-        body = raw[: header.body_len]
-        reason = body_fault(header, body, raw[header.body_len :])
+        body = b""
+        reason = large_fault(self._handle, header, at)
+        if not reason:
+            start = at + FRAME_HEADER.size
+            body = self._handle.read(header.body_len, start)
+            trailer = self._handle.read(len(TRAILER), start + header.body_len)
+            reason = body_fault(header, body, trailer)
         if reason:
             self._spare -= header.size
         return Piece(at, header.size, header, body, reason)
@@ -200,8 +206,10 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
             or oversize(header) is not None
         ):
             continue
+        read += header.size
+        if large_fault(handle, header, at):
+            continue
         rest = handle.read(header.size - FRAME_HEADER.size, at + FRAME_HEADER.size)
-        read += len(rest)
         if body_fault(header, rest[: header.body_len], rest[header.body_len :]):
             continue
         seed = _crc32c_before(raw[8:], header.crc)

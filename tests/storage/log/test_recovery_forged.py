@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tracemalloc
 
 import msgpack
@@ -35,6 +36,7 @@ from foldlog import (
 from foldlog.protocol.decoding import decode_batches
 from foldlog.protocol.frames import (
     FILE_HEADER,
+    FRAME_HEADER,
     KIND_BASE_END,
     KIND_BATCHES,
     KIND_LEAF,
@@ -44,7 +46,14 @@ from foldlog.protocol.frames import (
 from foldlog.protocol.updates import encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine as Engine
 from foldlog.storage.fold.leaf import encode_leaf
-from foldlog.storage.log import recovery
+from foldlog.storage.formats.foldlog.walk import Walker
+from foldlog.storage.formats.registry import read_own_header
+from foldlog.storage.log import recovery, scan
+from foldlog.storage.log.files import OS_FILES, ReadHandle
+from foldlog.storage.log.scan import BadFrame, Chain, read_frames
+from foldlog.storage.log.tail import Tail
+from foldlog.storage.repair.salvage import salvage_log
+from foldlog.storage.repair.verify import verify_log
 
 pytestmark = pytest.mark.exhaustive
 
@@ -404,6 +413,53 @@ def test_damage_to_a_leaf_while_the_log_is_open_is_never_read_as_a_value(path):
             engine.fold.range("")
         assert caught.value.path == path
         engine.log.abandon()
+
+
+def test_a_hole_that_a_header_calls_a_frame_takes_no_memory(path, raw):
+    """A batch of a GiB whose pages were lost, or 4 KiB of disk that claim to be one: each reader
+    allocated all of it, and `verify` twice."""
+    length = 900 * 1024 * 1024
+    path.write_bytes(raw + forge(raw, KIND_BATCHES, b"", body_len=length, batches=1))
+    os.truncate(path, path.stat().st_size + length)
+    readers = (
+        lambda: Engine(path),
+        lambda: Tail(OS_FILES, path).poll(),
+        lambda: salvage_log(path, path.with_name("saved")),
+        lambda: verify_log(path),
+    )
+    tracemalloc.start()
+    try:
+        for reader in readers[:2]:
+            with pytest.raises(CorruptLogError):
+                reader()
+        assert readers[2]().losses
+        assert not readers[3]().ok
+        assert tracemalloc.get_traced_memory()[1] < 100 * 1024 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("at", "reason"),
+    [(None, ""), (FRAME_HEADER.size, "body does not verify"), (-1, "trailer is wrong")],
+)
+def test_a_large_frame_is_checked_in_pieces_as_any_other_is(path, raw, at, reason, monkeypatch):
+    monkeypatch.setattr(scan, "LARGE_BYTES", 0)
+    monkeypatch.setattr(scan, "WINDOW_BYTES", 7)
+    frame = frames_of(raw)[-1]
+    if at is not None:
+        damage(path, (frame.start if at > 0 else frame.end) + at)
+    with ReadHandle(OS_FILES, path) as handle:
+        header = read_own_header(handle)
+        frames = read_frames(handle, header, Chain.start(header), len(raw), window_bytes=60)
+        if at is None:
+            assert sum(1 for _ in frames) == len(frames_of(raw))
+        else:
+            with pytest.raises(BadFrame, match=reason):
+                list(frames)
+        reasons = [piece.reason for piece in Walker(handle, header.seed, len(raw)).pieces()]
+        assert reason in reasons[-1]
+        assert not any(reasons[:-1])
 
 
 def test_a_file_crafted_of_magic_numbers_is_refused_in_bounded_work(path, monkeypatch):
