@@ -52,7 +52,9 @@ def convert(log: Path, dest: Path, to: str, as_json: bool) -> None:
     given = unused_path(OS_FILES, dest, "convert")
     if database.is_database(log) or to == database.ROCKSDB:
         with progress_bar("converting", "entries") as progress:
-            entries = database.convert(log, dest, to, progress)
+            entries, source_log = database.convert(log, dest, to, progress)
+        if source_log is not None:
+            report_torn(source_log)
         with read_state(dest) as state:
             cursor = state.cursor()
         _report(log, dest, (_format_of(log), to), entries, cursor, as_json)

@@ -36,7 +36,7 @@ from foldlog.storage.engines.rocksdb.exchange.convert import (
 )
 from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_fold
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
-from foldlog.storage.formats.format import Progress
+from foldlog.storage.formats.format import Loaded, Progress
 
 ROCKSDB = "rocksdb"
 """The value of --to that is no file format."""
@@ -192,13 +192,16 @@ def import_(artifact_dir: Path, dest: Path, progress: Progress | None) -> Export
         return import_artifact(artifact_dir, dest, progress=progress)
 
 
-def convert(source: Path, dest: Path, to: str, progress: Progress | None) -> int:
-    """Convert from a database, or to one. Returns the number of entries."""
+def convert(
+    source: Path, dest: Path, to: str, progress: Progress | None
+) -> tuple[int, Loaded | None]:
+    """Convert from a database, or to one. Returns the number of entries, and what was read of a
+    log."""
     with needs_extra():
         if to == ROCKSDB:
             refuse_directory(source, "a database can be converted to a log only")
             return rocksdb_from_log(source, dest, progress)
-        return log_from_rocksdb(source, dest, cast(FormatName, to), progress)
+        return log_from_rocksdb(source, dest, cast(FormatName, to), progress), None
 
 
 def size_of(path: Path) -> int:

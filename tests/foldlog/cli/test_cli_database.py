@@ -3,6 +3,7 @@ log, and anything else is refused."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -129,6 +130,24 @@ def test_convert_goes_from_a_database_to_a_log_and_back(
     assert run("convert", log, back, "--to", "rocksdb").exit_code == 0
     assert stat.S_IMODE(back.stat().st_mode) == 0o700
     assert state_of(back) == (ENTRIES, CURSOR)
+
+
+def test_convert_counts_the_entries_of_a_log_and_tells_of_its_torn_tail(tmp_path: Path) -> None:
+    """The entries of a log with changes after its base were counted when it was closed already:
+    "Bad file descriptor", and the database was there. A torn tail was left out without a word."""
+    log = tmp_path / "log"
+    with AppendLogSnapshot.open(log, compact_threshold=1 << 40)[1] as snap:
+        snap.apply([Put(f"k{number:04}", b"1") for number in range(1000)], CURSOR)
+        snap.compact()
+        snap.apply([Put("k0500", b"2"), Put("new", b"2")], WatchCursor.from_u64(8))
+        size = log.stat().st_size
+        snap.apply([Put("torn", b"3")], WatchCursor.from_u64(9))
+    os.truncate(log, size + 50)
+    log.with_name("log.foldlog-note").unlink()
+    result = run("convert", log, tmp_path / "back.db", "--to", "rocksdb", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["entries"] == 1001
+    assert result.stderr == "left out a torn tail of 50 bytes\n"
 
 
 def test_a_conversion_to_what_exists_or_to_itself_is_refused(

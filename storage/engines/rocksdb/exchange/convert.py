@@ -21,7 +21,7 @@ from foldlog.storage.engines.rocksdb.exchange.reading import access_of, stored_f
 from foldlog.storage.engines.rocksdb.fold.snapshot import RocksDbFold
 from foldlog.storage.fold.leaf import Columns
 from foldlog.storage.fold.reading import Segment
-from foldlog.storage.formats.format import Progress
+from foldlog.storage.formats.format import Loaded, Progress
 from foldlog.storage.formats.registry import FORMATS, load_intact
 from foldlog.storage.formats.rewrite import write_new
 from foldlog.storage.log.files import OS_FILES, ReadHandle, resolve, unused_path
@@ -30,15 +30,18 @@ from foldlog.storage.log.sidecars.lock import WriterLock
 _LOAD_CACHE_BYTES = 32 * CACHE_BYTES.least
 
 
-def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = None) -> int:
+def rocksdb_from_log(
+    log: StrPath, dest: StrPath, progress: Progress | None = None
+) -> tuple[int, Loaded]:
     """Write the state of a log of either format as a RocksDB store at `dest`.
 
-    `dest` must not exist. Returns the number of entries. Raises what opening the log raises, and
-    FileExistsError. Cost: 3 us an entry.
+    `dest` must not exist. Returns the number of entries, and what was read of the log, which is
+    closed. Raises what opening the log raises, and FileExistsError. Cost: 3 us an entry.
     """
     target = resolve(unused_path(OS_FILES, dest, "a conversion"))
     with ReadHandle(OS_FILES, resolve(log)) as source:
-        fold = load_intact(source).fold
+        loaded = load_intact(source)
+        fold, entries = loaded.fold, len(loaded.fold)
         staged = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
         try:
             OS_FILES.make_dir(staged, 0o700)
@@ -52,7 +55,7 @@ def rocksdb_from_log(log: StrPath, dest: StrPath, progress: Progress | None = No
             OS_FILES.sync_dir(target.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    return len(fold)
+    return entries, loaded
 
 
 def log_from_rocksdb(
