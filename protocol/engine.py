@@ -249,6 +249,9 @@ class Engine(Past, Protocol):
         """The limit on `size_bytes`, exceeded by at most one batch. None if the engine limits
         itself."""
 
+    def has_room(self, size: int) -> bool:
+        """False if the disk is known to have no room for `size` bytes."""
+
     @property
     def synced(self) -> tuple[int, WatchCursor]:
         """The sequence and cursor up to which every batch survives a power loss."""

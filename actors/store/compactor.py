@@ -56,6 +56,8 @@ class Compactor:
         """After a failed compaction: live bytes, as far as known."""
         self._failed_at = self._retry_at = 0.0
         """After a failed compaction: when it failed, when to retry (time.monotonic())."""
+        self._waits_for_room = False
+        """The disk had no room for the compaction that failed."""
 
     @property
     def _engine(self) -> Engine:
@@ -145,6 +147,7 @@ class Compactor:
         self.failures += 1
         self._failed_at, self._live = time.monotonic(), rewrite.live_bytes
         self._retry_at = self._failed_at + delay_s
+        self._waits_for_room = not self._engine.has_room(self._live)
         self._core.statistics.compaction_error = f"{type(error).__name__}: {error}"
         log.warning(
             "%s: compaction failed, the log goes on as it was; tried again in %.0f s: %s",
@@ -197,12 +200,15 @@ class Compactor:
 
     def is_log_full(self, size: int) -> bool:
         """True if `size` more bytes would exceed the log's bound. For a log that could not be
-        compacted."""
+        compacted: once the disk has room again, that is tried before the log takes it."""
         live, threshold = self._live, self._core.config.compact_threshold
         limit = self._engine.limit_bytes(live, max(threshold, DEFAULT_COMPACT_THRESHOLD))
         full = limit is not None and self._engine.size_bytes + size > limit
         if full:  # more may be live by now, or there may be space again
             self._retry_at = min(self._retry_at, self._failed_at + FULL_RETRY_S)
+            self.begin_if_due()
+        elif self._waits_for_room and self._engine.has_room(live):
+            self._waits_for_room, self._retry_at = False, 0.0
             self.begin_if_due()
         return full
 

@@ -79,6 +79,16 @@ def allowance_bytes(limit: int, stage: int, lag: int, made: int, expected: int) 
     return min(limit, stage + SLACK_BYTES + room)
 
 
+def free_bytes(log: Log) -> int | None:
+    """Room on the log's disk; None if unknown."""
+    try:
+        return log.files.free_bytes(log.path.parent)
+    except OSError as error:
+        if not is_own_fault(error):
+            raise
+        return None
+
+
 def room_bytes(free: int | None, needed: int) -> int:
     """How much the writer may append during a pass that writes `needed` bytes, on a disk with room
     for `free` bytes (None: unknown).
@@ -109,7 +119,7 @@ class Rewrite:
         """The size of a compacted log, as far as it is known."""
         self._lag = self._stage_out = 0
         self._expected = self._began  # bytes that this pass writes, at most
-        self._free = self._free_bytes()
+        self._free = free_bytes(self._log)
         """Room on the disk for this pass, when it began; None if unknown."""
         self._out: NewFile | None = None
         self._outdated: NewFile | None = None
@@ -140,14 +150,6 @@ class Rewrite:
             live = needed = max(live, made)
         most = min(limit(live), self._stage + room_bytes(self._free, needed))
         return allowance_bytes(most, self._stage, self._lag, made, self._expected)
-
-    def _free_bytes(self) -> int | None:
-        try:
-            return self._log.files.free_bytes(self._log.path.parent)
-        except OSError as error:
-            if not is_own_fault(error):
-                raise
-            return None
 
     def write(self, progress: Progress | None = None) -> None:
         """Write the fold, and sync it. Cancelled if `cancelled` was set; OSError.
@@ -225,7 +227,7 @@ class Rewrite:
     def _begin_pass(self, expected: int) -> None:
         self.passes += 1
         self._stage, self._lag, self._expected = self._log.position.offset, self.lag_bytes, expected
-        self._free = self._free_bytes()
+        self._free = free_bytes(self._log)
 
     def catch_up(self) -> None:
         """Carry over what had been appended when `begin_carry` was called, and sync it.

@@ -25,7 +25,7 @@ from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.delta import EMPTY_DELTA
 from foldlog.storage.fold.snapshot import ClosedFold, FoldSnapshot
 from foldlog.storage.formats.format import Progress, VerifyReport
-from foldlog.storage.formats.rewrite import Next, Rewrite, next_pass
+from foldlog.storage.formats.rewrite import Next, Rewrite, free_bytes, next_pass
 from foldlog.storage.log.files import OS_FILES, Files, ReadHandle, resolve
 from foldlog.storage.log.log import Log
 from foldlog.storage.log.opening import open_log
@@ -264,6 +264,11 @@ class LogEngine(LogPast):
     def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> int:
         """See `Engine`."""
         return log_limit(live_bytes, threshold_bytes)
+
+    def has_room(self, size: int) -> bool:
+        """See `Engine`. Cost: a system call."""
+        free = free_bytes(self.log)
+        return free is None or free >= size
 
     def next_pass(self, job: Rewrite) -> bool:
         """See `Engine`, and `next_pass` in `formats/rewrite.py`."""

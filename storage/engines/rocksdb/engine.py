@@ -119,6 +119,10 @@ class RocksDbEngine(Commits):
     def limit_bytes(self, live_bytes: int, threshold_bytes: int) -> None:
         """See `Engine`. No limit: RocksDB makes writers wait by itself."""
 
+    def has_room(self, size: int) -> bool:
+        """See `Engine`. RocksDB looks after its room by itself."""
+        return True
+
     def begin_compaction(self) -> Compaction:
         """See `Engine`. Compacts all tables."""
         self._check_usable()

@@ -247,6 +247,25 @@ def test_a_log_that_cannot_be_compacted_grows_to_its_bound_and_no_further(open_s
     store.apply([Put("k", b"v")], cursor(999))
 
 
+def test_once_a_full_disk_has_room_again_the_log_is_compacted_before_it_takes_it(
+    open_store, monkeypatch
+):
+    """The compaction was tried again up to a minute later. By then, the log had filled the room."""
+    monkeypatch.setattr(compactor_module, "RETRY_S", 10 * DEADLINE_S)
+    monkeypatch.setattr(compactor_module, "MAX_RETRY_S", 10 * DEADLINE_S)
+    disk = SmallDisk(0)
+    files = FaultyFiles(inner=disk)
+    store = open_store(files=files, compact_threshold=MIB)
+    files.arm(Fault("create", nth=1, error=errno.ENOSPC))
+    store.apply([Put("k", b"v" * (2 * MIB))], cursor(1))
+    until(lambda: store.stats().compaction_error, "it could not be compacted")
+    store.apply([Put("k", b"still full")], cursor(2))
+    assert store._supervisor.writer._compactor.running is None
+    disk.free = 8 * MIB
+    store.apply([Put("k", b"room")], cursor(3))
+    until(lambda: store.stats().compactions, "it is compacted")
+
+
 def test_new_entries_are_no_growth_that_a_failing_compaction_bounds(open_store, monkeypatch):
     """All of it is live: there is nothing that a compaction could free."""
     monkeypatch.setattr(compactor_module, "DEFAULT_COMPACT_THRESHOLD", MIB)
