@@ -184,7 +184,8 @@ class Derived(Closing, Generic[V]):
 
     def close(self) -> None:
         """Stop updating the value. Closing twice is fine."""
-        self._finalizer()
+        _end(self._worker)  # can be repeated, if it is interrupted
+        self._finalizer.detach()
 
 
 def _end(worker: _Worker[V]) -> None:

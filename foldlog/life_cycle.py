@@ -46,14 +46,12 @@ def close(supervisor: Supervisor, timeout_s: float) -> BaseException | None:
     ):
         return None
     deadline = time.monotonic() + timeout_s
-    try:
-        error = answer.result(timeout_s)
-    except TimeoutError:
+    if not answer.wait(timeout_s):
         return RequestTimeout(
             f"the store did not close within {timeout_s} s; the writer still has the log open"
         )
     supervisor.thread.join(max(deadline - time.monotonic(), 0.1))
-    return error
+    return answer.result()
 
 
 def close_dropped(supervisor: Supervisor, pid: int) -> None:

@@ -175,8 +175,8 @@ class Mirror(Store):
         """Not for callers: use `foldlog.mirror`."""
         from foldlog.actors.link.link import Link
 
-        store._finalizer.detach()
         super().__init__(store._core, store._supervisor)
+        store._finalizer.detach()  # now that this one is responsible
         sink = _Sink(store._core, store._supervisor.writer)
         self.link = Link(str(store.path), sink, upstream, config)
         """The connection to the upstream: see `link.state`, `link.reason`, `link.stats()`."""

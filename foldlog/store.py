@@ -327,19 +327,13 @@ class Store(Watched):
         if not in_hand:
             self._check_thread()
             self._offer(mail, timeout_s)
-        try:
-            return request.future.result(request.created + timeout_s - time.monotonic())
-        except TimeoutError:
-            if request.future.done() and not request.future.cancelled():
-                # It arrived at the last moment, or the answer is itself a TimeoutError.
-                return request.future.result()
-            if request.future.cancel():
-                raise RequestTimeout(
-                    f"no answer within {timeout_s} s; the request was withdrawn"
-                ) from None
-            raise RequestTimeout(
-                f"no answer within {timeout_s} s; its outcome is unknown"
-            ) from None
+        future = request.future
+        if not future.done() and not future.wait(request.created + timeout_s - time.monotonic()):
+            if future.cancel():
+                raise RequestTimeout(f"no answer within {timeout_s} s; the request was withdrawn")
+            if not future.done():  # else it arrived at the last moment
+                raise RequestTimeout(f"no answer within {timeout_s} s; its outcome is unknown")
+        return future.result()
 
     def sync(self, timeout_s: float | None = APPLY_TIMEOUT_S) -> None:
         """Make every batch answered before this call survive a power loss, whatever the option
@@ -498,10 +492,9 @@ class Store(Watched):
         self._check_thread()
         answer: Answer[None] = Answer()
         self._supervisor.post(Reopen(answer))
-        try:
-            answer.result(timeout_s)
-        except TimeoutError:
-            raise RequestTimeout(f"the store did not reopen within {timeout_s} s") from None
+        if not answer.wait(timeout_s):
+            raise RequestTimeout(f"the store did not reopen within {timeout_s} s")
+        answer.result()
 
     def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """Serve waiting requests, sync and seal the log, stop the actors, release the lock. Closing

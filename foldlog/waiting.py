@@ -78,13 +78,10 @@ def wait_until(
     woken = Wakeup()
     waiter = Waiter(position.is_reached, woken.set)
     feeds.add_waiter(waiter)  # before checking the snapshot: anything published later wakes us
-    try:
-        deadline = time.monotonic() + timeout_s
-        while not position.is_reached(current()):
-            check_coming(feeds)
-            rest = min(deadline - time.monotonic(), RECHECK_S)
-            if rest <= 0:
-                raise position.timeout(current(), timeout_s)
-            woken.wait(rest)
-    finally:
-        feeds.remove_waiter(waiter)
+    deadline = time.monotonic() + timeout_s
+    while not position.is_reached(current()):
+        check_coming(feeds)
+        rest = min(deadline - time.monotonic(), RECHECK_S)
+        if rest <= 0:
+            raise position.timeout(current(), timeout_s)
+        woken.wait(rest)

@@ -126,11 +126,16 @@ class Answer(Future[T]):
         """The exception it failed with, or None."""
         return self._outcome(timeout)[1]
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it has ended, up to `timeout_s` (None: no limit). False on a timeout. Unlike a
+        TimeoutError of `result`, that cannot be one that a signal handler raised."""
+        bell: Bell = self._facts.get("bell") or self._facts.setdefault("bell", Bell())
+        return bell.wait_for(self.done, timeout_s)
+
     def _outcome(self, timeout: float | None) -> tuple[Any, BaseException | None]:
         outcome = self._facts.get("outcome")
         if outcome is None:
-            bell = self._facts.get("bell") or self._facts.setdefault("bell", Bell())
-            if not bell.wait_for(self.done, timeout):
+            if not self.wait(timeout):
                 raise TimeoutError
             if self.cancelled():
                 raise CancelledError

@@ -11,7 +11,6 @@ import _thread
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from math import inf
 
 from foldlog.actors.base.answers import Answer
@@ -49,28 +48,25 @@ class OwnThread(threading.Thread):
         self._refusal: BaseException | None = None
         """Why it could not be started."""
 
-    def begin(self, timeout_s: float | None = None) -> None:
-        """Start it, and return once it runs.
+    def begin(self, timeout_s: float | None = None) -> bool:
+        """Start it, and return True once it runs.
 
-        RuntimeError if no thread can be started, MemoryError if it died before it ran,
-        TimeoutError after `timeout_s`. Then it never runs.
+        False after `timeout_s`; RuntimeError if no thread can be started, MemoryError if it died
+        before it ran. Then it never runs.
         """
         begun = self._begun
         call_aside(self._start_aside, self._refuse)
         deadline = inf if timeout_s is None else time.monotonic() + timeout_s
         for _ in range(LOOKS):
             rest = max(deadline - time.monotonic(), 0.0)
-            try:
-                begun.result(min(rest, RECHECK_S))
-                return
-            except CancelledError:
+            if begun.wait(min(rest, RECHECK_S)):
                 break
-            except TimeoutError:
-                if rest == 0.0 and self.withdraw():
-                    raise
+            if rest == 0.0 and self.withdraw():
+                return False
         if self.withdraw():
             raise self._refusal or MemoryError(f"the thread {self.name} did not begin")
         begun.result()
+        return True
 
     def _start_aside(self) -> None:
         """An interrupt within `Thread.start` can leave locks of `threading` held, and it waits for

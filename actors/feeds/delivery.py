@@ -45,13 +45,14 @@ class Delivery:
         if not all(hasattr(ref, name) for name in ("actor_inbox", "is_alive", "tell")):
             raise TypeError(f"actor_ref is a pykka.ActorRef, not {type(ref).__name__}")
         self._sending = sending = _Sending(ref, feeds, prefix)
-        self._subscription = sending.subscription = Subscription(
-            feeds, current, prefix, since, sending.bookmark, feeds.dispatcher.index
-        )
         try:
+            self._subscription = sending.subscription = Subscription(
+                feeds, current, prefix, since, sending.bookmark, feeds.dispatcher.index
+            )
             feeds.dispatcher.add(sending)
-        except BaseException:
-            self._subscription.close()
+        except BaseException:  # also between the two
+            sending.over.set()
+            feeds.remove(sending.bookmark)
             raise
 
     @property

@@ -18,6 +18,7 @@ steps are missed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 from foldlog.actors.feeds.bookmark import Bookmark
@@ -33,7 +34,7 @@ from foldlog.storage.forks import Rank, tell_after_fork
 class Waiter:
     """Waits until a published state satisfies a condition."""
 
-    __slots__ = ("is_reached", "wake")
+    __slots__ = ("__weakref__", "is_reached", "wake")
 
     def __init__(self, is_reached: Callable[[Snapshot], bool], wake: Callable[[], object]) -> None:
         """Both are called by the publisher: they must be quick, and never block or raise."""
@@ -47,7 +48,7 @@ class Feeds:
         self.past: Past = LogPast()
         """The source of the past of the snapshots: a store's writer puts its engine here."""
         self._subscribed: dict[Bookmark, None] = {}
-        self._waiters: dict[Waiter, None] = {}
+        self._waiters: dict[weakref.ref[Waiter], None] = {}
         self._ring = Ring()
         self._index = PrefixIndex()
         self.dispatcher = Dispatcher(self._ring, self._index)
@@ -116,8 +117,9 @@ class Feeds:
         self._index.told = None
 
     def _wake_reached(self, fold: Snapshot) -> None:
-        for waiter in listed(self._waiters):
-            if waiter.is_reached(fold):
+        for ref in listed(self._waiters):
+            waiter = ref()
+            if waiter is not None and waiter.is_reached(fold):
                 waiter.wake()
 
     def add(self, bookmark: Bookmark, index: PrefixIndex | None = None) -> None:
@@ -138,8 +140,9 @@ class Feeds:
             self._forget()
 
     def add_waiter(self, waiter: Waiter) -> None:
-        """Wake `waiter` by each state that it waits for, and at the end."""
-        self._waiters[waiter] = None
+        """Wake `waiter` by each state that it waits for, and at the end; for as long as the caller
+        holds it. So one that is interrupted, wherever that is, leaves nothing behind."""
+        self._waiters[weakref.ref(waiter, self._waiters.pop)] = None
         if self.ended is not None:
             waiter.wake()
 
@@ -149,12 +152,10 @@ class Feeds:
         self._wake_waiters()
 
     def _wake_waiters(self) -> None:
-        for waiter in listed(self._waiters):
-            waiter.wake()
-
-    def remove_waiter(self, waiter: Waiter) -> None:
-        """It does not wait any more."""
-        self._waiters.pop(waiter, None)
+        for ref in listed(self._waiters):
+            waiter = ref()
+            if waiter is not None:
+                waiter.wake()
 
     def end(self, reason: str) -> None:
         """End all subscriptions, current and future. What waits is still delivered."""

@@ -130,7 +130,8 @@ class FollowerThread:
         self._watch: FileWatch | None = None  # made by the thread: the opener may be interrupted
         self._started: Answer[None] = Answer()
         self._ended = Latch()
-        self._waking = threading.RLock()
+        self._waking = threading.Lock()
+        """Held by a thread that wakes it, never by a caller's."""
         self._error: Exception | None = None
         self._has_event = False
         self._found_at: deque[float] = deque(maxlen=BUSY_BATCHES)
@@ -150,13 +151,8 @@ class FollowerThread:
     def _start(self, timeout_s: float | None = None) -> None:
         self.woken.set()  # for changes before the watch began
         self.thread = OwnThread("foldlog-follower", self._run, self._end)
-        try:
-            self.thread.begin(timeout_s)
-            self._started.result(timeout_s)
-        except TimeoutError:
-            raise RequestTimeout(
-                f"{self.path}: no thread was started within {timeout_s} s"
-            ) from None
+        if not (self.thread.begin(timeout_s) and self._started.wait(timeout_s)):
+            raise RequestTimeout(f"{self.path}: no thread was started within {timeout_s} s")
 
     def after_fork(self) -> None:
         """In a forked child: the first use resumes following. The parent's resources are neither
@@ -171,27 +167,45 @@ class FollowerThread:
 
     def wake(self) -> None:
         """Resume following in a forked child, if that is not done yet. RuntimeError or MemoryError
-        if no thread can be started."""
-        if self._asleep is None:
+        if no thread can be started.
+
+        On a thread of its own: a caller that is interrupted would leave it half done, and a signal
+        handler that uses the follower would come between.
+        """
+        if self._asleep is None or self._closing:
             return
-        with self._waking:
-            asleep = self._asleep
-            if asleep is None or self._closing:
-                return
-            self._catch_up()
-            fold, before = self.snapshot, asleep.before
-            # There is nothing to read, and the state says why.
-            if fold is asleep:
-                self.snapshot = before
-            elif fold.seq < before.seq:
-                self._rewound = f"the log is at batch {fold.seq}, and was at {before.seq} before"
-                self._set_state()
-            try:
-                self._start()
-            except (RuntimeError, MemoryError):
-                self.snapshot = asleep
-                raise
-            self._asleep = None
+        woken: Answer[None] = Answer()
+        thread = OwnThread("foldlog-waking", lambda: self._wake(woken), lambda: None)
+        thread.begin()
+        try:
+            woken.result()
+        finally:
+            thread.join(1.0)
+
+    def _wake(self, woken: Answer[None]) -> None:
+        try:
+            with self._waking:
+                if self._asleep is not None and not self._closing:
+                    self._resume(self._asleep)
+            woken.finish(None)
+        except Exception as error:
+            woken.finish(None, error)
+
+    def _resume(self, asleep: _Asleep) -> None:
+        self._catch_up()
+        fold, before = self.snapshot, asleep.before
+        # There is nothing to read, and the state says why.
+        if fold is asleep:
+            self.snapshot = before
+        elif fold.seq < before.seq:
+            self._rewound = f"the log is at batch {fold.seq}, and was at {before.seq} before"
+            self._set_state()
+        try:
+            self._start()
+        except (RuntimeError, MemoryError):
+            self.snapshot = asleep
+            raise
+        self._asleep = None
 
     @property
     def file_watch(self) -> FileWatch:
@@ -338,8 +352,9 @@ class FollowerThread:
     def close(self) -> None:
         """Stop and wait for the thread to end; from the thread itself, returns at once."""
         if self._asleep is not None:
-            self._closing, self._asleep = True, None
+            self._closing = True
             self._let_go()
+            self._asleep = None  # last: an interrupted close is repeated
             return
         self.ask_to_close()
         if threading.current_thread() is not self.thread and self._ended.wait(CLOSE_TIMEOUT_S):

@@ -151,5 +151,3 @@ async def reached(
         if not waiting.expired():
             raise
         return False
-    finally:
-        feeds.remove_waiter(waiter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import pykka
 import pytest
 from actor_kit import DEADLINE_S, cursor, in_thread, until
 from engine_kit import ENGINES
@@ -20,8 +22,11 @@ from interrupts import At, Struck, points, strike, strikes
 import foldlog
 from foldlog import FoldlogError, Put, RequestTimeout
 from foldlog.actors.base.adapter import SharedActor
+from foldlog.actors.feeds.delivery import Delivery
+from foldlog.actors.link.intake import LinkConfig
 from foldlog.actors.store.writer import Writer
 from foldlog.protocol.store import Backend
+from foldlog.storage.handover import Bell
 
 ON_EACH_ENGINE = True
 
@@ -449,3 +454,120 @@ def test_a_follow_or_its_close_that_was_interrupted_leaves_nothing(tmp_path: Pat
         if not at.fired and not closing.fired:
             break
     assert foldlog_threads() == []
+
+
+class Hears(pykka.ThreadingActor):
+    """A subscriber."""
+
+    use_daemon_thread = True
+
+    def on_receive(self, message: Any) -> None:
+        pass
+
+
+def test_a_wait_that_was_interrupted_leaves_no_waiter(tmp_path: Path):
+    """The writer looked after each batch whether it had come for one that waited no more."""
+    with foldlog.open(tmp_path / "a.log") as store:
+        for at in strikes():
+            with contextlib.suppress(Struck, RequestTimeout):
+                at.run(lambda: store.wait_for(seq=2**40, timeout_s=0.001))
+            assert not store._feeds.wanted, at.number
+    assert at.number > 50
+
+
+def test_a_subscription_that_was_interrupted_is_taken_back(tmp_path: Path):
+    """Nobody had a hold of it, and each batch was kept for it."""
+    actor = Hears.start()
+    with foldlog.open(tmp_path / "a.log") as store:
+        for at in strikes():
+            delivery = Delivery.__new__(Delivery)  # at hand, if the answer is lost
+            with contextlib.suppress(Struck):
+                at.run(partial(delivery.__init__, actor, store._feeds, store.snapshot, "", None))
+            with contextlib.suppress(AttributeError):  # it was not made
+                delivery.cancel()
+            until(lambda: not store._feeds.wanted, f"taken back after point {at.number}")
+    assert at.number > 50
+    actor.stop()
+
+
+def test_a_derived_state_whose_close_was_interrupted_can_be_closed_again(tmp_path: Path):
+    """The second close did nothing, and its thread went on."""
+    with foldlog.open(tmp_path / "a.log") as store:
+        for at in strikes():
+            derived = foldlog.derive(store, len, lambda count, _: count)
+            try:
+                at.run(derived.close)
+            except Struck:
+                derived.close()
+            assert derived.ended is not None
+            assert not store._feeds.wanted
+    assert at.number > 10
+
+
+@pytest.mark.filterwarnings("ignore:a foldlog store was dropped:ResourceWarning")
+def test_a_mirror_that_was_interrupted_while_it_took_over_its_store_lets_go_of_the_lock(
+    tmp_path: Path, backend: Backend
+):
+    """It took the store's finalizer away before it had its own: the log stayed locked."""
+    path = tmp_path / "a.log"
+    upstream = foldlog.upstreams.LogFile(tmp_path / "upstream.log")
+    foldlog.mirror(path, upstream, backend=backend).close()  # imports what a link needs
+    for at in itertools.takewhile(lambda at: at.number < 50, strikes(9)):
+        store = foldlog.open(path, backend=backend)
+        with contextlib.suppress(Struck):
+            at.run(partial(foldlog.Mirror, store, upstream, LinkConfig())).close()
+        del store
+        gc.collect()
+        foldlog.open(path, backend=backend).close()
+
+
+def run_out_of_time() -> None:
+    """What handlers of SIGALRM are often written to raise: it is an OSError, too."""
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("name", ["apply", "put", "compact", "stats", "ask a reader", "reopen"])
+def test_a_time_limit_that_raises_a_timeout_error_is_not_taken_for_the_systems(
+    tmp_path: Path, backend: Backend, name: str
+):
+    """On RocksDB, one within the check of the directory counted as "is gone": the store had
+    failed."""
+    call = STORE_CALLS[name]
+    with foldlog.open(tmp_path / "a.log", backend=backend) as store:
+        for at in strikes(5, run_out_of_time):
+            try:
+                at.run(partial(call, store))
+                assert not at.fired
+            except TimeoutError as error:
+                assert type(error) is TimeoutError  # noqa: PT017 - and not one of foldlog's
+            goes_on(store)
+        assert store.verify().ok
+    assert at.number > 20
+
+
+@pytest.mark.parametrize("opening", ["open", "follow", "mirror"])
+def test_an_open_is_given_up_at_a_time_limit_that_raises_a_timeout_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opening: str
+):
+    """It was taken for the end of one of the short waits that the wait for a thread consists of:
+    the caller waited on."""
+    wait_for = Bell.wait_for
+    path = tmp_path / "a.log"
+    foldlog.open(path).close()
+    upstream = foldlog.upstreams.LogFile(tmp_path / "upstream.log")
+    calls = {
+        "open": foldlog.open,
+        "follow": foldlog.follow,
+        "mirror": partial(foldlog.mirror, upstream=upstream),
+    }
+
+    def interrupted(*_: object) -> bool:
+        monkeypatch.setattr(Bell, "wait_for", wait_for)
+        raise TimeoutError
+
+    monkeypatch.setattr(Bell, "wait_for", interrupted)
+    with pytest.raises(TimeoutError) as raised:
+        calls[opening](path)  # type: ignore[operator]
+    assert type(raised.value) is TimeoutError
+    del raised
+    foldlog.open(path).close()

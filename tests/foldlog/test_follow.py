@@ -698,6 +698,64 @@ def test_a_forked_follower_says_what_became_of_the_log_meanwhile(path: Path):
     ]
 
 
+@pytest.mark.parametrize("struck_by", ["KeyboardInterrupt", "TimeoutError"])
+def test_a_forked_follower_whose_first_use_is_interrupted_goes_on(path: Path, struck_by: str):
+    """From then on it served what it had read, without a thread that follows; and a time limit
+    that is an Exception was swallowed, and the old state served."""
+    result = script(
+        f"""
+        import itertools, os, sys, threading, traceback, foldlog
+        from foldlog import Put
+
+        class At:
+            def __init__(self, number):
+                self.left, self.is_on = number, True
+            def __call__(self, *event):
+                self.left -= self.is_on
+                if self.is_on and self.left == 0:
+                    self.is_on = False
+                    raise {struck_by}
+
+        def first_use(number):
+            read, at = None, At(number)
+            try:
+                sys.setprofile(at)
+                read = follower.get("a").value
+            except {struck_by}:
+                pass
+            finally:
+                at.is_on = False  # no call, which could be struck as well
+            assert read in (None, b"2")
+            assert follower.get("a").value == b"2"
+            follower.stats()
+            assert [t.name for t in threading.enumerate()].count("foldlog-follower") == 1
+            follower.close()
+            return at.left <= 0
+
+        store = foldlog.open(sys.argv[1])
+        store.put("a", b"1")
+        follower = foldlog.follow(sys.argv[1])
+        store.put("a", b"2")
+        store.close()
+        for number in itertools.count(1, 11):
+            child = os.fork()
+            if child == 0:
+                try:
+                    os._exit(10 + first_use(number))
+                except BaseException:
+                    print(number, traceback.format_exc(), flush=True)
+                    os._exit(1)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code != 11:
+                break
+        print(code, number > 20)
+        follower.close()
+        """,
+        path,
+    )
+    assert result.stdout == "10 True\n"
+
+
 def test_a_script_that_forgets_to_close_ends_promptly(path: Path):
     result = script(
         """

@@ -448,7 +448,7 @@ def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
 LOCKS = {"Lock", "RLock", "Condition", "Event", "Semaphore", "BoundedSemaphore", "Barrier"}
 LOCKS_OF_CALLERS = {
     "actors/base/answers.py": "for `concurrent.futures.wait`, which expects one; no actor takes it",
-    "actors/following/follower.py": "between callers that wake a follower in a forked child",
+    "actors/following/follower.py": "between the threads that wake a follower in a forked child",
     "actors/store/supervisor.py": "pykka's own mark of a stopped actor, replaced after a fork",
     "metrics.py": "between the exporters that collect",
     "testing/crashes.py": "a test double",

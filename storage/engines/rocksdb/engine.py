@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from foldlog.protocol.engine import CacheUse, Compaction, Export, Held, Sizes
-from foldlog.protocol.errors import FoldlogError, LogChangedError
+from foldlog.protocol.errors import FoldlogError, LogChangedError, drop_system_errors
 from foldlog.protocol.store import StrPath
 from foldlog.protocol.tokens import WatchCursor
 from foldlog.protocol.updates import DecodedBatch, Delete, Put
@@ -214,10 +214,9 @@ class RocksDbEngine(Commits):
         The base is RocksDB's tables; what was appended since is in its write-ahead log and
         memtables. 0 bytes in all if the directory is no longer there.
         """
-        try:
+        held_bytes = 0
+        with drop_system_errors():  # moved away, or removed: what is read goes on
             held_bytes = directory_bytes(self.path)
-        except OSError:  # moved away, or removed: what is read goes on
-            held_bytes = 0
         return Sizes(
             held_bytes,
             self._property("live-sst-files-size"),
