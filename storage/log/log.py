@@ -45,6 +45,9 @@ _ARRAY_HEADER_BYTES = 5  # at most: the header of the array around the items
 class Log:
     """A log that this process writes, with the writer's lock held."""
 
+    owns_file = False
+    """True once nobody else would close its file."""
+
     def __init__(
         self, files: Files, path: Path, lock: WriterLock, file: LogFile, *, sync_each: bool = False
     ) -> None:
@@ -78,6 +81,10 @@ class Log:
         """Where the file ends with the session's SEAL frame."""
         self._forked = False
         tell_after_fork(self, Rank.ENGINE)
+
+    def __del__(self) -> None:
+        if self.owns_file and not self._released:  # interrupted before the log was stored
+            self._close_file()
 
     def identity(self, fd: int) -> tuple[int, int]:
         """(device, inode): tells apart files that have had the same name."""

@@ -138,6 +138,7 @@ def _open_locked(
         if lock.is_poisoned(stat.st_ino):
             log.poison = "an fsync failed in an earlier process"
         lock.keep(fd)
+        log.owns_file = True
     except BaseException:
         if handle is not None:
             handle.close()

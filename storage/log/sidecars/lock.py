@@ -211,6 +211,8 @@ def lock_log(files: Files, fd: int) -> bool:
 class WriterLock:
     """The right to write the log at `path`, until `release` or the end of the process."""
 
+    _fd = _note_fd = -1
+
     def __init__(self, files: Files, path: Path) -> None:
         """Take the lock without waiting for another writer.
 
@@ -218,7 +220,6 @@ class WriterLock:
         note's name.
         """
         self._files, self.path = files, path
-        self._fd = self._note_fd = -1
         self._log_access: Access | None = None
         self._made: list[tuple[Path, int]] = []
         """(path, descriptor) of files created here, to be removed if the open fails."""
@@ -348,6 +349,10 @@ class WriterLock:
                 if self._leads_to(path, _identity(self._files.fstat(fd))):
                     self._files.unlink(path)
         self._close()
+
+    def __del__(self) -> None:
+        if self._fd >= 0:  # whoever took it was interrupted before the lock was stored
+            self._close()
 
     def after_fork(self) -> None:
         """In a forked child: close the copies of the descriptors, and do not unlock.

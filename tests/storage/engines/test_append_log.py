@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from foldlog.protocol.updates import Batch, encode_batch
 from foldlog.storage.engines.append_log.engine import LogEngine
 from foldlog.storage.fold.base import EMPTY_BASE
 from foldlog.storage.fold.snapshot import FoldSnapshot
+from foldlog.storage.log.files import OS_FILES
 from foldlog.storage.log.log import Log
+from foldlog.storage.log.sidecars.lock import WriterLock
 from foldlog.storage.repair.verify import verify_log
 from foldlog.testing import Fault, FaultyFiles
 from foldlog.testing.faults import Call
@@ -177,3 +180,14 @@ def test_a_fold_that_is_released_piece_by_piece_gives_up_its_file_first(path: Pa
         parts = fold.parts()
         assert parts.pop() is fold.source
         assert all(parts), "an empty piece takes a turn as well"
+
+
+def test_an_engine_that_is_lost_before_it_is_stored_lets_go_of_its_lock(path: Path):
+    """An interrupt just after it was made left the log locked until the process ended."""
+    LogEngine(path).commit((encode_batch([Put("a", b"1")], 1),))
+    gc.collect()
+    WriterLock(OS_FILES, path)  # the same, before there is an engine
+    gc.collect()
+    engine = LogEngine(path)
+    assert engine.fold.seq == 1
+    engine.close()
