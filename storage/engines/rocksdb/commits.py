@@ -428,10 +428,24 @@ class Commits:
     def _abandon(self) -> None:
         self._stop_writing()
         db = self._source.db
+        if db is not None and self._is_replaced():
+            _keep_for_ever(db)
+            db = None
         self._end()
         if db is not None:
             with contextlib.suppress(Exception):  # it always raises: it was stopped
                 db.close()
+
+    def _is_replaced(self) -> bool:
+        """True if another directory has the name.
+
+        RocksDB must then not be freed: it would remove tables there that it does not know, and make
+        its own manifest the current one.
+        """
+        try:
+            return _identity(self._name) != self._directory
+        except OSError:
+            return False
 
     def _stop_writing(self) -> None:
         """Keep RocksDB from flushing when it is freed: its file names may be another's by now."""

@@ -155,6 +155,7 @@ class RocksDbEngine(Commits):
         self._compacted_seq = self._state.seq
 
     def _compact_range(self) -> None:
+        self.check_file()  # it creates tables by name
         with translated(self._failed):
             self._db.compact_range(None, None)
 
@@ -202,6 +203,7 @@ class RocksDbEngine(Commits):
 
     def _checkpoint(self, path: Path) -> None:
         """Copy the newest state to the directory `path`; its tables are hard links."""
+        self.check_file()  # a flush creates a table by its name, perhaps in another's directory
         with translated(partial(typed, path=self.path)):
             self._db.flush()  # without the interpreter lock, which the checkpoint holds
             self._rocksdict.Checkpoint(self._db).create_checkpoint(os.fspath(path))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -968,3 +970,32 @@ def test_a_database_whose_directory_went_meanwhile_is_not_created_anew(
     again = RocksDbEngine(path, cache_bytes=CACHE)
     assert state(again.snapshot) == {"a": b"1"}
     again.close()
+
+
+@pytest.mark.parametrize("work", ["export", "compact", "pass", "sync", "heal", "close"])
+def test_nothing_is_written_to_a_database_that_took_the_name(
+    path: Path, tmp_path: Path, work: str
+) -> None:
+    """An export flushes first. The store's directory had been replaced, and the flush wrote its
+    table over one of the database that was there now, whose entries were lost."""
+    with RocksDbSnapshot.open(tmp_path / "theirs")[1] as theirs:
+        theirs.apply([Put("theirs", b"1" * 100)], cursor(1))
+    engine = RocksDbEngine(path, cache_bytes=CACHE)
+    commit(engine, [Put("ours", b"2" * 5000)])
+    begun = engine.begin_compaction()
+    path.rename(path.with_name("away"))
+    shutil.copytree(tmp_path / "theirs", path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    jobs = {
+        "export": lambda: engine.begin_export(None)(tmp_path / "artifact"),
+        "compact": engine.compact,
+        "pass": begun.run,
+        "sync": engine.sync,
+        "heal": engine.heal,
+        "close": engine.close,
+    }
+    with contextlib.suppress(LogChangedError):
+        jobs[work]()
+    engine.abandon()
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert not (tmp_path / "artifact").exists()
