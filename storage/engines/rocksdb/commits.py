@@ -437,13 +437,13 @@ class Commits:
                 db.close()
 
     def _is_replaced(self) -> bool:
-        """True if another directory has the name.
+        """True if another directory has the name, with files in it.
 
         RocksDB must then not be freed: it would remove tables there that it does not know, and make
         its own manifest the current one.
         """
         try:
-            return _identity(self._name) != self._directory
+            return _identity(self._name) != self._directory and bool(os.listdir(self._name))
         except OSError:
             return False
 
