@@ -86,6 +86,7 @@ class FileWatch(FileSystemEventHandler):
         try:
             if green := patched_by():
                 raise RuntimeError(f"the threads are those of {green}")
+            _check_descriptors()
             self._observer = observer = self._make_observer()
             self._folder = self._folder_now()
             observer.schedule(self, self._directory, recursive=False, event_filter=self._events)
@@ -131,6 +132,15 @@ class FileWatch(FileSystemEventHandler):
             if observer.is_alive() and observer is not threading.current_thread():
                 observer.join(5.0)
         self._observer = None
+
+
+def _check_descriptors() -> None:
+    """OSError unless 4 descriptors are free. watchdog takes 3, and leaves open for good what it
+    got if it gets no more."""
+    with contextlib.ExitStack() as taken:
+        for _ in range(2):
+            for fd in os.pipe():
+                taken.callback(os.close, fd)
 
 
 def _is_alive(observer: Any) -> bool:

@@ -133,6 +133,24 @@ OPEN = (
     + EACH_CASE
 )
 
+WATCH = (
+    PRELUDE
+    + """
+    from pathlib import Path
+    from watchdog.events import FileModifiedEvent
+    from foldlog.actors.following.filewatch import FileWatch
+    def case(path, free):
+        before = open_files()
+        starve(free)
+        watch = FileWatch(Path(path), [FileModifiedEvent], lambda: None)
+        watch.stop()
+        feed()
+        leaked = [file for file in open_files() if file not in before]
+        assert not leaked, leaked
+"""
+    + EACH_CASE
+)
+
 
 def whole_in_each(code: str, folder: Path, cases: int, what: str) -> None:
     """Run the code with 0 to `cases` - 1 free descriptors."""
@@ -152,3 +170,8 @@ def test_a_store_outlives_a_lack_of_descriptors(tmp_path: Path, what: str) -> No
 
 def test_opening_with_few_descriptors_opens_or_says_so_and_leaks_none(tmp_path: Path) -> None:
     whole_in_each(OPEN, tmp_path, 12, "open")
+
+
+def test_asking_for_file_events_with_few_descriptors_leaks_none(tmp_path: Path) -> None:
+    """watchdog failed half-way, with an inotify instance open for good; it was asked every 10 s."""
+    whole_in_each(WATCH, tmp_path, 6, "watch")
