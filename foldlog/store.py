@@ -18,7 +18,7 @@ from typing import Any
 import pykka
 
 from foldlog.actors.base.adapter import Mail, Place
-from foldlog.actors.base.answers import Answer, callback_threads, runs_callbacks
+from foldlog.actors.base.answers import Answer, Unanswered, callback_threads, runs_callbacks
 from foldlog.actors.feeds.feeds import Feeds
 from foldlog.actors.store.core import Config, Core, State, Stats, no_step
 from foldlog.actors.store.requests import (
@@ -328,12 +328,18 @@ class Store(Watched):
             self._check_thread()
             self._offer(mail, timeout_s)
         future = request.future
-        if not future.done() and not future.wait(request.created + timeout_s - time.monotonic()):
+        try:
+            return future.result(request.created + timeout_s - time.monotonic())
+        except Unanswered:
             if future.cancel():
-                raise RequestTimeout(f"no answer within {timeout_s} s; the request was withdrawn")
-            if not future.done():  # else it arrived at the last moment
-                raise RequestTimeout(f"no answer within {timeout_s} s; its outcome is unknown")
-        return future.result()
+                raise RequestTimeout(
+                    f"no answer within {timeout_s} s; the request was withdrawn"
+                ) from None
+            if not future.done():
+                raise RequestTimeout(
+                    f"no answer within {timeout_s} s; its outcome is unknown"
+                ) from None
+            return future.result()  # it arrived at the last moment
 
     def sync(self, timeout_s: float | None = APPLY_TIMEOUT_S) -> None:
         """Make every batch answered before this call survive a power loss, whatever the option

@@ -37,6 +37,11 @@ _FACTS_OF_AN_END = 2
 """An answer that has ended has a fate and an outcome. With more facts, someone waits for it."""
 
 
+class Unanswered(TimeoutError):
+    """No answer came in time. Unlike a bare TimeoutError, it is neither the answer itself nor what
+    a signal handler raised."""
+
+
 class Answer(Future[T]):
     """A future whose setter never waits. Users see an ordinary `concurrent.futures.Future`.
 
@@ -112,7 +117,7 @@ class Answer(Future[T]):
         return "outcome" in self._facts or self._facts.get("fate") is _CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
-        """The result. TimeoutError if there is none within `timeout` seconds; CancelledError if
+        """The result. Unanswered if there is none within `timeout` seconds; CancelledError if
         cancelled; or the exception it failed with."""
         result, error = self._facts.get("outcome") or self._outcome(timeout)
         if error is not None:
@@ -127,8 +132,7 @@ class Answer(Future[T]):
         return self._outcome(timeout)[1]
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until it has ended, up to `timeout_s` (None: no limit). False on a timeout. Unlike a
-        TimeoutError of `result`, that cannot be one that a signal handler raised."""
+        """Wait until it has ended, up to `timeout_s` (None: no limit). False on a timeout."""
         bell: Bell = self._facts.get("bell") or self._facts.setdefault("bell", Bell())
         return bell.wait_for(self.done, timeout_s)
 
@@ -136,7 +140,7 @@ class Answer(Future[T]):
         outcome = self._facts.get("outcome")
         if outcome is None:
             if not self.wait(timeout):
-                raise TimeoutError
+                raise Unanswered
             if self.cancelled():
                 raise CancelledError
             outcome = self._facts["outcome"]
