@@ -20,6 +20,7 @@ from foldlog.storage.handover import Latch
 from foldlog.upstreams import from_url
 
 LINE_S = 1.0
+_PASSWORD_CHARS = 4096
 
 
 @click.command(
@@ -89,7 +90,8 @@ def mirror(
     logging.getLogger("foldlog").addHandler(logging.NullHandler())  # printed here, as single lines
     stop = Latch()  # can be set from a signal handler
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+        stopped = signal.default_int_handler if once else lambda number, frame: stop.set()
+        signal.signal(signal.SIGTERM, stopped)
     with foldlog.mirror(
         log, source, prefix=prefix or "", on_oversize="skip" if skip_oversize else "fail"
     ) as copy:
@@ -102,12 +104,18 @@ def mirror(
 
 def _password(path: Path) -> str:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            line = file.readline(_PASSWORD_CHARS + 1).rstrip("\r\n")
     except UnicodeDecodeError:  # which would show a part of it
         raise click.BadParameter("it is not UTF-8", param_hint="--password-file") from None
-    if not lines or not lines[0]:
+    if not line:
         raise click.BadParameter("its first line is empty", param_hint="--password-file")
-    return lines[0]
+    if len(line) > _PASSWORD_CHARS:
+        raise click.BadParameter(
+            f"its first line is longer than {_PASSWORD_CHARS} characters",
+            param_hint="--password-file",
+        )
+    return line
 
 
 def _sync_once(copy: foldlog.Mirror, timeout_s: float, accept_reset: bool) -> None:

@@ -61,6 +61,20 @@ def test_it_runs_until_it_is_told_to_end_and_ends_with_0(source, tmp_path):
         process.communicate()
 
 
+def test_once_ends_when_it_is_told_to_though_no_upstream_comes(tmp_path):
+    """SIGTERM was ignored until the timeout."""
+    copy, upstream = tmp_path / "copy.log", f"etcd://127.0.0.1:{servers.free_port()}/b/"
+    command = [str(Path(sys.executable).parent / "foldlog"), "mirror", str(copy), upstream]
+    process = subprocess.Popen([*command, "--once"], stderr=subprocess.PIPE, text=True)
+    try:
+        until(copy.exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_a_log_of_another_upstream_is_held_and_accepted_on_demand(source, tmp_path):
     copy = tmp_path / "copy.log"
     with foldlog.open(copy) as store:
@@ -73,7 +87,7 @@ def test_a_log_of_another_upstream_is_held_and_accepted_on_demand(source, tmp_pa
     assert entries(copy) == dict(source.snapshot().items())
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"\n\nsecret", b"s3cret\xff"])
+@pytest.mark.parametrize("content", [b"", b"\n", b"\n\nsecret", b"s3cret\xff", b"x" * 4097])
 def test_a_password_file_holds_a_password_in_its_first_line(source, tmp_path, content):
     """An empty one ended with an IndexError, and of one that is not UTF-8 a byte was shown."""
     (tmp_path / "password").write_bytes(content)
