@@ -313,27 +313,27 @@ class Retiring:
     """
 
     def __init__(self, files: Files, fd: int) -> None:
-        self._files, self._fd = files, fd
+        self._files, self.fd = files, fd
         stat = os.fstat(fd)
         self._identity = stat.st_dev, stat.st_ino
         self._begun = False
 
     def close(self) -> None:
-        if self._fd < 0 or (self._begun and not self._is_open()):
+        if self.fd < 0 or (self._begun and not self._is_open()):
             return
         self._begun = True
         try:
-            self._files.close(self._fd)
+            self._files.close(self.fd)
         except OSError as error:
             if not is_from_system(error) or self._is_open():
                 raise
         finally:
             if not self._is_open():
-                self._fd = -1
+                self.fd = -1
 
     def _is_open(self) -> bool:
         try:
-            stat = os.fstat(self._fd)
+            stat = os.fstat(self.fd)
         except OSError as error:
             if not is_from_system(error):
                 raise

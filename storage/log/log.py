@@ -75,7 +75,7 @@ class Log:
         self.unsettled: Position | None = None
         """Where a write that was interrupted would have ended: the file may be longer than
         `position`. See `settle_write`."""
-        self._replaced: LogFile | None = None  # by `adopt`, and not closed yet
+        self._replaced: Retiring | None = None  # by `adopt`, and not closed yet
         self._retiring: list[Retiring] | None = None
         self._sealed: Position | None = None
         """Where the file ends with the session's SEAL frame."""
@@ -369,7 +369,7 @@ class Log:
     def _adopt(self, file: LogFile, inode: tuple[int, int], directory: int | None) -> None:
         """Each step can be repeated, for a rewrite that was interrupted after its rename."""
         if self.file is not file:
-            self._replaced = self.file
+            self._replaced = Retiring(self.files, self.file.fd)
             self.file, self.position = file, file.position
         self._inode = inode
         self._codec = file.format.codec(file.header, sync_each=self.sync_each)
@@ -393,10 +393,9 @@ class Log:
             self._note_synced(file.position)
         self._successor = None
         if self._replaced is not None:
-            retiring = Retiring(self.files, self._replaced.fd)
-            self._replaced = None
             with drop_system_errors():  # the file no longer has a name
-                retiring.close()
+                self._replaced.close()
+            self._replaced = None
 
     def close(self) -> None:
         """Sync and seal what was appended, and release the lock.
@@ -429,9 +428,11 @@ class Log:
 
     def _close_file(self) -> None:
         if self._retiring is None:
-            fds = {file.fd for file in (self.file, self._replaced) if file is not None}
-            fds |= self._successors_fd()
-            self._retiring = [Retiring(self.files, fd) for fd in fds - {-1}]
+            fds = ({self.file.fd} | self._successors_fd()) - {-1}
+            still_open = [Retiring(self.files, fd) for fd in fds]
+            if self._replaced is not None and self._replaced.fd not in fds:
+                still_open.append(self._replaced)
+            self._retiring = still_open
         self.file = self.file._replace(fd=-1)
         if self._successor is not None:
             inode, successor = self._successor
