@@ -12,7 +12,15 @@ the store.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    MutableMapping,
+    ValuesView,
+)
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, overload
@@ -98,9 +106,9 @@ class _Values(Generic[T]):
         else:
             try:
                 value = self.codec.decode(raw)
-            except MemoryError:  # says nothing about the value
-                raise
             except Exception as error:
+                if _is_no_verdict(error, self.codec.decode, raw):
+                    raise
                 raise DecodeError(key, entry.version, error) from error
         if keep:
             is_new = key not in self.by_key
@@ -121,6 +129,18 @@ class _Values(Generic[T]):
                 self._sweep.append(key)
             else:
                 self.by_key.pop(key, None)
+
+
+def _is_no_verdict(error: Exception, call: Callable[[Any], object], value: object) -> bool:
+    """True if a codec's error says nothing of the value: memory had run out, or a signal handler
+    raised it, since another attempt succeeds."""
+    if isinstance(error, MemoryError):
+        return True
+    try:
+        call(value)
+    except Exception:
+        return False
+    return True
 
 
 def values_of(codec: Any) -> _Values[Any]:
@@ -278,13 +298,15 @@ class View(Mapping[str, T]):
 
     def _encoded(self, key: str, value: T) -> bytes:
         self._check_key(key)
+        encode = self._values.codec.encode
         try:
-            raw = self._values.codec.encode(value)
-            if not isinstance(raw, bytes):
-                raise TypeError(f"the codec made {type(raw).__name__}, not bytes")
-        except MemoryError:
-            raise
+            raw = encode(value)
         except Exception as error:
+            if _is_no_verdict(error, encode, value):
+                raise
+            raise EncodeError(key, error) from error
+        if not isinstance(raw, bytes):
+            error = TypeError(f"the codec made {type(raw).__name__}, not bytes")
             raise EncodeError(key, error) from error
         return raw
 
@@ -355,7 +377,11 @@ class ViewWatch(Closing, Iterator[ViewEvent[T]]):
     def next(self, timeout_s: float | None = None) -> ViewEvent[T] | None:
         """The next event; None if none comes within `timeout_s`, or the watch has ended (see
         `ended`)."""
-        return self._view._decoded(self._watch.next(timeout_s))
+        event = self._watch.offer(timeout_s)
+        decoded = self._view._decoded(event)
+        if event is not None:
+            self._watch.accept()  # now: what interrupts the codec loses no event
+        return decoded
 
     def close(self) -> None:
         """Stop watching. Any thread may call it."""

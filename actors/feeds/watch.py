@@ -48,6 +48,14 @@ class Watch(Closing):
             self._subscription.accept()
         return event
 
+    def offer(self, timeout_s: float | None = None) -> Event | None:
+        """As `next`, but the same event is offered again until it was accepted."""
+        return self._subscription.offer(timeout_s)
+
+    def accept(self) -> None:
+        """Go on to the event after the one that was offered."""
+        self._subscription.accept()
+
     def close(self) -> None:
         """Stop listening. Waiting events are dropped; a thread waiting for one returns. Any thread
         may call it."""

@@ -9,6 +9,7 @@ from foldlog.aio.follower import AsyncFollower
 from foldlog.aio.store import AsyncStore
 from foldlog.aio.watch import AsyncEvents, AsyncWatch
 from foldlog.protocol.errors import VersionMismatch
+from foldlog.protocol.events import Event
 from foldlog.protocol.options import APPLY_TIMEOUT_S
 from foldlog.protocol.tokens import VersionToken
 from foldlog.views import View, ViewEvent, values_of
@@ -60,6 +61,8 @@ class AsyncViewWatch(AsyncEvents[ViewEvent[T]]):
     def __init__(self, watch: AsyncWatch, view: AsyncView[T]) -> None:
         """Not for callers: use `view.watch`."""
         self._watch, self._view = watch, view
+        self._event: Event | None = None
+        """Taken and not decoded yet."""
 
     @property
     def ended(self) -> str | None:
@@ -68,7 +71,11 @@ class AsyncViewWatch(AsyncEvents[ViewEvent[T]]):
 
     async def next(self, timeout_s: float | None = None) -> ViewEvent[T] | None:
         """See `AsyncWatch.next`."""
-        return self._view._decoded(await self._watch.next(timeout_s))
+        if self._event is None:
+            self._event = await self._watch.next(timeout_s)
+        decoded = self._view._decoded(self._event)
+        self._event = None
+        return decoded
 
     def close(self) -> None:
         """Stop watching."""

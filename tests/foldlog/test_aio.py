@@ -629,6 +629,36 @@ async def test_a_typed_view_stores_nothing_of_a_bad_key_or_value(run: Any, path:
                 await aio.view(follower, "json").delete("flags/a")
 
 
+class ShortOfMemoryOnce:
+    """A codec of text, for the first value of which there is no memory."""
+
+    def __init__(self) -> None:
+        self.strikes = [MemoryError()]
+
+    def encode(self, value: str) -> bytes:
+        return value.encode()
+
+    def decode(self, raw: bytes) -> str:
+        while self.strikes:
+            raise self.strikes.pop()
+        return raw.decode()
+
+
+@on_its_loop
+async def test_a_decoding_watch_offers_again_what_there_was_no_memory_to_decode(
+    run: Any, path: Path
+):
+    """The event was lost."""
+    async with aio.open(path) as store:
+        await store.put("a", b"1")
+        async with aio.view(store, ShortOfMemoryOnce()).watch() as watch:
+            with pytest.raises(MemoryError):
+                await watch.next(DEADLINE_S)
+            event = await watch.next(DEADLINE_S)
+            assert isinstance(event, foldlog.Decoded)
+            assert (event.key, event.value) == ("a", "1")
+
+
 @pytest.mark.append_log("it is followed")
 @on_its_loop
 async def test_a_typed_view_is_watched_with_decoded_values_and_survives_bad_ones(

@@ -375,3 +375,45 @@ def test_a_view_keeps_its_store_from_being_dropped(path: Path):
     gc.collect()
     view["a"] = b"1"
     view._source.close()
+
+
+class Struck(Exception):
+    """The soft time limit of a task queue, say, that its signal handler raises."""
+
+
+class StruckOnce(Counting):
+    """As if the handler ran within the codec's next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strikes = [Struck()]
+
+    def encode(self, value: str) -> bytes:
+        while self.strikes:
+            raise self.strikes.pop()
+        return super().encode(value)
+
+    def decode(self, raw: bytes) -> str:
+        while self.strikes:
+            raise self.strikes.pop()
+        return super().decode(raw)
+
+
+def test_what_a_signal_handler_raises_within_a_codec_says_nothing_of_the_value(open_store: Any):
+    """A good value counted as one that cannot be decoded or encoded, and the limit was lost."""
+    store, codec = open_store(), StruckOnce()
+    with pytest.raises(Struck):
+        foldlog.view(store, codec)["a"] = "good"
+    store.put("a", b"good")
+    codec.strikes.append(Struck())
+    with pytest.raises(Struck):
+        foldlog.view(store, codec)["a"]
+    with foldlog.view(store, codec).watch() as watch:
+        codec.strikes.append(Struck())
+        with pytest.raises(Struck):
+            watch.next(DEADLINE_S)
+        event = watch.next(DEADLINE_S)
+        assert (event.key, event.value) == ("a", "good")
+    codec.strikes.append(Struck())
+    with pytest.raises(EncodeError):
+        foldlog.view(store, codec)["a"] = "bad"
