@@ -49,7 +49,8 @@ class Watch(Closing):
         return event
 
     def offer(self, timeout_s: float | None = None) -> Event | None:
-        """As `next`, but the same event is offered again until it was accepted."""
+        """As `next`, but the same event is offered again until `accept`: for a reader that an
+        exception may interrupt before it has done with the event."""
         return self._subscription.offer(timeout_s)
 
     def accept(self) -> None:
