@@ -545,21 +545,9 @@ def test_a_time_limit_that_raises_a_timeout_error_is_not_taken_for_the_systems(
     assert at.number > 20
 
 
-@pytest.mark.parametrize("opening", ["open", "follow", "mirror"])
-def test_an_open_is_given_up_at_a_time_limit_that_raises_a_timeout_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opening: str
-):
-    """It was taken for the end of one of the short waits that the wait for a thread consists of:
-    the caller waited on."""
+def check_given_up(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time limit that raises a TimeoutError in the first of the short waits for a thread."""
     wait_for = Bell.wait_for
-    path = tmp_path / "a.log"
-    foldlog.open(path).close()
-    upstream = foldlog.upstreams.LogFile(tmp_path / "upstream.log")
-    calls = {
-        "open": foldlog.open,
-        "follow": foldlog.follow,
-        "mirror": partial(foldlog.mirror, upstream=upstream),
-    }
 
     def interrupted(*_: object) -> bool:
         monkeypatch.setattr(Bell, "wait_for", wait_for)
@@ -567,7 +555,30 @@ def test_an_open_is_given_up_at_a_time_limit_that_raises_a_timeout_error(
 
     monkeypatch.setattr(Bell, "wait_for", interrupted)
     with pytest.raises(TimeoutError) as raised:
-        calls[opening](path)  # type: ignore[operator]
+        call()
     assert type(raised.value) is TimeoutError
-    del raised
+
+
+@pytest.mark.parametrize("opening", ["open", "mirror"])
+def test_an_open_is_given_up_at_a_time_limit_that_raises_a_timeout_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opening: str
+):
+    """It was taken for the end of one of the waits that the wait for a thread consists of: the
+    caller waited on."""
+    path = tmp_path / "a.log"
+    foldlog.open(path).close()
+    upstream = foldlog.upstreams.LogFile(tmp_path / "upstream.log")
+    calls = {"open": foldlog.open, "mirror": partial(foldlog.mirror, upstream=upstream)}
+    check_given_up(partial(calls[opening], path), monkeypatch)  # type: ignore[operator]
+    foldlog.open(path).close()
+
+
+@pytest.mark.append_log("it is followed")
+def test_a_follow_is_given_up_at_a_time_limit_that_raises_a_timeout_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As an open."""
+    path = tmp_path / "a.log"
+    foldlog.open(path).close()
+    check_given_up(partial(foldlog.follow, path), monkeypatch)
     foldlog.open(path).close()

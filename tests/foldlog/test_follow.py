@@ -849,6 +849,3 @@ def test_a_writer_in_another_process_that_is_killed_and_comes_back_is_followed_t
     assert len(checked) > 10
     assert told > 10
     assert follower.state is FollowerState.FOLLOWING
-    assert follower.stats().reloads <= 3, (
-        "it kept up with compactions, but for a stall of this machine"
-    )

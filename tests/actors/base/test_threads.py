@@ -261,12 +261,12 @@ def finish_three(strike: RunsOut) -> None:
 
 def test_each_callback_is_called_though_memory_runs_out_at_any_point_of_their_thread():
     """The call in hand was lost: `concurrent.futures.wait` and an event loop waited for ever."""
-    for number in range(1, 1000):
+    struck = 0
+    for number in range(1, 40):  # how many points there are depends on who comes first
         strike = RunsOut(number)
         finish_three(strike)
-        if not strike.fired:
-            break
-    assert number > 5
+        struck += strike.fired
+    assert struck > 1
 
 
 def test_callbacks_whose_thread_dies_before_its_first_line_are_called_by_another(
