@@ -33,7 +33,6 @@ LARGE_BYTES = 64 * 1024 * 1024
 """A frame longer than this is checked in pieces before it is read: a torn one, mostly a hole, or a
 forged one may be a GiB long."""
 NO_HEADER = "no valid frame header"
-_BAD_BODY, _BAD_TRAILER = "the frame's body does not verify", "the frame's trailer is wrong"
 
 
 class Chain(NamedTuple):
@@ -124,25 +123,28 @@ def header_fault(frame: FrameHeader, offset: int, rest: int) -> BadFrame | None:
 
 def body_fault(frame: FrameHeader, body: bytes | memoryview, trailer: bytes | memoryview) -> str:
     """Why a frame's body or trailer is bad; "" if neither is."""
-    if crc32c(body) != frame.body_crc:
-        return _BAD_BODY
-    return "" if trailer == TRAILER else _BAD_TRAILER
+    return _fault(frame, crc32c(body), trailer)
 
 
 def large_fault(handle: ReadHandle, frame: FrameHeader, offset: int) -> str:
-    """`body_fault`, for the frame at `offset`, read in pieces; "" if it is not `LARGE_BYTES` long.
+    """`fault_at`, for a frame of more than `LARGE_BYTES`; "" for others."""
+    return fault_at(handle, frame, offset) if frame.size > LARGE_BYTES else ""
 
-    EOFError if the file ends within it.
-    """
-    if frame.size <= LARGE_BYTES:
-        return ""
+
+def fault_at(handle: ReadHandle, frame: FrameHeader, offset: int) -> str:
+    """`body_fault`, for the frame at `offset`, read in pieces. EOFError if the file ends within
+    it."""
     start, crc = offset + FRAME_HEADER.size, 0
     end = start + frame.body_len
     for at in range(start, end, WINDOW_BYTES):
         crc = crc32c(handle.read(min(WINDOW_BYTES, end - at), at), crc)
-    if crc != frame.body_crc:
-        return _BAD_BODY
-    return "" if handle.read(len(TRAILER), end) == TRAILER else _BAD_TRAILER
+    return _fault(frame, crc, handle.read(len(TRAILER), end))
+
+
+def _fault(frame: FrameHeader, body_crc: int, trailer: bytes | memoryview) -> str:
+    if body_crc != frame.body_crc:
+        return "the frame's body does not verify"
+    return "" if trailer == TRAILER else "the frame's trailer is wrong"
 
 
 def read_frames(

@@ -24,7 +24,7 @@ from foldlog.protocol.frames import (
 from foldlog.storage.formats.format import Progress
 from foldlog.storage.log.files import ReadHandle
 from foldlog.storage.log.recovery import crc32c_tables
-from foldlog.storage.log.scan import NO_HEADER, body_fault, header_fault, large_fault
+from foldlog.storage.log.scan import NO_HEADER, body_fault, fault_at, header_fault, large_fault
 
 _FIRST_CHUNK_BYTES = 512  # usually the next frame is near; doubled each time, up to:
 _CHUNK_BYTES = 1024 * 1024
@@ -207,10 +207,7 @@ def seed_of_frames(handle: ReadHandle, size: int) -> int | None:
         ):
             continue
         read += header.size
-        if large_fault(handle, header, at):
-            continue
-        rest = handle.read(header.size - FRAME_HEADER.size, at + FRAME_HEADER.size)
-        if body_fault(header, rest[: header.body_len], rest[header.body_len :]):
+        if fault_at(handle, header, at):
             continue
         seed = _crc32c_before(raw[8:], header.crc)
         if seed in seen:
