@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sized
+from math import inf
 from typing import Any
 
 from foldlog.actors.base.adapter import Place
@@ -20,7 +21,7 @@ from foldlog.actors.store.requests import (
     WriteRequest,
     check_version,
 )
-from foldlog.aio.answers import answer, note_outcome, settled, withdraw
+from foldlog.aio.answers import answer, note_outcome
 from foldlog.aio.face import Face, R
 from foldlog.aio.off_loop import OffLoop
 from foldlog.health import Health
@@ -203,13 +204,7 @@ class AsyncStore(Face[Store]):
     async def _finish_off_loop(self, run: Callable[[], R]) -> R:
         """Run it off the loop, to its end: a cancellation withdraws it only before it has
         started."""
-        running = self._submit_off_loop(run)
-        try:
-            await settled(running)
-        except asyncio.CancelledError as error:
-            withdraw(running, error)
-            raise
-        return running.result()
+        return await answer(self._submit_off_loop(run), inf)  # type: ignore[no-any-return]
 
     async def close(self, timeout_s: float | None = CLOSE_TIMEOUT_S) -> None:
         """`Store.close`, off the loop. Closing twice is fine. If cancelled, it still closes."""
