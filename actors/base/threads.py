@@ -38,7 +38,12 @@ def _nothing() -> None:
 class OwnThread(threading.Thread):
     """See the module. `begin` starts it."""
 
-    def __init__(self, name: str, work: Callable[[], object], at_end: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[], object],
+        at_end: Callable[[], object] = _nothing,
+    ) -> None:
         """`work` is called again after a MemoryError, and so must be able to continue. Whatever
         ends it, `at_end` is called after it, until it has the memory that it needs."""
         super().__init__(name=name, daemon=True)

@@ -175,7 +175,7 @@ class FollowerThread:
         if self._asleep is None or self._closing:
             return
         woken: Answer[None] = Answer()
-        thread = OwnThread("foldlog-waking", lambda: self._wake(woken), lambda: None)
+        thread = OwnThread("foldlog-waking", lambda: self._wake(woken))
         thread.begin()
         try:
             woken.result()

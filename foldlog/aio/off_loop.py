@@ -32,7 +32,7 @@ class OffLoop:
         if self._thread is None:
             # Two callers at once may start one each: then both serve.
             worker = _Worker(self._calls)
-            thread = OwnThread("foldlog-aio", worker.work, lambda: None)
+            thread = OwnThread("foldlog-aio", worker.work)
             thread.begin()
             self._thread = thread
         call = _Call(run)
