@@ -40,6 +40,7 @@ from foldlog.storage.log.files import (
     Access,
     Files,
     ReadHandle,
+    absolute,
     path_text,
     remove_quietly,
     resolve,
@@ -152,7 +153,7 @@ def _declare(files: Files, path: Path, name: str) -> ArtifactFile:
 
 def read_manifest(artifact_dir: str | os.PathLike[str], files: Files = OS_FILES) -> ExportManifest:
     """The manifest of an artifact. ArtifactInvalidError names a field that is not valid."""
-    root = Path(os.path.abspath(path_text(artifact_dir)))
+    root = absolute(artifact_dir)
     fd = _open_dir(files, root, root, None)
     try:
         return _read_manifest(files, root, fd)
@@ -249,7 +250,7 @@ def stage_payload(
 
     The copy is synced; on an error it is removed. Returns the manifest, and the format it names.
     """
-    root = Path(os.path.abspath(path_text(artifact_dir)))
+    root = absolute(artifact_dir)
     root_fd = _open_dir(files, root, root, None)
     try:
         manifest = _read_manifest(files, root, root_fd)

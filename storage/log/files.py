@@ -438,9 +438,14 @@ def path_text(path: str | bytes | os.PathLike[str]) -> str:
     return text
 
 
+def absolute(path: str | bytes | os.PathLike[str]) -> Path:
+    """The absolute path, with links as they are. TypeError or ValueError: see `path_text`."""
+    return Path(os.path.abspath(path_text(path)))
+
+
 def unused_path(files: Files, path: str | os.PathLike[str], what: str) -> Path:
     """The absolute `path`. FileExistsError if it exists: `what` never overwrites."""
-    given = Path(os.path.abspath(path_text(path)))
+    given = absolute(path)
     if files.exists(given):
         raise FileExistsError(errno.EEXIST, f"{what} never overwrites", str(given))
     return given

@@ -41,7 +41,7 @@ from foldlog.storage.engines.rocksdb.exchange.reading import access_of
 from foldlog.storage.engines.rocksdb.exchange.verify import RocksDbReport, describe, verify_database
 from foldlog.storage.formats.format import PRIVATE, Progress
 from foldlog.storage.log.access import narrow, side_mode
-from foldlog.storage.log.files import OS_FILES, Access, Files, path_text, write_all
+from foldlog.storage.log.files import OS_FILES, Access, Files, absolute, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -122,7 +122,7 @@ def import_artifact(
     """
     binding()
     dest = import_destination(OS_FILES, dest_path)
-    root = Path(os.path.abspath(path_text(artifact_dir)))
+    root = absolute(artifact_dir)
     manifest = read_manifest(root)
     _identify(root, manifest)
     staged = dest.with_name(f"{dest.name}.tmp-{secrets.token_hex(4)}")
