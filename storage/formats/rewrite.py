@@ -81,12 +81,9 @@ def allowance_bytes(limit: int, stage: int, lag: int, made: int, expected: int) 
 
 def free_bytes(log: Log) -> int | None:
     """Room on the log's disk; None if unknown."""
-    try:
+    with drop_system_errors():
         return log.files.free_bytes(log.path.parent)
-    except OSError as error:
-        if not is_own_fault(error):
-            raise
-        return None
+    return None
 
 
 def room_bytes(free: int | None, needed: int) -> int:

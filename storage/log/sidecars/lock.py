@@ -515,13 +515,10 @@ def inode_of(files: Files, fd: int) -> int:
 def _generation(fd: int) -> int:
     if sys.platform != "linux":
         return 0
-    try:
+    with drop_system_errors():
         raw = fcntl.ioctl(fd, _FS_IOC_GETVERSION, bytes(_LONG.size))
-    except OSError as error:
-        if not is_from_system(error):
-            raise
-        return 0  # tmpfs and others
-    return int.from_bytes(raw[:4], sys.byteorder)
+        return int.from_bytes(raw[:4], sys.byteorder)
+    return 0  # tmpfs and others
 
 
 def _identity(info: os.stat_result) -> tuple[int, int]:
