@@ -77,6 +77,11 @@ STRANGERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+each_replacement = pytest.mark.parametrize(
+    "stranger", ["a link", "a pipe", "a directory", "a stranger's file"]
+)
+
+
 def tree(folder: Path) -> dict[str, tuple[int, int, bytes | str]]:
     """All that is in a directory: by name the inode, the mode and what it holds or leads to."""
     found = {}
@@ -457,7 +462,7 @@ def test_a_note_that_went_alone_is_made_anew(path):
     assert writer_of(Files(), path) == (False, None, "")
 
 
-@pytest.mark.parametrize("stranger", ["a link", "a pipe", "a directory", "a stranger's file"])
+@each_replacement
 def test_a_strangers_file_in_the_place_of_the_note_is_left_as_it_is(path, stranger):
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1)
@@ -469,7 +474,7 @@ def test_a_strangers_file_in_the_place_of_the_note_is_left_as_it_is(path, strang
     assert tree(path.parent)[note_path(path).name] == before
 
 
-@pytest.mark.parametrize("stranger", ["a link", "a pipe", "a directory", "a stranger's file"])
+@each_replacement
 def test_a_lock_file_that_was_replaced_stops_the_rewrite(path, stranger):
     with AppendLogSnapshot.open(path)[1] as snap:
         apply(snap, 1)
